@@ -1,0 +1,1 @@
+"""Plain data and pure functions that driver, task and worker share. Runs in: every process."""

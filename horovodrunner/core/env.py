@@ -1,0 +1,126 @@
+"""Every environment variable name this package reads or sets. Runs in: every process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from horovodrunner.core.topology import Slot
+
+__all__ = [
+    "FORWARDED_PREFIXES",
+    "forwarded_environment",
+    "slot_environment",
+    "worker_base_environment",
+]
+
+FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "OMP_", "CUDA_", "TF_", "MLFLOW_")
+"""Driver variables with these prefixes reach the workers when they are set before ``run()``."""
+
+_USER_WINS = frozenset({"HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME"})
+"""Chosen per host, unless the user set them on the driver."""
+
+_SPARK_SECRETS = frozenset({"PYTHON_WORKER_FACTORY_SECRET", "PYSPARK_GATEWAY_SECRET"})
+"""Secrets of Spark's own sockets, which user code has no business with."""
+
+
+def forwarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Pick the driver's variables that the workers get.
+
+    Parameters
+    ----------
+    environ
+        The driver's environment.
+
+    Returns
+    -------
+    dict of str
+        The variables whose names start with one of `FORWARDED_PREFIXES`.
+
+    Examples
+    --------
+    >>> forwarded_environment({"NCCL_DEBUG": "INFO", "HOME": "/root"})
+    {'NCCL_DEBUG': 'INFO'}
+    """
+    return {
+        name: value for name, value in environ.items() if name.startswith(FORWARDED_PREFIXES)
+    }
+
+
+def worker_base_environment(
+    environ: Mapping[str, str], forwarded: Mapping[str, str], python_path: str
+) -> dict[str, str]:
+    """Build the environment a worker process is started with, before its slot is known.
+
+    Parameters
+    ----------
+    environ
+        The task's own environment.
+    forwarded
+        The driver's variables.
+    python_path
+        The worker's ``PYTHONPATH``.
+
+    Returns
+    -------
+    dict of str
+        The environment, without Spark's secrets.
+    """
+    kept = {name: value for name, value in environ.items() if name not in _SPARK_SECRETS}
+    return {**kept, **forwarded, "PYTHONPATH": python_path}
+
+
+def slot_environment(
+    slot: Slot,
+    rendezvous: tuple[str, int],
+    master: tuple[str, int],
+    forwarded: Mapping[str, str],
+) -> dict[str, str]:
+    """Say a worker's slot in Horovod's variables and in torchrun's.
+
+    The names are those that Horovod 0.28's Gloo controller reads and that torchrun documents.
+
+    Parameters
+    ----------
+    slot
+        The worker's position.
+    rendezvous
+        Host and port of Horovod's rendezvous server.
+    master
+        Host and port reserved for ``torch.distributed``.
+    forwarded
+        The driver's variables; a network interface the user named there is kept.
+
+    Returns
+    -------
+    dict of str
+        Variables to set before ``main`` runs.
+    """
+    variables = {
+        "HOROVOD_HOSTNAME": slot.host_id,
+        "HOROVOD_RANK": str(slot.rank),
+        "HOROVOD_SIZE": str(slot.size),
+        "HOROVOD_LOCAL_RANK": str(slot.local_rank),
+        "HOROVOD_LOCAL_SIZE": str(slot.local_size),
+        "HOROVOD_CROSS_RANK": str(slot.cross_rank),
+        "HOROVOD_CROSS_SIZE": str(slot.cross_size),
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+        "HOROVOD_GLOO_IFACE": slot.interface,
+        "NCCL_SOCKET_IFNAME": slot.interface,
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": rendezvous[0],
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(rendezvous[1]),
+        "RANK": str(slot.rank),
+        "WORLD_SIZE": str(slot.size),
+        "LOCAL_RANK": str(slot.local_rank),
+        "LOCAL_WORLD_SIZE": str(slot.local_size),
+        "GROUP_RANK": str(slot.host_index),
+        "MASTER_ADDR": master[0],
+        "MASTER_PORT": str(master[1]),
+    }
+    if slot.devices is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = slot.devices
+    return {
+        name: value
+        for name, value in variables.items()
+        if not (name in _USER_WINS and name in forwarded)
+    }

@@ -1,0 +1,270 @@
+"""The data that travels in one run: one frozen dataclass per hop. Runs in: every process.
+
+::
+
+    driver ──JobSpec──▶ task ──WorkerSpec──▶ worker
+    driver ◀──Outcome── task ◀──Outcome───── worker
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["Failure", "JobSpec", "Outcome", "Success", "WorkerSpec", "join_chunks", "split_chunks"]
+
+_HEADER_LENGTH = struct.Struct(">Q")
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What the driver tells every task of one run.
+
+    Parameters
+    ----------
+    run_id
+        Names the run in logs and in the driver channel.
+    size
+        Number of ranks.
+    payload
+        The cloudpickled ``(main, kwargs)``.
+    early_imports
+        Modules the worker may import before it knows its rank.
+    environment
+        The driver's environment variables that the workers get.
+    sys_path
+        The driver's import path; entries that exist on the executor are appended there.
+    token
+        32 random bytes that prove, on every connection of this run, that the peer belongs to it.
+    driver_address
+        Host and port of the driver channel.
+    stream_output
+        Whether the workers' output goes to the driver, not only ``log_to_driver`` messages.
+    max_result_bytes
+        The largest pickled result that can come back, or None for no limit.
+    """
+
+    run_id: str
+    size: int
+    payload: bytes = field(repr=False)
+    token: bytes = field(repr=False)
+    early_imports: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
+    sys_path: tuple[str, ...] = ()
+    driver_address: tuple[str, int] | None = None
+    stream_output: bool = False
+    max_result_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a task tells its worker once the slot is known.
+
+    Parameters
+    ----------
+    rank, host
+        Whom failures are reported for.
+    environment
+        The slot's variables (``HOROVOD_RANK``, ``RANK``, ...).
+    sys_path
+        Import path entries to append where they exist.
+    max_result_bytes
+        The largest pickled result to accept, or None for no limit.
+    return_result
+        Whether this worker's return value is wanted; only rank 0's is.
+    """
+
+    rank: int
+    host: str
+    environment: dict[str, str] = field(repr=False)
+    sys_path: tuple[str, ...] = ()
+    max_result_bytes: int | None = None
+    return_result: bool = False
+
+    def to_header(self) -> dict[str, Any]:
+        """Give the fields as JSON-compatible data.
+
+        Returns
+        -------
+        dict
+            What :meth:`from_header` takes.
+        """
+        return asdict(self)
+
+    @classmethod
+    def from_header(cls, header: dict[str, Any]) -> WorkerSpec:
+        """Read what :meth:`to_header` gave.
+
+        Parameters
+        ----------
+        header
+            The fields by name.
+
+        Returns
+        -------
+        WorkerSpec
+            An equal object.
+        """
+        return cls(**{**header, "sys_path": tuple(header["sys_path"])})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank failed, in plain data that can be shown without unpickling anything.
+
+    Parameters
+    ----------
+    rank
+        The rank, or None when it failed before ranks were assigned.
+    host
+        The host the rank ran on.
+    summary
+        One line: what happened.
+    traceback
+        The worker's own traceback text, or "".
+    exit_code
+        The exit code when the worker left by itself, else None.
+    signal
+        The signal's name when one ended the worker, else None.
+    exception_type
+        Qualified name of the exception, or "".
+    exception
+        The pickled exception, or b"" when it does not pickle.
+    after_peer_loss
+        True when the text says that a peer went away: probably a consequence of another failure.
+    """
+
+    rank: int | None
+    host: str
+    summary: str
+    traceback: str = ""
+    exit_code: int | None = None
+    signal: str | None = None
+    exception_type: str = ""
+    exception: bytes = field(default=b"", repr=False)
+    after_peer_loss: bool = False
+
+
+@dataclass(frozen=True)
+class Success:
+    """A rank's ``main`` returned.
+
+    Parameters
+    ----------
+    rank
+        The rank.
+    result
+        The pickled return value; empty on every rank but 0.
+    """
+
+    rank: int
+    result: bytes | bytearray | memoryview = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one task hands back: its rank's success, or why the run failed.
+
+    Parameters
+    ----------
+    success
+        Set when ``main`` returned.
+    failure
+        The first cause, set when the run failed.
+    consequences
+        What other ranks reported after the first cause.
+    """
+
+    success: Success | None = None
+    failure: Failure | None = None
+    consequences: tuple[Failure, ...] = ()
+
+    def to_frame(self) -> tuple[dict[str, Any], bytes | bytearray | memoryview]:
+        """Split the outcome into a JSON-compatible header and one body of bytes.
+
+        Returns
+        -------
+        tuple of dict and bytes
+            What :meth:`from_frame` takes.
+        """
+        if self.success is not None:
+            return {"rank": self.success.rank}, self.success.result
+        failures = [f for f in (self.failure, *self.consequences) if f is not None]
+        fields = [{k: v for k, v in asdict(f).items() if k != "exception"} for f in failures]
+        sizes = [len(f.exception) for f in failures]
+        body = b"".join(f.exception for f in failures)
+        return {"failures": fields, "sizes": sizes}, body
+
+    @classmethod
+    def from_frame(
+        cls, header: dict[str, Any], body: bytes | bytearray | memoryview
+    ) -> Outcome:
+        """Read what :meth:`to_frame` gave.
+
+        Parameters
+        ----------
+        header
+            JSON-compatible fields.
+        body
+            The pickled result, or the pickled exceptions one after another.
+
+        Returns
+        -------
+        Outcome
+            An equal object.
+        """
+        if "rank" in header:
+            return cls(success=Success(header["rank"], body))
+        failures, start = [], 0
+        for fields, size in zip(header["failures"], header["sizes"], strict=True):
+            failures.append(Failure(**fields, exception=bytes(body[start : start + size])))
+            start += size
+        if not failures:
+            return cls()
+        return cls(failure=failures[0], consequences=tuple(failures[1:]))
+
+
+def split_chunks(outcome: Outcome, chunk_bytes: int) -> Iterator[bytes | memoryview]:
+    """Cut an outcome into pieces that fit a row.
+
+    Parameters
+    ----------
+    outcome
+        What to send.
+    chunk_bytes
+        Most bytes per piece.
+
+    Yields
+    ------
+    bytes
+        First the header, then the body in pieces of at most `chunk_bytes`.
+    """
+    header, body = outcome.to_frame()
+    encoded = json.dumps(header).encode()
+    yield _HEADER_LENGTH.pack(len(encoded)) + encoded
+    view = memoryview(body)
+    for start in range(0, len(view), chunk_bytes):
+        yield view[start : start + chunk_bytes]
+
+
+def join_chunks(chunks: Iterable[bytes]) -> Outcome:
+    """Put the pieces of :func:`split_chunks` together.
+
+    Parameters
+    ----------
+    chunks
+        The pieces in order.
+
+    Returns
+    -------
+    Outcome
+        The outcome that was split.
+    """
+    pieces = iter(chunks)
+    head = next(pieces)
+    (length,) = _HEADER_LENGTH.unpack_from(head)
+    header = json.loads(head[_HEADER_LENGTH.size : _HEADER_LENGTH.size + length])
+    return Outcome.from_frame(header, b"".join(pieces))

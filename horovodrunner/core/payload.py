@@ -1,0 +1,332 @@
+"""cloudpickle in and out, with the culprit named when it fails. Runs in: every process."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import pickletools
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import cloudpickle
+
+from horovodrunner.errors import PayloadError
+
+__all__ = [
+    "WARN_BYTES",
+    "dump_call",
+    "dump_result",
+    "early_imports",
+    "format_bytes",
+    "largest_parts",
+    "load",
+]
+
+WARN_BYTES = 10 * 1024 * 1024
+"""A pickled main larger than this is warned about."""
+
+_MAX_DEPTH = 6
+
+_EARLY_MODULES = (
+    "numpy",
+    "torch",
+    "horovod.torch",
+    "tensorflow",
+    "horovod.tensorflow",
+    "horovod.tensorflow.keras",
+)
+"""Modules that take long to import and that a worker may import before it knows its rank."""
+
+_CHANGES_IMPORTS = re.compile(
+    rb"environ|putenv|setenv|monkeypatch|\b(?:KERAS_|TF_|OMP_|MKL_|CUDA_|XLA_|TORCH_|PYTORCH_|LD_)"
+    rb"|sys\.path|importlib|set_start_method"
+)
+"""What in a pickled main says that the way frameworks are imported may matter to it."""
+
+
+def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
+    """Pickle a function and its keyword arguments.
+
+    Parameters
+    ----------
+    main
+        The training function.
+    kwargs
+        Its keyword arguments.
+
+    Returns
+    -------
+    bytes
+        What :func:`load` opens.
+
+    Raises
+    ------
+    PayloadError
+        If something does not pickle; the text names the variable and where it comes from.
+    """
+    try:
+        return bytes(cloudpickle.dumps((main, dict(kwargs))))
+    except Exception as error:
+        parts = list(_call_parts(main, kwargs))
+        culprit = _find_unpicklable(parts) or f"main ({_name(main)})"
+        raise PayloadError(
+            f"{culprit} cannot be sent to the workers: {_one_line(error)}. Create it inside main, "
+            "or leave it out of what main refers to."
+        ) from error
+
+
+def dump_result(result: object) -> bytes:
+    """Pickle what ``main`` returned.
+
+    Parameters
+    ----------
+    result
+        Any object.
+
+    Returns
+    -------
+    bytes
+        What :func:`load` opens.
+
+    Raises
+    ------
+    PayloadError
+        If it does not pickle; the text names the part that does not.
+    """
+    try:
+        return bytes(cloudpickle.dumps(result))
+    except Exception as error:
+        culprit = _find_unpicklable([("the value that main returned", result)])
+        raise PayloadError(
+            f"{culprit or 'the value that main returned'} cannot be sent to the driver: "
+            f"{_one_line(error)}. Return plain data (numbers, arrays, state_dict()) instead."
+        ) from error
+
+
+def load(data: bytes | bytearray | memoryview) -> Any:
+    """Unpickle bytes of this run; only ever bytes whose origin proved the run's token.
+
+    Parameters
+    ----------
+    data
+        What :func:`dump_call` or :func:`dump_result` gave.
+
+    Returns
+    -------
+    object
+        The object.
+    """
+    return cloudpickle.loads(data)
+
+
+def largest_parts(
+    main: Callable[..., Any], kwargs: Mapping[str, Any], at_least_bytes: int
+) -> list[tuple[str, int]]:
+    """Name what makes a pickled call large.
+
+    Parameters
+    ----------
+    main
+        The training function.
+    kwargs
+        Its keyword arguments.
+    at_least_bytes
+        Parts smaller than this are left out.
+
+    Returns
+    -------
+    list of (str, int)
+        Where each part comes from and its pickled size in bytes, largest first, at most three.
+    """
+    sizes = [(where, _pickled_size(value)) for where, value in _call_parts(main, kwargs)]
+    large = [part for part in sizes if part[1] >= at_least_bytes]
+    return sorted(large, key=lambda part: -part[1])[:3]
+
+
+def early_imports(main: Callable[..., Any], payload: bytes) -> tuple[str, ...]:
+    """Find the slow modules that a worker may import while its peers are being gathered.
+
+    Names are looked for in the strings of the pickle. Nothing is imported early when the pickle
+    holds a sign that main sets up its environment first, or when main travels by reference and
+    the source of its module cannot be read.
+
+    Parameters
+    ----------
+    main
+        The training function.
+    payload
+        The pickled call.
+
+    Returns
+    -------
+    tuple of str
+        Module names, in the order in which they are safe to import; often empty.
+    """
+    text = _strings_of_pickle(payload)
+    module = sys.modules.get(getattr(main, "__module__", None) or "")
+    if module is not None and _travels_by_reference(main):
+        try:
+            text += b"\n" + re.sub(rb"[^\w.]+", b"\n", inspect.getsource(module).encode())
+        except (OSError, TypeError):
+            return ()
+    if _CHANGES_IMPORTS.search(text):
+        return ()
+    words = set(text.split(b"\n"))
+    return tuple(name for name in _EARLY_MODULES if name.encode() in words)
+
+
+def format_bytes(count: int) -> str:
+    """Write a number of bytes for people.
+
+    Parameters
+    ----------
+    count
+        Bytes.
+
+    Returns
+    -------
+    str
+        With a binary unit.
+
+    Examples
+    --------
+    >>> format_bytes(3 * 1024 * 1024)
+    '3.0 MiB'
+    """
+    size = float(count)
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _strings_of_pickle(payload: bytes) -> bytes:
+    found = []
+    for opcode, argument, _ in pickletools.genops(payload):
+        if isinstance(argument, str):
+            found.append(argument.encode(errors="replace"))
+        elif isinstance(argument, bytes) and "BYTES" in opcode.name and len(argument) < WARN_BYTES:
+            # Bytecode does not hold names; small byte strings may be nested pickles.
+            found.append(argument if b"environ" in argument else b"")
+    return b"\n".join(found)
+
+
+def _travels_by_reference(value: Any) -> bool:
+    """Whether cloudpickle stores a function or class as a name to import."""
+    module = getattr(value, "__module__", None)
+    name = getattr(value, "__qualname__", None)
+    if module in (None, "__main__") or name is None or module not in sys.modules:
+        return False
+    found: Any = sys.modules[module]
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    by_value = any(
+        module == registered or module.startswith(registered + ".")
+        for registered in cloudpickle.list_registry_pickle_by_value()
+    )
+    return found is value and not by_value
+
+
+def _name(main: Any) -> str:
+    return getattr(main, "__qualname__", None) or type(main).__qualname__
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")
+
+
+def _pickled_size(value: object) -> int:
+    try:
+        return len(cloudpickle.dumps(value))
+    except Exception:  # noqa: BLE001 - sizes are a courtesy; the real dump has its own error
+        return 0
+
+
+def _call_parts(
+    main: Callable[..., Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    for name, value in kwargs.items():
+        yield f"the argument {name!r}", value
+    yield from _function_parts(main, set())
+
+
+def _function_parts(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """List what a function drags along: globals, closure, defaults, helpers, and ``self``."""
+    if id(function) in seen:
+        return
+    seen.add(id(function))
+    where = _name(function)
+    if isinstance(function, types.MethodType):
+        yield f"the object that the method {where} belongs to", function.__self__
+        yield from _function_parts(function.__func__, seen)
+        return
+    keywords = getattr(function, "keywords", None)
+    if hasattr(function, "func") and isinstance(keywords, dict):  # functools.partial
+        for name, value in keywords.items():
+            yield f"the argument {name!r} bound by functools.partial", value
+        for index, value in enumerate(function.args):
+            yield f"positional argument {index} bound by functools.partial", value
+        yield from _function_parts(function.func, seen)
+        return
+    if not isinstance(function, types.FunctionType):
+        if not isinstance(function, type) and callable(function):
+            yield f"an attribute of {where}", getattr(function, "__dict__", function)
+        return
+    if _travels_by_reference(function):
+        return
+    for name, value in inspect.getclosurevars(function).nonlocals.items():
+        yield from _named_part(f"the variable {name!r} in the closure of {where}", value, seen)
+    for name in sorted(_global_names(function.__code__)):
+        if name in function.__globals__ and not hasattr(builtins, name):
+            value = function.__globals__[name]
+            yield from _named_part(f"the global {name!r} used by {where}", value, seen)
+    for index, value in enumerate(function.__defaults__ or ()):
+        yield f"default value {index} of {where}", value
+    for name, value in (function.__kwdefaults__ or {}).items():
+        yield f"the default of {where}'s argument {name!r}", value
+
+
+def _named_part(where: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, types.ModuleType):
+        return
+    if isinstance(value, types.FunctionType):
+        yield from _function_parts(value, seen)
+        return
+    yield where, value
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _global_names(constant)
+    return names
+
+
+def _find_unpicklable(parts: list[tuple[str, Any]], depth: int = 0) -> str | None:
+    """Name the innermost part that does not pickle."""
+    for where, value in parts:
+        try:
+            cloudpickle.dumps(value)
+        except Exception:  # noqa: BLE001 - whatever it is, this part is the culprit
+            deeper = _find_unpicklable(list(_children(where, value)), depth + 1)
+            if depth < _MAX_DEPTH and deeper:
+                return deeper
+            return f"{where} ({type(value).__module__}.{type(value).__qualname__})"
+    return None
+
+
+def _children(where: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield f"{where}[{key!r}]", item
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for index, item in enumerate(value):
+            yield f"{where}[{index}]", item
+    else:
+        for name, item in getattr(value, "__dict__", {}).items():
+            yield f"{where}.{name}", item

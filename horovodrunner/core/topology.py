@@ -1,0 +1,185 @@
+"""Hosts and GPUs to slots, as pure functions. Runs in: the task.
+
+A *place* is one worker's seat: a task, and the number of the worker within it (a barrier task has
+one worker; the single local agent of a run with np < 0 has them all).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+__all__ = ["HostGroup", "Member", "Slot", "group_by_host", "visible_devices"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a task tells its peers about itself in the gather step.
+
+    Parameters
+    ----------
+    partition
+        The barrier task's partition; partition 0 holds rank 0.
+    host_id
+        Equal for tasks that share a network namespace of a machine, different otherwise.
+    host
+        Name for people.
+    address
+        IPv4 address at which the peers reach this task.
+    interface
+        Name of the network interface that has `address`.
+    workers
+        Number of workers this task starts.
+    gpus
+        GPU addresses this task owns (indices or UUIDs); empty when tasks own none.
+    hub_port, rendezvous_port, master_port
+        Set by partition 0: where its peers, Horovod's workers and torch.distributed connect.
+    problem
+        Set when this task cannot go on; nobody runs ``main`` then.
+    """
+
+    partition: int
+    host_id: str
+    host: str
+    address: str
+    interface: str
+    workers: int = 1
+    gpus: tuple[str, ...] = ()
+    hub_port: int = 0
+    rendezvous_port: int = 0
+    master_port: int = 0
+    problem: str = ""
+
+    def to_json(self) -> str:
+        """Give the fields as JSON text.
+
+        Returns
+        -------
+        str
+            What :meth:`from_json` takes.
+        """
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Member:
+        """Read what :meth:`to_json` gave.
+
+        Parameters
+        ----------
+        text
+            JSON text.
+
+        Returns
+        -------
+        Member
+            An equal object.
+        """
+        fields = json.loads(text)
+        return cls(**{**fields, "gpus": tuple(fields["gpus"])})
+
+
+@dataclass(frozen=True)
+class HostGroup:
+    """The places on one host, in the order of their local ranks.
+
+    Parameters
+    ----------
+    host_id
+        The host.
+    members
+        The host's tasks, once for every worker they start, ordered by partition.
+    """
+
+    host_id: str
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One worker's position in the run, in Horovod's terms.
+
+    Parameters
+    ----------
+    partition
+        The task that starts the worker.
+    rank, size
+        Position among all workers, and their number.
+    local_rank, local_size
+        Position among the workers of the same host, and their number.
+    cross_rank, cross_size
+        Position among the workers of other hosts with the same local rank, and their number.
+    host_index
+        Position of the worker's host among the run's hosts.
+    host, host_id, address, interface
+        Where the worker runs.
+    devices
+        Value for ``CUDA_VISIBLE_DEVICES``; None leaves the variable as it is.
+    """
+
+    partition: int
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    cross_rank: int
+    cross_size: int
+    host_index: int
+    host: str
+    host_id: str
+    address: str
+    interface: str
+    devices: str | None = None
+
+
+def group_by_host(members: Sequence[Member]) -> list[HostGroup]:
+    """Put tasks of one host side by side, so that ranks on a host are contiguous.
+
+    The host of partition 0 comes first and the others follow by their smallest partition, so
+    partition 0 always holds rank 0 and every task derives the same order.
+
+    Parameters
+    ----------
+    members
+        The gathered messages, in any order.
+
+    Returns
+    -------
+    list of HostGroup
+        The hosts in rank order.
+    """
+    hosts: dict[str, list[Member]] = {}
+    for member in sorted(members, key=lambda m: m.partition):
+        hosts.setdefault(member.host_id, []).extend([member] * member.workers)
+    return [HostGroup(host_id, tuple(group)) for host_id, group in hosts.items()]
+
+
+def visible_devices(group: HostGroup) -> str | None:
+    """List the GPUs that the workers of one host see, each worker's own at its local rank.
+
+    Every worker sees all GPUs its run owns on the host, so that
+    ``torch.cuda.set_device(hvd.local_rank())`` picks the worker's own. The first GPU of every
+    task comes first, in the order of the local ranks; further GPUs of tasks that own several
+    follow.
+
+    Parameters
+    ----------
+    group
+        The places of one host.
+
+    Returns
+    -------
+    str or None
+        Comma-separated GPU addresses, or None when no task owns a GPU.
+
+    Examples
+    --------
+    >>> task = dict(host_id="a", host="a", address="10.0.0.1", interface="eth0")
+    >>> first = Member(0, gpus=("2",), **task)
+    >>> second = Member(1, gpus=("0",), **task)
+    >>> visible_devices(HostGroup("a", (first, second)))
+    '2,0'
+    """
+    first = [member.gpus[0] for member in group.members if member.gpus]
+    more = [gpu for member in group.members for gpu in member.gpus[1:]]
+    return ",".join(first + more) or None

@@ -1,0 +1,249 @@
+"""One worker process: spawn, feed, read its output, end it for sure. Runs in: the task.
+
+The worker leads a process group of its own, so that everything it starts can be ended with it.
+It dies with its task in two ways: the task ends the group, or, when the task itself is killed,
+the control pipe ends and the worker ends its group. (``PR_SET_PDEATHSIG`` would be faster than
+that pipe and would leave the worker's own children behind.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import IO
+
+from horovodrunner.core.connection import read_frame
+from horovodrunner.core.frames import Frame, encode_frame
+from horovodrunner.core.lines import LineAssembler
+
+__all__ = ["GRACE_SECONDS", "ExitStatus", "WorkerProcess", "describe_exit"]
+
+GRACE_SECONDS = 1.0
+"""Time between asking a worker to end (SIGTERM) and ending it (SIGKILL)."""
+
+DRAIN_SECONDS = 1.0
+"""How long output is still read after a worker's end, when a process it left behind holds it."""
+
+_PIPE_BYTES = 1024 * 1024
+
+ExitStatus = int
+"""As in subprocess: the exit code, or minus the signal's number."""
+
+
+class WorkerProcess:
+    """A worker that imports what main needs and then waits for its job.
+
+    Parameters
+    ----------
+    early_imports
+        Modules it may import at once.
+    environment
+        Its whole environment.
+    """
+
+    def __init__(self, early_imports: Sequence[str], environment: Mapping[str, str]) -> None:
+        control_read, self._control_write = os.pipe()
+        report_read, report_write = os.pipe()
+        self._report: IO[bytes] = os.fdopen(report_read, "rb", buffering=0)
+        self._stopping = False
+        self._kill_timer: asyncio.TimerHandle | None = None
+        command = [sys.executable, "-m", "horovodrunner.worker"]
+        command += ["--control", str(control_read), "--report", str(report_write)]
+        for module in early_imports:
+            command += ["--import", module]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=(control_read, report_write),
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(self._control_write)
+            self._report.close()
+            raise
+        finally:
+            os.close(control_read)
+            os.close(report_write)
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id, which is its process group's too."""
+        return self._process.pid
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether :meth:`stop` came before the worker's own end."""
+        return self._stopping
+
+    async def send_job(self, call: bytes, header: Mapping[str, object]) -> None:
+        """Give the worker its job; the control pipe stays open.
+
+        Parameters
+        ----------
+        call
+            The pickled ``(main, kwargs)``.
+        header
+            The :class:`~horovodrunner.core.job.WorkerSpec`'s fields.
+        """
+        # A pickle may be larger than the pipe's buffer, so the writing gets a thread.
+        with contextlib.suppress(BrokenPipeError):  # the worker's end is reported by wait()
+            await asyncio.to_thread(self._write_job, encode_frame("job", call, **header), call)
+
+    def _write_job(self, *parts: bytes) -> None:
+        for part in parts:
+            view = memoryview(part)
+            while view:
+                view = view[os.write(self._control_write, view[:_PIPE_BYTES]) :]
+
+    async def read_output(self, on_lines: Callable[[str, bytes], None]) -> None:
+        """Read stdout and stderr until both end.
+
+        Parameters
+        ----------
+        on_lines
+            Called with ``"stdout"`` or ``"stderr"`` and whole lines.
+        """
+        streams = {"stdout": self._process.stdout, "stderr": self._process.stderr}
+        await asyncio.gather(
+            *(_read_lines(name, pipe, on_lines) for name, pipe in streams.items() if pipe)
+        )
+
+    async def read_reports(self, on_frame: Callable[[Frame], None]) -> None:
+        """Read what the worker reports until it ends.
+
+        Parameters
+        ----------
+        on_frame
+            Called with each frame.
+        """
+        async with _reading(self._report) as reader:
+            while (frame := await read_frame(reader, max_body_bytes=None)) is not None:
+                on_frame(frame)
+
+    async def wait(self) -> ExitStatus:
+        """Wait for the worker's end, and end whatever it left behind in its process group.
+
+        Returns
+        -------
+        int
+            The exit code, or minus the signal's number.
+        """
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+
+        def watch() -> None:
+            # WNOWAIT leaves the zombie, so that the group's id cannot be used anew before the
+            # group was ended.
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(ended.set)
+
+        threading.Thread(target=watch, name=f"horovodrunner-wait-{self.pid}", daemon=True).start()
+        await ended.wait()
+        if self._kill_timer is not None:
+            self._kill_timer.cancel()
+        self._signal(signal.SIGKILL)
+        return self._process.wait()
+
+    def stop(self, grace: float = GRACE_SECONDS) -> None:
+        """Ask the worker's process group to end, and end it after a grace period.
+
+        Parameters
+        ----------
+        grace
+            Seconds between SIGTERM and SIGKILL.
+        """
+        if self._stopping or self._has_ended():
+            return
+        self._stopping = True
+        self._signal(signal.SIGTERM)
+        loop = asyncio.get_running_loop()
+        self._kill_timer = loop.call_later(grace, self._signal, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """End the process group at once and wait for the worker's end."""
+        if self._process.returncode is None:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+        for pipe in (self._process.stdout, self._process.stderr, self._report):
+            if pipe is not None:
+                pipe.close()
+        if self._control_write >= 0:
+            os.close(self._control_write)
+            self._control_write = -1
+
+    def _has_ended(self) -> bool:
+        if self._process.returncode is not None:
+            return True
+        flags = os.WEXITED | os.WNOWAIT | os.WNOHANG
+        return os.waitid(os.P_PID, self.pid, flags) is not None
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, number)
+
+
+@contextlib.asynccontextmanager
+async def _reading(pipe: IO[bytes]) -> AsyncIterator[asyncio.StreamReader]:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=_PIPE_BYTES)
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+    try:
+        yield reader
+    finally:
+        transport.close()
+
+
+async def _read_lines(
+    name: str, pipe: IO[bytes], on_lines: Callable[[str, bytes], None]
+) -> None:
+    lines = LineAssembler()
+    async with _reading(pipe) as reader:
+        while data := await reader.read(_PIPE_BYTES):
+            if complete := lines.feed(data):
+                on_lines(name, complete)
+        if rest := lines.close():
+            on_lines(name, rest)
+
+
+def describe_exit(status: ExitStatus) -> tuple[str, int | None, str | None]:
+    """Say how a process ended that gave no outcome.
+
+    Parameters
+    ----------
+    status
+        The exit code, or minus the signal's number.
+
+    Returns
+    -------
+    tuple of str, int or None, and str or None
+        A sentence, the exit code and the signal's name.
+
+    Examples
+    --------
+    >>> describe_exit(3)[0]
+    'the worker process left with exit code 3 before main returned (os._exit?)'
+    """
+    if status >= 0:
+        text = f"the worker process left with exit code {status} before main returned (os._exit?)"
+        return text, status, None
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    text = f"the worker process was ended by {name}"
+    if name == "SIGKILL":
+        text += ", most likely by the kernel because memory ran out, or by an operator"
+    return text, None, name

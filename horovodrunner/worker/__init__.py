@@ -1,0 +1,1 @@
+"""The process that calls main(), one per rank. Runs in: the worker."""

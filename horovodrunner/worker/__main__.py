@@ -1,0 +1,250 @@
+"""One rank: load the job, call main, write the outcome. Runs in: the worker.
+
+Started as ``python -m horovodrunner.worker --control FD --report FD [--import MODULE ...]`` by
+the task, before the rank is known. The job comes through the control pipe. That pipe stays open:
+when it ends, the task is gone, and this process ends with all the processes it started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from horovodrunner.core import payload
+from horovodrunner.core.frames import PREFIX_BYTES, Frame, parse_header, parse_prefix
+from horovodrunner.core.job import Failure, Outcome, Success, WorkerSpec
+from horovodrunner.errors import PayloadError
+from horovodrunner.worker.context import TaskLink, set_link
+
+MAX_EXCEPTION_BYTES = 1024 * 1024
+"""A pickled exception larger than this is left out; its text is enough."""
+
+_PEER_LOSS_TYPES = ("HorovodInternalError", "HorovodShutdownError", "DistBackendError")
+_PEER_LOSS_TEXTS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Horovod has been shut down",
+)
+
+
+def main() -> int:
+    """Run one rank from start to end.
+
+    Returns
+    -------
+    int
+        The process's exit code: 0 if main returned.
+    """
+    arguments = _parse_arguments()
+    job = _JobInbox(arguments.control)
+    link = TaskLink(arguments.report)
+    set_link(link)
+    _prepare_process(arguments.control, arguments.report)
+    for module in arguments.early_imports:
+        _import_early(module)
+    spec, call = job.wait()
+    outcome, exit_code = run(spec, call, link)
+    _flush_output()
+    header, body = outcome.to_frame()
+    link.send("outcome", bytes(body), **header)
+    return exit_code
+
+
+def run(spec: WorkerSpec, call: bytes, link: TaskLink) -> tuple[Outcome, int]:
+    """Call main and turn whatever happens into an outcome.
+
+    Parameters
+    ----------
+    spec
+        The slot.
+    call
+        The pickled ``(main, kwargs)``.
+    link
+        The pipe to the task.
+
+    Returns
+    -------
+    tuple of Outcome and int
+        What happened, and the exit code that says the same.
+    """
+    os.environ.update(spec.environment)
+    sys.path += [p for p in spec.sys_path if p not in sys.path and Path(p).exists()]
+    try:
+        function, kwargs = payload.load(call)
+    except BaseException as error:  # noqa: BLE001 - unpickling runs arbitrary code
+        return _failed(spec, error, "main could not be unpickled: ", hint=_import_hint(error)), 1
+    link.send("started")
+    try:
+        result = function(**kwargs)
+    except SystemExit as leaving:
+        if leaving.code not in (None, 0):
+            code = leaving.code if isinstance(leaving.code, int) else 1
+            return _failed(spec, leaving, "main called sys.exit: ", exit_code=code), code
+        result = None
+    except BaseException as error:  # noqa: BLE001 - reported, never swallowed
+        return _failed(spec, error, ""), 1
+    try:
+        return Outcome(success=Success(spec.rank, _pickle_result(spec, result))), 0
+    except PayloadError as error:
+        return _failed(spec, error, "", with_traceback=False), 1
+
+
+def _pickle_result(spec: WorkerSpec, result: object) -> bytes:
+    if not spec.return_result:
+        return b""
+    data = payload.dump_result(result)
+    limit = spec.max_result_bytes
+    if limit is not None and len(data) > limit:
+        raise PayloadError(
+            f"the value that main returned has {payload.format_bytes(len(data))} pickled, and "
+            f"Spark takes at most {payload.format_bytes(limit)} back to the driver: return less, "
+            "or start the session with a larger spark.driver.maxResultSize (0 means no limit)"
+        )
+    return data
+
+
+def _failed(
+    spec: WorkerSpec,
+    error: BaseException,
+    prefix: str,
+    *,
+    hint: str = "",
+    exit_code: int | None = None,
+    with_traceback: bool = True,
+) -> Outcome:
+    own_frames = error.__traceback__
+    if own_frames is not None and own_frames.tb_next is not None:
+        own_frames = own_frames.tb_next  # the frame of this file says nothing to the user
+    text = "".join(traceback.format_exception(type(error), error, own_frames))
+    with contextlib.suppress(OSError, ValueError):  # main may have closed it
+        sys.stderr.write(text)
+    name = type(error).__qualname__
+    message = str(error) or "(no message)"
+    after_peer_loss = name in _PEER_LOSS_TYPES or any(t in message for t in _PEER_LOSS_TEXTS)
+    failure = Failure(
+        rank=spec.rank,
+        host=spec.host,
+        summary=f"{prefix}{name}: {message}{hint}",
+        traceback=text if with_traceback else "",
+        exit_code=exit_code,
+        exception_type=f"{type(error).__module__}.{name}",
+        exception=_pickle_exception(error),
+        after_peer_loss=after_peer_loss,
+    )
+    return Outcome(failure=failure)
+
+
+def _pickle_exception(error: BaseException) -> bytes:
+    try:
+        data = payload.dump_result(error)
+    except PayloadError:
+        return b""
+    return data if len(data) <= MAX_EXCEPTION_BYTES else b""
+
+
+def _import_hint(error: BaseException) -> str:
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    return (
+        f". The module {error.name!r} exists on the driver but not for {sys.executable} here: "
+        "install it on the executors, ship it with spark.sparkContext.addPyFile(...), or call "
+        f"cloudpickle.register_pickle_by_value({(error.name or 'module').split('.')[0]})"
+    )
+
+
+def _prepare_process(*own_fds: int) -> None:
+    for fd in own_fds:
+        os.set_inheritable(fd, False)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    os.environ["PYTHONUNBUFFERED"] = "1"  # for Python processes that main starts
+
+
+def _flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # main may have closed it
+            stream.flush()
+
+
+def _import_early(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except Exception:  # noqa: BLE001 - main meets the same error, with its own traceback
+        return
+
+
+class _JobInbox:
+    """Waits for the job on the control pipe, and then for the pipe's end.
+
+    Parameters
+    ----------
+    control_fd
+        Read end of the pipe whose write end only the task holds.
+    """
+
+    def __init__(self, control_fd: int) -> None:
+        self._job: tuple[WorkerSpec, bytes] | None = None
+        self._arrived = threading.Event()
+        threading.Thread(
+            target=self._read, args=(control_fd,), name="horovodrunner-control", daemon=True
+        ).start()
+
+    def wait(self) -> tuple[WorkerSpec, bytes]:
+        """Wait for the job.
+
+        Returns
+        -------
+        tuple of WorkerSpec and bytes
+            The slot and the pickled call.
+        """
+        self._arrived.wait()
+        assert self._job is not None  # noqa: S101 - set before the event
+        job, self._job = self._job, None  # the pickle may be large; main must not keep it alive
+        return job
+
+    def _read(self, control_fd: int) -> None:
+        with open(control_fd, "rb", closefd=False) as pipe:  # noqa: PTH123 - not a path
+            frame = _read_frame(pipe)
+            if frame is not None:
+                fields = {k: v for k, v in frame.header.items() if k != "kind"}
+                self._job = (WorkerSpec.from_header(fields), bytes(frame.body))
+                del frame
+                self._arrived.set()
+                pipe.read()  # returns only when the task is gone or wants us gone
+        if os.getpgrp() == os.getpid():  # so started by the task: our children go with us
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+
+def _read_frame(pipe: BinaryIO) -> Frame | None:
+    prefix = pipe.read(PREFIX_BYTES)
+    if len(prefix) < PREFIX_BYTES:
+        return None
+    header_bytes, body_bytes = parse_prefix(prefix, None)
+    header = pipe.read(header_bytes)
+    body = pipe.read(body_bytes)
+    if len(header) < header_bytes or len(body) < body_bytes:
+        return None
+    return Frame(parse_header(header), body)
+
+
+def _parse_arguments() -> Any:
+    parser = argparse.ArgumentParser(prog="python -m horovodrunner.worker")
+    parser.add_argument("--control", type=int, required=True, help="file descriptor to read from")
+    parser.add_argument("--report", type=int, required=True, help="file descriptor to write to")
+    parser.add_argument("--import", dest="early_imports", action="append", default=[])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
