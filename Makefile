@@ -1,0 +1,45 @@
+# Everything runs in .venv, which every target sets up first if it has to.
+# Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint docs clean
+
+help:
+	@echo "make demo    set everything up and train a small network on a two-executor Spark cluster"
+	@echo "make test    set everything up and run the linters, the documentation build and the tests"
+	@echo "make setup   only set everything up: .venv, all dependencies, Horovod built for them"
+	@echo "make lint    ruff, mypy and the import contracts"
+	@echo "make docs    build the documentation, warnings are errors: docs/_build/html/index.html"
+	@echo "make clean   remove .venv and everything that is generated"
+	@echo
+	@echo "Needs Python 3.10 or newer, Java 17 or newer, a C++17 compiler, cmake and make."
+	@echo "Another interpreter: make demo PYTHON=python3.12"
+
+setup:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found: install Python 3.10" \
+	  "or newer (Debian/Ubuntu: apt install python3-dev python3-venv) or name one:" \
+	  "make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) scripts/setup.py
+
+demo: setup
+	@$(BIN)/python examples/digits.py
+
+test: lint docs
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
+
+clean:
+	rm -rf .venv build dist docs/_build work spark-warehouse *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,304 @@
+"""Looks at the machine and says what would go wrong and what to do. Runs in: the command line.
+
+Frameworks are imported in processes of their own, so that looking at a GPU takes none of its
+memory and a broken installation cannot take the doctor down with it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import ipaddress
+import os
+import platform
+import runpy
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from horovodrunner import prerequisites
+from horovodrunner.errors import ConfigurationError
+from horovodrunner.horovod_build import check_horovod
+from horovodrunner.horovod_build.recipe import framework_versions
+
+_IMPORT_SECONDS = 90.0
+_TORCH_PROGRAM = """
+import torch
+print(f"answer:CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPUs"
+      if torch.version.cuda else "answer:CPU build")
+"""
+_TENSORFLOW_PROGRAM = """
+import tensorflow as tf
+gpus = len(tf.config.list_physical_devices("GPU"))
+print(f"answer:{gpus} GPUs" if tf.test.is_built_with_cuda() else "answer:CPU build")
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes
+    ----------
+    verdict: ``ok``; ``problem`` stops a run; ``note`` is good to know.
+    subject: what was looked at.
+    text: what was seen.
+    remedy: what to do about it; empty if nothing has to be done.
+    """
+
+    verdict: Literal["ok", "problem", "note"]
+    subject: str
+    text: str
+    remedy: str = ""
+
+
+def run_doctor() -> int:
+    """Print the report and return 1 if it holds a problem, else 0."""
+    problems = 0
+    for finding in examine():
+        problems += finding.verdict == "problem"
+        print(f"{finding.verdict:<8} {finding.subject:<11} {finding.text}", flush=True)
+        if finding.remedy:
+            print(f"{'':<8} {'':<11} -> {finding.remedy}", flush=True)
+    print(
+        f"\n{problems} problem{'s' * (problems != 1)} found" if problems else "\nno problem found"
+    )
+    return 1 if problems else 0
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything, in the order of a run: from Python to the network."""
+    # The slow ones start first and are read when their line comes.
+    probes = _start_framework_probes()
+    try:
+        yield _python()
+        yield from _worker_python()
+        yield _java()
+        yield from _spark()
+        for name, (version, probe) in probes.items():
+            yield _framework(name, version, probe)
+        yield from _keras()
+        yield _horovod()
+        yield from _gpus()
+        yield from _network()
+    finally:
+        for _, probe in probes.values():
+            probe.kill()
+            probe.communicate()
+
+
+def _python() -> Finding:
+    cores = (
+        len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else None
+    )
+    memory = psutil.virtual_memory()
+    return Finding(
+        "ok",
+        "Python",
+        f"{platform.python_version()} ({sys.executable}), {cores or psutil.cpu_count()} cores, "
+        f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB memory free",
+    )
+
+
+def _worker_python() -> Iterator[Finding]:
+    """Compare the Python that executors are told to use with the running one."""
+    other = os.environ.get("PYSPARK_PYTHON")
+    if not other:
+        return
+    program = "import sys; print('%d.%d' % sys.version_info[:2]); print(sys.prefix)"
+    code, text = prerequisites.output_of([other, "-c", program])
+    if code != 0:
+        yield Finding(
+            "note",
+            "executors",
+            f"PYSPARK_PYTHON={other} cannot be run on this machine ({text.strip()[:80]})",
+            "make sure that it exists on every executor, with the same packages as here",
+        )
+        return
+    version, prefix = text.split("\n")[:2]
+    ours = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if version != ours:
+        yield Finding(
+            "problem",
+            "executors",
+            f"PYSPARK_PYTHON={other} is Python {version}, this is Python {ours}",
+            f"Spark refuses to mix them: set PYSPARK_PYTHON={sys.executable}",
+        )
+    elif prefix != sys.prefix:
+        yield Finding(
+            "note",
+            "executors",
+            f"PYSPARK_PYTHON={other} is another environment ({prefix}) than this one",
+            f"executors see its packages only; for this one set PYSPARK_PYTHON={sys.executable}",
+        )
+    else:
+        yield Finding("ok", "executors", f"PYSPARK_PYTHON={other} is this environment")
+
+
+def _java() -> Finding:
+    problem = prerequisites.java_problem()
+    if problem:
+        return Finding("problem", "Java", problem.text, problem.remedy)
+    command = prerequisites.java_command() or "java"
+    _, text = prerequisites.output_of([command, "-version"])
+    return Finding("ok", "Java", f"{prerequisites.java_major(text)} ({command})")
+
+
+def _spark() -> Iterator[Finding]:
+    spec = importlib.util.find_spec("pyspark")
+    if spec is None or spec.origin is None:
+        yield Finding(
+            "problem",
+            "Spark",
+            "pyspark is not installed; only np < 0 works without it",
+            "pip install 'horovodrunner[spark]'",
+        )
+        return
+    # The imported one counts: SPARK_HOME's pyspark has no distribution that pip knows.
+    version = str(runpy.run_path(str(Path(spec.origin).with_name("version.py")))["__version__"])
+    yield Finding("ok", "Spark", f"pyspark {version} ({Path(spec.origin).parent})")
+    home = os.environ.get("SPARK_HOME")
+    if home and not Path(home, "bin", "spark-submit").exists():
+        yield Finding(
+            "problem",
+            "Spark",
+            f"SPARK_HOME={home} holds no bin/spark-submit",
+            "unset SPARK_HOME to use the Spark that comes with pyspark, or correct it",
+        )
+    absent = [name for name in ("pyarrow", "pandas") if importlib.util.find_spec(name) is None]
+    if absent:
+        yield Finding(
+            "problem",
+            "Spark",
+            f"{' and '.join(absent)} missing: the barrier stage exchanges Arrow batches",
+            "pip install 'horovodrunner[spark]'",
+        )
+
+
+def _start_framework_probes() -> dict[str, tuple[str, subprocess.Popen[str]]]:
+    programs = {"torch": _TORCH_PROGRAM, "tensorflow": _TENSORFLOW_PROGRAM}
+    return {
+        name: (
+            version,
+            subprocess.Popen(
+                [sys.executable, "-c", programs[name]],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+            ),
+        )
+        for name, version in framework_versions().items()
+    }
+
+
+def _framework(name: str, version: str, probe: subprocess.Popen[str]) -> Finding:
+    try:
+        output, errors = probe.communicate(timeout=_IMPORT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Finding(
+            "problem",
+            name,
+            f"{version}: its import takes longer than {_IMPORT_SECONDS:.0f} s",
+            "look at the disk and the GPU driver (nvidia-smi)",
+        )
+    answers = [line[7:] for line in output.splitlines() if line.startswith("answer:")]
+    if probe.returncode == 0 and answers:
+        return Finding("ok", name, f"{version}, {answers[0]}")
+    last = (errors.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
+    return Finding(
+        "problem",
+        name,
+        f"{version} is installed but cannot be imported: {last[:160]}",
+        f"pip install --force-reinstall {name}=={version}",
+    )
+
+
+def _keras() -> Iterator[Finding]:
+    """Point at the trap of Keras 3 under Horovod, which no error message shows."""
+    try:
+        version = importlib.metadata.version("keras")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    legacy = os.environ.get("TF_USE_LEGACY_KERAS") == "1"
+    if int(version.split(".")[0]) >= 3 and not legacy:
+        yield Finding(
+            "note",
+            "keras",
+            f"{version}: horovod.tensorflow.keras does not average the gradients of Keras 3",
+            "train with tf_keras and TF_USE_LEGACY_KERAS=1 (pip install --no-deps tf-keras)",
+        )
+
+
+def _horovod() -> Finding:
+    build = "python -m horovodrunner build-horovod"
+    try:
+        status = check_horovod()
+    except ConfigurationError:
+        return Finding(
+            "problem",
+            "Horovod",
+            "neither torch nor tensorflow is installed",
+            f"pip install 'horovodrunner[torch]' or 'horovodrunner[tensorflow]', then {build}",
+        )
+    if not status.fits:
+        return Finding("problem", "Horovod", status.text, build)
+    return Finding("ok", "Horovod", status.text)
+
+
+def _gpus() -> Iterator[Finding]:
+    query = ["nvidia-smi", "--query-gpu=index,name,memory.total,driver_version"]
+    code, text = prerequisites.output_of([*query, "--format=csv,noheader"])
+    if code == 127:
+        yield Finding("ok", "GPUs", "none (no nvidia-smi): training runs on the CPU")
+    elif code != 0:
+        yield Finding(
+            "problem",
+            "GPUs",
+            f"nvidia-smi failed with exit code {code}: {text.strip()[:120]}",
+            "repair the NVIDIA driver, or remove it if this machine has no GPU",
+        )
+    else:
+        for line in text.strip().splitlines():
+            yield Finding("ok", "GPUs", line.strip())
+
+
+def _network() -> Iterator[Finding]:
+    up = psutil.net_if_stats()
+    reachable = []
+    for name, addresses in sorted(psutil.net_if_addrs().items()):
+        ipv4 = [a.address for a in addresses if a.family == socket.AF_INET]
+        if ipv4 and name in up and up[name].isup:
+            if not all(ipaddress.ip_address(address).is_loopback for address in ipv4):
+                reachable.append(name)
+            yield Finding("ok", "NIC", f"{name}: {', '.join(ipv4)}")
+    if not reachable:
+        yield Finding("note", "NIC", "only the loopback: runs on this machine alone will work")
+    host = socket.gethostname()
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        local = os.environ.get("SPARK_LOCAL_IP")
+        yield Finding(
+            "note" if local else "problem",
+            "host name",
+            f"{host} has no address" + (f", but SPARK_LOCAL_IP={local}" if local else ""),
+            "" if local else "add it to /etc/hosts, or set SPARK_LOCAL_IP",
+        )
+        return
+    if ipaddress.ip_address(address).is_loopback and reachable:
+        yield Finding(
+            "note",
+            "host name",
+            f"{host} is {address}: Spark will choose one of the other addresses",
+            "on a cluster set SPARK_LOCAL_IP to the address that the executors reach",
+        )
+    else:
+        yield Finding("ok", "host name", f"{host} is {address}")

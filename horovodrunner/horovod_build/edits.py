@@ -1,0 +1,143 @@
+"""The edits that make Horovod 0.28.1 build on today's frameworks. Runs in: the command line.
+
+Each edit replaces one piece of text that occurs exactly once in one file, so a source archive
+that differs from the one they were written for is noticed instead of being built half-edited.
+They are right for every Python and framework version and are always applied all together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from horovodrunner.errors import HorovodBuildError
+
+RECORD_NAME = "horovodrunner_build.json"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One replacement in one file of the source archive.
+
+    Attributes
+    ----------
+    name: how errors call it.
+    why: what breaks without it.
+    file: path inside the archive.
+    old: text that is replaced; occurs exactly once in the file.
+    new: text that takes its place.
+    """
+
+    name: str
+    why: str
+    file: str
+    old: str
+    new: str
+
+    def apply(self, source: Path) -> None:
+        """Replace the text below ``source``.
+
+        Raises
+        ------
+        HorovodBuildError
+            If the file is missing or does not hold the text exactly once.
+        """
+        path = source / self.file
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise HorovodBuildError(
+                f"edit {self.name!r} cannot be applied: {self.file} is not in the source archive; "
+                "these edits were written for Horovod 0.28.1"
+            ) from None
+        count = text.count(self.old)
+        if count != 1:
+            raise HorovodBuildError(
+                f"edit {self.name!r} cannot be applied: {self.file} holds its target text "
+                f"{count} times instead of once ({self.old.strip()!r}); "
+                "these edits were written for Horovod 0.28.1"
+            )
+        path.write_text(text.replace(self.old, self.new), encoding="utf-8")
+
+
+_CXX17 = "PyTorch since 2.1 and TensorFlow's headers need C++17"
+_DISTUTILS = "Python 3.12 removed distutils"
+
+EDITS = (
+    Edit(
+        name="cxx17-core",
+        why=_CXX17,
+        file="CMakeLists.txt",
+        old="set(CMAKE_CXX_STANDARD 14)",
+        new="set(CMAKE_CXX_STANDARD 17)",
+    ),
+    Edit(
+        name="cxx17-torch",
+        why=_CXX17,
+        file="horovod/torch/CMakeLists.txt",
+        old="set(CMAKE_CXX_STANDARD 14)",
+        new="set(CMAKE_CXX_STANDARD 17)",
+    ),
+    Edit(
+        name="no-debug-symbols",
+        why="debug symbols make the compilation slower and the wheel many times larger",
+        file="CMakeLists.txt",
+        old="project(horovod CXX)\n",
+        new=(
+            "project(horovod CXX)\n"
+            'string(REPLACE "-g " "" CMAKE_CXX_FLAGS_RELWITHDEBINFO '
+            '"${CMAKE_CXX_FLAGS_RELWITHDEBINFO}")\n'
+        ),
+    ),
+    Edit(
+        name="one-gloo",
+        why="everything is C++17 here, so TensorFlow needs no second compilation of Gloo",
+        file="horovod/tensorflow/CMakeLists.txt",
+        old="    set(Tensorflow_CXX17 TRUE)\n",
+        new="    set(Tensorflow_CXX17 FALSE)\n",
+    ),
+    Edit(
+        name="no-xla-ops",
+        why="TensorFlow's wheel lacks a header that xla_mpi_ops.cc includes; "
+        "the XLA ops are an opt-in for GPUs",
+        file="horovod/tensorflow/CMakeLists.txt",
+        old='list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n',
+        new="",
+    ),
+    Edit(
+        name="no-distutils-jsrun",
+        why=_DISTUTILS,
+        file="horovod/runner/js_run.py",
+        old="from distutils.spawn import find_executable",
+        new="from shutil import which as find_executable",
+    ),
+    Edit(
+        name="no-distutils-torch",
+        why=_DISTUTILS,
+        file="horovod/torch/CMakeLists.txt",
+        old="from distutils.sysconfig import get_python_inc; print(get_python_inc())",
+        new="import sysconfig; print(sysconfig.get_path('include', 'posix_prefix'))",
+    ),
+    Edit(
+        name="build-record",
+        why="the wheel carries what it was built for, and pip removes the record with it",
+        file="setup.py",
+        old="      zip_safe=False,\n",
+        new=f"      zip_safe=False,\n      package_data={{'horovod': ['{RECORD_NAME}']}},\n",
+    ),
+)
+
+
+def apply_edits(source: Path, edits: Sequence[Edit] = EDITS) -> None:
+    """Apply every edit to the unpacked source archive in ``source``."""
+    for edit in edits:
+        edit.apply(source)
+
+
+def fingerprint(edits: Sequence[Edit] = EDITS) -> str:
+    """Return a short hash that changes when what any edit does changes."""
+    parts = [[edit.file, edit.old, edit.new] for edit in edits]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

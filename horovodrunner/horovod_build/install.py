@@ -1,0 +1,144 @@
+"""Brings the right Horovod into this environment. Runs in: the command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import platformdirs
+
+from horovodrunner.errors import HorovodBuildError
+from horovodrunner.horovod_build.recipe import (
+    Recipe,
+    Status,
+    cache_key,
+    current_recipe,
+    installed_status,
+    toolchain_facts,
+)
+from horovodrunner.horovod_build.verify import verify_allreduce
+from horovodrunner.horovod_build.wheel import Say, make_wheel, require_build_tools
+
+
+def cache_folder() -> Path:
+    """Return the folder that keeps finished wheels and build logs."""
+    return Path(platformdirs.user_cache_dir("horovodrunner"))
+
+
+def check_horovod() -> Status:
+    """Say whether the installed Horovod fits the installed frameworks; takes no second."""
+    return installed_status(current_recipe())
+
+
+def build_horovod(*, force: bool = False, target: Path | None = None, say: Say = print) -> None:
+    """Install a Horovod built for the installed frameworks, unless it is there already.
+
+    Nothing is installed, and nothing goes into the cache, before two processes have proved it
+    with a real allreduce for every framework.
+
+    Parameters
+    ----------
+    force: build anew, whatever is installed or cached.
+    target: install into this folder instead of the environment.
+    say: told each step.
+
+    Raises
+    ------
+    ConfigurationError
+        If no framework is installed.
+    HorovodBuildError
+        If something is missing, or a step fails.
+    """
+    recipe = current_recipe()
+    if target is None and not force and _nothing_to_do(recipe, say):
+        return
+    require_build_tools(recipe)
+    if recipe.cuda and not recipe.gpu_operations:
+        say(
+            f"note: torch has CUDA {recipe.cuda} but no CUDA toolkit (nvcc) was found, so this "
+            "Horovod is for the CPU; for GPUs install the toolkit or set CUDA_HOME"
+        )
+    say(f"looking at {recipe}, the compiler and the cache")
+    key = cache_key(recipe, toolchain_facts(recipe))
+    wheel = cached_wheel(key)
+    if wheel is None or force:
+        wheel = _make_cached_wheel(recipe, key, say)
+    else:
+        say(f"using the wheel built earlier: {wheel}")
+        _prove(wheel, recipe, say)
+    _install(wheel, target)
+    say(f"installed Horovod {recipe.horovod} for {recipe}")
+
+
+def cached_wheel(key: str) -> Path | None:
+    """Return the finished wheel that is cached under ``key``, if there is one."""
+    return next((cache_folder() / "wheels" / key).glob("*.whl"), None)
+
+
+def store_wheel(wheel: Path, key: str) -> Path:
+    """Copy a wheel into the cache in one step, so that nobody ever sees half of it."""
+    folder = cache_folder() / "wheels" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="incoming-") as incoming:
+        copied = shutil.copy(wheel, incoming)
+        final = folder / wheel.name
+        os.replace(copied, final)  # noqa: PTH105 - the same call on every platform
+    return final
+
+
+def _nothing_to_do(recipe: Recipe, say: Say) -> bool:
+    status = installed_status(recipe)
+    if status.state == "foreign":
+        say(f"{status.text}; verifying it")
+        verify_allreduce(recipe.frameworks)
+    if status.fits:
+        say(f"{status.text}: nothing to do")
+        return True
+    say(status.text)
+    return False
+
+
+def _make_cached_wheel(recipe: Recipe, key: str, say: Say) -> Path:
+    log = cache_folder() / "logs" / f"horovod-{key}.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HorovodBuildError(
+            f"the cache folder {cache_folder()} cannot be written ({error.strerror}); "
+            "set XDG_CACHE_HOME to a folder that can"
+        ) from error
+    with tempfile.TemporaryDirectory(prefix="horovod-build-") as work:
+        made = make_wheel(recipe, work=Path(work), log=log, say=say)
+        _prove(made, recipe, say)
+        return store_wheel(made, key)
+
+
+def _prove(wheel: Path, recipe: Recipe, say: Say) -> None:
+    """Verify a wheel unpacked beside the environment, which stays as it is if that fails."""
+    say(f"verifying with a two-process allreduce: {', '.join(recipe.frameworks)}")
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="horovod-prove-") as folder:
+        with zipfile.ZipFile(wheel) as packed:
+            packed.extractall(folder)
+        verify_allreduce(recipe.frameworks, folder=Path(folder))
+    say(f"  verified in {time.monotonic() - started:.0f} s")
+
+
+def _install(wheel: Path, target: Path | None) -> None:
+    # pip would leave an installed horovod of the same version alone without --force-reinstall.
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
+    command += ["--no-index", "--force-reinstall", str(wheel)]
+    if target is not None:
+        command += ["--target", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise HorovodBuildError(
+            f"pip could not install {wheel} (exit code {done.returncode}):\n"
+            f"  {done.stderr.strip()[-1000:]}"
+        )

@@ -1,0 +1,286 @@
+"""What Horovod has to be built for, and what it was built for. Runs in: the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from horovodrunner import prerequisites
+from horovodrunner.errors import ConfigurationError, HorovodBuildError
+from horovodrunner.horovod_build.edits import RECORD_NAME, fingerprint
+
+HOROVOD_VERSION = "0.28.1"
+
+HOROVOD_NAMES = {"torch": "pytorch", "tensorflow": "tensorflow"}
+"""How Horovod spells each framework, in its metadata.json and (in capitals) its variables."""
+
+# Variables of the environment that change what Horovod's build makes. Horovod's many run-time
+# variables (HOROVOD_TIMELINE, HOROVOD_CACHE_CAPACITY, ...) are not among them.
+_FLAG_PREFIXES = ("HOROVOD_NCCL_", "HOROVOD_GPU", "HOROVOD_BUILD_", "HOROVOD_WITH")
+_FLAG_NAMES = (
+    "HOROVOD_ALLOW_MIXED_GPU_IMPL",
+    "HOROVOD_CPU_OPERATIONS",
+    "HOROVOD_CUDA_HOME",
+    "HOROVOD_DEBUG",
+    "HOROVOD_ROCM_HOME",
+    "CFLAGS",
+    "CXXFLAGS",
+    "LDFLAGS",
+)
+
+# Run by the Python that will import Horovod; argv names the frameworks. Paths are left out, so
+# that two environments with the same packages get the same answer.
+_ABI_PROGRAM = """
+import json, sys
+answer = {}
+if "torch" in sys.argv:
+    import torch
+    answer["torch"] = [torch.__version__, torch.version.cuda, torch.compiled_with_cxx11_abi()]
+if "tensorflow" in sys.argv:
+    import tensorflow as tf
+    flags = [flag for flag in tf.sysconfig.get_compile_flags() if not flag.startswith("-I")]
+    answer["tensorflow"] = [tf.__version__, *flags]
+print("abi:" + json.dumps(answer))
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a build of Horovod is made for; read without importing any framework.
+
+    Attributes
+    ----------
+    horovod: version of Horovod.
+    edits: fingerprint of the edits to its sources.
+    python: ABI tag of the interpreter, such as ``cpython-311-x86_64-linux-gnu``.
+    frameworks: version of each installed framework, by import name.
+    cuda: CUDA version that torch was built with; None for a CPU build.
+    gpu_operations: value of HOROVOD_GPU_OPERATIONS; empty for none.
+    flags: the other variables that change the build, as the user set them.
+    """
+
+    horovod: str
+    edits: str
+    python: str
+    frameworks: dict[str, str]
+    cuda: str | None
+    gpu_operations: str
+    flags: dict[str, str]
+
+    def __str__(self) -> str:
+        """Say it in words: ``torch 2.13.0, tensorflow 2.21.0 (CPU)``."""
+        names = ", ".join(f"{name} {version}" for name, version in self.frameworks.items())
+        return f"{names} ({self.gpu_operations or 'CPU'})"
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment variables that tell Horovod's build what to make."""
+        variables = {"HOROVOD_WITH_GLOO": "1", "HOROVOD_WITHOUT_MPI": "1"}
+        variables["HOROVOD_WITHOUT_MXNET"] = "1"
+        for name, spelled in HOROVOD_NAMES.items():
+            with_or_without = "WITH" if name in self.frameworks else "WITHOUT"
+            variables[f"HOROVOD_{with_or_without}_{spelled.upper()}"] = "1"
+        variables.update(self.flags)
+        if self.gpu_operations:
+            variables["HOROVOD_GPU_OPERATIONS"] = self.gpu_operations
+            home = cuda_home()
+            if home:
+                variables.setdefault("HOROVOD_CUDA_HOME", home)
+        return variables
+
+
+@dataclass(frozen=True)
+class Status:
+    """How the installed Horovod fits the installed frameworks.
+
+    Attributes
+    ----------
+    state: ``ready`` was built and verified by this command; ``foreign`` was built by something
+        else for the right versions; ``stale`` was built for something else; ``missing``.
+    text: the same in one line, with the versions seen.
+    """
+
+    state: Literal["ready", "foreign", "stale", "missing"]
+    text: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether Horovod can be used with the installed frameworks."""
+        return self.state in ("ready", "foreign")
+
+
+def framework_versions() -> dict[str, str]:
+    """Return the versions of torch and TensorFlow as installed, by import name.
+
+    A framework that HOROVOD_WITHOUT_PYTORCH or HOROVOD_WITHOUT_TENSORFLOW leaves out is not
+    listed.
+    """
+    owners = importlib.metadata.packages_distributions()
+    found = {}
+    for name, spelled in HOROVOD_NAMES.items():
+        left_out = os.environ.get(f"HOROVOD_WITHOUT_{spelled.upper()}") == "1"
+        if name in owners and not left_out:
+            found[name] = importlib.metadata.version(owners[name][0])
+    return found
+
+
+def torch_cuda() -> str | None:
+    """Return the CUDA version the installed torch was built with, without importing torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    version_file = Path(spec.origin).with_name("version.py")
+    cuda = runpy.run_path(str(version_file)).get("cuda") if version_file.exists() else None
+    return str(cuda) if cuda else None
+
+
+def cuda_home() -> str | None:
+    """Return where the CUDA toolkit (nvcc) is, looked for where torch's extensions look."""
+    for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            return os.environ[name]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        return str(Path(nvcc).resolve().parent.parent)
+    return "/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else None
+
+
+def current_recipe() -> Recipe:
+    """Find out what Horovod has to be built for in this environment.
+
+    Raises
+    ------
+    ConfigurationError
+        If neither torch nor TensorFlow is installed.
+    """
+    frameworks = framework_versions()
+    if not frameworks:
+        raise ConfigurationError(
+            f"neither torch nor tensorflow is installed for {sys.executable}, so there is nothing "
+            "to build Horovod for; install one: pip install 'horovodrunner[torch]' or "
+            "'horovodrunner[tensorflow]'"
+        )
+    cuda = torch_cuda() if "torch" in frameworks else None
+    operations = "NCCL" if cuda and cuda_home() else ""
+    flags = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name in _FLAG_NAMES or name.startswith(_FLAG_PREFIXES)
+    }
+    return Recipe(
+        horovod=HOROVOD_VERSION,
+        edits=fingerprint(),
+        python=str(sysconfig.get_config_var("SOABI")),
+        frameworks=frameworks,
+        cuda=cuda,
+        gpu_operations=flags.pop("HOROVOD_GPU_OPERATIONS", operations),
+        flags=flags,
+    )
+
+
+def cache_key(recipe: Recipe, toolchain: dict[str, Any]) -> str:
+    """Return the name a wheel is cached under: a hash of everything it depends on."""
+    facts = {**asdict(recipe), "toolchain": toolchain}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def toolchain_facts(recipe: Recipe) -> dict[str, Any]:
+    """Read what else a wheel depends on: compilers, C++ ABIs, the processor.
+
+    The frameworks are imported for this, in a process of their own, which also proves that they
+    can be imported before minutes are spent on a build.
+
+    Raises
+    ------
+    HorovodBuildError
+        If a framework cannot be imported.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _ABI_PROGRAM, *recipe.frameworks],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    answers = [line[4:] for line in done.stdout.splitlines() if line.startswith("abi:")]
+    if done.returncode != 0 or not answers:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise HorovodBuildError(
+            f"the installed {recipe} cannot be imported by {sys.executable} ({last}); "
+            "repair that first, then build Horovod"
+        )
+    compiler = prerequisites.compiler_command() or ["c++"]
+    return {
+        "abi": json.loads(answers[0]),
+        "platform": [platform.system(), platform.machine(), platform.libc_ver()],
+        "processor": _vector_extensions(),
+        "compiler": _first_line([*compiler, "--version"]),
+        "cmake": _first_line([prerequisites.cmake_command() or "cmake", "--version"]),
+        "nvcc": _nvcc_version() if recipe.gpu_operations else None,
+    }
+
+
+def installed_status(recipe: Recipe) -> Status:
+    """Compare the installed Horovod with what this environment needs; nothing is imported."""
+    spec = importlib.util.find_spec("horovod")
+    if spec is None or spec.origin is None:
+        return Status("missing", "Horovod is not installed")
+    package = Path(spec.origin).parent
+    built_for = _read_json(package / "metadata.json")
+    for name, version in recipe.frameworks.items():
+        theirs = built_for.get(HOROVOD_NAMES[name])
+        if theirs != version:
+            was = f"for {name} {theirs}" if theirs else f"without {name}"
+            return Status(
+                "stale", f"the installed Horovod was built {was}; {name} {version} is installed"
+            )
+    record = _read_json(package / RECORD_NAME)
+    if not record:
+        return Status("foreign", f"Horovod was built by another tool for {recipe}")
+    wanted = asdict(recipe)
+    for field in ("horovod", "edits", "python", "cuda", "gpu_operations", "flags"):
+        if record.get(field) != wanted[field]:
+            return Status(
+                "stale",
+                f"the installed Horovod was built with {field} {record.get(field)!r}; "
+                f"now it would be {wanted[field]!r}",
+            )
+    return Status("ready", f"Horovod {recipe.horovod} is built for {recipe}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _first_line(command: list[str]) -> str:
+    _, text = prerequisites.output_of(command)
+    return text.strip().split("\n", 1)[0]
+
+
+def _nvcc_version() -> str:
+    home = cuda_home()
+    _, text = prerequisites.output_of([str(Path(home or "") / "bin" / "nvcc"), "--version"])
+    return text.strip()
+
+
+def _vector_extensions() -> list[str]:
+    """List the processor's extensions for which Horovod's build turns on compiler flags."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return [name for name in ("avx", "f16c", "fma") if f" {name} " in text]

@@ -1,0 +1,253 @@
+"""Fetches, edits and compiles Horovod into a wheel. Runs in: the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from horovodrunner import prerequisites
+from horovodrunner.errors import HorovodBuildError
+from horovodrunner.horovod_build.edits import RECORD_NAME, apply_edits
+from horovodrunner.horovod_build.recipe import HOROVOD_VERSION, Recipe, cuda_home
+
+SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
+
+Say = Callable[[str], None]
+"""How a step tells what it does: called with one line."""
+
+# Import name and distribution name of what a build without isolation needs around it.
+_BUILD_PACKAGES = {
+    "pip": "pip",
+    "setuptools": "setuptools",
+    "wheel": "wheel",
+    "packaging": "packaging",
+    "yaml": "pyyaml",
+    "cffi": "cffi",
+    "cloudpickle": "cloudpickle",
+    "psutil": "psutil",
+}
+
+_PROGRESS_SECONDS = 20.0
+_PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+
+# What the compilers, the linker, CMake, make and Python write about a failure, most telling first.
+_ERROR_LINES = (
+    re.compile(r"^\S+:\d+(:\d+)?: (fatal )?error: |internal compiler error"),
+    re.compile(r"^CMake Error|undefined reference to|^\S*ld\S*: "),
+    re.compile(r"(fatal )?error: |^make.*\*\*\*|^\w*Error: ", re.IGNORECASE),
+)
+_HINTS = (
+    (
+        re.compile(r"Killed|Terminated program cc1plus|virtual memory exhausted"),
+        "the machine ran out of memory; compile with fewer processes: MAKEFLAGS=-j1",
+    ),
+    (
+        re.compile(r"Could NOT find NCCL"),
+        "install NCCL with its headers (Debian/Ubuntu: apt install libnccl-dev) or set "
+        "HOROVOD_NCCL_HOME; HOROVOD_GPU_OPERATIONS= (empty) builds without it",
+    ),
+)
+
+
+def require_build_tools(recipe: Recipe) -> None:
+    """Check that everything a build needs is there, before anything is downloaded.
+
+    Raises
+    ------
+    HorovodBuildError
+        Naming all that is missing, and how to get it.
+    """
+    problems = [str(problem) for problem in prerequisites.build_problems()]
+    absent = [
+        distribution
+        for name, distribution in _BUILD_PACKAGES.items()
+        if importlib.util.find_spec(name) is None
+    ]
+    if "pip" in absent:
+        absent.remove("pip")
+        problems.append(f"pip is not installed: {sys.executable} -m ensurepip")
+    if absent:
+        names = " ".join(absent)
+        problems.append(f"Python packages are missing: {sys.executable} -m pip install {names}")
+    if recipe.gpu_operations == "NCCL" and cuda_home() is None:
+        problems.append(
+            "HOROVOD_GPU_OPERATIONS=NCCL needs the CUDA toolkit and no nvcc was found: install it "
+            f"for CUDA {recipe.cuda or '(as torch)'} or set CUDA_HOME"
+        )
+    if problems:
+        raise HorovodBuildError("Horovod cannot be built yet:\n  " + "\n  ".join(problems))
+
+
+def make_wheel(recipe: Recipe, *, work: Path, log: Path, say: Say) -> Path:
+    """Fetch, unpack, edit and compile Horovod.
+
+    Parameters
+    ----------
+    recipe: what to build for.
+    work: an empty folder for the sources and the wheel.
+    log: file that keeps the whole output of the build.
+    say: told each step.
+
+    Returns
+    -------
+    Path
+        The wheel, below ``work``.
+
+    Raises
+    ------
+    HorovodBuildError
+        If a step fails; a failed compilation shows the first error and where the log is.
+    """
+    source = unpack(fetch_sdist(work, say), work)
+    apply_edits(source)
+    record = json.dumps(asdict(recipe), indent=1)
+    (source / "horovod" / RECORD_NAME).write_text(record, encoding="utf-8")
+    return compile_wheel(recipe, source=source, work=work, log=log, say=say)
+
+
+def fetch_sdist(work: Path, say: Say) -> Path:
+    """Download Horovod's source archive with pip, as pip is configured, and check its hash."""
+    say(f"fetching Horovod {HOROVOD_VERSION}'s source archive (3.5 MB)")
+    # Hashes are only accepted from a requirements file, not on pip's command line.
+    requirements = work / "requirements.txt"
+    requirements.write_text(f"horovod=={HOROVOD_VERSION} --hash=sha256:{SDIST_SHA256}\n")
+    command = [*_PIP, "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+    command += ["--require-hashes", "--dest", str(work), "--requirement", str(requirements)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.strip().splitlines() if "notice" not in line]
+        raise HorovodBuildError(
+            f"pip could not download Horovod {HOROVOD_VERSION}'s source archive "
+            f"(exit code {done.returncode}):\n  " + "\n  ".join(lines[-4:])
+        )
+    archive = work / f"horovod-{HOROVOD_VERSION}.tar.gz"
+    check_hash(archive)
+    return archive
+
+
+def check_hash(archive: Path, expected: str = SDIST_SHA256) -> None:
+    """Refuse a source archive that is not the one the edits were written for."""
+    actual = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if actual != expected:
+        raise HorovodBuildError(
+            f"{archive.name} has SHA-256 {actual}, expected {expected}: the archive was changed "
+            "or damaged on its way, and is not used"
+        )
+
+
+def unpack(archive: Path, work: Path) -> Path:
+    """Unpack the source archive and return its folder."""
+    with tarfile.open(archive) as packed:
+        if hasattr(tarfile, "data_filter"):
+            packed.extractall(work, filter="data")
+        else:  # Pythons before the filters were added; the hash says whose archive this is
+            packed.extractall(work)  # noqa: S202
+    return work / f"horovod-{HOROVOD_VERSION}"
+
+
+def build_environment(recipe: Recipe) -> dict[str, str]:
+    """Return the environment the build runs in."""
+    environ = {name: v for name, v in os.environ.items() if not name.startswith("HOROVOD_WITH")}
+    environ.update(recipe.variables())
+    if prerequisites.cmake_command():
+        environ["HOROVOD_CMAKE"] = str(prerequisites.cmake_command())
+    # Gloo's CMake file asks for a compatibility that CMake 4 gives only on request.
+    environ.setdefault("CMAKE_POLICY_VERSION_MINIMUM", "3.5")
+    flags = environ.get("MAKEFLAGS", "")
+    if "-j" not in flags or "--jobserver" in flags:
+        # A surrounding make's job server cannot be reached through pip.
+        environ["MAKEFLAGS"] = f"-j{_cores()}"
+    return environ
+
+
+def compile_wheel(recipe: Recipe, *, source: Path, work: Path, log: Path, say: Say) -> Path:
+    """Compile the edited sources with ``pip wheel``, saying now and then how far it is."""
+    minutes = 1.5 * len(recipe.frameworks) * 2 / _cores()
+    say(
+        f"compiling for {recipe} on {_cores()} cores: about {max(1, round(minutes))} to "
+        f"{max(2, round(2 * minutes))} minutes"
+    )
+    say(f"  the full output goes to {log}")
+    wheels = work / "wheels"
+    command = [*_PIP, "wheel", "--verbose", "--no-deps", "--no-build-isolation"]
+    command += ["--wheel-dir", str(wheels), str(source)]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=build_environment(recipe),
+            start_new_session=True,
+        )
+        try:
+            while (code := _wait(process, _PROGRESS_SECONDS)) is None:
+                say(f"  {_clock(time.monotonic() - started)} {_percent(log)}")
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+    made = list(wheels.glob("horovod-*.whl"))
+    if code != 0 or len(made) != 1:
+        text = log.read_text(encoding="utf-8", errors="replace")
+        raise HorovodBuildError(
+            f"Horovod could not be compiled for {recipe} (exit code {code}). "
+            f"The first error:\n{first_error(text)}\nThe full log: {log}"
+        )
+    say(f"  compiled in {_clock(time.monotonic() - started)}")
+    return made[0]
+
+
+def first_error(log: str, *, before: int = 2, after: int = 3) -> str:
+    """Return the first error of a build's output with the lines around it, and a hint if any."""
+    lines = log.splitlines()
+    hits = (
+        index
+        for pattern in _ERROR_LINES
+        for index, line in enumerate(lines)
+        if pattern.search(line.strip())
+    )
+    index = next(hits, None)
+    if index is None:
+        shown = lines[-(before + after + 1) :]
+    else:
+        shown = lines[max(0, index - before) : index + after + 1]
+    text = "\n".join("  " + line.strip()[:300] for line in shown)
+    hint = next((hint for pattern, hint in _HINTS if pattern.search(log)), None)
+    return f"{text}\n  => {hint}" if hint else text
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _percent(log: Path) -> str:
+    """Return how far make says it is, such as ``[ 45%]``."""
+    marks = re.findall(rb"\[ *\d+%\]", log.read_bytes())
+    return marks[-1].decode() if marks else "preparing"
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
