@@ -19,8 +19,6 @@ happened, the value seen and what to do next.
 
 from __future__ import annotations
 
-import signal as signal_module
-
 __all__ = [
     "ArgumentTypeError",
     "ArgumentValueError",
@@ -61,6 +59,67 @@ class StartTimeoutError(HorovodRunnerError, TimeoutError):
 
 class PayloadError(HorovodRunnerError):
     """``main``, one of its arguments or its result cannot be pickled or unpickled."""
+
+
+class WorkerFailedError(HorovodRunnerError):
+    """A rank failed, and the run with it.
+
+    The rank's own exception, when it can be unpickled, is the ``__cause__``.
+
+    Parameters
+    ----------
+    summary
+        One line: what happened.
+    rank
+        The rank that failed first, or None when it failed before ranks were assigned.
+    host
+        The host it ran on.
+    exit_code
+        Its exit code when it left by itself, else None.
+    signal
+        The signal's name when one ended it, else None.
+    traceback
+        The worker's own traceback text, or "".
+    consequences
+        One line for every rank that failed after it.
+
+    Examples
+    --------
+    >>> error = WorkerFailedError("ValueError: lr < 0", rank=1, host="node-7")
+    >>> print(error)
+    rank 1 on node-7 failed: ValueError: lr < 0
+    >>> error.rank, error.exit_code
+    (1, None)
+    """
+
+    def __init__(
+        self,
+        summary: str,
+        rank: int | None = None,
+        host: str = "",
+        exit_code: int | None = None,
+        signal: str | None = None,
+        traceback: str = "",
+        consequences: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(summary, rank, host, exit_code, signal, traceback, consequences)
+        self.summary = summary
+        self.rank = rank
+        self.host = host
+        self.exit_code = exit_code
+        self.signal = signal
+        self.traceback = traceback
+        self.consequences = consequences
+
+    def __str__(self) -> str:
+        who = "the run" if self.rank is None else f"rank {self.rank}"
+        where = f" on {self.host}" if self.host else ""
+        parts = [f"{who}{where} failed: {self.summary}"]
+        if self.traceback:
+            parts.append(f"The worker's traceback:\n{self.traceback.rstrip()}")
+        if self.consequences:
+            parts.append("After that:\n" + "\n".join(f"  {line}" for line in self.consequences))
+        return "\n\n".join(parts)
 
 
 class BarrierStageError(HorovodRunnerError):

@@ -94,6 +94,7 @@ class Connection:
         self._reader = reader
         self._writer = writer
         self._dropped_lines = 0
+        self._dropped_header: dict[str, Any] = {}
 
     @property
     def peer(self) -> str:
@@ -133,34 +134,36 @@ class Connection:
             self._writer.write(encode_frame(kind, body, **header))
             self._writer.write(body)
 
-    def send_lines(self, lines: bytes) -> None:
-        """Send log lines, or drop and count them when the peer reads too slowly.
+    def send_lines(self, lines: bytes, **header: Any) -> None:
+        """Send log lines, or drop them when the peer reads too slowly, and say how many.
 
         Parameters
         ----------
         lines
             Whole lines.
+        **header
+            More JSON-compatible fields.
         """
         if self._writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self._dropped_lines += lines.count(b"\n")
+            self._dropped_header = header
             return
-        self.report_dropped_lines()
-        self.send("lines", lines)
+        self._report_dropped_lines()
+        self.send("lines", lines, **header)
 
-    def report_dropped_lines(self) -> None:
-        """Put a mark where lines are missing."""
+    async def close(self) -> None:
+        """Send what is waiting, for a bounded time, and close."""
+        self._report_dropped_lines()
+        await _close(self._writer)
+
+    def _report_dropped_lines(self) -> None:
         if self._dropped_lines:
             mark = (
                 f"HorovodRunner: {self._dropped_lines} lines are missing here, because the reader "
                 "was too slow; the executor's log has them\n"
             )
             self._dropped_lines = 0
-            self.send("lines", mark.encode())
-
-    async def close(self) -> None:
-        """Send what is waiting, for a bounded time, and close."""
-        self.report_dropped_lines()
-        await _close(self._writer)
+            self.send("lines", mark.encode(), **self._dropped_header)
 
 
 async def _close(writer: asyncio.StreamWriter) -> None:

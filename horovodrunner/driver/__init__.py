@@ -1,0 +1,1 @@
+"""Validate, pickle, launch, show logs, raise or return. Runs in: the driver."""

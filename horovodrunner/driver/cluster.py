@@ -1,0 +1,376 @@
+"""np >= 0: slots, the barrier stage, cancelling it. Runs in: the driver."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import socket
+import sys
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from horovodrunner.core.job import JobSpec, Outcome, join_chunks
+from horovodrunner.driver.channel import DriverChannel
+from horovodrunner.driver.console import Console
+from horovodrunner.errors import (
+    BarrierStageError,
+    ClusterCapacityError,
+    ConfigurationError,
+    StartTimeoutError,
+)
+from horovodrunner.task.barrier import ROW_SCHEMA, barrier_task
+from horovodrunner.task.network import find_address
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+__all__ = ["BarrierRun", "find_session", "require_slots", "total_slots"]
+
+SLOTS_SECONDS = 30.0
+"""How long executors may take to register, where Spark does not say how many will come."""
+
+SLOTS_CHECK_SECONDS = 0.1
+CANCEL_SECONDS = 10.0
+AFTER_FAILURE_SECONDS = 10.0
+"""How long the stage may take to end once partition 0 has reported the run's failure."""
+
+
+def find_session() -> SparkSession:
+    """Give the active SparkSession, or create one.
+
+    Returns
+    -------
+    SparkSession
+        The session to run on.
+
+    Raises
+    ------
+    ConfigurationError
+        If pyspark is not installed.
+    """
+    try:
+        from pyspark.sql import SparkSession
+    except ImportError as error:
+        raise ConfigurationError(
+            f"np > 0 needs pyspark, which {sys.executable} cannot import ({error}): install it "
+            "with `pip install horovodrunner[spark]`, or use a negative np to run on this machine"
+        ) from error
+    session = SparkSession.getActiveSession()
+    if session is not None:
+        return session
+    if not os.environ.get("MASTER") and "PYSPARK_PYTHON" not in os.environ:
+        # Executors of a session on this machine should use this Python and its packages;
+        # PySpark would take the first python3 on the PATH.
+        os.environ["PYSPARK_PYTHON"] = sys.executable
+    return SparkSession.builder.appName("horovodrunner").getOrCreate()
+
+
+def total_slots(spark: SparkSession) -> int | None:
+    """Count the barrier tasks that the registered executors can run at once.
+
+    Spark's own figure, the one it checks barrier stages against: cores and, where tasks ask for
+    them, GPUs.
+
+    Parameters
+    ----------
+    spark
+        The session.
+
+    Returns
+    -------
+    int or None
+        The slots; None over Spark Connect, where they cannot be asked for.
+    """
+    if _is_connect(spark):
+        return None
+    context = spark.sparkContext._jsc.sc()
+    profile = context.resourceProfileManager().defaultResourceProfile()
+    return int(context.maxNumConcurrentTasks(profile))
+
+
+def require_slots(spark: SparkSession, np: int) -> int:
+    """Check np against the cluster's slots before anything is launched.
+
+    Parameters
+    ----------
+    spark
+        The session.
+    np
+        Number of ranks asked for; 0 for all slots.
+
+    Returns
+    -------
+    int
+        Number of ranks to start.
+
+    Raises
+    ------
+    ConfigurationError
+        If dynamic allocation is on, which barrier stages do not support (SPARK-24942).
+    ClusterCapacityError
+        If there are fewer slots than np, or none for np=0.
+    """
+    if spark.conf.get("spark.dynamicAllocation.enabled", "false") == "true":
+        raise ConfigurationError(
+            "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage with "
+            "dynamic allocation (SPARK-24942): start the session with "
+            "spark.dynamicAllocation.enabled=false and a fixed number of executors"
+        )
+    slots = total_slots(spark)
+    if slots is None:
+        if np == 0:
+            raise ConfigurationError(
+                "np=0 (all slots) does not work over Spark Connect, which does not tell how many "
+                "slots there are: give the number of ranks"
+            )
+        return np
+    expected = _expected_slots(spark)
+    wanted = np or expected or 1
+    deadline = time.monotonic() + (0.0 if expected is not None and wanted > expected else SLOTS_SECONDS)
+    while slots < wanted and time.monotonic() < deadline:
+        time.sleep(SLOTS_CHECK_SECONDS)  # Spark tells Python of new executors only when asked
+        slots = total_slots(spark) or 0
+    if slots < wanted:
+        raise _too_few_slots(spark, np, max(slots, expected or 0))
+    return np or slots
+
+
+def _expected_slots(spark: SparkSession) -> int | None:
+    """Count the slots the master string promises, where it does."""
+    master = spark.sparkContext.master
+    cpus = int(spark.conf.get("spark.task.cpus", "1") or 1)
+    if match := re.fullmatch(r"local-cluster\[\s*(\d+)\s*,\s*(\d+)\s*,.*\]", master):
+        if spark.conf.get("spark.task.resource.gpu.amount", None) is not None:
+            return None
+        return int(match[1]) * (int(match[2]) // cpus)
+    if master.startswith("local"):
+        return total_slots(spark)
+    return None
+
+
+def _too_few_slots(spark: SparkSession, np: int, slots: int) -> ClusterCapacityError:
+    facts = ", ".join(
+        f"{name}={value}"
+        for name in ("spark.executor.instances", "spark.executor.cores", "spark.task.cpus",
+                     "spark.task.resource.gpu.amount", "spark.cores.max")
+        if (value := spark.conf.get(name, None)) is not None
+    )
+    asked = f"np={np}" if np else "np=0 (all slots)"
+    return ClusterCapacityError(
+        f"{asked} needs {np or 'at least one'} task slots, and the cluster "
+        f"({spark.sparkContext.master}{'; ' + facts if facts else ''}) has {slots}: ask for fewer "
+        "ranks, add executors or cores, or use a negative np to run on the driver"
+    )
+
+
+def _is_connect(spark: SparkSession) -> bool:
+    return type(spark).__module__.startswith("pyspark.sql.connect")
+
+
+def max_result_bytes(spark: SparkSession) -> int | None:
+    """Read how much Spark takes back to the driver.
+
+    Parameters
+    ----------
+    spark
+        The session.
+
+    Returns
+    -------
+    int or None
+        ``spark.driver.maxResultSize`` in bytes, less room for the rows around it; None for no
+        limit, or where it cannot be asked for.
+    """
+    if _is_connect(spark):
+        return None
+    limit = int(spark.sparkContext._jsc.sc().conf().getSizeAsBytes("spark.driver.maxResultSize", "1g"))
+    return int(limit * 0.98) - 1024 * 1024 if limit > 0 else None
+
+
+class BarrierRun:
+    """One run as a barrier stage of a Spark session.
+
+    Parameters
+    ----------
+    spark
+        The session.
+    job
+        The run.
+    console
+        Shows what the run prints.
+    start_timeout
+        Seconds the stage's tasks may take to start.
+    """
+
+    def __init__(
+        self, spark: SparkSession, job: JobSpec, console: Console, start_timeout: float
+    ) -> None:
+        self._spark = spark
+        self._job = job
+        self._console = console
+        self._start_timeout = start_timeout
+        self._tag = f"horovodrunner-{job.run_id}"
+        self._outcomes: dict[int, Outcome] | None = None
+        self._error: Exception | None = None
+        self._ended = False
+
+    def run(self) -> Outcome:
+        """Launch the stage and wait for its end.
+
+        Returns
+        -------
+        Outcome
+            Rank 0's success or the run's failure.
+
+        Raises
+        ------
+        StartTimeoutError
+            If the tasks do not start in time.
+        BarrierStageError
+            If Spark lost or cancelled the stage.
+        KeyboardInterrupt
+            If the user interrupts; the stage is cancelled then.
+        """
+        job, console = self._job, self._console
+        with DriverChannel(job.run_id, job.token, console, on_event=console.wake) as channel:
+            port = channel.open(self._bind_address(), self._port())
+            job = replace(job, driver_address=(self._advertised_address(), port))
+            thread = self._start_stage(job)
+            try:
+                self._wait(channel)
+            except BaseException:
+                channel.stop_run()
+                self._cancel()
+                thread.join(CANCEL_SECONDS)
+                raise
+            thread.join()
+            return self._outcome(channel)
+
+    def _start_stage(self, job: JobSpec) -> Any:
+        from pyspark import InheritableThread
+
+        thread = InheritableThread(target=self._run_stage, args=(job,), session=self._spark)
+        thread.name = self._tag
+        thread.daemon = True
+        thread.start()
+        return thread
+
+    def _run_stage(self, job: JobSpec) -> None:
+        try:
+            self._tag_this_thread()
+            rows = (
+                self._spark.range(0, job.size, 1, job.size)
+                .mapInArrow(functools.partial(barrier_task, job), ROW_SCHEMA, barrier=True)
+            )
+            chunks: dict[int, list[bytes]] = {}
+            for partition, chunk in _collect(rows):
+                chunks.setdefault(partition, []).append(chunk)
+            self._outcomes = {partition: join_chunks(c) for partition, c in chunks.items()}
+        except Exception as error:  # noqa: BLE001 - judged and raised in the caller's thread
+            self._error = error
+        finally:
+            self._ended = True
+            self._console.wake()
+
+    def _wait(self, channel: DriverChannel) -> None:
+        """Show output until the stage ends; cancel it when it does not start or not end."""
+        start_by = time.monotonic() + self._start_timeout
+        end_by: float | None = None
+        while not self._ended:
+            if channel.failure is not None and end_by is None:
+                end_by = time.monotonic() + AFTER_FAILURE_SECONDS
+            deadline = end_by if channel.registered else start_by
+            self._console.show(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if deadline is None or self._ended or time.monotonic() < deadline:
+                continue
+            if end_by is not None:
+                self._cancel()
+                return
+            if not channel.registered:
+                raise StartTimeoutError(
+                    f"the run's {self._job.size} tasks did not all start within "
+                    f"{self._start_timeout:g} s; other jobs may hold the slots, or executors "
+                    "cannot be started (see the Spark UI). Free the cluster, ask for fewer "
+                    "ranks, or raise start_timeout"
+                )
+        self._console.show(0)
+
+    def _outcome(self, channel: DriverChannel) -> Outcome:
+        outcomes = self._outcomes or {}
+        if channel.failure is not None:
+            return channel.failure
+        leader = outcomes.get(0, Outcome())
+        if channel.retried:
+            raise BarrierStageError(
+                f"{self._lost_stage()} (Spark then tried to run it again; that was refused, "
+                "because main must not run twice unasked)"
+            )
+        if leader.success is not None or leader.failure is not None:
+            return leader
+        for outcome in outcomes.values():
+            if outcome.failure is not None:
+                return outcome
+        raise BarrierStageError(self._lost_stage()) from self._error
+
+    def _lost_stage(self) -> str:
+        text = "Spark ended the run's barrier stage before any rank reported why"
+        if self._error is None:
+            return (
+                f"{text}: an executor or a Python worker process was lost; the executors' logs "
+                "tell more"
+            )
+        return f"{text}: {_first_words(self._error)}"
+
+    def _tag_this_thread(self) -> None:
+        if _is_connect(self._spark):
+            self._spark.addTag(self._tag)
+            return
+        context = self._spark.sparkContext
+        context.addJobTag(self._tag)
+        context.setLocalProperty(
+            "spark.job.description", f"HorovodRunner(np={self._job.size}), run {self._job.run_id}"
+        )
+
+    def _cancel(self) -> None:
+        if _is_connect(self._spark):
+            self._spark.interruptTag(self._tag)
+        else:
+            self._spark.sparkContext.cancelJobsWithTag(self._tag)
+
+    def _bind_address(self) -> str:
+        return self._spark.conf.get("spark.driver.bindAddress", None) or "0.0.0.0"  # noqa: S104
+
+    def _port(self) -> int:
+        return int(self._spark.conf.get("spark.horovodrunner.driver.port", "0") or 0)
+
+    def _advertised_address(self) -> str:
+        advertised = None if _is_connect(self._spark) else self._spark.conf.get("spark.driver.host", None)
+        return advertised or find_address(socket.gethostname(), None)[0]
+
+
+def _collect(rows: Any) -> Any:
+    """Bring the stage's rows to the driver, as Arrow where this PySpark can."""
+    if hasattr(rows, "toArrow"):
+        table = rows.toArrow()
+        return zip(
+            table.column("partition").to_pylist(), table.column("chunk").to_pylist(), strict=True
+        )
+    return ((row["partition"], row["chunk"]) for row in rows.collect())
+
+
+def _first_words(error: BaseException) -> str:
+    """Pull the cause out of a Java stack trace."""
+    text = str(error)
+    python_cause = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception): .*$", text, re.MULTILINE)
+    if "ModuleNotFoundError" in text and python_cause:
+        missing = [line for line in python_cause if line.startswith("ModuleNotFoundError")]
+        if missing:
+            return (
+                f"{missing[-1]} on an executor; its Python lacks the package, or is not the one "
+                f"you mean: set spark.pyspark.python (or PYSPARK_PYTHON) to a Python that has it"
+            )
+    first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+    reasons = [line for line in text.splitlines() if "Job aborted" in line or "ancelled" in line]
+    return (reasons[0] if reasons else first).strip()

@@ -1,0 +1,123 @@
+"""What reaches the notebook cell. Runs in: the driver.
+
+Lines arrive from other threads and are printed by the thread that called ``run()``: so output
+lands in the right cell, redirected standard output works, and Ctrl-C is met there.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+
+from horovodrunner.core.job import Outcome
+
+__all__ = ["Console"]
+
+MAX_WAITING_BYTES = 16 * 1024 * 1024
+"""Workers' lines that would make more than this wait to be printed are dropped and counted."""
+
+
+class Console:
+    """Takes lines from any thread and prints them in one."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[str] = deque()
+        self._waiting_bytes = 0
+        self._dropped_lines = 0
+        self._woken = False
+
+    def lines(self, lines: bytes) -> None:
+        """Take whole, prefixed lines of the workers; never blocks.
+
+        Parameters
+        ----------
+        lines
+            UTF-8, bytes that are not are shown as replacement characters.
+        """
+        with self._changed:
+            if self._waiting_bytes > MAX_WAITING_BYTES:
+                self._dropped_lines += lines.count(b"\n")
+                return
+            self._report_dropped_lines()
+            self._put(lines.decode("utf-8", errors="replace"))
+
+    def message(self, message: bytes) -> None:
+        """Take a ``log_to_driver`` message.
+
+        Parameters
+        ----------
+        message
+            UTF-8 without a newline at its end.
+        """
+        with self._changed:
+            self._put(message.decode("utf-8", errors="replace") + "\n")
+
+    def note(self, text: str) -> None:
+        """Take a line of the run's own.
+
+        Parameters
+        ----------
+        text
+            One line.
+        """
+        with self._changed:
+            self._put(f"HorovodRunner: {text}\n")
+
+    def failed(self, outcome: Outcome) -> None:
+        """Do nothing: the run's failure is raised, not printed."""
+
+    async def close(self) -> None:
+        """Do nothing: what was taken is printed by :meth:`show`."""
+
+    def wake(self) -> None:
+        """Make :meth:`show` return after it has printed everything."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
+
+    def show(self, timeout: float | None = None) -> bool:
+        """Print what arrives until somebody calls :meth:`wake`.
+
+        Parameters
+        ----------
+        timeout
+            Most seconds to stay, None for no limit.
+
+        Returns
+        -------
+        bool
+            True if it was woken, False if the time was up.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._waiting or self._woken,
+                    None if deadline is None else max(0.0, deadline - time.monotonic()),
+                )
+                self._report_dropped_lines()
+                text = "".join(self._waiting)
+                self._waiting.clear()
+                self._waiting_bytes = 0
+                woken, self._woken = self._woken, False
+            if text:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            if woken:
+                return True
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+
+    def _put(self, text: str) -> None:
+        self._waiting.append(text)
+        self._waiting_bytes += len(text)
+        self._changed.notify()
+
+    def _report_dropped_lines(self) -> None:
+        if self._dropped_lines:
+            mark = f"HorovodRunner: {self._dropped_lines} lines are missing here: output was too "
+            self._dropped_lines = 0
+            self._put(mark + "fast for this console; the executor's log has them\n")

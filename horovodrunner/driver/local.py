@@ -1,0 +1,87 @@
+"""np < 0: the same agent on the driver, without Spark. Runs in: the driver."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+
+from horovodrunner.core.job import JobSpec, Outcome
+from horovodrunner.core.topology import Member
+from horovodrunner.driver.console import Console
+from horovodrunner.task.agent import Agent, Surroundings
+from horovodrunner.task.coordinator import DriverLink
+from horovodrunner.task.network import host_id, loopback_address
+
+__all__ = ["run_locally"]
+
+
+def run_locally(job: JobSpec, console: Console) -> Outcome:
+    """Run all ranks as processes of this machine.
+
+    Parameters
+    ----------
+    job
+        The run.
+    console
+        Shows what the ranks print.
+
+    Returns
+    -------
+    Outcome
+        Rank 0's success or the run's failure.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If the user interrupts; the workers are gone then.
+    """
+    address, interface = loopback_address()
+    member = Member(
+        partition=0,
+        host_id=host_id(),
+        host=socket.gethostname(),
+        address=address,
+        interface=interface,
+        workers=job.size,
+    )
+    stop: list[Callable[[], None]] = []
+
+    async def open_driver(on_stop: Callable[[], None]) -> DriverLink | str:
+        loop = asyncio.get_running_loop()
+        stop.append(lambda: loop.call_soon_threadsafe(on_stop))
+        return console
+
+    surroundings = Surroundings(
+        member=member,
+        gather=lambda text: [text],
+        open_driver=open_driver,
+        log=lambda lines: None,  # the console shows them
+    )
+    results: list[Outcome] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(asyncio.run(Agent(job, surroundings).run()))
+        except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
+            errors.append(error)
+        finally:
+            console.wake()
+
+    thread = threading.Thread(target=run, name="horovodrunner-local", daemon=True)
+    thread.start()
+    try:
+        console.show()
+    except BaseException:
+        for request_stop in stop:
+            with contextlib.suppress(RuntimeError):  # the loop has just ended
+                request_stop()
+        thread.join()
+        raise
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]

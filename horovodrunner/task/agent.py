@@ -1,0 +1,349 @@
+"""One task of a run, from the gather step to the outcome. Runs in: the task (np < 0: the driver).
+
+Knows nothing of Spark: :class:`Surroundings` says where it runs and how to reach its peers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from horovodrunner.core.env import slot_environment, worker_base_environment
+from horovodrunner.core.frames import Frame
+from horovodrunner.core.job import Failure, JobSpec, Outcome, Success, WorkerSpec
+from horovodrunner.core.topology import Member, Slot
+from horovodrunner.task.channel import HubLink
+from horovodrunner.task.coordinator import Coordinator, DriverLink, Hub, RankEvents
+from horovodrunner.task.process import DRAIN_SECONDS, GRACE_SECONDS, WorkerProcess, describe_exit
+
+__all__ = ["Agent", "Surroundings"]
+
+TEARDOWN_SECONDS = 30.0
+"""How long a worker may take to leave after main returned, before it is stopped."""
+
+STOP_SECONDS = GRACE_SECONDS + 2.0
+"""How long partition 0 waits, once everything is to end, to hear that it has ended."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where an agent runs.
+
+    Parameters
+    ----------
+    member
+        What this task tells its peers; the ports are filled in by the agent.
+    gather
+        Exchanges one text between all tasks: blocks until all have called it, and returns all
+        texts.
+    open_driver
+        Called by partition 0: registers the run and gives the way to the driver, or says why the
+        run must not start. The argument ends the run.
+    log
+        Takes whole lines for this task's own log.
+    """
+
+    member: Member
+    gather: Callable[[str], list[str]]
+    open_driver: Callable[[Callable[[], None]], Awaitable[DriverLink | str]]
+    log: Callable[[bytes], None]
+
+
+class Agent:
+    """Runs one task's workers and, on partition 0, coordinates the run.
+
+    Parameters
+    ----------
+    job
+        The run.
+    surroundings
+        Where this agent runs.
+    """
+
+    def __init__(self, job: JobSpec, surroundings: Surroundings) -> None:
+        self._job = job
+        self._surroundings = surroundings
+        self._leads = surroundings.member.partition == 0
+        self._workers: list[WorkerProcess] = []
+        self._stop_requested = asyncio.Event()
+
+    async def run(self) -> Outcome:
+        """Run this task from start to end; whatever happens, no worker outlives it.
+
+        Returns
+        -------
+        Outcome
+            Partition 0: rank 0's success or the run's failure. Others: their rank's success, a
+            failure that partition 0 may not know of, or nothing of the two.
+        """
+        try:
+            # The workers import what main needs while the tasks find each other.
+            self._workers = [self._spawn() for _ in range(self._surroundings.member.workers)]
+            async with contextlib.AsyncExitStack() as resources:
+                if problem := _launcher_problem():
+                    member = replace(self._surroundings.member, problem=problem)
+                    return _refused(await self._gather(member))
+                if self._leads:
+                    return await self._lead(resources)
+                return await self._follow(resources)
+        finally:
+            for worker in self._workers:
+                worker.kill()
+
+    def _spawn(self) -> WorkerProcess:
+        python_path = os.pathsep.join(entry for entry in sys.path if entry)
+        environment = worker_base_environment(os.environ, self._job.environment, python_path)
+        return WorkerProcess(self._job.early_imports, environment)
+
+    async def _lead(self, resources: contextlib.AsyncExitStack) -> Outcome:
+        from horovodrunner.task.horovodrun import Rendezvous, assign_slots
+
+        member = self._surroundings.member
+        rendezvous = Rendezvous(member.address)
+        resources.callback(rendezvous.close)
+        hub = Hub(self._job.token, self._surroundings.log)
+        resources.push_async_callback(hub.close)
+        member = replace(
+            member,
+            hub_port=await hub.open(member.address),
+            rendezvous_port=rendezvous.port,
+            master_port=_reserve_port(resources),
+        )
+        driver = await self._surroundings.open_driver(self._stop_requested.set)
+        if isinstance(driver, str):
+            members = await self._gather(replace(member, problem=driver))
+            return _refused(members)
+        resources.push_async_callback(driver.close)
+        members = await self._gather(member)
+        if (refusal := _refused(members)).failure is not None:
+            return refusal
+
+        slots = assign_slots(members)
+        rendezvous.set_plan(slots)
+        coordinator = Coordinator(slots, driver, self._surroundings.log)
+        coordinator.on_stop(self._stop_workers)
+        hub.begin(coordinator, slots)
+        driver.note(_placement_in_words(slots))
+        watchers = [
+            asyncio.create_task(hub.watch_joining()),
+            asyncio.create_task(self._stop_on_request(coordinator)),
+        ]
+        resources.push_async_callback(_cancel, watchers)
+        own = [slot for slot in slots if slot.partition == 0]
+        run = asyncio.create_task(self._run_workers(own, members, coordinator))
+        resources.push_async_callback(_cancel, [run])
+
+        ended = asyncio.create_task(coordinator.all_ended.wait())
+        stopping = asyncio.create_task(coordinator.stopping.wait())
+        resources.push_async_callback(_cancel, [ended, stopping])
+        await asyncio.wait([ended, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not coordinator.all_ended.is_set():
+            await asyncio.wait([ended], timeout=STOP_SECONDS)
+        verdict = coordinator.verdict()
+        if verdict is not None:
+            driver.failed(verdict)
+            await asyncio.wait([run], timeout=STOP_SECONDS)
+            await hub.wait_for_leaving(STOP_SECONDS)
+            return verdict
+        outcomes = await run
+        await hub.wait_for_leaving(TEARDOWN_SECONDS + STOP_SECONDS)
+        return outcomes[0] if coordinator.all_ended.is_set() else Outcome()
+
+    async def _follow(self, resources: contextlib.AsyncExitStack) -> Outcome:
+        from horovodrunner.task.horovodrun import assign_slots
+
+        partition = self._surroundings.member.partition
+        members = await self._gather(self._surroundings.member)
+        if (refusal := _refused(members)).failure is not None:
+            return refusal
+        leader = members[0]
+        own = [slot for slot in assign_slots(members) if slot.partition == partition]
+        try:
+            link = await HubLink.open(
+                leader.address, leader.hub_port, self._job.token, partition
+            )
+        except OSError as error:
+            text = (
+                f"cannot reach rank 0's task at {leader.address}:{leader.hub_port} ({leader.host}) "
+                f"from {own[0].address} ({own[0].host}): {error}; check that executors reach each "
+                "other's ports"
+            )
+            return Outcome(failure=Failure(own[0].rank, own[0].host, text))
+        resources.push_async_callback(link.close)
+        run = asyncio.create_task(self._run_workers(own, members, link))
+        stop = asyncio.create_task(link.wait_for_stop())
+        resources.push_async_callback(_cancel, [run, stop])
+        await asyncio.wait([run, stop], return_when=asyncio.FIRST_COMPLETED)
+        if not run.done():
+            self._stop_workers()
+        outcomes = await run
+        return _without_result(outcomes[0])
+
+    async def _gather(self, member: Member) -> list[Member]:
+        texts = await asyncio.to_thread(self._surroundings.gather, member.to_json())
+        return sorted((Member.from_json(text) for text in texts), key=lambda m: m.partition)
+
+    async def _stop_on_request(self, coordinator: Coordinator) -> None:
+        await self._stop_requested.wait()
+        coordinator.stop()
+
+    def _stop_workers(self) -> None:
+        for worker in self._workers:
+            worker.stop()
+
+    async def _run_workers(
+        self, slots: Sequence[Slot], members: Sequence[Member], events: RankEvents
+    ) -> list[Outcome]:
+        leader = members[0]
+        return list(
+            await asyncio.gather(
+                *(
+                    self._run_worker(worker, slot, leader, events)
+                    for worker, slot in zip(self._workers, slots, strict=True)
+                )
+            )
+        )
+
+    async def _run_worker(
+        self, worker: WorkerProcess, slot: Slot, leader: Member, events: RankEvents
+    ) -> Outcome:
+        reported = asyncio.get_running_loop().create_future()
+
+        def on_frame(frame: Frame) -> None:
+            if frame.kind == "message":
+                events.message(slot.rank, bytes(frame.body))
+            elif frame.kind == "started":
+                events.started(slot.rank)
+            elif frame.kind == "outcome" and not reported.done():
+                outcome = Outcome.from_frame(frame.header, frame.body)
+                reported.set_result(outcome)
+                events.ended(slot.rank, _without_result(outcome))
+
+        def on_lines(stream: str, lines: bytes) -> None:
+            events.lines(slot.rank, stream, lines)
+
+        readers = [
+            asyncio.create_task(worker.read_output(on_lines)),
+            asyncio.create_task(worker.read_reports(on_frame)),
+        ]
+        feeder = asyncio.create_task(self._feed(worker, slot, leader))
+        leaving = asyncio.create_task(_stop_when_slow_to_leave(worker, slot, reported, on_lines))
+        try:
+            status = await worker.wait()
+            await asyncio.wait(readers, timeout=DRAIN_SECONDS)
+        finally:
+            await _cancel([*readers, feeder, leaving])
+        if reported.done():
+            return reported.result()
+        outcome = Outcome() if worker.was_stopped else Outcome(failure=_silent_end(slot, status))
+        events.ended(slot.rank, outcome)
+        return outcome
+
+    async def _feed(self, worker: WorkerProcess, slot: Slot, leader: Member) -> None:
+        environment = slot_environment(
+            slot,
+            rendezvous=(leader.address, leader.rendezvous_port),
+            master=(leader.address, leader.master_port),
+            forwarded=self._job.environment,
+        )
+        spec = WorkerSpec(
+            rank=slot.rank,
+            host=slot.host,
+            environment=environment,
+            sys_path=self._job.sys_path,
+            max_result_bytes=self._job.max_result_bytes,
+            return_result=slot.rank == 0,
+        )
+        await worker.send_job(self._job.payload, spec.to_header())
+
+
+async def _stop_when_slow_to_leave(
+    worker: WorkerProcess,
+    slot: Slot,
+    reported: asyncio.Future[Outcome],
+    on_lines: Callable[[str, bytes], None],
+) -> None:
+    await asyncio.wait([reported])
+    await asyncio.sleep(TEARDOWN_SECONDS)
+    text = (
+        f"HorovodRunner: rank {slot.rank} is still there {TEARDOWN_SECONDS:g} s after main "
+        "returned (a thread that is not a daemon?); it is stopped\n"
+    )
+    on_lines("stderr", text.encode())
+    worker.stop()
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[object]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _refused(members: Sequence[Member]) -> Outcome:
+    """Give the first problem that a task gathered, or an empty outcome."""
+    for member in members:
+        if member.problem:
+            return Outcome(failure=Failure(None, member.host, member.problem))
+    return Outcome()
+
+
+def _without_result(outcome: Outcome) -> Outcome:
+    if outcome.success is None:
+        return outcome
+    return Outcome(success=Success(outcome.success.rank))
+
+
+def _silent_end(slot: Slot, status: int) -> Failure:
+    text, exit_code, signal_name = describe_exit(status)
+    return Failure(
+        rank=slot.rank,
+        host=slot.host,
+        summary=text,
+        exit_code=exit_code,
+        signal=signal_name,
+        # Horovod's background thread aborts the process when a peer's connection breaks.
+        after_peer_loss=signal_name == "SIGABRT",
+    )
+
+
+def _launcher_problem() -> str:
+    """Say why Horovod's launcher cannot be used here, or nothing."""
+    try:
+        import horovodrunner.task.horovodrun  # noqa: F401
+    except ImportError as error:
+        return (
+            f"Horovod cannot be imported by {sys.executable} on {socket.gethostname()}: {error}. "
+            f"Run `{sys.executable} -m horovodrunner build-horovod` there"
+        )
+    return ""
+
+
+def _reserve_port(resources: contextlib.AsyncExitStack) -> int:
+    """Keep a port from others until the run ends: bound, not listened on.
+
+    torch.distributed's store binds it with SO_REUSEADDR, which Linux allows beside a socket that
+    has the same option and does not listen.
+    """
+    keeper = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    resources.callback(keeper.close)
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    keeper.bind(("", 0))
+    return int(keeper.getsockname()[1])
+
+
+def _placement_in_words(slots: Sequence[Slot]) -> str:
+    hosts: dict[str, list[int]] = {}
+    for slot in slots:
+        hosts.setdefault(f"{slot.host} ({slot.address}, {slot.interface})", []).append(slot.rank)
+    parts = [
+        f"rank{'s' if len(ranks) > 1 else ''} "
+        + (str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}")
+        + f" on {host}"
+        for host, ranks in hosts.items()
+    ]
+    return f"{len(slots)} workers placed: " + "; ".join(parts)

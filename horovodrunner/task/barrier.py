@@ -1,0 +1,92 @@
+"""The Spark side of a task: barrier context in, rows out. Runs in: the task."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from horovodrunner.core.job import JobSpec, split_chunks
+from horovodrunner.core.topology import Member
+from horovodrunner.task.agent import Agent, Surroundings
+from horovodrunner.task.channel import register_with_driver
+from horovodrunner.task.coordinator import DriverLink
+from horovodrunner.task.network import find_address, host_id
+
+__all__ = ["ROW_SCHEMA", "barrier_task"]
+
+ROW_SCHEMA = "partition int, chunk binary"
+"""One outcome is one or more rows of the stage, in order."""
+
+CHUNK_BYTES = 16 * 1024 * 1024
+_LOG_FD = 2
+
+
+def barrier_task(job: JobSpec, batches: Iterator[Any]) -> Iterator[Any]:
+    """Run one task of the barrier stage; for ``DataFrame.mapInArrow(..., barrier=True)``.
+
+    A failed rank is a row of a task that succeeds, so that Spark has nothing to try again.
+
+    Parameters
+    ----------
+    job
+        The run.
+    batches
+        The partition's rows, which mean nothing.
+
+    Yields
+    ------
+    pyarrow.RecordBatch
+        The outcome in chunks, one row a batch.
+    """
+    import pyarrow
+    from pyspark import BarrierTaskContext
+
+    for _ in batches:
+        pass
+    context = BarrierTaskContext.get()
+    partition = context.partitionId()
+    outcome = asyncio.run(Agent(job, _surroundings(job, context)).run())
+    for chunk in split_chunks(outcome, CHUNK_BYTES):
+        yield pyarrow.RecordBatch.from_pydict(
+            {
+                "partition": pyarrow.array([partition], pyarrow.int32()),
+                "chunk": pyarrow.array([chunk], pyarrow.binary()),
+            }
+        )
+
+
+def _surroundings(job: JobSpec, context: Any) -> Surroundings:
+    advertised = context.getTaskInfos()[context.partitionId()].address.rpartition(":")[0]
+    driver_host = job.driver_address[0] if job.driver_address else None
+    address, interface = find_address(advertised, driver_host)
+    gpus = context.resources().get("gpu")
+    member = Member(
+        partition=context.partitionId(),
+        host_id=host_id(),
+        host=advertised or address,
+        address=address,
+        interface=interface,
+        gpus=tuple(gpus.addresses) if gpus is not None else (),
+    )
+
+    async def open_driver(on_stop: Callable[[], None]) -> DriverLink | str:
+        return await register_with_driver(job, on_stop, _log_text)
+
+    return Surroundings(
+        member=member, gather=context.allGather, open_driver=open_driver, log=_log
+    )
+
+
+def _log(lines: bytes) -> None:
+    """Write to the executor's stderr, where Spark shows it in its UI."""
+    sys.stderr.flush()
+    view = memoryview(lines)
+    while view:
+        view = view[os.write(_LOG_FD, view) :]
+
+
+def _log_text(text: str) -> None:
+    _log(f"HorovodRunner: {text}\n".encode())
