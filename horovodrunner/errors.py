@@ -92,7 +92,7 @@ class WorkerFailedError(HorovodRunnerError):
     (1, None)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - unpickling passes them by position
         self,
         summary: str,
         rank: int | None = None,

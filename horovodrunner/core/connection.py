@@ -104,7 +104,7 @@ class Connection:
 
     @property
     def local_address(self) -> str:
-        """This end's IP address, as the peer can reach it."""
+        """IP address of this end, as the peer sees it."""
         name = self._writer.get_extra_info("sockname")
         return str(name[0]) if name else ""
 
@@ -322,9 +322,7 @@ class FrameServer:
             return self._refuse(writer, f"{self._unproved} others are in the handshake")
         self._unproved += 1
         try:
-            await asyncio.wait_for(
-                _prove_as_server(reader, writer, self._token), HANDSHAKE_SECONDS
-            )
+            await asyncio.wait_for(_prove_as_server(reader, writer, self._token), HANDSHAKE_SECONDS)
         except asyncio.TimeoutError:
             return self._refuse(writer, f"it sent no proof within {HANDSHAKE_SECONDS:g} s")
         except (AuthenticationError, asyncio.IncompleteReadError, ConnectionError) as error:

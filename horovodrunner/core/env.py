@@ -41,9 +41,7 @@ def forwarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
     >>> forwarded_environment({"NCCL_DEBUG": "INFO", "HOME": "/root"})
     {'NCCL_DEBUG': 'INFO'}
     """
-    return {
-        name: value for name, value in environ.items() if name.startswith(FORWARDED_PREFIXES)
-    }
+    return {name: value for name, value in environ.items() if name.startswith(FORWARDED_PREFIXES)}
 
 
 def worker_base_environment(

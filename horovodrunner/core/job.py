@@ -199,9 +199,7 @@ class Outcome:
         return {"failures": fields, "sizes": sizes}, body
 
     @classmethod
-    def from_frame(
-        cls, header: dict[str, Any], body: bytes | bytearray | memoryview
-    ) -> Outcome:
+    def from_frame(cls, header: dict[str, Any], body: bytes | bytearray | memoryview) -> Outcome:
         """Read what :meth:`to_frame` gave.
 
         Parameters

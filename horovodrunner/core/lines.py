@@ -50,7 +50,9 @@ class LineAssembler:
         if b"\r" in data:
             # A "\r" at the very end may be half of "\r\n": it waits for the next chunk.
             held = b"\r" if data.endswith(b"\r") else b""
-            data = data[: len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + held
+            data = (
+                data[: len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + held
+            )
         end = data.rfind(b"\n") + 1
         complete, rest = data[:end], data[end:]
         pieces = [complete]

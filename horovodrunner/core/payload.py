@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import inspect
 import pickletools
 import re
@@ -246,16 +247,14 @@ def _pickled_size(value: object) -> int:
         return 0
 
 
-def _call_parts(
-    main: Callable[..., Any], kwargs: Mapping[str, Any]
-) -> Iterator[tuple[str, Any]]:
+def _call_parts(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in kwargs.items():
         yield f"the argument {name!r}", value
     yield from _function_parts(main, set())
 
 
 def _function_parts(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """List what a function drags along: globals, closure, defaults, helpers, and ``self``."""
+    """List what a callable drags along: globals, closure, defaults, helpers, and ``self``."""
     if id(function) in seen:
         return
     seen.add(id(function))
@@ -263,21 +262,22 @@ def _function_parts(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
     if isinstance(function, types.MethodType):
         yield f"the object that the method {where} belongs to", function.__self__
         yield from _function_parts(function.__func__, seen)
-        return
-    keywords = getattr(function, "keywords", None)
-    if hasattr(function, "func") and isinstance(keywords, dict):  # functools.partial
-        for name, value in keywords.items():
+    elif isinstance(function, functools.partial):
+        for name, value in function.keywords.items():
             yield f"the argument {name!r} bound by functools.partial", value
         for index, value in enumerate(function.args):
             yield f"positional argument {index} bound by functools.partial", value
         yield from _function_parts(function.func, seen)
-        return
-    if not isinstance(function, types.FunctionType):
-        if not isinstance(function, type) and callable(function):
-            yield f"an attribute of {where}", getattr(function, "__dict__", function)
-        return
-    if _travels_by_reference(function):
-        return
+    elif isinstance(function, types.FunctionType) and not _travels_by_reference(function):
+        yield from _variables_of(function, where, seen)
+    elif not isinstance(function, (type, types.FunctionType)):
+        for name, value in getattr(function, "__dict__", {}).items():
+            yield f"the attribute {name!r} of {where}", value
+
+
+def _variables_of(
+    function: types.FunctionType, where: str, seen: set[int]
+) -> Iterator[tuple[str, Any]]:
     for name, value in inspect.getclosurevars(function).nonlocals.items():
         yield from _named_part(f"the variable {name!r} in the closure of {where}", value, seen)
     for name in sorted(_global_names(function.__code__)):

@@ -128,7 +128,9 @@ def require_slots(spark: SparkSession, np: int) -> int:
         return np
     expected = _expected_slots(spark)
     wanted = np or expected or 1
-    deadline = time.monotonic() + (0.0 if expected is not None and wanted > expected else SLOTS_SECONDS)
+    deadline = time.monotonic() + (
+        0.0 if expected is not None and wanted > expected else SLOTS_SECONDS
+    )
     while slots < wanted and time.monotonic() < deadline:
         time.sleep(SLOTS_CHECK_SECONDS)  # Spark tells Python of new executors only when asked
         slots = total_slots(spark) or 0
@@ -153,8 +155,13 @@ def _expected_slots(spark: SparkSession) -> int | None:
 def _too_few_slots(spark: SparkSession, np: int, slots: int) -> ClusterCapacityError:
     facts = ", ".join(
         f"{name}={value}"
-        for name in ("spark.executor.instances", "spark.executor.cores", "spark.task.cpus",
-                     "spark.task.resource.gpu.amount", "spark.cores.max")
+        for name in (
+            "spark.executor.instances",
+            "spark.executor.cores",
+            "spark.task.cpus",
+            "spark.task.resource.gpu.amount",
+            "spark.cores.max",
+        )
         if (value := spark.conf.get(name, None)) is not None
     )
     asked = f"np={np}" if np else "np=0 (all slots)"
@@ -185,7 +192,9 @@ def max_result_bytes(spark: SparkSession) -> int | None:
     """
     if _is_connect(spark):
         return None
-    limit = int(spark.sparkContext._jsc.sc().conf().getSizeAsBytes("spark.driver.maxResultSize", "1g"))
+    limit = int(
+        spark.sparkContext._jsc.sc().conf().getSizeAsBytes("spark.driver.maxResultSize", "1g")
+    )
     return int(limit * 0.98) - 1024 * 1024 if limit > 0 else None
 
 
@@ -260,9 +269,8 @@ class BarrierRun:
     def _run_stage(self, job: JobSpec) -> None:
         try:
             self._tag_this_thread()
-            rows = (
-                self._spark.range(0, job.size, 1, job.size)
-                .mapInArrow(functools.partial(barrier_task, job), ROW_SCHEMA, barrier=True)
+            rows = self._spark.range(0, job.size, 1, job.size).mapInArrow(
+                functools.partial(barrier_task, job), ROW_SCHEMA, barrier=True
             )
             chunks: dict[int, list[bytes]] = {}
             for partition, chunk in _collect(rows):
@@ -312,7 +320,7 @@ class BarrierRun:
         for outcome in outcomes.values():
             if outcome.failure is not None:
                 return outcome
-        raise BarrierStageError(self._lost_stage()) from self._error
+        raise BarrierStageError(self._lost_stage())
 
     def _lost_stage(self) -> str:
         text = "Spark ended the run's barrier stage before any rank reported why"
@@ -346,7 +354,9 @@ class BarrierRun:
         return int(self._spark.conf.get("spark.horovodrunner.driver.port", "0") or 0)
 
     def _advertised_address(self) -> str:
-        advertised = None if _is_connect(self._spark) else self._spark.conf.get("spark.driver.host", None)
+        advertised = (
+            None if _is_connect(self._spark) else self._spark.conf.get("spark.driver.host", None)
+        )
         return advertised or find_address(socket.gethostname(), None)[0]
 
 

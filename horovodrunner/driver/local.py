@@ -47,7 +47,7 @@ def run_locally(job: JobSpec, console: Console) -> Outcome:
         interface=interface,
         workers=job.size,
     )
-    stop: list[Callable[[], None]] = []
+    stop: list[Callable[[], object]] = []
 
     async def open_driver(on_stop: Callable[[], None]) -> DriverLink | str:
         loop = asyncio.get_running_loop()

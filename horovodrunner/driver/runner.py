@@ -1,4 +1,4 @@
-"""HorovodRunner: check the arguments, choose cluster or local, return or raise. Runs in: the driver."""
+"""Check the arguments, choose cluster or local, return or raise. Runs in: the driver."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ class HorovodRunner:
             sys_path=tuple(os.path.abspath(entry) for entry in sys.path),  # noqa: PTH100
             stream_output=self._verbosity == "all" or self._np < 0,
         )
-        outcome = self._run_locally(job, console) if self._np < 0 else self._run_on_spark(job, console)
+        outcome = (
+            self._run_locally(job, console) if self._np < 0 else self._run_on_spark(job, console)
+        )
         return _open_outcome(outcome)
 
     def _run_locally(self, job: JobSpec, console: Console) -> Outcome:
@@ -198,9 +200,7 @@ def _checked_np(np: Any) -> int:
     try:
         return operator.index(np)
     except TypeError:
-        raise ArgumentTypeError(
-            f"np={np!r}: it must be an int, got {type(np).__name__}"
-        ) from None
+        raise ArgumentTypeError(f"np={np!r}: it must be an int, got {type(np).__name__}") from None
 
 
 def _check_main(main: Any, kwargs: Mapping[str, Any]) -> None:

@@ -164,9 +164,7 @@ class Agent:
         leader = members[0]
         own = [slot for slot in assign_slots(members) if slot.partition == partition]
         try:
-            link = await HubLink.open(
-                leader.address, leader.hub_port, self._job.token, partition
-            )
+            link = await HubLink.open(leader.address, leader.hub_port, self._job.token, partition)
         except OSError as error:
             text = (
                 f"cannot reach rank 0's task at {leader.address}:{leader.hub_port} ({leader.host}) "
@@ -212,7 +210,7 @@ class Agent:
     async def _run_worker(
         self, worker: WorkerProcess, slot: Slot, leader: Member, events: RankEvents
     ) -> Outcome:
-        reported = asyncio.get_running_loop().create_future()
+        reported: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
         def on_frame(frame: Frame) -> None:
             if frame.kind == "message":

@@ -75,9 +75,7 @@ def _surroundings(job: JobSpec, context: Any) -> Surroundings:
     async def open_driver(on_stop: Callable[[], None]) -> DriverLink | str:
         return await register_with_driver(job, on_stop, _log_text)
 
-    return Surroundings(
-        member=member, gather=context.allGather, open_driver=open_driver, log=_log
-    )
+    return Surroundings(member=member, gather=context.allGather, open_driver=open_driver, log=_log)
 
 
 def _log(lines: bytes) -> None:

@@ -206,9 +206,7 @@ async def _reading(pipe: IO[bytes]) -> AsyncIterator[asyncio.StreamReader]:
         transport.close()
 
 
-async def _read_lines(
-    name: str, pipe: IO[bytes], on_lines: Callable[[str, bytes], None]
-) -> None:
+async def _read_lines(name: str, pipe: IO[bytes], on_lines: Callable[[str, bytes], None]) -> None:
     lines = LineAssembler()
     async with _reading(pipe) as reader:
         while data := await reader.read(_PIPE_BYTES):

@@ -213,7 +213,7 @@ class _JobInbox:
         return job
 
     def _read(self, control_fd: int) -> None:
-        with open(control_fd, "rb", closefd=False) as pipe:  # noqa: PTH123 - not a path
+        with open(control_fd, "rb", closefd=False) as pipe:
             frame = _read_frame(pipe)
             if frame is not None:
                 fields = {k: v for k, v in frame.header.items() if k != "kind"}
