@@ -117,9 +117,7 @@ def compiler_problem() -> Problem | None:
     """Say why C++17 cannot be compiled here, or return None."""
     command = compiler_command()
     if command is None:
-        return Problem(
-            "no C++ compiler was found; building Horovod needs C++17", _COMPILER_REMEDY
-        )
+        return Problem("no C++ compiler was found; building Horovod needs C++17", _COMPILER_REMEDY)
     code, text = output_of(
         [*command, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"], stdin=_CXX17_PROGRAM
     )

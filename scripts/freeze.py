@@ -29,14 +29,14 @@ def main() -> None:
         name = package.metadata["Name"].lower().replace("_", "-")
         if name not in NOT_PINNED:
             version = Version(package.version).public  # without a local part such as "+cpu"
-            lines.add(f"{name}=={version}{marker(package.metadata.get('Requires-Python'))}")
+            lines.add(f"{name}=={version}{marker(package.metadata.json.get('requires_python'))}")
     target = Path(__file__).resolve().parent.parent / "constraints.txt"
     target.write_text(HEAD + "".join(f"{line}\n" for line in sorted(lines)), encoding="utf-8")
 
 
-def marker(requires: str | None) -> str:
+def marker(requires: object) -> str:
     """Return the environment marker for a package that needs the given Pythons."""
-    supported = SpecifierSet(requires or "")
+    supported = SpecifierSet(str(requires or ""))
     if OLDEST_PYTHON in supported:
         return ""
     oldest = next(python for python in NEWER_PYTHONS if f"{python}.0" in supported)

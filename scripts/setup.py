@@ -54,7 +54,7 @@ def main() -> None:
         if not PYTHON.exists():
             step("creating .venv, a few seconds", [sys.executable, "-m", "venv", str(VENV)])
         pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install"]
-        pip += ["--quiet", "--constraint", "constraints.txt"]
+        pip += ["--quiet", "--no-compile", "--constraint", "constraints.txt"]
         step("installing the build tools, a few seconds", [*pip, "setuptools", "wheel"])
         step(
             "downloading and installing torch, tensorflow, pyspark and the tools, "

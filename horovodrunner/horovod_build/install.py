@@ -19,6 +19,7 @@ from horovodrunner.horovod_build.recipe import (
     Status,
     cache_key,
     current_recipe,
+    horovod_folder,
     installed_status,
     toolchain_facts,
 )
@@ -33,7 +34,7 @@ def cache_folder() -> Path:
 
 def check_horovod() -> Status:
     """Say whether the installed Horovod fits the installed frameworks; takes no second."""
-    return installed_status(current_recipe())
+    return installed_status(current_recipe(), horovod_folder())
 
 
 def build_horovod(*, force: bool = False, target: Path | None = None, say: Say = print) -> None:
@@ -93,7 +94,7 @@ def store_wheel(wheel: Path, key: str) -> Path:
 
 
 def _nothing_to_do(recipe: Recipe, say: Say) -> bool:
-    status = installed_status(recipe)
+    status = installed_status(recipe, horovod_folder())
     if status.state == "foreign":
         say(f"{status.text}; verifying it")
         verify_allreduce(recipe.frameworks)

@@ -230,12 +230,16 @@ def toolchain_facts(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def installed_status(recipe: Recipe) -> Status:
-    """Compare the installed Horovod with what this environment needs; nothing is imported."""
+def horovod_folder() -> Path | None:
+    """Return the folder of the installed horovod package, without importing it."""
     spec = importlib.util.find_spec("horovod")
-    if spec is None or spec.origin is None:
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def installed_status(recipe: Recipe, package: Path | None) -> Status:
+    """Compare the Horovod in the folder ``package`` with what this environment needs."""
+    if package is None:
         return Status("missing", "Horovod is not installed")
-    package = Path(spec.origin).parent
     built_for = _read_json(package / "metadata.json")
     for name, version in recipe.frameworks.items():
         theirs = built_for.get(HOROVOD_NAMES[name])

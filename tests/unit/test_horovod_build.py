@@ -1,0 +1,356 @@
+"""The parts of build-horovod that need no compiler and no Horovod."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+
+import psutil
+import pytest
+
+from horovodrunner.errors import ConfigurationError, HorovodBuildError
+from horovodrunner.horovod_build import install, wheel
+from horovodrunner.horovod_build.edits import EDITS, RECORD_NAME, Edit, apply_edits, fingerprint
+from horovodrunner.horovod_build.recipe import (
+    Recipe,
+    cache_key,
+    current_recipe,
+    installed_status,
+)
+from horovodrunner.horovod_build.verify import verify_allreduce
+
+RECIPE = Recipe(
+    horovod="0.28.1",
+    edits="e1",
+    python="cpython-311",
+    frameworks={"torch": "2.13.0", "tensorflow": "2.21.0"},
+    cuda=None,
+    gpu_operations="",
+    flags={},
+)
+TOOLCHAIN = {"abi": {"torch": ["2.13.0", None, True]}, "compiler": "g++ 12", "cmake": "3.25"}
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOROVOD_GPU_OPERATIONS", "HOROVOD_CUDA_HOME", "CXXFLAGS", "MAKEFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def write_source_tree(folder: Path, left_out: Edit | None = None) -> Path:
+    """Write files that hold what the edits look for, less one of them."""
+    texts: dict[str, list[str]] = {}
+    for edit in EDITS:
+        texts.setdefault(edit.file, []).append("" if edit is left_out else edit.old)
+    for name, parts in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before\n" + "\nbetween\n".join(parts) + "\nafter\n")
+    return folder
+
+
+class TestEdits:
+    def test_all_are_applied_and_leave_the_rest_alone(self, tmp_path: Path) -> None:
+        source = write_source_tree(tmp_path)
+        apply_edits(source)
+        for edit in EDITS:
+            text = (source / edit.file).read_text()
+            assert edit.new in text
+            assert edit.old not in text.replace(edit.new, "") or edit.old in edit.new
+            assert text.startswith("before\n")
+            assert text.endswith("\nafter\n")
+
+    @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.name)
+    def test_a_missing_target_is_an_error_that_names_the_edit(
+        self, edit: Edit, tmp_path: Path
+    ) -> None:
+        source = write_source_tree(tmp_path, left_out=edit)
+        with pytest.raises(HorovodBuildError, match=f"'{edit.name}'.*0 times"):
+            apply_edits(source)
+
+    def test_a_target_that_occurs_twice_is_an_error(self, tmp_path: Path) -> None:
+        source = write_source_tree(tmp_path)
+        path = source / EDITS[0].file
+        path.write_text(path.read_text() + EDITS[0].old)
+        with pytest.raises(HorovodBuildError, match=f"'{EDITS[0].name}'.*2 times"):
+            apply_edits(source)
+
+    def test_a_missing_file_is_an_error_that_names_it(self, tmp_path: Path) -> None:
+        with pytest.raises(HorovodBuildError, match=EDITS[0].file):
+            EDITS[0].apply(tmp_path)
+
+    @pytest.mark.parametrize("field", ["file", "old", "new"])
+    def test_the_fingerprint_follows_what_an_edit_does(self, field: str) -> None:
+        changed = dataclasses.replace(EDITS[-1], **{field: "other"})
+        assert fingerprint([*EDITS[:-1], changed]) != fingerprint(EDITS)
+
+    def test_the_fingerprint_ignores_how_an_edit_is_explained(self) -> None:
+        changed = dataclasses.replace(EDITS[0], why="better words")
+        assert fingerprint([changed, *EDITS[1:]]) == fingerprint(EDITS)
+
+
+class TestRecipe:
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"horovod": "0.29.0"},
+            {"edits": "e2"},
+            {"python": "cpython-312"},
+            {"frameworks": {"torch": "2.13.1", "tensorflow": "2.21.0"}},
+            {"frameworks": {"torch": "2.13.0", "tensorflow": "2.22.0"}},
+            {"frameworks": {"torch": "2.13.0"}},
+            {"cuda": "12.8"},
+            {"gpu_operations": "NCCL"},
+            {"flags": {"CXXFLAGS": "-O1"}},
+        ],
+        ids=str,
+    )
+    def test_every_ingredient_changes_the_cache_key(self, change: dict[str, object]) -> None:
+        changed = dataclasses.replace(RECIPE, **change)  # type: ignore[arg-type]
+        assert cache_key(changed, TOOLCHAIN) != cache_key(RECIPE, TOOLCHAIN)
+
+    @pytest.mark.parametrize("name", TOOLCHAIN)
+    def test_every_tool_changes_the_cache_key(self, name: str) -> None:
+        assert cache_key(RECIPE, {**TOOLCHAIN, name: "other"}) != cache_key(RECIPE, TOOLCHAIN)
+
+    def test_the_cache_key_does_not_depend_on_order(self) -> None:
+        backwards = dict(reversed(TOOLCHAIN.items()))
+        assert cache_key(RECIPE, backwards) == cache_key(RECIPE, TOOLCHAIN)
+
+    def test_only_installed_frameworks_are_built(self) -> None:
+        variables = dataclasses.replace(RECIPE, frameworks={"torch": "2.13.0"}).variables()
+        assert variables["HOROVOD_WITH_PYTORCH"] == "1"
+        assert variables["HOROVOD_WITHOUT_TENSORFLOW"] == "1"
+        assert "HOROVOD_GPU_OPERATIONS" not in variables
+
+    def test_cuda_asks_for_nccl(self) -> None:
+        recipe = dataclasses.replace(RECIPE, cuda="12.8", gpu_operations="NCCL")
+        assert recipe.variables()["HOROVOD_GPU_OPERATIONS"] == "NCCL"
+
+    def test_build_flags_count_and_run_time_settings_do_not(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = current_recipe()
+        monkeypatch.setenv("HOROVOD_TIMELINE", "/tmp/timeline.json")
+        assert current_recipe() == before
+        monkeypatch.setenv("HOROVOD_GPU_OPERATIONS", "NCCL")
+        assert current_recipe().gpu_operations == "NCCL"
+        monkeypatch.setenv("CXXFLAGS", "-O1")
+        assert current_recipe().flags["CXXFLAGS"] == "-O1"
+
+    def test_nothing_to_build_for_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOROVOD_WITHOUT_PYTORCH", "1")
+        monkeypatch.setenv("HOROVOD_WITHOUT_TENSORFLOW", "1")
+        with pytest.raises(ConfigurationError, match="neither torch nor tensorflow"):
+            current_recipe()
+
+
+class TestStatus:
+    @pytest.fixture
+    def package(self, tmp_path: Path) -> Path:
+        """Make a horovod package that was built for RECIPE."""
+        metadata = {"pytorch": "2.13.0", "tensorflow": "2.21.0", "dummy": "none"}
+        (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+        (tmp_path / RECORD_NAME).write_text(json.dumps(dataclasses.asdict(RECIPE)))
+        return tmp_path
+
+    def test_missing(self) -> None:
+        status = installed_status(RECIPE, None)
+        assert status.state == "missing"
+        assert not status.fits
+
+    def test_ready(self, package: Path) -> None:
+        status = installed_status(RECIPE, package)
+        assert status.state == "ready"
+        assert status.fits
+
+    def test_one_framework_less_than_it_was_built_for_is_fine(self, package: Path) -> None:
+        fewer = dataclasses.replace(RECIPE, frameworks={"torch": "2.13.0"})
+        assert installed_status(fewer, package).state == "ready"
+
+    def test_another_version_is_stale_and_both_are_named(self, package: Path) -> None:
+        newer = dataclasses.replace(RECIPE, frameworks={"torch": "2.14.0"})
+        status = installed_status(newer, package)
+        assert status.state == "stale"
+        assert not status.fits
+        assert "2.13.0" in status.text
+        assert "2.14.0" in status.text
+
+    def test_a_framework_that_came_later_is_stale(self, package: Path) -> None:
+        (package / "metadata.json").write_text(json.dumps({"pytorch": "2.13.0"}))
+        status = installed_status(RECIPE, package)
+        assert status.state == "stale"
+        assert "without tensorflow" in status.text
+
+    def test_one_built_by_another_tool_is_foreign(self, package: Path) -> None:
+        (package / RECORD_NAME).unlink()
+        status = installed_status(RECIPE, package)
+        assert status.state == "foreign"
+        assert status.fits
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("edits", "e2"), ("cuda", "12.8"), ("gpu_operations", "NCCL"), ("python", "cpython-312")],
+    )
+    def test_other_edits_or_flags_are_stale(self, package: Path, field: str, value: str) -> None:
+        status = installed_status(dataclasses.replace(RECIPE, **{field: value}), package)  # type: ignore[arg-type]
+        assert status.state == "stale"
+        assert field in status.text
+
+    def test_a_damaged_metadata_file_is_stale(self, package: Path) -> None:
+        (package / "metadata.json").write_text("{")
+        assert installed_status(RECIPE, package).state == "stale"
+
+
+class TestFirstError:
+    def test_the_compilers_error_comes_before_everything_after_it(self) -> None:
+        log = "\n".join(
+            [
+                "[ 10%] Building CXX object a.o",
+                "a.cc: In function 'int f()':",
+                "a.cc:7:3: error: 'nope' was not declared in this scope",
+                "    7 |   nope();",
+                "b.cc:1:1: error: second",
+                "make[2]: *** [a.o] Error 1",
+                "error: subprocess-exited-with-error",
+                "RuntimeError: CMake failed",
+            ]
+        )
+        text = wheel.first_error(log)
+        assert text.startswith("  [ 10%]")
+        assert "In function" in text
+        assert "'nope' was not declared" in text
+        assert "RuntimeError" not in text
+
+    def test_a_cmake_error_is_found(self) -> None:
+        log = "noise\n" * 50 + "CMake Error at x.cmake:3 (message):\n  no such thing\n" + "z\n" * 50
+        assert "no such thing" in wheel.first_error(log)
+
+    def test_running_out_of_memory_is_explained(self) -> None:
+        log = "c++: fatal error: Killed signal terminated program cc1plus\ncompilation terminated."
+        assert "MAKEFLAGS=-j1" in wheel.first_error(log)
+
+    def test_without_any_error_line_the_end_is_shown(self) -> None:
+        log = "\n".join(f"line {n}" for n in range(100))
+        assert wheel.first_error(log).splitlines()[-1] == "  line 99"
+
+
+class TestWheel:
+    def test_another_archive_is_refused(self, tmp_path: Path) -> None:
+        archive = tmp_path / "horovod-0.28.1.tar.gz"
+        archive.write_bytes(b"something else")
+        with pytest.raises(HorovodBuildError, match=wheel.SDIST_SHA256):
+            wheel.check_hash(archive)
+
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [("-j1", "-j1"), ("", None), ("w", None), (" -j8 --jobserver-auth=3,4", None)],
+    )
+    def test_the_users_makeflags_are_respected(
+        self, given: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cores = f"-j{wheel._cores()}"
+        monkeypatch.setenv("MAKEFLAGS", given)
+        assert wheel.build_environment(RECIPE)["MAKEFLAGS"] == (expected or cores)
+
+    def test_every_missing_tool_is_named_before_anything_starts(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        for name in ("CXX", "HOROVOD_CMAKE"):
+            monkeypatch.delenv(name, raising=False)
+        with pytest.raises(HorovodBuildError) as caught:
+            wheel.require_build_tools(RECIPE)
+        assert "no C++ compiler was found" in str(caught.value)
+        assert "cmake was not found" in str(caught.value)
+        assert "apt install" in str(caught.value)
+
+    def test_a_failing_build_shows_the_error_and_the_log(self, tmp_path: Path) -> None:
+        source = tmp_path / "source"
+        source.mkdir()
+        (source / "setup.py").write_text(
+            "print('a.cc:7:3: error: no such type'); raise SystemExit(3)"
+        )
+        log = tmp_path / "build.log"
+        said: list[str] = []
+        with pytest.raises(HorovodBuildError) as caught:
+            wheel.compile_wheel(RECIPE, source=source, work=tmp_path, log=log, say=said.append)
+        assert "a.cc:7:3: error: no such type" in str(caught.value)
+        assert str(log) in str(caught.value)
+        assert "about" in said[0]
+
+    def test_the_cache_gives_back_what_was_stored(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(install, "cache_folder", lambda: tmp_path / "cache")
+        made = tmp_path / "horovod-0.28.1-py3-none-any.whl"
+        made.write_bytes(b"wheel")
+        assert install.cached_wheel("key") is None
+        stored = install.store_wheel(made, "key")
+        assert install.cached_wheel("key") == stored
+        assert install.cached_wheel("other") is None
+        assert stored.read_bytes() == b"wheel"
+        assert [path.name for path in stored.parent.iterdir()] == [made.name]
+
+    def test_a_half_written_wheel_is_never_found(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(install, "cache_folder", lambda: tmp_path / "cache")
+
+        def interrupted(source: Path, folder: str) -> str:
+            target = Path(folder) / Path(source).name
+            target.write_bytes(b"ha")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("shutil.copy", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            install.store_wheel(tmp_path / "horovod-0.28.1-py3-none-any.whl", "key")
+        assert install.cached_wheel("key") is None
+
+
+class TestVerify:
+    """A Horovod that does not work is a package of that name that misbehaves."""
+
+    def write_horovod(self, folder: Path, code: str) -> Path:
+        (folder / "horovod").mkdir()
+        (folder / "horovod" / "__init__.py").write_text(code)
+        return folder
+
+    def test_one_that_fails_is_an_error_with_its_words(self, tmp_path: Path) -> None:
+        folder = self.write_horovod(tmp_path, "raise ImportError('libtorch is not for you')")
+        with pytest.raises(HorovodBuildError, match=r"with torch failed(.|\n)*not for you"):
+            verify_allreduce(["torch"], folder=folder)
+
+    def test_one_that_hangs_is_ended_with_all_its_processes(self, tmp_path: Path) -> None:
+        code = (
+            "import os, pathlib, subprocess, sys\n"
+            "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+            f"pids = pathlib.Path({str(tmp_path / 'pids')!r})\n"
+            "pids.write_text(f'{os.getpid()} {child.pid}')\n"
+            "child.wait()\n"
+        )
+        folder = self.write_horovod(tmp_path, code)
+        with pytest.raises(HorovodBuildError, match="no answer in 2 s"):
+            verify_allreduce(["torch"], folder=folder, timeout=2)
+        pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+        left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+        _, alive = psutil.wait_procs(left, timeout=5)
+        assert len(pids) == 2
+        assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+    def test_a_wheel_that_fails_is_neither_cached_nor_installed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = tmp_path / "horovod-0.28.1-py3-none-any.whl"
+        with zipfile.ZipFile(made, "w") as packed:
+            packed.writestr("horovod/__init__.py", "raise ImportError('broken')")
+        monkeypatch.setattr(install, "cache_folder", lambda: tmp_path / "cache")
+        monkeypatch.setattr(install, "make_wheel", lambda *_, **__: made)
+        monkeypatch.setattr(install, "toolchain_facts", lambda _: TOOLCHAIN)
+        target = tmp_path / "target"
+        with pytest.raises(HorovodBuildError, match="broken"):
+            install.build_horovod(force=True, target=target, say=lambda _: None)
+        assert not target.exists()
+        assert not list((tmp_path / "cache").rglob("*.whl"))
