@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import inspect
 import pickletools
@@ -278,8 +279,10 @@ def _function_parts(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
 def _variables_of(
     function: types.FunctionType, where: str, seen: set[int]
 ) -> Iterator[tuple[str, Any]]:
-    for name, value in inspect.getclosurevars(function).nonlocals.items():
-        yield from _named_part(f"the variable {name!r} in the closure of {where}", value, seen)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a variable that has no value yet
+            value = cell.cell_contents
+            yield from _named_part(f"the variable {name!r} in the closure of {where}", value, seen)
     for name in sorted(_global_names(function.__code__)):
         if name in function.__globals__ and not hasattr(builtins, name):
             value = function.__globals__[name]
