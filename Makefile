@@ -1,5 +1,5 @@
 # Everything runs in .venv, which every target sets up first if it has to.
-# Another interpreter: make demo PYTHON=python3.12
+# Another interpreter: make clean, then make demo PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,7 +16,7 @@ help:
 	@echo "make clean   remove .venv and everything that is generated"
 	@echo
 	@echo "Needs Python 3.10 or newer, Java 17 or newer, a C++17 compiler, cmake and make."
-	@echo "Another interpreter: make demo PYTHON=python3.12"
+	@echo "Another interpreter: make clean, then make demo PYTHON=python3.12"
 
 setup:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found: install Python 3.10" \

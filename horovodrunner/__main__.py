@@ -49,7 +49,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m horovodrunner",
         description="HorovodRunner for every Apache Spark: set-up and diagnosis.",
     )
-    version = importlib.metadata.version("horovodrunner")
+    try:
+        version = importlib.metadata.version("horovodrunner")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout, on PYTHONPATH
+        version = "(not installed)"
     parser.add_argument("--version", action="version", version=f"horovodrunner {version}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser(

@@ -25,8 +25,9 @@ import psutil
 from horovodrunner import prerequisites
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.horovod_build import check_horovod
-from horovodrunner.horovod_build.recipe import framework_versions
+from horovodrunner.horovod_build.recipe import cuda_home, framework_versions, torch_cuda
 
+_BUILD = "python -m horovodrunner build-horovod"
 _IMPORT_SECONDS = 90.0
 _TORCH_PROGRAM = """
 import torch
@@ -238,7 +239,6 @@ def _keras() -> Iterator[Finding]:
 
 
 def _horovod() -> Finding:
-    build = "python -m horovodrunner build-horovod"
     try:
         status = check_horovod()
     except ConfigurationError:
@@ -246,10 +246,10 @@ def _horovod() -> Finding:
             "problem",
             "Horovod",
             "neither torch nor tensorflow is installed",
-            f"pip install 'horovodrunner[torch]' or 'horovodrunner[tensorflow]', then {build}",
+            f"pip install 'horovodrunner[torch]' or 'horovodrunner[tensorflow]', then {_BUILD}",
         )
     if not status.fits:
-        return Finding("problem", "Horovod", status.text, build)
+        return Finding("problem", "Horovod", status.text, _BUILD)
     return Finding("ok", "Horovod", status.text)
 
 
@@ -268,6 +268,14 @@ def _gpus() -> Iterator[Finding]:
     else:
         for line in text.strip().splitlines():
             yield Finding("ok", "GPUs", line.strip())
+        if torch_cuda() and not cuda_home():
+            yield Finding(
+                "problem",
+                "GPUs",
+                f"torch has CUDA {torch_cuda()} but no CUDA toolkit (nvcc) was found, so Horovod "
+                "cannot be built for them",
+                f"install that toolkit or set CUDA_HOME, then {_BUILD}",
+            )
 
 
 def _network() -> Iterator[Finding]:

@@ -29,6 +29,8 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "set-up-for"
 LOG = VENV / "set-up.log"
 EXTRAS = "spark,torch,tensorflow,horovod-build,demo,test,docs"
+# Packages that PYTHONPATH adds are not those of .venv.
+ENVIRON = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 # A change in any of these may ask for other packages or another Horovod.
 INPUTS = (
     "setup.py",
@@ -49,8 +51,8 @@ def main() -> None:
         if STAMP.exists() and STAMP.read_text() == wanted and PYTHON.exists():
             return
         started = time.monotonic()
-        print("Setting up .venv: about 6 minutes from nothing on two cores.", flush=True)
         require_prerequisites()
+        print("Setting up .venv: about 6 minutes from nothing on two cores.", flush=True)
         if not PYTHON.exists():
             step("creating .venv, a few seconds", [sys.executable, "-m", "venv", str(VENV)])
         pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install"]
@@ -63,7 +65,7 @@ def main() -> None:
         )
         print("- building Horovod for them, 3 to 5 minutes (seconds if built before)", flush=True)
         build = [str(PYTHON), "-m", "horovodrunner", "build-horovod"]
-        if subprocess.run(build, cwd=ROOT, check=False).returncode != 0:
+        if subprocess.run(build, cwd=ROOT, env=ENVIRON, check=False).returncode != 0:
             sys.exit("error: the set-up stopped because Horovod could not be built (see above)")
         STAMP.write_text(wanted)
         print(f"Set up in {time.monotonic() - started:.0f} s.\n", flush=True)
@@ -96,12 +98,11 @@ def step(title: str, command: list[str]) -> None:
     """Run one step with its output in the log; show the end of it if the step fails."""
     print(f"- {title} ... ", end="", flush=True)
     started = time.monotonic()
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with LOG.open("a+") as log:
         log.write(f"\n$ {' '.join(command)}\n")
         log.flush()
         code = subprocess.run(
-            command, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT, check=False
+            command, cwd=ROOT, env=ENVIRON, stdout=log, stderr=subprocess.STDOUT, check=False
         ).returncode
     if code != 0:
         print("failed")

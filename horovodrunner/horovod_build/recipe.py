@@ -68,7 +68,7 @@ class Recipe:
     frameworks: version of each installed framework, by import name.
     cuda: CUDA version that torch was built with; None for a CPU build.
     gpu_operations: value of HOROVOD_GPU_OPERATIONS; empty for none.
-    flags: the other variables that change the build, as the user set them.
+    flags: the variables that change the build, as the user set them.
     """
 
     horovod: str
@@ -184,7 +184,7 @@ def current_recipe() -> Recipe:
         python=str(sysconfig.get_config_var("SOABI")),
         frameworks=frameworks,
         cuda=cuda,
-        gpu_operations=flags.pop("HOROVOD_GPU_OPERATIONS", operations),
+        gpu_operations=flags.get("HOROVOD_GPU_OPERATIONS", operations),
         flags=flags,
     )
 
@@ -251,15 +251,27 @@ def installed_status(recipe: Recipe, package: Path | None) -> Status:
     record = _read_json(package / RECORD_NAME)
     if not record:
         return Status("foreign", f"Horovod was built by another tool for {recipe}")
-    wanted = asdict(recipe)
-    for field in ("horovod", "edits", "python", "cuda", "gpu_operations", "flags"):
-        if record.get(field) != wanted[field]:
-            return Status(
-                "stale",
-                f"the installed Horovod was built with {field} {record.get(field)!r}; "
-                f"now it would be {wanted[field]!r}",
-            )
+    change = _first_change(recipe, record)
+    if change:
+        return Status("stale", f"the installed Horovod was built with {change}")
     return Status("ready", f"Horovod {recipe.horovod} is built for {recipe}")
+
+
+def _first_change(recipe: Recipe, record: dict[str, Any]) -> str | None:
+    """Name the first thing in which a new build would differ from the recorded one."""
+    now = asdict(recipe)
+    for field in ("horovod", "edits", "python", "cuda"):
+        if record.get(field) != now[field]:
+            return f"{field} {record.get(field)!r}; now it would be {now[field]!r}"
+    flags = record.get("flags", {})
+    # Flags are often set for the build alone: only one that says something else now counts.
+    for name, value in recipe.flags.items():
+        if name.startswith("HOROVOD_") and flags.get(name) != value:
+            return f"{name}={flags.get(name, '')}; now it is {value}"
+    found = recipe.gpu_operations
+    if found and "HOROVOD_GPU_OPERATIONS" not in flags and record.get("gpu_operations") != found:
+        return f"no GPU operations; now CUDA is found and it would be {found}"
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -191,13 +191,34 @@ class TestStatus:
         assert status.fits
 
     @pytest.mark.parametrize(
-        ("field", "value"),
-        [("edits", "e2"), ("cuda", "12.8"), ("gpu_operations", "NCCL"), ("python", "cpython-312")],
+        "change",
+        [
+            {"horovod": "0.29.0"},
+            {"edits": "e2"},
+            {"cuda": "12.8"},
+            {"python": "cpython-312"},
+            {"gpu_operations": "NCCL"},
+            {"flags": {"HOROVOD_CPU_OPERATIONS": "CCL"}},
+        ],
+        ids=str,
     )
-    def test_other_edits_or_flags_are_stale(self, package: Path, field: str, value: str) -> None:
-        status = installed_status(dataclasses.replace(RECIPE, **{field: value}), package)  # type: ignore[arg-type]
-        assert status.state == "stale"
-        assert field in status.text
+    def test_a_build_that_would_differ_is_stale(
+        self, package: Path, change: dict[str, object]
+    ) -> None:
+        changed = dataclasses.replace(RECIPE, **change)  # type: ignore[arg-type]
+        assert installed_status(changed, package).state == "stale"
+
+    def test_flags_that_were_set_for_the_build_alone_stay_good(self, package: Path) -> None:
+        flags = {"HOROVOD_GPU_OPERATIONS": "NCCL", "HOROVOD_NCCL_HOME": "/nccl"}
+        built = dataclasses.replace(RECIPE, gpu_operations="NCCL", flags=flags)
+        (package / RECORD_NAME).write_text(json.dumps(dataclasses.asdict(built)))
+        assert installed_status(RECIPE, package).state == "ready"
+
+    def test_a_cpu_build_by_choice_stays_good_when_cuda_is_there(self, package: Path) -> None:
+        built = dataclasses.replace(RECIPE, flags={"HOROVOD_GPU_OPERATIONS": ""})
+        (package / RECORD_NAME).write_text(json.dumps(dataclasses.asdict(built)))
+        later = dataclasses.replace(RECIPE, gpu_operations="NCCL")
+        assert installed_status(later, package).state == "ready"
 
     def test_a_damaged_metadata_file_is_stale(self, package: Path) -> None:
         (package / "metadata.json").write_text("{")
