@@ -1,0 +1,84 @@
+"""What all rungs share: nothing may be left behind by any test."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+LEAK_MARK = "HOROVOD_LEAK_MARK"
+os.environ[LEAK_MARK] = uuid.uuid4().hex
+"""Every worker inherits it (variables that start with HOROVOD_ travel), and so do its children."""
+
+LEAVING_SECONDS = 5.0
+_ALLOWED = ("java", "pyspark.daemon", "pyspark/daemon", "resource_tracker", "ipykernel")
+
+
+def marked_processes() -> list[str]:
+    """List what this test session started, directly or through Spark, and what is ours."""
+    found = []
+    for process in psutil.process_iter():
+        if process.pid == os.getpid():
+            continue
+        try:
+            command = " ".join(process.cmdline())
+            marked = process.environ().get(LEAK_MARK) == os.environ[LEAK_MARK]
+            if process.status() == psutil.STATUS_ZOMBIE and process.ppid() != os.getpid():
+                continue
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+        if marked and not any(word in command for word in _ALLOWED):
+            found.append(f"process {process.pid}: {command}")
+    return found
+
+
+def own_threads() -> set[str]:
+    """List the threads that are this package's, or would keep the interpreter from leaving."""
+    return {
+        f"thread {thread.name}"
+        for thread in threading.enumerate()
+        if thread.name.startswith(("horovodrunner", "asyncio")) or not thread.daemon
+    }
+
+
+def listening_sockets() -> set[str]:
+    """List the ports this process listens on."""
+    return {
+        f"port {connection.laddr.port}"
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def temporary_files() -> set[str]:
+    """List this package's files in the temporary directory."""
+    return {f"file {path}" for path in Path(tempfile.gettempdir()).glob("horovodrunner*")}
+
+
+def _present() -> set[str]:
+    return {*marked_processes(), *own_threads(), *listening_sockets(), *temporary_files()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a process, a thread, a port or a file."""
+    before = _present()
+    yield
+    deadline = time.monotonic() + LEAVING_SECONDS
+    while (left := _present() - before) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left, f"left behind: {sorted(left)}"
+
+
+@pytest.fixture(autouse=True)
+def executors_use_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let sessions that tests or their subprocesses start use this environment."""
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)

@@ -1,0 +1,55 @@
+"""Environment variables."""
+
+from horovodrunner.core.env import (
+    forwarded_environment,
+    slot_environment,
+    worker_base_environment,
+)
+from horovodrunner.core.topology import Slot
+
+SLOT = Slot(
+    partition=3, rank=5, size=8, local_rank=1, local_size=4, cross_rank=2, cross_size=3,
+    host_index=2, host="node", host_id="node-1", address="10.0.0.2", interface="eth1",
+    devices="2,3",
+)  # fmt: skip
+
+
+def variables(forwarded: dict[str, str] | None = None, slot: Slot = SLOT) -> dict[str, str]:
+    return slot_environment(slot, ("10.0.0.1", 4000), ("10.0.0.1", 5000), forwarded or {})
+
+
+def test_the_documented_prefixes_travel_and_nothing_else() -> None:
+    names = ["HOROVOD_X", "NCCL_X", "OMP_X", "CUDA_X", "TF_X", "MLFLOW_X"]
+    others = ["HOME", "AWS_SECRET_ACCESS_KEY", "XHOROVOD_", "SPARK_X"]
+    assert forwarded_environment(dict.fromkeys(names + others, "1")) == dict.fromkeys(names, "1")
+
+
+def test_a_slot_in_horovods_words_and_in_torchruns() -> None:
+    given = variables()
+    expected = {
+        "HOROVOD_RANK": "5", "HOROVOD_SIZE": "8", "HOROVOD_LOCAL_RANK": "1",
+        "HOROVOD_LOCAL_SIZE": "4", "HOROVOD_CROSS_RANK": "2", "HOROVOD_CROSS_SIZE": "3",
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": "10.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": "4000",
+        "HOROVOD_GLOO_IFACE": "eth1", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "2", "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "5000", "CUDA_VISIBLE_DEVICES": "2,3",
+    }  # fmt: skip
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_an_interface_the_user_named_is_kept() -> None:
+    given = variables({"NCCL_SOCKET_IFNAME": "ib0"})
+    assert "NCCL_SOCKET_IFNAME" not in given
+    assert given["HOROVOD_GLOO_IFACE"] == "eth1"
+
+
+def test_without_gpus_the_variable_is_left_alone() -> None:
+    from dataclasses import replace
+
+    assert "CUDA_VISIBLE_DEVICES" not in variables(slot=replace(SLOT, devices=None))
+
+
+def test_workers_do_not_get_sparks_secrets() -> None:
+    own = {"PYTHON_WORKER_FACTORY_SECRET": "s", "HOME": "/h", "OMP_NUM_THREADS": "8"}
+    given = worker_base_environment(own, {"OMP_NUM_THREADS": "2"}, "/a:/b")
+    assert given == {"HOME": "/h", "OMP_NUM_THREADS": "2", "PYTHONPATH": "/a:/b"}

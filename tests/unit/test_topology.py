@@ -1,0 +1,44 @@
+"""Hosts and GPUs to places."""
+
+from horovodrunner.core.topology import HostGroup, Member, group_by_host, visible_devices
+
+
+def member(partition: int, host: str, workers: int = 1, gpus: tuple[str, ...] = ()) -> Member:
+    return Member(partition, host, host, "10.0.0.1", "eth0", workers=workers, gpus=gpus)
+
+
+def places(members: list[Member]) -> list[tuple[str, list[int]]]:
+    return [(g.host_id, [m.partition for m in g.members]) for g in group_by_host(members)]
+
+
+def test_ranks_of_one_host_are_contiguous_and_partition_0_comes_first() -> None:
+    gathered = [member(3, "a"), member(1, "b"), member(2, "a"), member(0, "c"), member(4, "b")]
+    assert places(gathered) == [("c", [0]), ("b", [1, 4]), ("a", [2, 3])]
+
+
+def test_the_order_does_not_depend_on_the_order_of_the_messages() -> None:
+    gathered = [member(i, "ab"[i % 2]) for i in range(6)]
+    assert places(gathered) == places(gathered[::-1]) == [("a", [0, 2, 4]), ("b", [1, 3, 5])]
+
+
+def test_an_agent_with_several_workers_has_a_place_for_each() -> None:
+    assert places([member(0, "a", workers=3)]) == [("a", [0, 0, 0])]
+
+
+def test_every_worker_sees_its_own_gpu_at_its_local_rank() -> None:
+    group = HostGroup("a", (member(0, "a", gpus=("3",)), member(2, "a", gpus=("1",))))
+    assert visible_devices(group) == "3,1"
+
+
+def test_second_gpus_follow_after_every_workers_first() -> None:
+    group = HostGroup("a", (member(0, "a", gpus=("0", "1")), member(1, "a", gpus=("2", "3"))))
+    assert visible_devices(group) == "0,2,1,3"
+
+
+def test_without_gpus_the_variable_is_left_alone() -> None:
+    assert visible_devices(HostGroup("a", (member(0, "a"), member(1, "a")))) is None
+
+
+def test_a_member_travels_as_json() -> None:
+    original = member(1, "a", gpus=("GPU-uuid",))
+    assert Member.from_json(original.to_json()) == original
