@@ -76,9 +76,8 @@ def test_frames_cross_a_proved_connection_both_ways() -> None:
 
 def test_a_client_with_another_token_is_refused_and_told_so() -> None:
     async def scenario(server: FrameServer, port: int, *_: object) -> None:
-        with pytest.raises((AuthenticationError, ConnectionError)):
-            peer = await connect("127.0.0.1", port, b"wrong" * 8, 5)
-            peer.send("lines", b"evil")
+        with pytest.raises(ConnectionError):
+            await connect("127.0.0.1", port, b"wrong" * 8, 5)
 
     frames, refusals = serve(scenario)
     assert frames == []
@@ -211,10 +210,13 @@ def test_lines_a_slow_peer_does_not_read_are_dropped_and_counted() -> None:
 def test_connecting_to_nobody_is_an_os_error() -> None:
     with socket.socket() as keeper:
         keeper.bind(("127.0.0.1", 0))  # bound, not listening
-        with pytest.raises(OSError):
+        with pytest.raises(ConnectionRefusedError):
             asyncio.run(connect("127.0.0.1", keeper.getsockname()[1], TOKEN, 2))
 
 
 def test_connecting_to_somebody_silent_times_out() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TimeoutError, match="0.2"):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises(TimeoutError, match=r"0\.2"),
+    ):
         asyncio.run(connect("127.0.0.1", silent.getsockname()[1], TOKEN, 0.2))
