@@ -1,0 +1,394 @@
+"""np < 0: real processes on this machine, no Spark."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import horovodrunner
+from horovodrunner import HorovodRunner, PayloadError, WorkerFailedError
+from tests.process import mains
+
+
+def run(main: Any, np: int = -2, **kwargs: Any) -> Any:
+    return HorovodRunner(np=np).run(main, **kwargs)
+
+
+def failure(main: Any, np: int = -2, **kwargs: Any) -> WorkerFailedError:
+    with pytest.raises(WorkerFailedError) as caught:
+        run(main, np, **kwargs)
+    return caught.value
+
+
+def test_rank_0s_value_comes_back_and_every_rank_knows_its_place() -> None:
+    def main(offset: int) -> tuple[int, dict[str, str]]:
+        names = ["HOROVOD_RANK", "HOROVOD_SIZE", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK"]
+        return offset + int(os.environ["RANK"]), {name: os.environ[name] for name in names}
+
+    value, places = run(main, np=-3, offset=40)
+    assert value == 40
+    assert places == {
+        "HOROVOD_RANK": "0",
+        "HOROVOD_SIZE": "3",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "3",
+        "GROUP_RANK": "0",
+    }
+
+
+def test_no_spark_is_imported_and_no_jvm_started() -> None:
+    script = """
+        import sys
+        from horovodrunner import HorovodRunner
+        print(HorovodRunner(np=-1).run(lambda: "pyspark" in sys.modules))
+        import psutil
+        assert "pyspark" not in sys.modules, "pyspark was imported on the driver"
+        assert not [p for p in psutil.Process().children(recursive=True)]
+    """
+    done = python(script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def python(script: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """Run a script as a driver of its own."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("on_rank", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "summary", "exit_code", "signal_name"),
+    [
+        ("exception", "ValueError: the learning rate is negative", None, None),
+        ("sys.exit", "main called sys.exit: SystemExit: 3", 3, None),
+        ("sys.exit text", "main called sys.exit: SystemExit: no data", 1, None),
+        ("os._exit", "left with exit code 4", 4, None),
+        ("SIGKILL", "ended by SIGKILL, most likely", None, "SIGKILL"),
+        ("SIGSEGV", "ended by SIGSEGV", None, "SIGSEGV"),
+        ("SIGTERM", "ended by SIGTERM", None, "SIGTERM"),
+    ],
+)
+def test_a_failing_rank_ends_the_run_with_its_own_cause(
+    on_rank: int, how: str, summary: str, exit_code: int | None, signal_name: str | None
+) -> None:
+    error = failure(mains.fail, how=how, on_rank=on_rank)
+    assert summary in error.summary
+    assert (error.rank, error.exit_code, error.signal) == (on_rank, exit_code, signal_name)
+    assert error.host
+    assert error.consequences == ()
+
+
+def test_the_ranks_own_exception_is_the_cause_and_its_traceback_the_users() -> None:
+    error = failure(mains.fail, how="exception", on_rank=1)
+    assert isinstance(error.__cause__, ValueError)
+    assert "in fail" in error.traceback
+    assert "mains.py" in error.traceback
+    assert "horovodrunner/worker" not in error.traceback
+
+
+def test_an_exception_that_does_not_unpickle_is_still_told() -> None:
+    class StrangeError(Exception):
+        def __init__(self, one: int, two: int) -> None:
+            super().__init__("strange")
+
+    def main() -> None:
+        raise StrangeError(1, 2)
+
+    error = failure(main, np=-1)
+    assert "StrangeError: strange" in error.summary
+    assert error.__cause__ is None
+
+
+def test_leaving_with_code_0_is_returning_nothing() -> None:
+    assert run(lambda: sys.exit(0), np=-1) is None
+    assert failure(lambda: os._exit(0), np=-1).exit_code == 0
+
+
+def test_workers_that_ignore_sigterm_and_their_children_are_gone(tmp_path: Path) -> None:
+    pid_file = str(tmp_path / "pids")
+    error = failure(mains.ignore_sigterm_with_children, pid_file=pid_file, on_rank=0)
+    assert "failed with children" in error.summary
+    pids = [int(pid) for path in tmp_path.iterdir() for pid in path.read_text().split()]
+    assert len(pids) == 4
+    assert [pid for pid in pids if is_running(pid)] == []
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert [pid for pid in pids if is_running(pid)] == []
+
+
+def test_a_child_that_a_successful_main_left_behind_is_ended() -> None:
+    def main() -> int:
+        return subprocess.Popen(["sleep", "600"]).pid
+
+    assert not is_running(run(main, np=-1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_workers_go_when_the_driver_goes(tmp_path: Path, number: signal.Signals) -> None:
+    script = f"""
+        from horovodrunner import HorovodRunner
+        from tests.process import mains
+        HorovodRunner(np=-2).run(
+            mains.ignore_sigterm_with_children, pid_file={str(tmp_path / "pids")!r}, on_rank=-1
+        )
+    """
+    driver = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    pids: list[int] = []
+    while len(pids) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+        pids = [int(pid) for path in tmp_path.iterdir() for pid in path.read_text().split()]
+    driver.send_signal(number)
+    _, errors = driver.communicate(timeout=30)
+    wait_until_gone(pids, seconds=5)
+    if number == signal.SIGINT:
+        assert "KeyboardInterrupt" in errors
+
+
+def test_all_output_arrives_whole_and_prefixed(capfd: pytest.CaptureFixture[str]) -> None:
+    run(mains.print_a_lot, lines=3000, width=200)
+    shown = capfd.readouterr().out.splitlines()
+    for rank in (0, 1):
+        expected = [f"[{rank}]<stdout>:{rank}:{i}:" + "x" * 200 for i in range(3000)]
+        assert [line for line in shown if line.startswith(f"[{rank}]<stdout>:")] == expected
+        assert f"[{rank}]<stderr>:{rank} done" in shown
+
+
+def test_output_is_shown_while_it_happens(tmp_path: Path) -> None:
+    """The driver sees a line that main waits to have been seen."""
+
+    class Watch:
+        def __init__(self) -> None:
+            self.text = ""
+
+        def write(self, text: str) -> None:
+            self.text += text
+            if "first line" in self.text:
+                (tmp_path / "seen").touch()
+
+        def flush(self) -> None:
+            pass
+
+    def main(seen: str) -> bool:
+        print("first line")
+        deadline = time.monotonic() + 30
+        while not Path(seen).exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return Path(seen).exists()
+
+    import contextlib
+
+    with contextlib.redirect_stdout(Watch()):  # type: ignore[type-var]
+        assert run(main, np=-1, seen=str(tmp_path / "seen"))
+
+
+def test_the_start_lines_say_the_mode_and_the_size(capsys: pytest.CaptureFixture[str]) -> None:
+    run(lambda: None, np=-1)
+    lines = capsys.readouterr().out.splitlines()
+    assert "1 rank on this machine" in lines[0]
+    assert lines[1].startswith("HorovodRunner: the pickled main and its arguments have ")
+
+
+def test_log_to_driver_from_every_rank_cut_at_4000(capsys: pytest.CaptureFixture[str]) -> None:
+    run(mains.log_things)
+    lines = capsys.readouterr().out.splitlines()
+    assert {"from rank 0", "from rank 1"} <= set(lines)
+    long = [line for line in lines if line.startswith("long ")]
+    assert long == ["long " + "y" * 3995 + "...(truncated)"] * 2
+
+
+def test_log_to_driver_outside_a_run_prints_here(capsys: pytest.CaptureFixture[str]) -> None:
+    horovodrunner.log_to_driver("here")
+    assert capsys.readouterr().out == "here\n"
+    with pytest.raises(TypeError, match=r"str\(value\)"):
+        horovodrunner.log_to_driver(3)  # type: ignore[arg-type]
+
+
+def test_the_documented_variables_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_ID", "abc")
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "2.5")
+
+    def main() -> list[str | None]:
+        return [os.environ.get(n) for n in ("MLFLOW_RUN_ID", "HOROVOD_CYCLE_TIME")]
+
+    assert run(main, np=-1) == ["abc", "2.5"]
+
+
+def test_every_run_has_fresh_processes() -> None:
+    def main() -> tuple[int, bool]:
+        import builtins
+
+        seen = hasattr(builtins, "left_over")
+        builtins.left_over = True  # type: ignore[attr-defined]
+        return os.getpid(), seen
+
+    first, second = run(main, np=-1), run(main, np=-1)
+    assert first[0] != second[0]
+    assert not first[1]
+    assert not second[1]
+
+
+@pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "KERAS_BACKEND"])
+def test_what_main_sets_before_it_imports_is_seen_by_the_import(variable: str) -> None:
+    def main(name: str) -> bool:
+        import sys
+
+        early = "torch" in sys.modules
+        os.environ[name] = "1"
+        import torch  # noqa: F401
+
+        return early
+
+    assert run(main, np=-1, name=variable) is False
+
+
+def test_what_main_imports_is_imported_while_it_waits() -> None:
+    def main() -> bool:
+        early = "numpy" in sys.modules
+        import numpy  # noqa: F401
+
+        return early
+
+    assert run(main, np=-1) is True
+
+
+def test_modules_beside_the_driver_script_are_found(tmp_path: Path) -> None:
+    (tmp_path / "my_training.py").write_text("def main():\n    return 'found'\n")
+    script = f"""
+        import sys
+        sys.path.append({str(tmp_path)!r})
+        import my_training
+        from horovodrunner import HorovodRunner
+        assert HorovodRunner(np=-1).run(my_training.main) == "found"
+    """
+    done = python(script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_result_that_does_not_pickle_is_named() -> None:
+    def main() -> Any:
+        return {"loss": 0.1, "lock": threading.Lock()}
+
+    with pytest.raises(PayloadError, match=r"main returned\['lock'\] \(_thread.lock\)"):
+        run(main, np=-1)
+
+
+def test_only_rank_0s_result_has_to_pickle() -> None:
+    def main() -> Any:
+        return "fine" if mains.rank() == 0 else threading.Lock()
+
+    assert run(main) == "fine"
+
+
+def test_a_large_result_comes_back_whole() -> None:
+    def main() -> bytes:
+        return os.urandom(1) * 80_000_000
+
+    value = run(main, np=-1)
+    assert len(value) == 80_000_000
+    assert value == value[:1] * 80_000_000
+
+
+def test_a_large_argument_arrives_whole() -> None:
+    blob = os.urandom(1000) * 20_000
+    with pytest.warns(UserWarning, match="the argument 'blob'"):
+        assert (
+            run(lambda blob: hash(blob) == hash(bytes(blob)) and len(blob), np=-1, blob=blob)
+            == 20_000_000
+        )
+
+
+def test_a_worker_that_does_not_leave_is_stopped_and_its_result_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from horovodrunner.task import agent
+
+    monkeypatch.setattr(agent, "TEARDOWN_SECONDS", 0.5)
+    assert run(mains.leave_a_thread, np=-1) == "result"
+    assert "still there 0.5 s after main returned" in capsys.readouterr().out
+
+
+def test_main_may_read_stdin_and_close_its_output() -> None:
+    def main() -> str:
+        text = sys.stdin.read()
+        sys.stdout.close()
+        sys.stderr.close()
+        return text
+
+    assert run(main, np=-1) == ""
+
+
+def test_runs_from_two_threads_do_not_disturb_each_other() -> None:
+    results: dict[str, Any] = {}
+
+    def one(name: str) -> None:
+        results[name] = run(lambda name: (name, os.environ["WORLD_SIZE"]), name=name)
+
+    threads = [threading.Thread(target=one, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {"a": ("a", "2"), "b": ("b", "2")}
+
+
+def test_no_secret_is_on_a_command_line() -> None:
+    def main() -> list[str]:
+        return psutil.Process().cmdline() + psutil.Process(os.getppid()).cmdline()
+
+    words = " ".join(run(main, np=-1))
+    assert "horovodrunner.worker" in words
+    assert "token" not in words.lower()
+    assert max(len(word) for word in words.split()) < 300
+
+
+def test_output_of_a_descendant_that_outlives_the_group_does_not_hang_the_run() -> None:
+    def main() -> int:
+        return subprocess.Popen(["sleep", "600"], start_new_session=True).pid
+
+    pid = run(main, np=-1)
+    assert is_running(pid)  # it left our group on purpose: a daemon of the user's
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_failure_after_success_elsewhere_still_fails_the_run() -> None:
+    def main() -> str:
+        if mains.rank() == 1:
+            time.sleep(1)
+            raise RuntimeError("late")
+        return "early"
+
+    assert "late" in failure(main).summary
