@@ -1,0 +1,339 @@
+"""np > 0: real executors."""
+
+from __future__ import annotations
+
+import _thread
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from horovodrunner import (
+    BarrierStageError,
+    ClusterCapacityError,
+    ConfigurationError,
+    HorovodRunner,
+    PayloadError,
+    StartTimeoutError,
+    WorkerFailedError,
+)
+from horovodrunner.driver import cluster
+from tests.conftest import marked_processes
+from tests.process import mains
+
+pytestmark = [pytest.mark.spark, pytest.mark.usefixtures("spark")]
+
+
+def run(main: Any, np: int = 2, verbosity: str = "log_callback_only", **kwargs: Any) -> Any:
+    return HorovodRunner(np=np, driver_log_verbosity=verbosity).run(main, **kwargs)
+
+
+def place() -> dict[str, Any]:
+    names = ["RANK", "WORLD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"]
+    return {name: int(os.environ[name]) for name in names} | {"parent": os.getppid()}
+
+
+@pytest.mark.parametrize("np", [1, 2])
+def test_the_ranks_run_on_executors_and_rank_0s_value_comes_back(np: int) -> None:
+    value = run(place, np=np)
+    assert (value["RANK"], value["WORLD_SIZE"], value["HOROVOD_LOCAL_SIZE"]) == (0, np, np)
+    ancestors = [p.name() for p in psutil.Process(value["parent"]).parents()]
+    assert ancestors.count("java") >= 2  # the executor, and the driver's JVM that started it
+
+
+def test_np_0_means_all_slots_and_is_deprecated() -> None:
+    with pytest.warns(DeprecationWarning, match="np=0"):
+        assert run(place, np=0)["WORLD_SIZE"] == 2
+
+
+def test_more_ranks_than_slots_is_refused_at_once_with_the_numbers() -> None:
+    began = time.monotonic()
+    with pytest.raises(ClusterCapacityError, match=r"np=3 needs 3 .*local-cluster.* has 2"):
+        run(place, np=3)
+    assert time.monotonic() - began < 10  # Spark itself tries for ten minutes
+
+
+def test_dynamic_allocation_is_refused_before_launch(spark: Any) -> None:
+    spark.conf.set("spark.dynamicAllocation.enabled", "true")
+    try:
+        with pytest.raises(ConfigurationError, match=r"spark\.dynamicAllocation\.enabled"):
+            run(place)
+    finally:
+        spark.conf.unset("spark.dynamicAllocation.enabled")
+
+
+@pytest.mark.parametrize("on_rank", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "summary"),
+    [
+        ("exception", "ValueError: the learning rate is negative"),
+        ("sys.exit", "SystemExit: 3"),
+        ("os._exit", "exit code 4"),
+        ("SIGKILL", "SIGKILL"),
+    ],
+)
+def test_a_failing_rank_ends_the_run_with_its_own_cause(
+    on_rank: int, how: str, summary: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(WorkerFailedError) as caught:
+        run(mains.fail, how=how, on_rank=on_rank)
+    assert summary in caught.value.summary
+    assert caught.value.rank == on_rank
+    assert isinstance(caught.value.__cause__, ValueError) == (how == "exception")
+    assert caught.value.__suppress_context__
+    assert "org.apache.spark" not in str(caught.value)
+
+
+def test_the_session_is_usable_after_a_failure(spark: Any) -> None:
+    with pytest.raises(WorkerFailedError):
+        run(mains.fail, how="exception", on_rank=1)
+    assert spark.range(10).count() == 10
+    assert run(place)["WORLD_SIZE"] == 2
+
+
+def test_workers_that_ignore_sigterm_and_their_children_are_gone(tmp_path: Path) -> None:
+    with pytest.raises(WorkerFailedError, match="failed with children"):
+        run(mains.ignore_sigterm_with_children, pid_file=str(tmp_path / "pids"), on_rank=1)
+    assert marked_processes() == []
+
+
+def executor_stderr(logs: Path) -> dict[str, list[str]]:
+    return {
+        f"{path.parent.parent.name}/{path.parent.name}": path.read_text().splitlines()
+        for path in logs.glob("app-*/*/stderr")
+    }
+
+
+def test_all_output_is_merged_in_rank_0s_executor_log_whole_and_prefixed(
+    executor_logs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {name: len(lines) for name, lines in executor_stderr(executor_logs).items()}
+    run(mains.print_a_lot, lines=2000, width=100)
+    shown = capsys.readouterr().out
+    assert "<stdout>" not in shown
+    assert 'driver_log_verbosity="all"' in shown
+    new = {n: lines[before.get(n, 0) :] for n, lines in executor_stderr(executor_logs).items()}
+    merged = [lines for lines in new.values() if f"[0]<stdout>:0:0:{'x' * 100}" in lines]
+    assert len(merged) == 1
+    for rank in (0, 1):
+        expected = [f"[{rank}]<stdout>:{rank}:{i}:" + "x" * 100 for i in range(2000)]
+        assert [line for line in merged[0] if line.startswith(f"[{rank}]<stdout>:")] == expected
+        assert f"[{rank}]<stderr>:{rank} done" in merged[0]
+
+
+def test_all_output_streams_to_the_driver_when_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(mains.print_a_lot, verbosity="all", lines=2000, width=100)
+    shown = capsys.readouterr().out.splitlines()
+    for rank in (0, 1):
+        expected = [f"[{rank}]<stdout>:{rank}:{i}:" + "x" * 100 for i in range(2000)]
+        assert [line for line in shown if line.startswith(f"[{rank}]<stdout>:")] == expected
+
+
+def test_log_to_driver_messages_are_shown_in_either_mode(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for verbosity in ("all", "log_callback_only"):
+        run(mains.log_things, verbosity=verbosity)
+        assert {"from rank 0", "from rank 1"} <= set(capsys.readouterr().out.splitlines())
+
+
+def test_the_documented_variables_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_ID", "set before run, after the session started")
+    assert run(lambda: os.environ.get("MLFLOW_RUN_ID")).startswith("set before run")
+
+
+@pytest.mark.parametrize("megabytes", [1, 40])
+def test_a_result_of_many_chunks_comes_back_whole(megabytes: int) -> None:
+    size = megabytes * 1_000_000
+    value = run(lambda size: bytes(range(250)) * (size // 250), np=1, size=size)
+    assert value == bytes(range(250)) * (size // 250)
+
+
+def test_a_result_larger_than_spark_takes_is_refused_with_the_conf(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "max_result_bytes", lambda spark: 1_000_000)
+    with pytest.raises(
+        PayloadError, match=r"1\.9 MiB .* 976\.6 KiB .*spark\.driver\.maxResultSize"
+    ):
+        run(lambda: bytes(2_000_000), np=1)
+
+
+def test_sparks_own_limit_is_read(spark: Any) -> None:
+    limit = cluster.max_result_bytes(spark)
+    assert limit is not None
+    assert 0.9 * 2**30 < limit < 2**30
+
+
+def kill_agent_of(worker_pid: int) -> None:
+    """Kill the PySpark worker process that the rank's worker belongs to, or the whole executor."""
+    os.kill(psutil.Process(worker_pid).ppid(), signal.SIGKILL)
+
+
+def kill_executor_of(worker_pid: int) -> None:
+    executor = next(p for p in psutil.Process(worker_pid).parents() if p.name() == "java")
+    executor.kill()
+
+
+@pytest.mark.parametrize("on_rank", [0, 1])
+@pytest.mark.parametrize("kill", [kill_agent_of, kill_executor_of])
+def test_main_runs_once_when_spark_tries_the_stage_again(
+    tmp_path: Path, on_rank: int, kill: Any, spark: Any
+) -> None:
+    def main(directory: str) -> None:
+        mains.count_run(directory)
+        mains.wait_for_ever()
+
+    def kill_when_running() -> None:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        [path] = tmp_path.glob(f"rank{on_rank}-*")
+        kill(int(path.name.split("-")[1]))
+
+    killer = threading.Thread(target=kill_when_running)
+    killer.start()
+    with pytest.raises((BarrierStageError, WorkerFailedError)) as caught:
+        run(main, directory=str(tmp_path))
+    killer.join()
+    assert "lost" in str(caught.value)
+    assert len(list(tmp_path.iterdir())) == 2
+    deadline = time.monotonic() + 60
+    while (cluster.total_slots(spark) or 0) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)  # Spark replaces the executor
+    assert run(place)["WORLD_SIZE"] == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def hold_a_slot(spark: Any, seconds: float, directory: Path) -> threading.Thread:
+    """Keep one of the two slots busy with a job of somebody else's."""
+    marker = str(directory / "holding")
+
+    def hold(rows: Any) -> Any:
+        Path(marker).touch()
+        time.sleep(seconds)
+        return rows
+
+    thread = threading.Thread(
+        target=lambda: spark.sparkContext.parallelize([1], 1).mapPartitions(hold).collect()
+    )
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not Path(marker).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return thread
+
+
+def test_a_run_waits_until_its_slots_are_free(spark: Any, tmp_path: Path) -> None:
+    holder = hold_a_slot(spark, 4, tmp_path)
+    assert run(place)["WORLD_SIZE"] == 2
+    assert not holder.is_alive() or holder.join(1) is None
+
+
+def test_slots_that_stay_taken_are_a_start_timeout(spark: Any, tmp_path: Path) -> None:
+    holder = hold_a_slot(spark, 8, tmp_path)
+    with pytest.raises(StartTimeoutError, match=r"2 tasks did not all start within 2 s"):
+        HorovodRunner(np=2, start_timeout=2).run(mains.count_run, directory=str(tmp_path))
+    holder.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["holding"]
+    assert run(place)["WORLD_SIZE"] == 2
+
+
+def test_two_runs_at_once_do_not_disturb_each_other() -> None:
+    results: dict[str, Any] = {}
+
+    def one(name: str) -> None:
+        results[name] = run(lambda name: (name, os.environ["RANK"]), np=1, name=name)
+
+    threads = [threading.Thread(target=one, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {"a": ("a", "0"), "b": ("b", "0")}
+
+
+def test_an_interrupt_ends_the_workers_and_keeps_the_session(spark: Any, tmp_path: Path) -> None:
+    def main(directory: str) -> None:
+        mains.count_run(directory)
+        mains.wait_for_ever()
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        _thread.interrupt_main()
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(main, directory=str(tmp_path))
+    interrupter.join()
+    assert marked_processes() == []
+    assert spark.range(10).count() == 10
+
+
+def test_a_cancelled_job_group_ends_the_run_and_says_so(spark: Any, tmp_path: Path) -> None:
+    def main(directory: str) -> None:
+        mains.count_run(directory)
+        mains.wait_for_ever()
+
+    def cancel() -> None:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        spark.sparkContext.cancelJobGroup("a cell of the user's")
+
+    spark.sparkContext.setJobGroup("a cell of the user's", "the user's own description")
+    canceller = threading.Thread(target=cancel)
+    canceller.start()
+    try:
+        with pytest.raises(BarrierStageError, match="cancelled"):
+            run(main, directory=str(tmp_path))
+    finally:
+        canceller.join()
+        spark.sparkContext.setLocalProperty("spark.jobGroup.id", None)
+
+
+def test_the_users_own_job_properties_are_left_alone(spark: Any) -> None:
+    context = spark.sparkContext
+    context.setJobGroup("mine", "my description")
+    try:
+        run(place, np=1)
+        assert context.getLocalProperty("spark.jobGroup.id") == "mine"
+        assert context.getLocalProperty("spark.job.description") == "my description"
+        assert context.getJobTags() == set()
+    finally:
+        context.setLocalProperty("spark.jobGroup.id", None)
+
+
+def test_a_port_that_is_taken_is_refused_with_the_conf_to_change(spark: Any) -> None:
+    import socket
+
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        spark.conf.set("spark.horovodrunner.driver.port", str(port))
+        try:
+            with pytest.raises(
+                ConfigurationError, match=rf"{port}.*spark\.horovodrunner\.driver\.port"
+            ):
+                run(place)
+        finally:
+            spark.conf.unset("spark.horovodrunner.driver.port")
+
+
+def test_no_secret_is_on_a_command_line() -> None:
+    def main() -> list[str]:
+        return [" ".join(p.cmdline()) for p in psutil.process_iter() if p.pid]
+
+    words = [line for line in run(main) if "horovodrunner" in line]
+    assert words
+    assert not any(re.search(r"token|[0-9a-f]{32}", line) for line in words)
