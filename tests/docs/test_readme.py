@@ -1,0 +1,122 @@
+"""What the README and its neighbours say works when it is typed in."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    page for folder in (".", "docs", "docs/adr") for page in (ROOT / folder).glob("*.md")
+)
+SCRIPT_SECONDS = 240
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def run_script(path: Path, environment: dict[str, str]) -> str:
+    """Run a Python script and return its standard output; nothing of it outlives the call."""
+    with subprocess.Popen(
+        [sys.executable, str(path)],
+        cwd=path.parent,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=SCRIPT_SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, f"{out}\n{err[-4000:]}"
+    return out
+
+
+@pytest.mark.spark
+@pytest.mark.horovod
+@pytest.mark.timeout(SCRIPT_SECONDS + 30)
+def test_the_readmes_code_runs(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    blocks = code_blocks(readme, "python")
+    assert blocks
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks))
+    scratch = tmp_path / "spark"
+    scratch.mkdir()
+    out = run_script(
+        script,
+        {**os.environ, "PYSPARK_PYTHON": sys.executable, "SPARK_WORKER_DIR": str(scratch)},
+    )
+    promised = re.search(r"Both print `(.*?)`", readme)
+    assert promised is not None
+    assert out.splitlines().count(promised[1]) == 2, out
+    for rank in (0, 1):
+        losses = re.findall(rf"^rank {rank} of 2: loss (\d\.\d+)$", out, re.MULTILINE)
+        assert len(losses) == 2, out
+        assert all(float(loss) < 0.0001 for loss in losses)
+    assert "2 ranks on this machine" in out
+    assert "2 ranks on Spark" in out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+class TestPage:
+    def test_make_targets_exist(self, page: Path) -> None:
+        makefile = (ROOT / "Makefile").read_text()
+        targets = set(re.findall(r"^([a-z]+):(?!=)", makefile, re.MULTILINE))
+        used = set(re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(), re.MULTILINE))
+        assert used <= targets
+        if page.name == "README.md":
+            assert used >= {"demo", "test"}
+
+    def test_commands_of_the_package_exist(self, page: Path) -> None:
+        shown = re.findall(r"python -m horovodrunner ([a-z-]+)", page.read_text())
+        for command in set(shown):
+            process = subprocess.run(
+                [sys.executable, "-m", "horovodrunner", command, "--help"],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+            assert process.returncode == 0, process.stderr
+            for option in re.findall(rf"`{command} (--[a-z-]+)", page.read_text()):
+                assert option in process.stdout
+
+    def test_extras_exist(self, page: Path) -> None:
+        config = configparser.ConfigParser()
+        config.read(ROOT / "setup.cfg")
+        extras = set(config["options.extras_require"])
+        for names in re.findall(r"pip install '\.\[(.*?)\]'", page.read_text()):
+            assert set(names.split(",")) <= extras
+
+    def test_links_lead_somewhere(self, page: Path) -> None:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("https://"):
+                assert (page.parent / target).exists(), target
+
+    def test_named_files_exist(self, page: Path) -> None:
+        """Files are named from the root or, in the decisions, from the package."""
+        if page.name == "0000-template.md":
+            pytest.skip("it names a file to come")
+        for name in re.findall(r"`([\w./-]+/[\w.-]+\.\w+)`", page.read_text()):
+            places = (ROOT / name, ROOT / "horovodrunner" / name)
+            assert any(place.exists() for place in places), name
+
+    def test_lines_are_short(self, page: Path) -> None:
+        """Tables and quoted output may be longer."""
+        prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        long = [line for line in prose.splitlines() if len(line) > 110 and not line.startswith("|")]
+        assert not long
