@@ -108,6 +108,13 @@ EDITS = (
         new="",
     ),
     Edit(
+        name="nccl-of-torch",
+        why="torch's own NCCL package has libnccl.so.2 and no libnccl.so",
+        file="cmake/Modules/FindNCCL.cmake",
+        old='    set(NCCL_LIBNAME "nccl")\n',
+        new='    set(NCCL_LIBNAME "nccl" "libnccl.so.2")\n',
+    ),
+    Edit(
         name="no-distutils-jsrun",
         why=_DISTUTILS,
         file="horovod/runner/js_run.py",

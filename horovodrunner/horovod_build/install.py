@@ -114,7 +114,7 @@ def _make_cached_wheel(recipe: Recipe, key: str, say: Say) -> Path:
             f"the cache folder {cache_folder()} cannot be written ({error.strerror}); "
             "set XDG_CACHE_HOME to a folder that can"
         ) from error
-    with tempfile.TemporaryDirectory(prefix="horovod-build-") as work:
+    with tempfile.TemporaryDirectory(prefix="horovod-build-", ignore_cleanup_errors=True) as work:
         made = make_wheel(recipe, work=Path(work), log=log, say=say)
         _prove(made, recipe, say)
         return store_wheel(made, key)

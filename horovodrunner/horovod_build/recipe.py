@@ -95,8 +95,12 @@ class Recipe:
         if self.gpu_operations:
             variables["HOROVOD_GPU_OPERATIONS"] = self.gpu_operations
             home = cuda_home()
-            if home:
-                variables.setdefault("HOROVOD_CUDA_HOME", home)
+            if home:  # Horovod and torch have to look at the same toolkit
+                variables.update(HOROVOD_CUDA_HOME=home, CUDA_HOME=home)
+            nccl = torch_nccl()
+            if nccl and not any(name.startswith("HOROVOD_NCCL_") for name in self.flags):
+                # Two different NCCLs in one process do not work together.
+                variables.update(HOROVOD_NCCL_HOME=str(nccl), HOROVOD_NCCL_LINK="SHARED")
         return variables
 
 
@@ -132,28 +136,44 @@ def framework_versions() -> dict[str, str]:
         left_out = os.environ.get(f"HOROVOD_WITHOUT_{spelled.upper()}") == "1"
         if name in owners and not left_out:
             found[name] = importlib.metadata.version(owners[name][0])
+    if "torch" in found:
+        # torch calls itself 2.13.0+cu130 where its package is 2.13.0; Horovod notes the former.
+        found["torch"] = str(_torch_version_file().get("__version__", found["torch"]))
     return found
 
 
 def torch_cuda() -> str | None:
     """Return the CUDA version the installed torch was built with, without importing torch."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    version_file = Path(spec.origin).with_name("version.py")
-    cuda = runpy.run_path(str(version_file)).get("cuda") if version_file.exists() else None
+    cuda = _torch_version_file().get("cuda")
     return str(cuda) if cuda else None
 
 
 def cuda_home() -> str | None:
-    """Return where the CUDA toolkit (nvcc) is, looked for where torch's extensions look."""
+    """Return where the CUDA toolkit is: what the variables say, else where nvcc and headers are."""
     for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             return os.environ[name]
+    homes = [Path("/usr/local/cuda")]
     nvcc = shutil.which("nvcc")
     if nvcc:
-        return str(Path(nvcc).resolve().parent.parent)
-    return "/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else None
+        # nvcc on PATH can also be a script that starts the one of the toolkit.
+        homes.insert(0, Path(nvcc).resolve().parent.parent)
+    for home in homes:
+        headers = ("include", "targets/x86_64-linux/include", "targets/sbsa-linux/include")
+        if (home / "bin" / "nvcc").exists() and any(
+            (home / folder / "cuda_runtime.h").exists() for folder in headers
+        ):
+            return str(home)
+    return None
+
+
+def torch_nccl() -> Path | None:
+    """Return the folder of the NCCL package that torch brings along, if it does."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if Path(folder, "nccl", "include", "nccl.h").exists():
+            return Path(folder, "nccl")
+    return None
 
 
 def current_recipe() -> Recipe:
@@ -255,6 +275,14 @@ def installed_status(recipe: Recipe, package: Path | None) -> Status:
     if change:
         return Status("stale", f"the installed Horovod was built with {change}")
     return Status("ready", f"Horovod {recipe.horovod} is built for {recipe}")
+
+
+def _torch_version_file() -> dict[str, Any]:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return {}
+    version_file = Path(spec.origin).with_name("version.py")
+    return runpy.run_path(str(version_file)) if version_file.exists() else {}
 
 
 def _first_change(recipe: Recipe, record: dict[str, Any]) -> str | None:

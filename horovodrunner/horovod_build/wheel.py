@@ -173,7 +173,8 @@ def build_environment(recipe: Recipe) -> dict[str, str]:
 
 def compile_wheel(recipe: Recipe, *, source: Path, work: Path, log: Path, say: Say) -> Path:
     """Compile the edited sources with ``pip wheel``, saying now and then how far it is."""
-    minutes = 1.5 * len(recipe.frameworks) * 2 / _cores()
+    # Measured on two cores; CUDA kernels are compiled for every architecture of the toolkit.
+    minutes = (1.5 * len(recipe.frameworks) + (2 if recipe.gpu_operations else 0)) * 2 / _cores()
     say(
         f"compiling for {recipe} on {_cores()} cores: about {max(1, round(minutes))} to "
         f"{max(2, round(2 * minutes))} minutes"

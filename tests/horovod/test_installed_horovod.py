@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -27,6 +29,16 @@ pytestmark = pytest.mark.horovod
 def test_the_installed_one_fits() -> None:
     status = check_horovod()
     assert status.state == "ready", status.text
+
+
+def test_versions_are_those_that_the_frameworks_report() -> None:
+    """Horovod's build asks the imported framework; here nothing is imported."""
+    for name, found in framework_versions().items():
+        code = f"import {name}; print('version:' + {name}.__version__)"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+        )
+        assert f"version:{found}" in done.stdout.splitlines()
 
 
 def test_a_second_build_has_nothing_to_do() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from horovodrunner.horovod_build.edits import EDITS, RECORD_NAME, Edit, apply_ed
 from horovodrunner.horovod_build.recipe import (
     Recipe,
     cache_key,
+    cuda_home,
     current_recipe,
     installed_status,
 )
@@ -129,6 +131,34 @@ class TestRecipe:
         recipe = dataclasses.replace(RECIPE, cuda="12.8", gpu_operations="NCCL")
         assert recipe.variables()["HOROVOD_GPU_OPERATIONS"] == "NCCL"
 
+    def test_the_toolkit_is_the_one_with_headers_not_a_script_on_path(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.parent.mkdir()
+        nvcc.touch(mode=0o755)
+        monkeypatch.setenv("PATH", str(nvcc.parent))
+        assert cuda_home() != str(tmp_path)
+        (tmp_path / "include").mkdir()
+        (tmp_path / "include" / "cuda_runtime.h").touch()
+        assert cuda_home() == str(tmp_path)
+
+    def test_torchs_own_nccl_is_used_unless_the_user_names_another(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        header = tmp_path / "nvidia" / "nccl" / "include" / "nccl.h"
+        header.parent.mkdir(parents=True)
+        header.touch()
+        monkeypatch.syspath_prepend(str(tmp_path))
+        gpu = dataclasses.replace(RECIPE, cuda="13.0", gpu_operations="NCCL")
+        assert gpu.variables()["HOROVOD_NCCL_HOME"] == str(tmp_path / "nvidia" / "nccl")
+        own = dataclasses.replace(gpu, flags={"HOROVOD_NCCL_HOME": "/mine"})
+        assert own.variables()["HOROVOD_NCCL_HOME"] == "/mine"
+        assert "HOROVOD_NCCL_LINK" not in own.variables()
+        assert "HOROVOD_NCCL_HOME" not in RECIPE.variables()
+
     def test_build_flags_count_and_run_time_settings_do_not(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -139,6 +169,24 @@ class TestRecipe:
         assert current_recipe().gpu_operations == "NCCL"
         monkeypatch.setenv("CXXFLAGS", "-O1")
         assert current_recipe().flags["CXXFLAGS"] == "-O1"
+
+    def test_torchs_own_version_counts_not_its_packages(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """PyPI's torch 2.13.0 calls itself 2.13.0+cu130, and Horovod's build writes that down."""
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").touch()
+        version = "__version__ = '2.13.0+cu130'\ncuda = '13.0'\n"
+        (tmp_path / "torch" / "version.py").write_text(version)
+        info = tmp_path / "torch-2.13.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n")
+        (info / "top_level.txt").write_text("torch\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, "torch", raising=False)
+        recipe = current_recipe()
+        assert recipe.frameworks["torch"] == "2.13.0+cu130"
+        assert recipe.cuda == "13.0"
 
     def test_nothing_to_build_for_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOROVOD_WITHOUT_PYTORCH", "1")
