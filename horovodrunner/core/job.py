@@ -43,6 +43,8 @@ class JobSpec:
         Host and port of the driver channel.
     stream_output
         Whether the workers' output goes to the driver, not only ``log_to_driver`` messages.
+    keep_task_log
+        Whether the tasks write the workers' output to their own log, too.
     max_result_bytes
         The largest pickled result that can come back, or None for no limit.
     """
@@ -56,6 +58,7 @@ class JobSpec:
     sys_path: tuple[str, ...] = ()
     driver_address: tuple[str, int] | None = None
     stream_output: bool = False
+    keep_task_log: bool = True
     max_result_bytes: int | None = None
 
 

@@ -48,6 +48,8 @@ class DriverChannel:
         )
         self._server = FrameServer(token, self._serve, console.note)
         self._leader: Connection | None = None
+        self._left = threading.Event()
+        self._left.set()
         self.registered = False
         """Whether partition 0 has connected: the stage's tasks have started."""
         self.retried = False
@@ -96,8 +98,20 @@ class DriverChannel:
 
         self._loop.call_soon_threadsafe(send)
 
+    def wait_for_leaving(self, timeout: float) -> None:
+        """Wait until partition 0 has ended its part of the run and closed the connection.
+
+        Parameters
+        ----------
+        timeout
+            Most seconds to wait.
+        """
+        self._left.wait(timeout)
+
     def close(self) -> None:
         """Close the port and every connection."""
+        if self._loop.is_closed():
+            return
         closing = asyncio.run_coroutine_threadsafe(self._server.close(), self._loop)
         closing.result(CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -125,16 +139,23 @@ class DriverChannel:
             return
         self.registered = True
         self._leader = connection
+        self._left.clear()
         connection.send("accepted")
         self._on_event()
+        try:
+            await self._show(connection)
+        finally:
+            self._leader = None
+            self._left.set()
+
+    async def _show(self, connection: Connection) -> None:
         while (frame := await connection.receive()) is not None:
             if frame.kind == "lines":
                 self._console.lines(bytes(frame.body))
             elif frame.kind == "message":
-                self._console.message(bytes(frame.body))
+                self._console.message(int(frame.header["rank"]), bytes(frame.body))
             elif frame.kind == "note":
                 self._console.note(bytes(frame.body).decode(errors="replace"))
             elif frame.kind == "failed":
                 self.failure = Outcome.from_frame(frame.header["outcome"], frame.body)
                 self._on_event()
-        self._leader = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import socket
@@ -12,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.core.job import JobSpec, Outcome, join_chunks
-from horovodrunner.driver.channel import DriverChannel
+from horovodrunner.driver.channel import RETRY_REFUSED, DriverChannel
 from horovodrunner.driver.console import Console
 from horovodrunner.errors import (
     BarrierStageError,
@@ -55,7 +56,7 @@ def find_session() -> SparkSession:
     except ImportError as error:
         raise ConfigurationError(
             f"np > 0 needs pyspark, which {sys.executable} cannot import ({error}): install it "
-            "with `pip install horovodrunner[spark]`, or use a negative np to run on this machine"
+            "with `pip install 'pyspark>=3.5' pyarrow pandas`, or use a negative np"
         ) from error
     session = SparkSession.getActiveSession()
     if session is not None:
@@ -176,6 +177,24 @@ def _is_connect(spark: SparkSession) -> bool:
     return type(spark).__module__.startswith("pyspark.sql.connect")
 
 
+def shares_terminal(spark: SparkSession) -> bool:
+    """Tell whether the executor is this process's own JVM, which writes to our standard error.
+
+    Parameters
+    ----------
+    spark
+        The session.
+
+    Returns
+    -------
+    bool
+        True for the masters ``local``, ``local[n]`` and the like.
+    """
+    if _is_connect(spark):
+        return False
+    return bool(spark.sparkContext.master.split("[")[0] == "local")
+
+
 def max_result_bytes(spark: SparkSession) -> int | None:
     """Read how much Spark takes back to the driver.
 
@@ -253,8 +272,13 @@ class BarrierRun:
                 channel.stop_run()
                 self._cancel()
                 thread.join(CANCEL_SECONDS)
+                channel.wait_for_leaving(CANCEL_SECONDS)
                 raise
             thread.join()
+            if self._error is not None:
+                # Spark has given the stage up, but its tasks may not have noticed yet.
+                channel.stop_run()
+                channel.wait_for_leaving(CANCEL_SECONDS)
             return self._outcome(channel)
 
     def _start_stage(self, job: JobSpec) -> Any:
@@ -290,12 +314,20 @@ class BarrierRun:
             if channel.failure is not None and end_by is None:
                 end_by = time.monotonic() + AFTER_FAILURE_SECONDS
             deadline = end_by if channel.registered else start_by
-            self._console.show(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            remaining = None if deadline in {None, math.inf} else deadline - time.monotonic()
+            self._console.show(None if remaining is None else max(0.0, remaining))
             if deadline is None or self._ended or time.monotonic() < deadline:
                 continue
             if end_by is not None:
                 self._cancel()
                 return
+            if self._tasks_are_running():
+                self._console.note(
+                    "the run's tasks are running and cannot reach the driver at "
+                    f"{self._advertised_address()}; their output stays in the executors' logs"
+                )
+                start_by = math.inf
+                continue
             if not channel.registered:
                 raise StartTimeoutError(
                     f"the run's {self._job.size} tasks did not all start within "
@@ -311,25 +343,13 @@ class BarrierRun:
             return channel.failure
         leader = outcomes.get(0, Outcome())
         if channel.retried:
-            raise BarrierStageError(
-                f"{self._lost_stage()} (Spark then tried to run it again; that was refused, "
-                "because main must not run twice unasked)"
-            )
+            raise BarrierStageError(RETRY_REFUSED)
         if leader.success is not None or leader.failure is not None:
             return leader
         for outcome in outcomes.values():
             if outcome.failure is not None:
                 return outcome
-        raise BarrierStageError(self._lost_stage())
-
-    def _lost_stage(self) -> str:
-        text = "Spark ended the run's barrier stage before any rank reported why"
-        if self._error is None:
-            return (
-                f"{text}: an executor or a Python worker process was lost; the executors' logs "
-                "tell more"
-            )
-        return f"{text}: {_first_words(self._error)}"
+        raise BarrierStageError(_why_the_stage_ended(self._error))
 
     def _tag_this_thread(self) -> None:
         if _is_connect(self._spark):
@@ -346,6 +366,18 @@ class BarrierRun:
             self._spark.interruptTag(self._tag)
         else:
             self._spark.sparkContext.cancelJobsWithTag(self._tag)
+
+    def _tasks_are_running(self) -> bool:
+        """Ask Spark, where it can be asked, whether all tasks of the stage have started."""
+        if _is_connect(self._spark):
+            return False
+        tracker = self._spark.sparkContext._jsc.sc().statusTracker()
+        stages = [
+            tracker.getStageInfo(stage_id).get()
+            for job_id in tracker.getJobIdsForTag(self._tag)
+            for stage_id in tracker.getJobInfo(job_id).get().stageIds()
+        ]
+        return any(stage.numActiveTasks() == self._job.size for stage in stages)
 
     def _bind_address(self) -> str:
         return self._spark.conf.get("spark.driver.bindAddress", None) or "0.0.0.0"  # noqa: S104
@@ -370,17 +402,23 @@ def _collect(rows: Any) -> Any:
     return ((row["partition"], row["chunk"]) for row in rows.collect())
 
 
-def _first_words(error: BaseException) -> str:
-    """Pull the cause out of a Java stack trace."""
-    text = str(error)
-    python_cause = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception): .*$", text, re.MULTILINE)
-    if "ModuleNotFoundError" in text and python_cause:
-        missing = [line for line in python_cause if line.startswith("ModuleNotFoundError")]
-        if missing:
-            return (
-                f"{missing[-1]} on an executor; its Python lacks the package, or is not the one "
-                f"you mean: set spark.pyspark.python (or PYSPARK_PYTHON) to a Python that has it"
-            )
-    first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
-    reasons = [line for line in text.splitlines() if "Job aborted" in line or "ancelled" in line]
-    return (reasons[0] if reasons else first).strip()
+def _why_the_stage_ended(error: Exception | None) -> str:
+    """Pull the cause out of Spark's error, which is a screen of Java frames."""
+    text = str(error) if error is not None else ""
+    if missing := re.findall(r"^ModuleNotFoundError: .*$", text, re.MULTILINE):
+        return (
+            f"an executor's Python said {missing[-1]}: it lacks the package, or is not the Python "
+            "you mean; install the package there, or set spark.pyspark.python (PYSPARK_PYTHON) to "
+            "a Python that has it"
+        )
+    if cancelled := re.search(r"Job \d+ cancelled.*", text):
+        return f"the run's Spark job was cancelled: {cancelled[0].strip()}"
+    if lost := re.search(r"Most recent failure reason: (.*)(?:\n(.*))?", text):
+        reasons = " ".join(part.strip() for part in lost.groups() if part)
+        return (
+            f"Spark lost a task of the run, and so the whole stage: {reasons} The executor's log "
+            "tells more; a frequent cause is memory (spark.executor.memoryOverhead)"
+        )
+    if text:
+        return f"Spark ended the run's stage: {text.splitlines()[0]}"
+    return "the run's tasks ended without an outcome; the executors' logs tell more"

@@ -18,6 +18,9 @@ __all__ = ["Console"]
 MAX_WAITING_BYTES = 16 * 1024 * 1024
 """Workers' lines that would make more than this wait to be printed are dropped and counted."""
 
+_CLEAR_LINE = "\r\x1b[K"
+"""Takes Spark's progress bar off the line it shares with us on a terminal."""
+
 
 class Console:
     """Takes lines from any thread and prints them in one."""
@@ -44,11 +47,13 @@ class Console:
             self._report_dropped_lines()
             self._put(lines.decode("utf-8", errors="replace"))
 
-    def message(self, message: bytes) -> None:
+    def message(self, rank: int, message: bytes) -> None:
         """Take a ``log_to_driver`` message.
 
         Parameters
         ----------
+        rank
+            Whose it is; the message is shown as it was given.
         message
             UTF-8 without a newline at its end.
         """
@@ -104,6 +109,8 @@ class Console:
                 self._waiting_bytes = 0
                 woken, self._woken = self._woken, False
             if text:
+                if sys.stdout.isatty():
+                    text = _CLEAR_LINE + text
                 sys.stdout.write(text)
                 sys.stdout.flush()
             if woken:

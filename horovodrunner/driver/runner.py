@@ -50,9 +50,9 @@ class HorovodRunner:
     Raises
     ------
     ArgumentTypeError
-        If np is not an int (a bool is not), or the verbosity not a str.
+        If np is not an int (a bool is not), or the timeout not a number.
     ArgumentValueError
-        If the verbosity or the timeout has another value.
+        If the verbosity is none of the two, or the timeout not more than 0.
 
     Examples
     --------
@@ -157,7 +157,12 @@ class HorovodRunner:
             )
         spark = cluster.find_session()
         size = cluster.require_slots(spark, self._np)
-        job = replace(job, size=size, max_result_bytes=cluster.max_result_bytes(spark))
+        job = replace(
+            job,
+            size=size,
+            max_result_bytes=cluster.max_result_bytes(spark),
+            keep_task_log=not (job.stream_output and cluster.shares_terminal(spark)),
+        )
         return cluster.BarrierRun(spark, job, console, self._start_timeout).run()
 
     def _announce(
@@ -217,13 +222,13 @@ def _check_main(main: Any, kwargs: Mapping[str, Any]) -> None:
         signature.bind(**kwargs)
     except TypeError as error:
         name = getattr(main, "__qualname__", type(main).__qualname__)
+        given = "the arguments " + ", ".join(map(repr, kwargs)) if kwargs else "no arguments"
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        unknown = [] if takes_any else [k for k in kwargs if k not in signature.parameters]
+        also = f"; it has no argument {', '.join(map(repr, unknown))}" if unknown else ""
         raise ArgumentTypeError(
-            f"{name}{signature} cannot be called with {_names(kwargs)}: {error}"
+            f"{name}{signature} cannot be called with {given}: {error}{also}"
         ) from None
-
-
-def _names(kwargs: Mapping[str, Any]) -> str:
-    return "no arguments" if not kwargs else "the arguments " + ", ".join(map(repr, kwargs))
 
 
 def _open_outcome(outcome: Outcome) -> Any:

@@ -238,7 +238,9 @@ class Agent:
             await _cancel([*readers, feeder, leaving])
         if reported.done():
             return reported.result()
-        outcome = Outcome() if worker.was_stopped else Outcome(failure=_silent_end(slot, status))
+        outcome = (
+            Outcome() if worker.was_stopped(status) else Outcome(failure=_silent_end(slot, status))
+        )
         events.ended(slot.rank, outcome)
         return outcome
 
@@ -344,4 +346,5 @@ def _placement_in_words(slots: Sequence[Slot]) -> str:
         + f" on {host}"
         for host, ranks in hosts.items()
     ]
-    return f"{len(slots)} workers placed: " + "; ".join(parts)
+    workers = "1 worker" if len(slots) == 1 else f"{len(slots)} workers"
+    return f"{workers} placed: " + "; ".join(parts)

@@ -62,6 +62,7 @@ def _surroundings(job: JobSpec, context: Any) -> Surroundings:
     advertised = context.getTaskInfos()[context.partitionId()].address.rpartition(":")[0]
     driver_host = job.driver_address[0] if job.driver_address else None
     address, interface = find_address(advertised, driver_host)
+    log = _log if job.keep_task_log else _ignore
     gpus = context.resources().get("gpu")
     member = Member(
         partition=context.partitionId(),
@@ -73,9 +74,9 @@ def _surroundings(job: JobSpec, context: Any) -> Surroundings:
     )
 
     async def open_driver(on_stop: Callable[[], None]) -> DriverLink | str:
-        return await register_with_driver(job, on_stop, _log_text)
+        return await register_with_driver(job, on_stop, log)
 
-    return Surroundings(member=member, gather=context.allGather, open_driver=open_driver, log=_log)
+    return Surroundings(member=member, gather=context.allGather, open_driver=open_driver, log=log)
 
 
 def _log(lines: bytes) -> None:
@@ -86,5 +87,5 @@ def _log(lines: bytes) -> None:
         view = view[os.write(_LOG_FD, view) :]
 
 
-def _log_text(text: str) -> None:
-    _log(f"HorovodRunner: {text}\n".encode())
+def _ignore(lines: bytes) -> None:
+    """Write nothing: the driver shows the same lines on the same terminal."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from horovodrunner.core.connection import Connection, connect
 from horovodrunner.core.job import JobSpec, Outcome
+from horovodrunner.core.lines import prefix_lines
 
 __all__ = ["HubLink", "RemoteDriver", "SilentDriver", "register_with_driver"]
 
@@ -93,13 +94,23 @@ class HubLink:
 
 
 class SilentDriver:
-    """Stands for a driver that cannot be reached: the run goes on, its log stays here."""
+    """Stands for a driver that cannot be reached: the run goes on, its log stays here.
+
+    Parameters
+    ----------
+    log
+        Takes whole lines for this task's own log.
+    """
+
+    def __init__(self, log: Callable[[bytes], None]) -> None:
+        self._log = log
 
     def lines(self, lines: bytes) -> None:
         """Do nothing."""
 
-    def message(self, message: bytes) -> None:
-        """Do nothing."""
+    def message(self, rank: int, message: bytes) -> None:
+        """Put the message where it can be found at least."""
+        self._log(prefix_lines(message + b"\n", rank, "log_to_driver"))
 
     def note(self, text: str) -> None:
         """Do nothing."""
@@ -136,9 +147,9 @@ class RemoteDriver:
         if self._stream_output:
             self._connection.send_lines(lines)
 
-    def message(self, message: bytes) -> None:
+    def message(self, rank: int, message: bytes) -> None:
         """Forward a ``log_to_driver`` message."""
-        self._connection.send("message", message)
+        self._connection.send("message", message, rank=rank)
 
     def note(self, text: str) -> None:
         """Forward a line of the run's own."""
@@ -162,7 +173,7 @@ class RemoteDriver:
 
 
 async def register_with_driver(
-    job: JobSpec, on_stop: Callable[[], None], log: Callable[[str], None]
+    job: JobSpec, on_stop: Callable[[], None], log: Callable[[bytes], None]
 ) -> RemoteDriver | SilentDriver | str:
     """Connect to the driver and ask whether this run may start.
 
@@ -176,7 +187,7 @@ async def register_with_driver(
     on_stop
         Called when the driver wants the run to end.
     log
-        Takes a warning when the driver cannot be reached.
+        Takes whole lines for this task's own log.
 
     Returns
     -------
@@ -184,18 +195,19 @@ async def register_with_driver(
         The way to the driver, or why this run must not start.
     """
     if job.driver_address is None:
-        return SilentDriver()
+        return SilentDriver(log)
     host, port = job.driver_address
     try:
         connection = await connect(host, port, job.token, DRIVER_CONNECT_SECONDS)
         connection.send("register", run_id=job.run_id)
         answer = await asyncio.wait_for(connection.receive(), DRIVER_CONNECT_SECONDS)
     except (OSError, asyncio.TimeoutError) as error:
-        log(
-            f"the driver at {host}:{port} cannot be reached from here ({error}): the run goes on, "
-            "its output stays in this executor's log"
+        warning = (
+            f"HorovodRunner: the driver at {host}:{port} cannot be reached from here ({error}): "
+            "the run goes on, its output stays in this executor's log\n"
         )
-        return SilentDriver()
+        log(warning.encode())
+        return SilentDriver(log)
     if answer is None or answer.kind != "accepted":
         await connection.close()
         return "the driver closed the channel" if answer is None else str(answer.header.get("why"))

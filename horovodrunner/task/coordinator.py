@@ -42,8 +42,8 @@ class DriverLink(Protocol):
     def lines(self, lines: bytes) -> None:
         """Show whole, prefixed lines if the verbosity asks for them."""
 
-    def message(self, message: bytes) -> None:
-        """Show a ``log_to_driver`` message."""
+    def message(self, rank: int, message: bytes) -> None:
+        """Show a ``log_to_driver`` message of one rank."""
 
     def note(self, text: str) -> None:
         """Show a line of the run's own about what happens now."""
@@ -109,9 +109,8 @@ class Coordinator:
         self._driver.lines(prefixed)
 
     def message(self, rank: int, message: bytes) -> None:
-        """Merge a ``log_to_driver`` message of one rank."""
-        self._log(prefix_lines(message + b"\n", rank, "driver"))
-        self._driver.message(message)
+        """Pass on a ``log_to_driver`` message of one rank."""
+        self._driver.message(rank, message)
 
     def started(self, rank: int) -> None:
         """Note that a rank calls main."""

@@ -31,6 +31,7 @@ DRAIN_SECONDS = 1.0
 """How long output is still read after a worker's end, when a process it left behind holds it."""
 
 _PIPE_BYTES = 1024 * 1024
+_EXIT_ON_SIGTERM = 128 + signal.SIGTERM
 
 ExitStatus = int
 """As in subprocess: the exit code, or minus the signal's number."""
@@ -52,6 +53,7 @@ class WorkerProcess:
         report_read, report_write = os.pipe()
         self._report: IO[bytes] = os.fdopen(report_read, "rb", buffering=0)
         self._stopping = False
+        self._killed = False
         self._kill_timer: asyncio.TimerHandle | None = None
         command = [sys.executable, "-m", "horovodrunner.worker"]
         command += ["--control", str(control_read), "--report", str(report_write)]
@@ -80,10 +82,27 @@ class WorkerProcess:
         """The worker's process id, which is its process group's too."""
         return self._process.pid
 
-    @property
-    def was_stopped(self) -> bool:
-        """Whether :meth:`stop` came before the worker's own end."""
-        return self._stopping
+    def was_stopped(self, status: ExitStatus) -> bool:
+        """Tell whether :meth:`stop` explains how the worker ended.
+
+        A process that the kernel killed closes its connections a moment before it can be seen to
+        have ended. Its peers may complain, and everybody may be told to stop, in between.
+
+        Parameters
+        ----------
+        status
+            How it ended.
+
+        Returns
+        -------
+        bool
+            False if it ended by itself, or by a signal that was not ours.
+        """
+        if not self._stopping:
+            return False
+        return status in (0, _EXIT_ON_SIGTERM, -signal.SIGTERM) or (
+            status == -signal.SIGKILL and self._killed
+        )
 
     async def send_job(self, call: bytes, header: Mapping[str, object]) -> None:
         """Give the worker its job; the control pipe stays open.
@@ -169,7 +188,11 @@ class WorkerProcess:
         self._stopping = True
         self._signal(signal.SIGTERM)
         loop = asyncio.get_running_loop()
-        self._kill_timer = loop.call_later(grace, self._signal, signal.SIGKILL)
+        self._kill_timer = loop.call_later(grace, self._end_grace)
+
+    def _end_grace(self) -> None:
+        self._killed = True
+        self._signal(signal.SIGKILL)
 
     def kill(self) -> None:
         """End the process group at once and wait for the worker's end."""

@@ -171,7 +171,7 @@ def test_workers_go_when_the_driver_goes(tmp_path: Path, number: signal.Signals)
     while len(pids) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
         pids = [int(pid) for path in tmp_path.iterdir() for pid in path.read_text().split()]
-    driver.send_signal(number)
+    driver.send_signal(number if len(pids) == 4 else signal.SIGKILL)
     _, errors = driver.communicate(timeout=30)
     wait_until_gone(pids, seconds=5)
     if number == signal.SIGINT:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,9 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def executor_logs() -> Iterator[Path]:
-    """The directory in which executors write their logs."""
-    directory = Path(tempfile.mkdtemp(prefix="spark-work-"))
-    yield directory
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def spark(executor_logs: Path) -> Iterator[Any]:
+def spark() -> Iterator[Any]:
     """A session on two executor JVMs with one core each."""
-    import os
-    import sys
-
     os.environ["PYSPARK_PYTHON"] = sys.executable
-    os.environ["SPARK_WORKER_DIR"] = str(executor_logs)
     from pyspark.sql import SparkSession
 
     session = (
@@ -38,4 +27,18 @@ def spark(executor_logs: Path) -> Iterator[Any]:
         .getOrCreate()
     )
     yield session
+    logs = _work_directory(session)
     session.stop()
+    shutil.rmtree(logs, ignore_errors=True)
+
+
+@pytest.fixture
+def executor_logs(spark: Any) -> Path:
+    """The directory in which the executors of local-cluster write their logs."""
+    return _work_directory(spark)
+
+
+def _work_directory(session: Any) -> Path:
+    import pyspark
+
+    return Path(pyspark.__file__).parent / "work" / str(session.sparkContext.applicationId)

@@ -18,7 +18,7 @@ def test_everything_taken_is_printed_in_order_by_the_thread_that_shows(
 
     def produce() -> None:
         console.lines(b"[0]<stdout>:a\n")
-        console.message(b"m")
+        console.message(0, b"m")
         console.wake()
 
     thread = threading.Thread(target=produce)

@@ -19,8 +19,8 @@ class Driver:
     def lines(self, lines: bytes) -> None:
         self.shown.append(lines)
 
-    def message(self, message: bytes) -> None:
-        self.shown.append(b"message " + message)
+    def message(self, rank: int, message: bytes) -> None:
+        self.shown.append(f"message of {rank}: ".encode() + message)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -118,8 +118,8 @@ def test_lines_are_prefixed_in_the_log_and_on_the_driver() -> None:
     it, driver, log = coordinator(2)
     it.lines(1, "stdout", b"a\nb\n")
     it.message(0, b"hello")
-    assert log == [b"[1]<stdout>:a\n[1]<stdout>:b\n", b"[0]<driver>:hello\n"]
-    assert driver.shown == [b"[1]<stdout>:a\n[1]<stdout>:b\n", b"message hello"]
+    assert log == [b"[1]<stdout>:a\n[1]<stdout>:b\n"]
+    assert driver.shown == [b"[1]<stdout>:a\n[1]<stdout>:b\n", b"message of 0: hello"]
 
 
 def test_one_note_says_when_main_runs_everywhere() -> None:

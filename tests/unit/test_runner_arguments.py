@@ -78,6 +78,7 @@ def test_calling_main_instead_of_passing_it_is_explained() -> None:
         ({"learning_rate": 0.1}, "learning_rate"),
         ({}, "missing a required argument: 'lr'"),
         ({"lr": 1, "batch": 2}, "unexpected keyword argument 'batch'"),
+        ({"batch": 2}, "missing a required argument: 'lr'; it has no argument 'batch'"),
     ],
 )
 def test_arguments_main_does_not_take_are_refused(kwargs: dict[str, Any], text: str) -> None:

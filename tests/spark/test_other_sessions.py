@@ -1,0 +1,194 @@
+"""Masters other than local-cluster, and no session at all: each driver is a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.spark
+
+TRAIN = """
+import os
+from horovodrunner import HorovodRunner
+
+def helper(rank):
+    return f"rank {rank} of {os.environ['WORLD_SIZE']}"
+
+def train(prefix):
+    print("training")
+    return prefix + helper(os.environ["RANK"])
+"""
+
+QUIET = """
+from pyspark.sql import SparkSession
+builder = (
+    SparkSession.builder
+    .config("spark.ui.enabled", "false")
+    .config("spark.ui.showConsoleProgress", "false")
+    .config("spark.log.level", "ERROR")
+)
+"""
+
+
+def drive(script: str, tmp_path: Path, **environment: str) -> str:
+    """Run a script as a driver; gives what it printed, after it has ended well."""
+    path = tmp_path / "driver.py"
+    path.write_text(TRAIN + QUIET + textwrap.dedent(script))
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+        env={**os.environ, **environment},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_without_a_session_one_is_created_that_uses_this_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYSPARK_PYTHON")
+    script = """
+        print(HorovodRunner(np=2, driver_log_verbosity="all").run(train, prefix="I am "))
+        SparkSession.getActiveSession().stop()
+    """
+    shown = drive(script, tmp_path, PATH="/usr/bin:/bin").splitlines()
+    assert shown[-1] == "I am rank 0 of 2"
+    assert {"[0]<stdout>:training", "[1]<stdout>:training"} <= set(shown)
+
+
+def test_local_threads_behave_like_a_cluster(tmp_path: Path) -> None:
+    script = """
+        from horovodrunner import ClusterCapacityError, WorkerFailedError
+        spark = builder.master("local[2]").getOrCreate()
+        print(HorovodRunner(np=2).run(train, prefix=""))
+        print(HorovodRunner(np=1).run(train, prefix=""))
+        try:
+            HorovodRunner(np=3).run(train, prefix="")
+        except ClusterCapacityError as error:
+            print(error)
+        try:
+            HorovodRunner(np=2).run(lambda: 1 / 0)
+        except WorkerFailedError as error:
+            print(repr(error.__cause__))
+        print(spark.range(5).count())
+        spark.stop()
+    """
+    shown = drive(script, tmp_path)
+    assert "rank 0 of 2\n" in shown
+    assert "rank 0 of 1\n" in shown
+    assert re.search(r"np=3 needs 3 task slots, and the cluster \(local\[2\]\) has 2", shown)
+    assert "ZeroDivisionError('division by zero')" in shown
+    assert shown.endswith("\n5\n")
+
+
+def test_dynamic_allocation_is_refused_before_launch(tmp_path: Path) -> None:
+    script = """
+        from horovodrunner import ConfigurationError
+        spark = builder.master("local[2]").config("spark.dynamicAllocation.enabled", "true")
+        spark = spark.config("spark.dynamicAllocation.shuffleTracking.enabled", "true")
+        spark = spark.getOrCreate()
+        try:
+            HorovodRunner(np=2).run(train, prefix="")
+        except ConfigurationError as error:
+            print(error)
+        spark.stop()
+    """
+    assert "spark.dynamicAllocation.enabled=false" in drive(script, tmp_path)
+
+
+def test_an_executor_python_without_the_package_is_named(tmp_path: Path) -> None:
+    script = """
+        from horovodrunner import BarrierStageError
+        spark = builder.master("local[2]").getOrCreate()
+        try:
+            HorovodRunner(np=2).run(train, prefix="")
+        except BarrierStageError as error:
+            print(error)
+        spark.stop()
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    shown = drive(script, tmp_path, PYSPARK_PYTHON=str(tmp_path / "bare/bin/python"))
+    assert "ModuleNotFoundError" in shown
+    assert "PYSPARK_PYTHON" in shown
+
+
+def spark_class() -> str:
+    import pyspark
+
+    return str(Path(pyspark.__file__).parent / "bin" / "spark-class")
+
+
+@pytest.fixture
+def standalone_master(tmp_path: Path) -> Iterator[str]:
+    """Start a standalone master and one worker with two cores; gives the master's URL."""
+    log = tmp_path / "master.log"
+    environment = {**os.environ, "SPARK_WORKER_DIR": str(tmp_path / "work")}
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: str, into: Path) -> None:
+        processes.append(
+            subprocess.Popen(
+                [spark_class(), *arguments],
+                stdout=into.open("wb"),
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        )
+
+    def wait_for(text: str, into: Path) -> str:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            if match := re.search(text, into.read_text()):
+                return match[0]
+            time.sleep(0.1)
+        raise AssertionError(f"no {text} in {into.read_text()}")
+
+    try:
+        master = "org.apache.spark.deploy.master.Master"
+        start(master, "--host", "127.0.0.1", "--port", "0", "--webui-port", "0", into=log)
+        url = wait_for(r"spark://[\w.]+:\d+", log)
+        worker = "org.apache.spark.deploy.worker.Worker"
+        arguments = ["--cores", "2", "--memory", "2g", "--webui-port", "0", url]
+        start(worker, *arguments, into=tmp_path / "worker.log")
+        wait_for("Successfully registered with master", tmp_path / "worker.log")
+        yield url
+    finally:
+        for process in processes:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_standalone_cluster_with_two_executors(standalone_master: str, tmp_path: Path) -> None:
+    script = f"""
+        from horovodrunner import ClusterCapacityError, WorkerFailedError
+        spark = (
+            builder.master("{standalone_master}")
+            .config("spark.executor.cores", "1")
+            .config("spark.executor.memory", "512m")
+            .getOrCreate()
+        )
+        print(HorovodRunner(np=2, driver_log_verbosity="all").run(train, prefix=""))
+        try:
+            HorovodRunner(np=2).run(lambda: 1 / 0)
+        except WorkerFailedError as error:
+            print(repr(error.__cause__))
+        spark.stop()
+    """
+    shown = drive(script, tmp_path)
+    assert "rank 0 of 2\n" in shown
+    assert "[1]<stdout>:training" in shown
+    assert "ZeroDivisionError" in shown
