@@ -108,7 +108,7 @@ if __name__ == "__main__":
     try:
         session_ready = time.monotonic()
         runner = HorovodRunner(np=2, driver_log_verbosity="all")
-        weights = runner.run(main, epochs=15, batch_size=32, learning_rate=0.003)
+        weights = runner.run(main, epochs=12, batch_size=32, learning_rate=0.003)
         trained = time.monotonic()
         score = accuracy(weights)
         tested = time.monotonic()

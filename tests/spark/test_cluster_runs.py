@@ -322,6 +322,25 @@ def test_a_port_that_is_taken_is_refused_with_the_conf_to_change(spark: Any) -> 
             spark.conf.unset("spark.horovodrunner.driver.port")
 
 
+def test_a_run_that_cannot_reach_the_driver_goes_on_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], executor_logs: Path
+) -> None:
+    monkeypatch.setattr(cluster.BarrierRun, "_bind_address", lambda self: "127.0.0.1")
+    monkeypatch.setattr(cluster.BarrierRun, "_advertised_address", lambda self: "127.0.0.2")
+
+    def main() -> str:
+        mains.log_things()
+        time.sleep(6)
+        return "done"
+
+    runner = HorovodRunner(np=2, driver_log_verbosity="all", start_timeout=4)
+    assert runner.run(main) == "done"
+    assert "tasks are running and cannot reach the driver" in capsys.readouterr().out
+    logged = "\n".join(line for lines in executor_stderr(executor_logs).values() for line in lines)
+    assert "cannot be reached from here" in logged
+    assert "[1]<log_to_driver>:from rank 1" in logged
+
+
 def test_no_secret_is_on_a_command_line() -> None:
     def main() -> list[str]:
         return [" ".join(p.cmdline()) for p in psutil.process_iter() if p.pid]

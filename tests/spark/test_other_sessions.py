@@ -139,15 +139,16 @@ def standalone_master(tmp_path: Path) -> Iterator[str]:
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(*arguments: str, into: Path) -> None:
-        processes.append(
-            subprocess.Popen(
-                [spark_class(), *arguments],
-                stdout=into.open("wb"),
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
+        with into.open("wb") as output:
+            processes.append(
+                subprocess.Popen(
+                    [spark_class(), *arguments],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
             )
-        )
 
     def wait_for(text: str, into: Path) -> str:
         deadline = time.monotonic() + 90

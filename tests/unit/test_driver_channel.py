@@ -1,0 +1,136 @@
+"""The driver's end of the channel, spoken to by real clients."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from horovodrunner import ConfigurationError
+from horovodrunner.core.job import Failure, JobSpec, Outcome
+from horovodrunner.driver.channel import RETRY_REFUSED, DriverChannel
+from horovodrunner.driver.console import Console
+from horovodrunner.task.channel import RemoteDriver, SilentDriver, register_with_driver
+
+TOKEN = b"t" * 32
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console()
+
+
+@pytest.fixture
+def channel(console: Console) -> Iterator[DriverChannel]:
+    with DriverChannel("run-1", TOKEN, console, on_event=console.wake) as channel:
+        yield channel
+
+
+def job(port: int, token: bytes = TOKEN, run_id: str = "run-1", stream: bool = True) -> JobSpec:
+    return JobSpec(run_id, 2, b"", token, driver_address=("127.0.0.1", port), stream_output=stream)
+
+
+async def register(
+    spec: JobSpec, log: list[bytes] | None = None
+) -> RemoteDriver | SilentDriver | str:
+    return await register_with_driver(
+        spec, on_stop=lambda: None, log=(log if log is not None else []).append
+    )
+
+
+def test_what_the_run_tells_is_shown(
+    channel: DriverChannel, console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = channel.open("127.0.0.1", 0)
+
+    async def talk() -> None:
+        driver = await register(job(port))
+        assert isinstance(driver, RemoteDriver)
+        driver.note("placed")
+        driver.lines(b"[0]<stdout>:x\n")
+        driver.message(1, b"hello")
+        driver.failed(Outcome(failure=Failure(1, "h", "boom")))
+        await driver.close()
+
+    asyncio.run(talk())
+    channel.wait_for_leaving(5)
+    console.show(0)
+    assert capsys.readouterr().out == "HorovodRunner: placed\n[0]<stdout>:x\nhello\n"
+    assert channel.registered
+    assert channel.failure is not None
+    assert channel.failure.failure == Failure(1, "h", "boom")
+
+
+def test_without_streaming_only_messages_travel(
+    channel: DriverChannel, console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = channel.open("127.0.0.1", 0)
+
+    async def talk() -> None:
+        driver = await register(job(port, stream=False))
+        assert isinstance(driver, RemoteDriver)
+        driver.lines(b"[0]<stdout>:x\n")
+        driver.message(0, b"hello")
+        await driver.close()
+
+    asyncio.run(talk())
+    channel.wait_for_leaving(5)
+    console.show(0)
+    assert capsys.readouterr().out == "hello\n"
+
+
+def test_a_second_registration_of_the_run_is_refused(channel: DriverChannel) -> None:
+    """That is what a barrier stage that Spark tries again looks like from here."""
+    port = channel.open("127.0.0.1", 0)
+
+    async def talk() -> None:
+        first = await register(job(port))
+        assert isinstance(first, RemoteDriver)
+        await first.close()
+        assert await register(job(port)) == RETRY_REFUSED
+
+    asyncio.run(talk())
+    assert channel.retried
+
+
+@pytest.mark.parametrize(("token", "run_id"), [(b"wrong" * 8, "run-1"), (TOKEN, "run-2")])
+def test_other_runs_do_not_get_in(channel: DriverChannel, token: bytes, run_id: str) -> None:
+    port = channel.open("127.0.0.1", 0)
+    answer = asyncio.run(register(job(port, token, run_id)))
+    assert not isinstance(answer, RemoteDriver)
+    assert not channel.registered
+
+
+def test_a_driver_out_of_reach_is_said_in_the_log_and_the_run_goes_on() -> None:
+    log: list[bytes] = []
+    with socket.socket() as keeper:
+        keeper.bind(("127.0.0.1", 0))  # bound, not listening
+        driver = asyncio.run(register(job(keeper.getsockname()[1]), log))
+    assert isinstance(driver, SilentDriver)
+    assert b"cannot be reached from here" in log[0]
+    driver.message(1, b"kept")
+    assert log[1] == b"[1]<log_to_driver>:kept\n"
+
+
+def test_the_driver_can_end_the_run(channel: DriverChannel) -> None:
+    port = channel.open("127.0.0.1", 0)
+
+    async def talk() -> None:
+        stopped = asyncio.Event()
+        driver = await register_with_driver(job(port), stopped.set, lambda lines: None)
+        channel.stop_run()
+        await asyncio.wait_for(stopped.wait(), 5)
+        assert not isinstance(driver, str)
+        await driver.close()
+
+    asyncio.run(talk())
+
+
+def test_a_port_that_is_taken_is_refused_with_the_conf_to_change(channel: DriverChannel) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(ConfigurationError, match=r"spark\.horovodrunner\.driver\.port"),
+    ):
+        channel.open("127.0.0.1", taken.getsockname()[1])
