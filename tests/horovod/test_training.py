@@ -76,7 +76,7 @@ def weights_after_training(rank: int, size: int, steps: int = 5) -> list[float]:
         loss = torch.nn.functional.mse_loss(model(inputs[rank::size]), targets[rank::size])
         loss.backward()
         optimizer.step()
-    return [float(value) for parameter in model.parameters() for value in parameter.flatten()]
+    return [value for p in model.parameters() for value in p.detach().flatten().tolist()]
 
 
 @pytest.mark.parametrize("np", [-2, 2])
