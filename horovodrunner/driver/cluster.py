@@ -167,7 +167,7 @@ def _too_few_slots(spark: SparkSession, np: int, slots: int) -> ClusterCapacityE
     )
     asked = f"np={np}" if np else "np=0 (all slots)"
     return ClusterCapacityError(
-        f"{asked} needs {np or 'at least one'} task slots, and the cluster "
+        f"{asked} needs {np or 'at least 1'} task slot{'s' if np > 1 else ''}, and the cluster "
         f"({spark.sparkContext.master}{'; ' + facts if facts else ''}) has {slots}: ask for fewer "
         "ranks, add executors or cores, or use a negative np to run on the driver"
     )

@@ -51,7 +51,7 @@ def accuracy_in(text: str) -> float:
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keep what the kernel and Spark write below the test's own directory."""
-    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "SPARK_WORKER_DIR"):
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
         directory = tmp_path / name.lower()
         directory.mkdir()
         monkeypatch.setenv(name, str(directory))

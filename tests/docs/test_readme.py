@@ -54,11 +54,9 @@ def test_the_readmes_code_runs(tmp_path: Path) -> None:
     assert blocks
     script = tmp_path / "readme.py"
     script.write_text("\n".join(blocks))
-    scratch = tmp_path / "spark"
-    scratch.mkdir()
     out = run_script(
         script,
-        {**os.environ, "PYSPARK_PYTHON": sys.executable, "SPARK_WORKER_DIR": str(scratch)},
+        {**os.environ, "PYSPARK_PYTHON": sys.executable},
     )
     promised = re.search(r"Both print `(.*?)`", readme)
     assert promised is not None
