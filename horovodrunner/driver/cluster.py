@@ -1,13 +1,11 @@
-"""np >= 0: slots, the barrier stage, cancelling it. Runs in: the driver."""
+"""np >= 0: the run as a barrier stage, and cancelling it. Runs in: the driver."""
 
 from __future__ import annotations
 
 import functools
 import math
-import os
 import re
 import socket
-import sys
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,206 +13,19 @@ from typing import TYPE_CHECKING, Any
 from horovodrunner.core.job import JobSpec, Outcome, join_chunks
 from horovodrunner.driver.channel import RETRY_REFUSED, DriverChannel
 from horovodrunner.driver.console import Console
-from horovodrunner.errors import (
-    BarrierStageError,
-    ClusterCapacityError,
-    ConfigurationError,
-    StartTimeoutError,
-)
+from horovodrunner.driver.session import is_connect
+from horovodrunner.errors import BarrierStageError, StartTimeoutError
 from horovodrunner.task.barrier import ROW_SCHEMA, barrier_task
 from horovodrunner.task.network import find_address
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-__all__ = ["BarrierRun", "find_session", "require_slots", "total_slots"]
+__all__ = ["BarrierRun"]
 
-SLOTS_SECONDS = 30.0
-"""How long executors may take to register, where Spark does not say how many will come."""
-
-SLOTS_CHECK_SECONDS = 0.1
 CANCEL_SECONDS = 10.0
 AFTER_FAILURE_SECONDS = 10.0
 """How long the stage may take to end once partition 0 has reported the run's failure."""
-
-
-def find_session() -> SparkSession:
-    """Give the active SparkSession, or create one.
-
-    Returns
-    -------
-    SparkSession
-        The session to run on.
-
-    Raises
-    ------
-    ConfigurationError
-        If pyspark is not installed.
-    """
-    try:
-        from pyspark.sql import SparkSession
-    except ImportError as error:
-        raise ConfigurationError(
-            f"np > 0 needs pyspark, which {sys.executable} cannot import ({error}): install it "
-            "with `pip install 'pyspark>=3.5' pyarrow pandas`, or use a negative np"
-        ) from error
-    session = SparkSession.getActiveSession()
-    if session is not None:
-        return session
-    if not os.environ.get("MASTER") and "PYSPARK_PYTHON" not in os.environ:
-        # Executors of a session on this machine should use this Python and its packages;
-        # PySpark would take the first python3 on the PATH.
-        os.environ["PYSPARK_PYTHON"] = sys.executable
-    return SparkSession.builder.appName("horovodrunner").getOrCreate()
-
-
-def total_slots(spark: SparkSession) -> int | None:
-    """Count the barrier tasks that the registered executors can run at once.
-
-    Spark's own figure, the one it checks barrier stages against: cores and, where tasks ask for
-    them, GPUs.
-
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Returns
-    -------
-    int or None
-        The slots; None over Spark Connect, where they cannot be asked for.
-    """
-    if _is_connect(spark):
-        return None
-    context = spark.sparkContext._jsc.sc()
-    profile = context.resourceProfileManager().defaultResourceProfile()
-    return int(context.maxNumConcurrentTasks(profile))
-
-
-def require_slots(spark: SparkSession, np: int) -> int:
-    """Check np against the cluster's slots before anything is launched.
-
-    Parameters
-    ----------
-    spark
-        The session.
-    np
-        Number of ranks asked for; 0 for all slots.
-
-    Returns
-    -------
-    int
-        Number of ranks to start.
-
-    Raises
-    ------
-    ConfigurationError
-        If dynamic allocation is on, which barrier stages do not support (SPARK-24942).
-    ClusterCapacityError
-        If there are fewer slots than np, or none for np=0.
-    """
-    if spark.conf.get("spark.dynamicAllocation.enabled", "false") == "true":
-        raise ConfigurationError(
-            "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage with "
-            "dynamic allocation (SPARK-24942): start the session with "
-            "spark.dynamicAllocation.enabled=false and a fixed number of executors"
-        )
-    slots = total_slots(spark)
-    if slots is None:
-        if np == 0:
-            raise ConfigurationError(
-                "np=0 (all slots) does not work over Spark Connect, which does not tell how many "
-                "slots there are: give the number of ranks"
-            )
-        return np
-    expected = _expected_slots(spark)
-    wanted = np or expected or 1
-    deadline = time.monotonic() + (
-        0.0 if expected is not None and wanted > expected else SLOTS_SECONDS
-    )
-    while slots < wanted and time.monotonic() < deadline:
-        time.sleep(SLOTS_CHECK_SECONDS)  # Spark tells Python of new executors only when asked
-        slots = total_slots(spark) or 0
-    if slots < wanted:
-        raise _too_few_slots(spark, np, max(slots, expected or 0))
-    return np or slots
-
-
-def _expected_slots(spark: SparkSession) -> int | None:
-    """Count the slots the master string promises, where it does."""
-    master = spark.sparkContext.master
-    cpus = int(spark.conf.get("spark.task.cpus", "1") or 1)
-    if match := re.fullmatch(r"local-cluster\[\s*(\d+)\s*,\s*(\d+)\s*,.*\]", master):
-        if spark.conf.get("spark.task.resource.gpu.amount", None) is not None:
-            return None
-        return int(match[1]) * (int(match[2]) // cpus)
-    if master.startswith("local"):
-        return total_slots(spark)
-    return None
-
-
-def _too_few_slots(spark: SparkSession, np: int, slots: int) -> ClusterCapacityError:
-    facts = ", ".join(
-        f"{name}={value}"
-        for name in (
-            "spark.executor.instances",
-            "spark.executor.cores",
-            "spark.task.cpus",
-            "spark.task.resource.gpu.amount",
-            "spark.cores.max",
-        )
-        if (value := spark.conf.get(name, None)) is not None
-    )
-    asked = f"np={np}" if np else "np=0 (all slots)"
-    return ClusterCapacityError(
-        f"{asked} needs {np or 'at least 1'} task slot{'s' if np > 1 else ''}, and the cluster "
-        f"({spark.sparkContext.master}{'; ' + facts if facts else ''}) has {slots}: ask for fewer "
-        "ranks, add executors or cores, or use a negative np to run on the driver"
-    )
-
-
-def _is_connect(spark: SparkSession) -> bool:
-    return type(spark).__module__.startswith("pyspark.sql.connect")
-
-
-def shares_terminal(spark: SparkSession) -> bool:
-    """Tell whether the executor is this process's own JVM, which writes to our standard error.
-
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Returns
-    -------
-    bool
-        True for the masters ``local``, ``local[n]`` and the like.
-    """
-    if _is_connect(spark):
-        return False
-    return bool(spark.sparkContext.master.split("[")[0] == "local")
-
-
-def max_result_bytes(spark: SparkSession) -> int | None:
-    """Read how much Spark takes back to the driver.
-
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Returns
-    -------
-    int or None
-        ``spark.driver.maxResultSize`` in bytes, less room for the rows around it; None for no
-        limit, or where it cannot be asked for.
-    """
-    if _is_connect(spark):
-        return None
-    limit = int(
-        spark.sparkContext._jsc.sc().conf().getSizeAsBytes("spark.driver.maxResultSize", "1g")
-    )
-    return int(limit * 0.98) - 1024 * 1024 if limit > 0 else None
 
 
 class BarrierRun:
@@ -352,7 +163,7 @@ class BarrierRun:
         raise BarrierStageError(_why_the_stage_ended(self._error))
 
     def _tag_this_thread(self) -> None:
-        if _is_connect(self._spark):
+        if is_connect(self._spark):
             self._spark.addTag(self._tag)
             return
         context = self._spark.sparkContext
@@ -362,14 +173,14 @@ class BarrierRun:
         )
 
     def _cancel(self) -> None:
-        if _is_connect(self._spark):
+        if is_connect(self._spark):
             self._spark.interruptTag(self._tag)
         else:
             self._spark.sparkContext.cancelJobsWithTag(self._tag)
 
     def _tasks_are_running(self) -> bool:
         """Ask Spark, where it can be asked, whether all tasks of the stage have started."""
-        if _is_connect(self._spark):
+        if is_connect(self._spark):
             return False
         tracker = self._spark.sparkContext._jsc.sc().statusTracker()
         stages = [
@@ -387,7 +198,7 @@ class BarrierRun:
 
     def _advertised_address(self) -> str:
         advertised = (
-            None if _is_connect(self._spark) else self._spark.conf.get("spark.driver.host", None)
+            None if is_connect(self._spark) else self._spark.conf.get("spark.driver.host", None)
         )
         return advertised or find_address(socket.gethostname(), None)[0]
 

@@ -9,6 +9,7 @@ import secrets
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from horovodrunner.core import payload
@@ -144,9 +145,8 @@ class HorovodRunner:
         return run_locally(job, console)
 
     def _run_on_spark(self, job: JobSpec, console: Console) -> Outcome:
-        from dataclasses import replace
-
-        from horovodrunner.driver import cluster
+        from horovodrunner.driver import session
+        from horovodrunner.driver.cluster import BarrierRun
 
         console.show(0)
         if self._np == 0:
@@ -155,15 +155,15 @@ class HorovodRunner:
                 DeprecationWarning,
                 stacklevel=3,
             )
-        spark = cluster.find_session()
-        size = cluster.require_slots(spark, self._np)
+        spark = session.find_session()
+        size = session.require_slots(spark, self._np)
         job = replace(
             job,
             size=size,
-            max_result_bytes=cluster.max_result_bytes(spark),
-            keep_task_log=not (job.stream_output and cluster.shares_terminal(spark)),
+            max_result_bytes=session.max_result_bytes(spark),
+            keep_task_log=not (job.stream_output and session.shares_terminal(spark)),
         )
-        return cluster.BarrierRun(spark, job, console, self._start_timeout).run()
+        return BarrierRun(spark, job, console, self._start_timeout).run()
 
     def _announce(
         self,

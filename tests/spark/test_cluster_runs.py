@@ -22,7 +22,7 @@ from horovodrunner import (
     StartTimeoutError,
     WorkerFailedError,
 )
-from horovodrunner.driver import cluster
+from horovodrunner.driver import cluster, session
 from tests.conftest import marked_processes
 from tests.process import mains
 
@@ -147,7 +147,7 @@ def test_a_result_of_many_chunks_comes_back_whole(megabytes: int) -> None:
 def test_a_result_larger_than_spark_takes_is_refused_with_the_conf(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cluster, "max_result_bytes", lambda spark: 1_000_000)
+    monkeypatch.setattr(session, "max_result_bytes", lambda spark: 1_000_000)
     with pytest.raises(
         PayloadError, match=r"1\.9 MiB .* 976\.6 KiB .*spark\.driver\.maxResultSize"
     ):
@@ -155,7 +155,7 @@ def test_a_result_larger_than_spark_takes_is_refused_with_the_conf(
 
 
 def test_sparks_own_limit_is_read(spark: Any) -> None:
-    limit = cluster.max_result_bytes(spark)
+    limit = session.max_result_bytes(spark)
     assert limit is not None
     assert 0.9 * 2**30 < limit < 2**30
 
@@ -195,7 +195,7 @@ def test_main_runs_once_when_spark_tries_the_stage_again(
     assert marked_processes() == []
     assert len(list(tmp_path.iterdir())) == 2
     deadline = time.monotonic() + 60
-    while (cluster.total_slots(spark) or 0) < 2 and time.monotonic() < deadline:
+    while (session.total_slots(spark) or 0) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)  # Spark replaces the executor
     assert run(place)["WORLD_SIZE"] == 2
     assert len(list(tmp_path.iterdir())) == 2
