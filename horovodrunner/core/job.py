@@ -43,8 +43,8 @@ class JobSpec:
         Host and port of the driver channel.
     stream_output
         Whether the workers' output goes to the driver, not only ``log_to_driver`` messages.
-    keep_task_log
-        Whether the tasks write the workers' output to their own log, too.
+    shares_terminal
+        Whether the tasks' own log is the driver's terminal.
     max_result_bytes
         The largest pickled result that can come back, or None for no limit.
     """
@@ -58,7 +58,7 @@ class JobSpec:
     sys_path: tuple[str, ...] = ()
     driver_address: tuple[str, int] | None = None
     stream_output: bool = False
-    keep_task_log: bool = True
+    shares_terminal: bool = False
     max_result_bytes: int | None = None
 
 

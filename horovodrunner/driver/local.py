@@ -48,10 +48,13 @@ def run_locally(job: JobSpec, console: Console) -> Outcome:
         workers=job.size,
     )
     stop: list[Callable[[], object]] = []
+    interrupted = threading.Event()
 
     async def open_driver(on_stop: Callable[[], None]) -> DriverLink | str:
         loop = asyncio.get_running_loop()
         stop.append(lambda: loop.call_soon_threadsafe(on_stop))
+        if interrupted.is_set():
+            on_stop()
         return console
 
     surroundings = Surroundings(
@@ -76,6 +79,7 @@ def run_locally(job: JobSpec, console: Console) -> Outcome:
     try:
         console.show()
     except BaseException:
+        interrupted.set()
         for request_stop in stop:
             with contextlib.suppress(RuntimeError):  # the loop has just ended
                 request_stop()

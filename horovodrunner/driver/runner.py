@@ -19,6 +19,7 @@ from horovodrunner.driver.console import Console
 from horovodrunner.errors import (
     ArgumentTypeError,
     ArgumentValueError,
+    ConfigurationError,
     HorovodRunnerError,
     PayloadError,
     WorkerFailedError,
@@ -111,6 +112,8 @@ class HorovodRunner:
             If main is not callable or does not accept the arguments.
         PayloadError
             If main, an argument or the result cannot be pickled.
+        ConfigurationError
+            If the executors or this machine lack Horovod, or Spark's settings rule the run out.
         ClusterCapacityError
             If the cluster has fewer slots than np.
         StartTimeoutError
@@ -161,7 +164,7 @@ class HorovodRunner:
             job,
             size=size,
             max_result_bytes=session.max_result_bytes(spark),
-            keep_task_log=not (job.stream_output and session.shares_terminal(spark)),
+            shares_terminal=session.shares_terminal(spark),
         )
         return BarrierRun(spark, job, console, self._start_timeout).run()
 
@@ -246,6 +249,8 @@ def _open_outcome(outcome: Outcome) -> Any:
     if isinstance(cause, PayloadError):
         raise cause
     failure = outcome.failure
+    if failure.rank is None and not failure.traceback:
+        raise ConfigurationError(failure.summary)  # found before any rank was there
     raise WorkerFailedError(
         failure.summary,
         rank=failure.rank,

@@ -10,12 +10,14 @@ import contextlib
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from horovodrunner.core.env import slot_environment, worker_base_environment
 from horovodrunner.core.frames import Frame
 from horovodrunner.core.job import Failure, JobSpec, Outcome, Success, WorkerSpec
+from horovodrunner.core.lines import prefix_lines
 from horovodrunner.core.topology import Member, Slot
 from horovodrunner.task.channel import HubLink
 from horovodrunner.task.coordinator import Coordinator, DriverLink, Hub, RankEvents
@@ -71,6 +73,7 @@ class Agent:
         self._leads = surroundings.member.partition == 0
         self._workers: list[WorkerProcess] = []
         self._stop_requested = asyncio.Event()
+        self._has_gathered = False
 
     async def run(self) -> Outcome:
         """Run this task from start to end; whatever happens, no worker outlives it.
@@ -91,6 +94,8 @@ class Agent:
                 if self._leads:
                     return await self._lead(resources)
                 return await self._follow(resources)
+        except Exception as error:  # noqa: BLE001 - the run must end everywhere, and say why
+            return await self._give_up(error)
         finally:
             for worker in self._workers:
                 worker.kill()
@@ -182,7 +187,17 @@ class Agent:
         outcomes = await run
         return _without_result(outcomes[0])
 
+    async def _give_up(self, error: Exception) -> Outcome:
+        """Report a failure of this task itself; its peers may still be waiting to gather."""
+        member = self._surroundings.member
+        summary = f"its task failed: {type(error).__name__}: {error}"
+        if not self._has_gathered:
+            await self._gather(replace(member, problem=summary))
+        text = "".join(traceback.format_exception(error))
+        return Outcome(failure=Failure(None, member.host, summary, traceback=text))
+
     async def _gather(self, member: Member) -> list[Member]:
+        self._has_gathered = True
         texts = await asyncio.to_thread(self._surroundings.gather, member.to_json())
         return sorted((Member.from_json(text) for text in texts), key=lambda m: m.partition)
 
@@ -224,6 +239,8 @@ class Agent:
 
         def on_lines(stream: str, lines: bytes) -> None:
             events.lines(slot.rank, stream, lines)
+            if not self._leads:  # partition 0's log has the lines of all ranks
+                self._surroundings.log(prefix_lines(lines, slot.rank, stream))
 
         readers = [
             asyncio.create_task(worker.read_output(on_lines)),

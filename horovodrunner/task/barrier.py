@@ -62,10 +62,13 @@ def _surroundings(job: JobSpec, context: Any) -> Surroundings:
     advertised = context.getTaskInfos()[context.partitionId()].address.rpartition(":")[0]
     driver_host = job.driver_address[0] if job.driver_address else None
     address, interface = find_address(advertised, driver_host)
-    log = _log if job.keep_task_log else _ignore
+    partition = context.partitionId()
+    # One terminal for all needs every line once: from the driver, or else from partition 0.
+    quiet = job.shares_terminal and (job.stream_output or partition != 0)
+    log = _ignore if quiet else _log
     gpus = context.resources().get("gpu")
     member = Member(
-        partition=context.partitionId(),
+        partition=partition,
         host_id=host_id(),
         host=advertised or address,
         address=address,
@@ -88,4 +91,4 @@ def _log(lines: bytes) -> None:
 
 
 def _ignore(lines: bytes) -> None:
-    """Write nothing: the driver shows the same lines on the same terminal."""
+    """Write nothing: somebody else shows the same lines on the same terminal."""

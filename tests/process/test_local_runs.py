@@ -298,6 +298,37 @@ def test_modules_beside_the_driver_script_are_found(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_without_horovod_the_command_that_builds_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "horovod").mkdir()
+    (tmp_path / "horovod" / "__init__.py").write_text("raise ImportError('not built')")
+    script = """
+        from horovodrunner import ConfigurationError, HorovodRunner
+        try:
+            HorovodRunner(np=-2).run(lambda: None)
+        except ConfigurationError as error:
+            print(error)
+    """
+    done = python(script, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert "not built" in done.stdout
+    assert "-m horovodrunner build-horovod" in done.stdout
+
+
+def test_a_task_that_fails_itself_ends_the_run_with_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from horovodrunner.task import horovodrun
+
+    def refuse(*_: Any) -> None:
+        raise OSError("no port left")
+
+    monkeypatch.setattr(horovodrun, "Rendezvous", refuse)
+    error = failure(lambda: None)
+    assert error.rank is None
+    assert "its task failed: OSError: no port left" in error.summary
+    assert "_lead" in error.traceback
+
+
 def test_a_result_that_does_not_pickle_is_named() -> None:
     def main() -> Any:
         return {"loss": 0.1, "lock": threading.Lock()}

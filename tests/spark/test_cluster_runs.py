@@ -112,6 +112,8 @@ def test_all_output_is_merged_in_rank_0s_executor_log_whole_and_prefixed(
         expected = [f"[{rank}]<stdout>:{rank}:{i}:" + "x" * 100 for i in range(2000)]
         assert [line for line in merged[0] if line.startswith(f"[{rank}]<stdout>:")] == expected
         assert f"[{rank}]<stderr>:{rank} done" in merged[0]
+    others = [lines for lines in new.values() if lines is not merged[0]]
+    assert any("[1]<stderr>:1 done" in lines for lines in others)  # rank 1's own executor
 
 
 def test_all_output_streams_to_the_driver_when_asked_for(
