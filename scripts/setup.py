@@ -29,6 +29,7 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "set-up-for"
 LOG = VENV / "set-up.log"
 EXTRAS = "spark,torch,tensorflow,horovod-build,demo,test,docs"
+COMPILED = ("numpy", "pandas", "py4j", "pyarrow", "pyspark", "scipy", "sklearn", "torch")
 # Packages that PYTHONPATH adds are not those of .venv.
 ENVIRON = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 # A change in any of these may ask for other packages or another Horovod.
@@ -63,6 +64,10 @@ def main() -> None:
             "1 to 4 minutes (about 700 MB)",
             [*pip, "--no-build-isolation", "--use-pep517", "--editable", f".[{EXTRAS}]"],
         )
+        # Four processes at once would do this in the first demo, and take longer for it.
+        compiled = [str(path) for name in COMPILED for path in VENV.glob(f"lib/*/*/{name}")]
+        compileall = [str(PYTHON), "-m", "compileall", "-qq", "-j", "0", *compiled]
+        step("compiling what the demo imports, about 20 seconds", compileall, may_fail=True)
         print("- building Horovod for them, 3 to 5 minutes (seconds if built before)", flush=True)
         build = [str(PYTHON), "-m", "horovodrunner", "build-horovod"]
         if subprocess.run(build, cwd=ROOT, env=ENVIRON, check=False).returncode != 0:
@@ -94,7 +99,7 @@ def require_prerequisites() -> None:
         sys.exit("\n".join(f"error: {problem}" for problem in found))
 
 
-def step(title: str, command: list[str]) -> None:
+def step(title: str, command: list[str], *, may_fail: bool = False) -> None:
     """Run one step with its output in the log; show the end of it if the step fails."""
     print(f"- {title} ... ", end="", flush=True)
     started = time.monotonic()
@@ -104,7 +109,7 @@ def step(title: str, command: list[str]) -> None:
         code = subprocess.run(
             command, cwd=ROOT, env=ENVIRON, stdout=log, stderr=subprocess.STDOUT, check=False
         ).returncode
-    if code != 0:
+    if code != 0 and not may_fail:
         print("failed")
         last = LOG.read_text(errors="replace").rstrip().splitlines()[-12:]
         sys.exit("\n".join(last) + f"\nerror: {title}: exit code {code}; full log: {LOG}")

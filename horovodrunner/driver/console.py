@@ -109,7 +109,7 @@ class Console:
                 self._waiting_bytes = 0
                 woken, self._woken = self._woken, False
             if text:
-                if sys.stdout.isatty():
+                if getattr(sys.stdout, "isatty", bool)():  # what stands in for it may have none
                     text = _CLEAR_LINE + text
                 sys.stdout.write(text)
                 sys.stdout.flush()
