@@ -21,6 +21,8 @@ os.environ[LEAK_MARK] = uuid.uuid4().hex
 os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 """The JVMs of tests live for seconds: what they save in compiling is a third of their time."""
 
+os.environ.pop("PYTHONUNBUFFERED", None)  # output must be shown at once without it
+
 LEAVING_SECONDS = 5.0
 _ALLOWED = ("java", "pyspark.daemon", "pyspark/daemon", "resource_tracker", "ipykernel")
 

@@ -1,0 +1,112 @@
+"""One worker process, without a run around it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from horovodrunner.core.job import WorkerSpec
+from horovodrunner.task.process import WorkerProcess, describe_exit
+
+
+def end_of_a_worker(
+    act: Callable[[WorkerProcess], None], ignores_sigterm: bool = True
+) -> tuple[int, bool]:
+    """Start a worker, let `act` end it, and give its status and whether that was a stop."""
+
+    async def scenario() -> tuple[int, bool]:
+        # What is ignored here is ignored in the worker, too: that is inherited.
+        before = signal.signal(
+            signal.SIGTERM, signal.SIG_IGN if ignores_sigterm else signal.SIG_DFL
+        )
+        try:
+            worker = WorkerProcess([], os.environ)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        try:
+            act(worker)
+            status = await asyncio.wait_for(worker.wait(), 20)
+            return status, worker.was_stopped(status)
+        finally:
+            worker.kill()
+
+    return asyncio.run(scenario())
+
+
+def test_our_own_sigkill_after_the_grace_period_is_a_stop() -> None:
+    assert end_of_a_worker(lambda worker: worker.stop(grace=0.2)) == (-signal.SIGKILL, True)
+
+
+def test_a_sigkill_of_somebody_else_within_the_grace_period_is_not() -> None:
+    """The kernel's, say, just when a peer's complaint has made everybody stop."""
+
+    def act(worker: WorkerProcess) -> None:
+        worker.stop(grace=60)
+        os.kill(worker.pid, signal.SIGKILL)
+
+    assert end_of_a_worker(act) == (-signal.SIGKILL, False)
+
+
+def test_an_end_that_came_before_the_stop_is_not_a_stop() -> None:
+    def act(worker: WorkerProcess) -> None:
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        worker.stop()
+
+    assert end_of_a_worker(act) == (-signal.SIGKILL, False)
+
+
+def test_an_idle_worker_leaves_on_sigterm_and_that_is_a_stop() -> None:
+    assert end_of_a_worker(lambda worker: worker.stop(grace=60), ignores_sigterm=False) == (
+        -signal.SIGTERM,
+        True,
+    )
+
+
+def test_a_worker_without_a_job_ends_when_its_pipe_does() -> None:
+    async def scenario() -> int:
+        worker = WorkerProcess([], os.environ)
+        try:
+            os.close(worker._control_write)
+            worker._control_write = -1
+            return await asyncio.wait_for(worker.wait(), 20)
+        finally:
+            worker.kill()
+
+    assert asyncio.run(scenario()) == -signal.SIGKILL
+
+
+def test_sending_a_job_to_a_worker_that_has_died_is_no_error() -> None:
+    async def scenario() -> int:
+        worker = WorkerProcess([], os.environ)
+        try:
+            os.kill(worker.pid, signal.SIGKILL)
+            status = await worker.wait()
+            await worker.send_job(bytes(10_000_000), WorkerSpec(0, "h", {}).to_header())
+            return status
+        finally:
+            worker.kill()
+
+    assert asyncio.run(scenario()) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "exit_code", "signal_name"),
+    [
+        (7, "exit code 7", 7, None),
+        (-11, "SIGSEGV", None, "SIGSEGV"),
+        (-9, "memory", None, "SIGKILL"),
+        (-63, "ended by", None, None),
+    ],
+)
+def test_ends_in_words(
+    status: int, words: str, exit_code: int | None, signal_name: str | None
+) -> None:
+    text, code, name = describe_exit(status)
+    assert words in text
+    assert code == exit_code
+    assert signal_name in (None, name)
