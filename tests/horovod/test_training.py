@@ -135,6 +135,9 @@ def test_a_rank_that_leaves_while_the_other_waits_is_named() -> None:
         run(main, -2)
 
 
+SECONDS_UNTIL_STACKS = 90
+"""A rank that hangs shows its Python stack in the log and fails the run."""
+
 CELLS = [
     "import torch\nimport torch.distributed as dist\nfrom torch import nn",
     "hyperparameters = {'lr': 0.05, 'steps': 3}",
@@ -177,7 +180,15 @@ def test_somebody_elses_function_for_torch_distributor_from_notebook_cells(np: i
     notebook: dict[str, Any] = {"__name__": "__main__"}
     for cell in CELLS:
         exec(cell, notebook)
-    still_initialized, weights = run(notebook["train"], np, lr=0.05)
+
+    def watched(train: Any, lr: float) -> Any:
+        import faulthandler
+
+        faulthandler.dump_traceback_later(SECONDS_UNTIL_STACKS, exit=True)
+        return train(lr)
+
+    runner = HorovodRunner(np=np, driver_log_verbosity="all")
+    still_initialized, weights = runner.run(watched, train=notebook["train"], lr=0.05)
     assert not still_initialized
     assert weights.shape == (abs(np), 5)
     assert (weights == weights[0]).all()

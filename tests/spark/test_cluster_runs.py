@@ -332,10 +332,10 @@ def test_a_run_that_cannot_reach_the_driver_goes_on_and_says_so(
 
     def main() -> str:
         mains.log_things()
-        time.sleep(6)
+        time.sleep(14)
         return "done"
 
-    runner = HorovodRunner(np=2, driver_log_verbosity="all", start_timeout=4)
+    runner = HorovodRunner(np=2, driver_log_verbosity="all", start_timeout=10)
     assert runner.run(main) == "done"
     assert "tasks are running and cannot reach the driver" in capsys.readouterr().out
     logged = "\n".join(line for lines in executor_stderr(executor_logs).values() for line in lines)
