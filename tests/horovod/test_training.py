@@ -169,8 +169,7 @@ def train(lr):
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     gathered = [torch.zeros_like(weights) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, weights)
-    dist.destroy_process_group()
-    return dist.is_initialized(), torch.stack(gathered).numpy()
+    return torch.stack(gathered).numpy()
 """,
 ]
 
@@ -188,7 +187,6 @@ def test_somebody_elses_function_for_torch_distributor_from_notebook_cells(np: i
         return train(lr)
 
     runner = HorovodRunner(np=np, driver_log_verbosity="all")
-    still_initialized, weights = runner.run(watched, train=notebook["train"], lr=0.05)
-    assert not still_initialized
+    weights = runner.run(watched, train=notebook["train"], lr=0.05)
     assert weights.shape == (abs(np), 5)
     assert (weights == weights[0]).all()

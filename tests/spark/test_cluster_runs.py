@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,25 @@ def test_sparks_own_limit_is_read(spark: Any) -> None:
     assert 0.9 * 2**30 < limit < 2**30
 
 
+def run_for_ever(directory: str) -> None:
+    mains.count_run(directory)
+    mains.wait_for_ever()
+
+
+def when_all_ranks_run(directory: Path, act: Callable[[], None]) -> threading.Thread:
+    """Act from another thread as soon as main runs on both ranks."""
+
+    def wait_and_act() -> None:
+        deadline = time.monotonic() + 60
+        while len(list(directory.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait_and_act)
+    thread.start()
+    return thread
+
+
 def kill_agent_of(worker_pid: int) -> None:
     """Kill the PySpark worker process that the rank's worker belongs to, or the whole executor."""
     os.kill(psutil.Process(worker_pid).ppid(), signal.SIGKILL)
@@ -177,21 +197,13 @@ def kill_executor_of(worker_pid: int) -> None:
 def test_main_runs_once_when_spark_tries_the_stage_again(
     tmp_path: Path, on_rank: int, kill: Any, spark: Any
 ) -> None:
-    def main(directory: str) -> None:
-        mains.count_run(directory)
-        mains.wait_for_ever()
-
-    def kill_when_running() -> None:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
+    def kill_one() -> None:
         [path] = tmp_path.glob(f"rank{on_rank}-*")
         kill(int(path.name.split("-")[1]))
 
-    killer = threading.Thread(target=kill_when_running)
-    killer.start()
+    killer = when_all_ranks_run(tmp_path, kill_one)
     with pytest.raises((BarrierStageError, WorkerFailedError)) as caught:
-        run(main, directory=str(tmp_path))
+        run(run_for_ever, directory=str(tmp_path))
     killer.join()
     assert "lost" in str(caught.value)
     assert marked_processes() == []
@@ -253,44 +265,23 @@ def test_two_runs_at_once_do_not_disturb_each_other() -> None:
 
 
 def test_an_interrupt_ends_the_workers_and_keeps_the_session(spark: Any, tmp_path: Path) -> None:
-    def main(directory: str) -> None:
-        mains.count_run(directory)
-        mains.wait_for_ever()
-
-    def interrupt() -> None:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
+    interrupter = when_all_ranks_run(tmp_path, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        run(main, directory=str(tmp_path))
+        run(run_for_ever, directory=str(tmp_path))
     interrupter.join()
     assert marked_processes() == []
     assert spark.range(10).count() == 10
 
 
 def test_a_cancelled_job_group_ends_the_run_and_says_so(spark: Any, tmp_path: Path) -> None:
-    def main(directory: str) -> None:
-        mains.count_run(directory)
-        mains.wait_for_ever()
-
-    def cancel() -> None:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        spark.sparkContext.cancelJobGroup("a cell of the user's")
-
-    spark.sparkContext.setJobGroup("a cell of the user's", "the user's own description")
-    canceller = threading.Thread(target=cancel)
-    canceller.start()
+    group = "a cell of the user's"
+    spark.sparkContext.setJobGroup(group, "the user's own description")
+    canceller = when_all_ranks_run(tmp_path, lambda: spark.sparkContext.cancelJobGroup(group))
     try:
         with pytest.raises(
             BarrierStageError, match=r"job was cancelled: Job \d+ cancelled part of"
         ):
-            run(main, directory=str(tmp_path))
+            run(run_for_ever, directory=str(tmp_path))
         assert marked_processes() == []
     finally:
         canceller.join()
