@@ -52,7 +52,7 @@ def main() -> None:
             return
         started = time.monotonic()
         require_prerequisites()
-        print("Setting up .venv: about 6 minutes from nothing on two cores.", flush=True)
+        print("Setting up .venv: about 7 minutes from nothing on two cores.", flush=True)
         if not PYTHON.exists():
             step("creating .venv, a few seconds", [sys.executable, "-m", "venv", str(VENV)])
         pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -48,14 +49,18 @@ def find_session() -> SparkSession:
             f"np > 0 needs pyspark, which {sys.executable} cannot import ({error}): install it "
             "with `pip install 'pyspark>=3.5' pyarrow pandas`, or use a negative np"
         ) from error
-    session = SparkSession.getActiveSession()
-    if session is not None:
-        return session
-    if not os.environ.get("MASTER") and "PYSPARK_PYTHON" not in os.environ:
-        # Executors of a session on this machine should use this Python and its packages;
-        # PySpark would take the first python3 on the PATH.
-        os.environ["PYSPARK_PYTHON"] = sys.executable
-    return SparkSession.builder.appName("horovodrunner").getOrCreate()
+    from pyspark.errors import PySparkException
+
+    with contextlib.suppress(PySparkException):  # there is none
+        return SparkSession.active()  # or the default one, as in a thread of the user's
+    session = SparkSession.builder.appName("horovodrunner").getOrCreate()
+    if not is_connect(session) and "PYSPARK_PYTHON" not in os.environ:
+        context = session.sparkContext
+        if context.master.startswith("local"):
+            # Executors on this machine should have this Python and its packages; PySpark would
+            # take the first python3 on the PATH.
+            context.pythonExec = sys.executable
+    return session
 
 
 def total_slots(spark: SparkSession) -> int | None:
