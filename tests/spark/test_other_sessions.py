@@ -94,25 +94,6 @@ def test_local_threads_behave_like_a_cluster(tmp_path: Path) -> None:
     assert shown.endswith("\n5\n")
 
 
-def test_a_cluster_without_any_slot_is_refused(tmp_path: Path) -> None:
-    script = """
-        import warnings
-        from horovodrunner import ClusterCapacityError
-        warnings.simplefilter("ignore", DeprecationWarning)
-        spark = builder.master("local[1]").config("spark.task.cpus", "2").getOrCreate()
-        for np in (0, 1):
-            try:
-                HorovodRunner(np=np).run(train, prefix="")
-            except ClusterCapacityError as error:
-                print(error)
-        spark.stop()
-    """
-    shown = drive(script, tmp_path)
-    assert "np=0 (all slots) needs at least 1 task slot, and the cluster (local[1]; " in shown
-    assert "spark.task.cpus=2) has 0" in shown
-    assert "np=1 needs 1 task slot, and" in shown
-
-
 def test_dynamic_allocation_is_refused_before_launch(tmp_path: Path) -> None:
     script = """
         from horovodrunner import ConfigurationError
@@ -212,3 +193,26 @@ def test_a_standalone_cluster_with_two_executors(standalone_master: str, tmp_pat
     assert "rank 0 of 2\n" in shown
     assert "[1]<stdout>:training" in shown
     assert "ZeroDivisionError" in shown
+
+
+def test_a_cluster_without_any_slot_is_refused(standalone_master: str, tmp_path: Path) -> None:
+    """The worker has two cores, so that no executor of four ever starts."""
+    script = f"""
+        import warnings
+        from horovodrunner import ClusterCapacityError
+        from horovodrunner.driver import session
+        session.SLOTS_SECONDS = 1.0
+        warnings.simplefilter("ignore", DeprecationWarning)
+        spark = builder.master("{standalone_master}").config("spark.executor.cores", "4")
+        spark = spark.getOrCreate()
+        for np in (0, 1):
+            try:
+                HorovodRunner(np=np).run(train, prefix="")
+            except ClusterCapacityError as error:
+                print(error)
+        spark.stop()
+    """
+    shown = drive(script, tmp_path)
+    assert "np=0 (all slots) needs at least 1 task slot, and the cluster (spark://" in shown
+    assert "spark.executor.cores=4) has 0" in shown
+    assert "np=1 needs 1 task slot, and" in shown
