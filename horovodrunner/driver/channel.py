@@ -110,7 +110,8 @@ class DriverChannel:
 
     def close(self) -> None:
         """Close the port and every connection."""
-        if self._loop.is_closed():
+        if not self._thread.is_alive():  # never opened, or closed already
+            self._loop.close()
             return
         closing = asyncio.run_coroutine_threadsafe(self._server.close(), self._loop)
         closing.result(CLOSE_SECONDS)

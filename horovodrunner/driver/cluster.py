@@ -14,7 +14,7 @@ from horovodrunner.core.job import JobSpec, Outcome, join_chunks
 from horovodrunner.driver.channel import RETRY_REFUSED, DriverChannel
 from horovodrunner.driver.console import Console
 from horovodrunner.driver.session import is_connect
-from horovodrunner.errors import BarrierStageError, StartTimeoutError
+from horovodrunner.errors import BarrierStageError, ConfigurationError, StartTimeoutError
 from horovodrunner.task.barrier import ROW_SCHEMA, barrier_task
 from horovodrunner.task.network import find_address
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BarrierRun"]
 
+MAX_PORT = 65535
 CANCEL_SECONDS = 10.0
 AFTER_FAILURE_SECONDS = 10.0
 """How long the stage may take to end once partition 0 has reported the run's failure."""
@@ -194,7 +195,13 @@ class BarrierRun:
         return self._spark.conf.get("spark.driver.bindAddress", None) or "0.0.0.0"  # noqa: S104
 
     def _port(self) -> int:
-        return int(self._spark.conf.get("spark.horovodrunner.driver.port", "0") or 0)
+        value = self._spark.conf.get("spark.horovodrunner.driver.port", None) or "0"
+        if not value.isdecimal() or int(value) > MAX_PORT:
+            raise ConfigurationError(
+                f"spark.horovodrunner.driver.port={value!r}: it must be a port number up to "
+                f"{MAX_PORT}, or 0 for any free one"
+            )
+        return int(value)
 
     def _advertised_address(self) -> str:
         advertised = (

@@ -131,7 +131,8 @@ def require_slots(spark: SparkSession, np: int) -> int:
         time.sleep(SLOTS_CHECK_SECONDS)  # Spark tells Python of new executors only when asked
         slots = total_slots(spark) or 0
     if slots < wanted:
-        raise _too_few_slots(spark, np, max(slots, expected or 0))
+        may_come = expected if expected is not None and wanted > expected else slots
+        raise _too_few_slots(spark, np, may_come)
     return np or slots
 
 

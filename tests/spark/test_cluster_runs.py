@@ -315,6 +315,25 @@ def test_a_port_that_is_taken_is_refused_with_the_conf_to_change(spark: Any) -> 
             spark.conf.unset("spark.horovodrunner.driver.port")
 
 
+@pytest.mark.parametrize("port", ["http", "-1", "65536"])
+def test_a_port_that_is_none_is_refused(spark: Any, port: str) -> None:
+    spark.conf.set("spark.horovodrunner.driver.port", port)
+    try:
+        with pytest.raises(ConfigurationError, match=f"driver.port='{port}'"):
+            run(place)
+    finally:
+        spark.conf.unset("spark.horovodrunner.driver.port")
+
+
+def test_executors_that_do_not_register_are_counted_as_they_are(
+    spark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "SLOTS_SECONDS", 0.2)
+    monkeypatch.setattr(session, "total_slots", lambda spark: 1)
+    with pytest.raises(ClusterCapacityError, match=r"np=2 needs 2 .* has 1"):
+        run(place)
+
+
 def test_a_run_that_cannot_reach_the_driver_goes_on_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], executor_logs: Path
 ) -> None:
