@@ -1,15 +1,18 @@
 """HorovodRunner for every Apache Spark. Runs in: every process."""
 
-from horovodrunner.driver.runner import HorovodRunner
+from horovodrunner import checkpoint
+from horovodrunner.driver.runner import HorovodRunner, SavedCheckpoint
 from horovodrunner.errors import (
     ArgumentTypeError,
     ArgumentValueError,
     BarrierStageError,
+    CheckpointError,
     ClusterCapacityError,
     ConfigurationError,
     HorovodBuildError,
     HorovodRunnerError,
     PayloadError,
+    StallTimeoutError,
     StartTimeoutError,
     WorkerFailedError,
 )
@@ -19,13 +22,17 @@ __all__ = [
     "ArgumentTypeError",
     "ArgumentValueError",
     "BarrierStageError",
+    "CheckpointError",
     "ClusterCapacityError",
     "ConfigurationError",
     "HorovodBuildError",
     "HorovodRunner",
     "HorovodRunnerError",
     "PayloadError",
+    "SavedCheckpoint",
+    "StallTimeoutError",
     "StartTimeoutError",
     "WorkerFailedError",
+    "checkpoint",
     "log_to_driver",
 ]

@@ -10,7 +10,9 @@
     ├── StartTimeoutError           the slots were not free in time (also a TimeoutError)
     ├── PayloadError                main, an argument or a result cannot be pickled or unpickled
     ├── WorkerFailedError           a rank failed: rank, host, exit code or signal, traceback
+    │   └── StallTimeoutError       ranks waited for others longer than stall_timeout (TimeoutError)
     ├── BarrierStageError           Spark lost or cancelled the stage that carried the run
+    ├── CheckpointError             a checkpoint could not be fetched, or stored where it had to be
     └── HorovodBuildError           Horovod could not be built for the installed frameworks
 
 Every one of them survives pickling, so it can cross a process border, and its text says what
@@ -23,18 +25,40 @@ __all__ = [
     "ArgumentTypeError",
     "ArgumentValueError",
     "BarrierStageError",
+    "CheckpointError",
     "ClusterCapacityError",
     "ConfigurationError",
     "HorovodBuildError",
     "HorovodRunnerError",
     "PayloadError",
+    "StallTimeoutError",
     "StartTimeoutError",
     "WorkerFailedError",
 ]
 
 
 class HorovodRunnerError(Exception):
-    """The root of everything this package raises on purpose."""
+    """The root of everything this package raises on purpose.
+
+    Attributes
+    ----------
+    attempts : tuple of str
+        When a run was restarted: what ended each attempt, the last one included.
+    """
+
+    attempts: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = self._text()
+        if self.attempts:
+            lines = "\n".join(
+                f"  attempt {number}: {cause}" for number, cause in enumerate(self.attempts, 1)
+            )
+            text += f"\n\nAll {len(self.attempts)} attempts failed:\n{lines}"
+        return text
+
+    def _text(self) -> str:
+        return super().__str__()
 
 
 class ConfigurationError(HorovodRunnerError):
@@ -83,6 +107,12 @@ class WorkerFailedError(HorovodRunnerError):
     consequences
         One line for every rank that failed after it.
 
+    Attributes
+    ----------
+    worker_was_lost : bool
+        Whether the rank's process or its executor was lost, not its code that raised: what
+        ``max_restarts`` is for.
+
     Examples
     --------
     >>> error = WorkerFailedError("ValueError: lr < 0", rank=1, host="node-7")
@@ -110,8 +140,9 @@ class WorkerFailedError(HorovodRunnerError):
         self.signal = signal
         self.traceback = traceback
         self.consequences = consequences
+        self.worker_was_lost = False
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         who = "the run" if self.rank is None else f"rank {self.rank}"
         where = f" on {self.host}" if self.host else ""
         parts = [f"{who}{where} failed: {self.summary}"]
@@ -122,8 +153,42 @@ class WorkerFailedError(HorovodRunnerError):
         return "\n\n".join(parts)
 
 
+class StallTimeoutError(WorkerFailedError, TimeoutError):
+    """Ranks waited in a collective, or did not answer, for longer than ``stall_timeout`` seconds.
+
+    The parameters are those of :class:`WorkerFailedError`; ``rank`` is the first rank that the
+    others waited for.
+
+    Attributes
+    ----------
+    stacks : dict of str
+        Every rank's Python stack when the time was up, by rank.
+    """
+
+    stacks: dict[int, str]
+
+    def _text(self) -> str:
+        stacks = "\n\n".join(
+            f"Stack of rank {rank}:\n{text.rstrip()}"
+            for rank, text in getattr(self, "stacks", {}).items()
+        )
+        return f"{super()._text()}\n\n{stacks}".rstrip()
+
+
+class CheckpointError(HorovodRunnerError):
+    """A checkpoint could not be fetched, or could not be stored where it had to be."""
+
+
 class BarrierStageError(HorovodRunnerError):
-    """Spark lost or cancelled the barrier stage that carried the run."""
+    """Spark lost or cancelled the barrier stage that carried the run.
+
+    Attributes
+    ----------
+    executor_was_lost : bool
+        Whether an executor or a task was lost, rather than the job cancelled.
+    """
+
+    executor_was_lost: bool = False
 
 
 class HorovodBuildError(HorovodRunnerError):

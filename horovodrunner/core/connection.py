@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -150,6 +151,21 @@ class Connection:
             return
         self._report_dropped_lines()
         self.send("lines", lines, **header)
+
+    def detach(self) -> socket.socket:
+        """Give the socket to a thread; nothing more is read or sent here.
+
+        The peer must be waiting for an answer, so that nothing of what it sends was read already.
+
+        Returns
+        -------
+        socket.socket
+            A second handle of the same connection, to be closed by the caller.
+        """
+        transport = self._writer.transport
+        assert isinstance(transport, asyncio.ReadTransport)  # noqa: S101 - a socket's is both
+        transport.pause_reading()
+        return socket.socket(fileno=os.dup(self._writer.get_extra_info("socket").fileno()))
 
     async def close(self) -> None:
         """Send what is waiting, for a bounded time, and close."""

@@ -29,6 +29,7 @@ __all__ = [
     "Frame",
     "FrameError",
     "encode_frame",
+    "encode_prefix_and_header",
     "handshake_proof",
     "parse_header",
     "parse_prefix",
@@ -87,8 +88,28 @@ def encode_frame(kind: str, body: bytes | bytearray | memoryview = b"", **header
     bytes
         Prefix and header.
     """
+    return encode_prefix_and_header(kind, len(body), **header)
+
+
+def encode_prefix_and_header(kind: str, body_bytes: int, **header: Any) -> bytes:
+    """Turn a message into bytes, all but its body, which may come in pieces.
+
+    Parameters
+    ----------
+    kind
+        What the message is.
+    body_bytes
+        Length of the body that follows.
+    **header
+        More JSON-compatible fields.
+
+    Returns
+    -------
+    bytes
+        Prefix and header.
+    """
     encoded = json.dumps({"kind": kind, **header}).encode()
-    return _PREFIX.pack(len(encoded), len(body)) + encoded
+    return _PREFIX.pack(len(encoded), body_bytes) + encoded
 
 
 def parse_prefix(prefix: bytes, max_body_bytes: int | None) -> tuple[int, int]:

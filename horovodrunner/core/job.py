@@ -8,13 +8,28 @@
 
 from __future__ import annotations
 
+import enum
 import json
+import signal
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Failure", "JobSpec", "Outcome", "Success", "WorkerSpec", "join_chunks", "split_chunks"]
+__all__ = [
+    "STACK_SIGNAL",
+    "Failure",
+    "FailureKind",
+    "JobSpec",
+    "Outcome",
+    "Success",
+    "WorkerSpec",
+    "join_chunks",
+    "split_chunks",
+]
+
+STACK_SIGNAL = int(getattr(signal, "SIGRTMIN", signal.SIGUSR1)) + 1
+"""Makes a worker write its Python stacks; a number that training code has no habit of using."""
 
 _HEADER_LENGTH = struct.Struct(">Q")
 
@@ -47,6 +62,16 @@ class JobSpec:
         Whether the tasks' own log is the driver's terminal.
     max_result_bytes
         The largest pickled result that can come back, or None for no limit.
+    attempt
+        1 for the first launch, one more for each restart.
+    stall_timeout
+        Seconds that a rank may wait in one collective before the run fails; None for ever.
+    checkpoint_location
+        Path on the driver, or URL, where checkpoints are kept; None when there is none.
+    keep_checkpoints
+        How many of them are kept.
+    fail_on_checkpoint_error
+        Whether a checkpoint that cannot be stored ends the run.
     """
 
     run_id: str
@@ -60,6 +85,11 @@ class JobSpec:
     stream_output: bool = False
     shares_terminal: bool = False
     max_result_bytes: int | None = None
+    attempt: int = 1
+    stall_timeout: float | None = None
+    checkpoint_location: str | None = None
+    keep_checkpoints: int = 3
+    fail_on_checkpoint_error: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +108,14 @@ class WorkerSpec:
         The largest pickled result to accept, or None for no limit.
     return_result
         Whether this worker's return value is wanted; only rank 0's is.
+    attempt
+        1 for the first launch, one more for each restart.
+    scratch
+        A directory of the task's, deleted after the run.
+    keeps_checkpoints
+        Whether checkpoints that main saves are kept.
+    beat_seconds
+        How often the worker tells where main is.
     """
 
     rank: int
@@ -86,6 +124,10 @@ class WorkerSpec:
     sys_path: tuple[str, ...] = ()
     max_result_bytes: int | None = None
     return_result: bool = False
+    attempt: int = 1
+    scratch: str = ""
+    keeps_checkpoints: bool = False
+    beat_seconds: float = 5.0
 
     def to_header(self) -> dict[str, Any]:
         """Give the fields as JSON-compatible data.
@@ -114,6 +156,23 @@ class WorkerSpec:
         return cls(**{**header, "sys_path": tuple(header["sys_path"])})
 
 
+class FailureKind(str, enum.Enum):
+    """What failed, as far as it matters for what to do next."""
+
+    EXCEPTION = "exception"
+    """main raised, or could not be called."""
+    PROCESS = "process"
+    """The worker process ended without an outcome."""
+    LOST = "lost"
+    """The worker's task, or its executor, is gone."""
+    STALL = "stall"
+    """The ranks waited for each other for too long."""
+    STORAGE = "storage"
+    """A checkpoint could not be stored, and the user asked that this ends the run."""
+    SETUP = "setup"
+    """The run's own machinery failed, or refused to start."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """How one rank failed, in plain data that can be shown without unpickling anything.
@@ -126,6 +185,8 @@ class Failure:
         The host the rank ran on.
     summary
         One line: what happened.
+    kind
+        What failed.
     traceback
         The worker's own traceback text, or "".
     exit_code
@@ -138,17 +199,24 @@ class Failure:
         The pickled exception, or b"" when it does not pickle.
     after_peer_loss
         True when the text says that a peer went away: probably a consequence of another failure.
+    collective
+        The collective that raised the exception, such as ``"allreduce"``, or "".
+    stacks
+        Every rank's Python stack, by rank, when the run stalled.
     """
 
     rank: int | None
     host: str
     summary: str
+    kind: FailureKind = FailureKind.SETUP
     traceback: str = ""
     exit_code: int | None = None
     signal: str | None = None
     exception_type: str = ""
     exception: bytes = field(default=b"", repr=False)
     after_peer_loss: bool = False
+    collective: str = ""
+    stacks: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -220,8 +288,12 @@ class Outcome:
         if "rank" in header:
             return cls(success=Success(header["rank"], body))
         failures, start = [], 0
-        for fields, size in zip(header["failures"], header["sizes"], strict=True):
-            failures.append(Failure(**fields, exception=bytes(body[start : start + size])))
+        for original, size in zip(header["failures"], header["sizes"], strict=True):
+            fields = dict(original)
+            kind = FailureKind(fields.pop("kind"))
+            failures.append(
+                Failure(**fields, kind=kind, exception=bytes(body[start : start + size]))
+            )
             start += size
         if not failures:
             return cls()

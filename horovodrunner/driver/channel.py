@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from horovodrunner.core.connection import Connection, FrameServer
 from horovodrunner.core.job import Outcome
+from horovodrunner.core.transfer import BulkConnection
 from horovodrunner.driver.console import Console
 from horovodrunner.errors import ConfigurationError
+from horovodrunner.task.depot import SILENCE_SECONDS, serve_depot
+from horovodrunner.task.store import CheckpointStore
 
 __all__ = ["RETRY_REFUSED", "DriverChannel"]
 
@@ -19,6 +25,8 @@ RETRY_REFUSED = (
     "main is not run twice unasked"
 )
 CLOSE_SECONDS = 10.0
+STORING_SECONDS = 10.0
+"""How long the word that a checkpoint is still on its way holds good."""
 
 
 class DriverChannel:
@@ -34,10 +42,17 @@ class DriverChannel:
         Takes what the run wants to show.
     on_event
         Called, in the channel's thread, when the run registered or reported its failure.
+    store
+        Where checkpoints that come through the channel are kept, if they do.
     """
 
     def __init__(
-        self, run_id: str, token: bytes, console: Console, on_event: Callable[[], None]
+        self,
+        run_id: str,
+        token: bytes,
+        console: Console,
+        on_event: Callable[[], None],
+        store: CheckpointStore | None = None,
     ) -> None:
         self._run_id = run_id
         self._console = console
@@ -47,6 +62,8 @@ class DriverChannel:
             target=self._loop.run_forever, name="horovodrunner-channel", daemon=True
         )
         self._server = FrameServer(token, self._serve, console.note)
+        self._store = store
+        self._transfers: dict[BulkConnection, threading.Thread] = {}
         self._leader: Connection | None = None
         self._left = threading.Event()
         self._left.set()
@@ -56,6 +73,10 @@ class DriverChannel:
         """Whether Spark tried the stage again."""
         self.failure: Outcome | None = None
         """The run's failure, when it was reported ahead of the stage's end."""
+        self.placement: list[tuple[int, int, str]] = []
+        """Partition, rank and host of every rank, once they are placed."""
+        self.storing_until = 0.0
+        """Until then (monotonic clock) a checkpoint may be on its way after the ranks' end."""
 
     def open(self, host: str, port: int) -> int:
         """Start to listen.
@@ -115,6 +136,9 @@ class DriverChannel:
             return
         closing = asyncio.run_coroutine_threadsafe(self._server.close(), self._loop)
         closing.result(CLOSE_SECONDS)
+        for transfer, thread in list(self._transfers.items()):
+            transfer.close()
+            thread.join(CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -132,7 +156,11 @@ class DriverChannel:
 
     async def _serve(self, connection: Connection) -> None:
         frame = await connection.receive()
-        if frame is None or frame.kind != "register" or frame.header.get("run_id") != self._run_id:
+        if frame is None or frame.header.get("run_id") != self._run_id:
+            return
+        if frame.kind == "checkpoint" and self._store is not None:
+            await self._serve_checkpoints(connection, frame.header, self._store)
+        if frame.kind != "register":
             return
         if self.registered:
             self.retried = True
@@ -144,12 +172,39 @@ class DriverChannel:
         connection.send("accepted")
         self._on_event()
         try:
-            await self._show(connection)
+            has_left = await self._show(connection)
         finally:
             self._leader = None
             self._left.set()
+        if not has_left and self.failure is None:
+            self._console.note(
+                f"the connection to rank 0's task at {connection.peer} is lost; if the run goes "
+                "on, its output stays in the executor's log"
+            )
 
-    async def _show(self, connection: Connection) -> None:
+    async def _serve_checkpoints(
+        self, connection: Connection, request: dict[str, Any], store: CheckpointStore
+    ) -> None:
+        transfer = BulkConnection(connection.detach(), SILENCE_SECONDS)
+        ended = asyncio.Event()
+
+        def serve() -> None:
+            try:
+                serve_depot(transfer, request, store, self._console.note)
+            finally:
+                transfer.close()
+                with contextlib.suppress(RuntimeError):  # the channel is closed
+                    self._loop.call_soon_threadsafe(ended.set)
+
+        thread = threading.Thread(target=serve, name="horovodrunner-transfer", daemon=True)
+        self._transfers[transfer] = thread
+        thread.start()
+        await ended.wait()
+        thread.join()
+        del self._transfers[transfer]
+
+    async def _show(self, connection: Connection) -> bool:
+        """Show what the run tells; True when it took its leave at the end."""
         while (frame := await connection.receive()) is not None:
             if frame.kind == "lines":
                 self._console.lines(bytes(frame.body))
@@ -160,3 +215,10 @@ class DriverChannel:
             elif frame.kind == "failed":
                 self.failure = Outcome.from_frame(frame.header["outcome"], frame.body)
                 self._on_event()
+            elif frame.kind == "placed":
+                self.placement = [(int(p), int(r), str(h)) for p, r, h in frame.header["ranks"]]
+            elif frame.kind == "storing":
+                self.storing_until = time.monotonic() + STORING_SECONDS
+            elif frame.kind == "leave":
+                return True
+        return False

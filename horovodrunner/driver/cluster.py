@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 import socket
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.core.job import JobSpec, Outcome, join_chunks
+from horovodrunner.core.job import FailureKind, JobSpec, Outcome, join_chunks
 from horovodrunner.driver.channel import RETRY_REFUSED, DriverChannel
 from horovodrunner.driver.console import Console
 from horovodrunner.driver.session import is_connect
+from horovodrunner.driver.stage_end import stage_end
 from horovodrunner.errors import BarrierStageError, ConfigurationError, StartTimeoutError
 from horovodrunner.task.barrier import ROW_SCHEMA, barrier_task
 from horovodrunner.task.network import find_address
+from horovodrunner.task.store import CheckpointStore
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -42,15 +43,23 @@ class BarrierRun:
         Shows what the run prints.
     start_timeout
         Seconds the stage's tasks may take to start.
+    store
+        Where checkpoints that come through the driver channel are kept, if they do.
     """
 
     def __init__(
-        self, spark: SparkSession, job: JobSpec, console: Console, start_timeout: float
+        self,
+        spark: SparkSession,
+        job: JobSpec,
+        console: Console,
+        start_timeout: float,
+        store: CheckpointStore | None = None,
     ) -> None:
         self._spark = spark
         self._job = job
         self._console = console
         self._start_timeout = start_timeout
+        self._store = store
         self._tag = f"horovodrunner-{job.run_id}"
         self._outcomes: dict[int, Outcome] | None = None
         self._error: Exception | None = None
@@ -74,7 +83,9 @@ class BarrierRun:
             If the user interrupts; the stage is cancelled then.
         """
         job, console = self._job, self._console
-        with DriverChannel(job.run_id, job.token, console, on_event=console.wake) as channel:
+        with DriverChannel(
+            job.run_id, job.token, console, on_event=console.wake, store=self._store
+        ) as channel:
             port = channel.open(self._bind_address(), self._port())
             job = replace(job, driver_address=(self._advertised_address(), port))
             thread = self._start_stage(job)
@@ -125,6 +136,8 @@ class BarrierRun:
         while not self._ended:
             if channel.failure is not None and end_by is None:
                 end_by = time.monotonic() + AFTER_FAILURE_SECONDS
+            if end_by is not None:
+                end_by = max(end_by, channel.storing_until)
             deadline = end_by if channel.registered else start_by
             remaining = None if deadline in {None, math.inf} else deadline - time.monotonic()
             self._console.show(None if remaining is None else max(0.0, remaining))
@@ -152,7 +165,7 @@ class BarrierRun:
     def _outcome(self, channel: DriverChannel) -> Outcome:
         outcomes = self._outcomes or {}
         if channel.failure is not None:
-            return channel.failure
+            return self._with_sparks_reason(channel)
         leader = outcomes.get(0, Outcome())
         if channel.retried:
             raise BarrierStageError(RETRY_REFUSED)
@@ -161,7 +174,22 @@ class BarrierRun:
         for outcome in outcomes.values():
             if outcome.failure is not None:
                 return outcome
-        raise BarrierStageError(_why_the_stage_ended(self._error))
+        end = stage_end(self._error, channel.placement)
+        error = BarrierStageError(end.text)
+        error.executor_was_lost = end.task_was_lost
+        raise error
+
+    def _with_sparks_reason(self, channel: DriverChannel) -> Outcome:
+        """Add what Spark knows about a task that partition 0 lost contact with."""
+        outcome = channel.failure or Outcome()
+        failure = outcome.failure
+        if failure is None or failure.kind is not FailureKind.LOST or self._error is None:
+            return outcome
+        end = stage_end(self._error, channel.placement)
+        if not end.task_was_lost:
+            return outcome
+        summary = f"contact with its task was lost: {end.text}"
+        return replace(outcome, failure=replace(failure, summary=summary))
 
     def _tag_this_thread(self) -> None:
         if is_connect(self._spark):
@@ -218,25 +246,3 @@ def _collect(rows: Any) -> Any:
             table.column("partition").to_pylist(), table.column("chunk").to_pylist(), strict=True
         )
     return ((row["partition"], row["chunk"]) for row in rows.collect())
-
-
-def _why_the_stage_ended(error: Exception | None) -> str:
-    """Pull the cause out of Spark's error, which is a screen of Java frames."""
-    text = str(error) if error is not None else ""
-    if missing := re.findall(r"^ModuleNotFoundError: .*$", text, re.MULTILINE):
-        return (
-            f"an executor's Python said {missing[-1]}: it lacks the package, or is not the Python "
-            "you mean; install the package there, or set spark.pyspark.python (PYSPARK_PYTHON) to "
-            "a Python that has it"
-        )
-    if cancelled := re.search(r"Job \d+ cancelled.*", text):
-        return f"the run's Spark job was cancelled: {cancelled[0].strip()}"
-    if lost := re.search(r"Most recent failure reason: (.*)(?:\n(.*))?", text):
-        reasons = " ".join(part.strip() for part in lost.groups() if part)
-        return (
-            f"Spark lost a task of the run, and so the whole stage: {reasons} The executor's log "
-            "tells more; a frequent cause is memory (spark.executor.memoryOverhead)"
-        )
-    if text:
-        return f"Spark ended the run's stage: {text.splitlines()[0]}"
-    return "the run's tasks ended without an outcome; the executors' logs tell more"

@@ -10,13 +10,19 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from horovodrunner.core.job import Outcome
+from horovodrunner.core.topology import Slot
+from horovodrunner.driver.interrupt import main_thread_was_interrupted
 
 __all__ = ["Console"]
 
 MAX_WAITING_BYTES = 16 * 1024 * 1024
 """Workers' lines that would make more than this wait to be printed are dropped and counted."""
+
+LOOK_UP_SECONDS = 0.2
+"""How often a thread that is not the main one looks whether it was interrupted."""
 
 _CLEAR_LINE = "\r\x1b[K"
 """Takes Spark's progress bar off the line it shares with us on a terminal."""
@@ -71,8 +77,14 @@ class Console:
         with self._changed:
             self._put(f"HorovodRunner: {text}\n")
 
+    def placed(self, slots: Sequence[Slot]) -> None:
+        """Do nothing: all ranks are here."""
+
     def failed(self, outcome: Outcome) -> None:
         """Do nothing: the run's failure is raised, not printed."""
+
+    def storing(self) -> None:
+        """Do nothing: whoever waits here waits for the agent itself."""
 
     async def close(self) -> None:
         """Do nothing: what was taken is printed by :meth:`show`."""
@@ -98,11 +110,8 @@ class Console:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
+            self._wait_for_change(deadline)
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self._waiting or self._woken,
-                    None if deadline is None else max(0.0, deadline - time.monotonic()),
-                )
                 self._report_dropped_lines()
                 text = "".join(self._waiting)
                 self._waiting.clear()
@@ -117,6 +126,25 @@ class Console:
                 return True
             if deadline is not None and time.monotonic() >= deadline:
                 return False
+
+    def _wait_for_change(self, deadline: float | None) -> None:
+        """Wait for something to print.
+
+        Signals reach the main thread only. Any other thread has to look up once in a while, so
+        that an exception that was sent to it is raised.
+        """
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        with self._changed:
+            while not (self._waiting or self._woken):
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if left == 0.0:
+                    return
+                if in_main_thread:
+                    self._changed.wait(left)
+                    continue
+                self._changed.wait(LOOK_UP_SECONDS if left is None else min(left, LOOK_UP_SECONDS))
+                if main_thread_was_interrupted():
+                    raise KeyboardInterrupt
 
     def _put(self, text: str) -> None:
         self._waiting.append(text)

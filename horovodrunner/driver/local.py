@@ -13,7 +13,9 @@ from horovodrunner.core.topology import Member
 from horovodrunner.driver.console import Console
 from horovodrunner.task.agent import Agent, Surroundings
 from horovodrunner.task.coordinator import DriverLink
+from horovodrunner.task.depot import StoreDepot
 from horovodrunner.task.network import host_id, loopback_address
+from horovodrunner.task.store import CheckpointStore
 
 __all__ = ["run_locally"]
 
@@ -62,6 +64,11 @@ def run_locally(job: JobSpec, console: Console) -> Outcome:
         gather=lambda text: [text],
         open_driver=open_driver,
         log=lambda lines: None,  # the console shows them
+        depot=(
+            StoreDepot(CheckpointStore(job.checkpoint_location, job.keep_checkpoints))
+            if job.checkpoint_location is not None
+            else None
+        ),
     )
     results: list[Outcome] = []
     errors: list[BaseException] = []

@@ -1,34 +1,51 @@
-"""Check the arguments, choose cluster or local, return or raise. Runs in: the driver."""
+"""HorovodRunner itself: choose cluster or local, launch, return or raise. Runs in: the driver."""
 
 from __future__ import annotations
 
-import inspect
-import operator
 import os
 import secrets
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from horovodrunner.core import payload
 from horovodrunner.core.env import forwarded_environment
-from horovodrunner.core.job import Failure, JobSpec, Outcome
+from horovodrunner.core.job import JobSpec, Outcome
+from horovodrunner.driver import checked, interrupt
+from horovodrunner.driver.attempts import run_attempts
 from horovodrunner.driver.console import Console
-from horovodrunner.errors import (
-    ArgumentTypeError,
-    ArgumentValueError,
-    ConfigurationError,
-    HorovodRunnerError,
-    PayloadError,
-    WorkerFailedError,
-)
+from horovodrunner.task.store import CheckpointStore, is_url
 
-__all__ = ["HorovodRunner"]
+__all__ = ["HorovodRunner", "SavedCheckpoint"]
 
 VERBOSITIES = ("all", "log_callback_only")
+CHECKPOINT_ERRORS = ("warn", "raise")
 TOKEN_BYTES = 32
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint that is kept.
+
+    Parameters
+    ----------
+    step
+        The step that :func:`horovodrunner.checkpoint.save` was given.
+    path
+        Its directory: a path on the driver, or a URL.
+    size
+        Bytes of all its files.
+    time
+        When it was complete, in UTC.
+    """
+
+    step: int
+    path: str
+    size: int
+    time: datetime
 
 
 class HorovodRunner:
@@ -48,13 +65,30 @@ class HorovodRunner:
         shows all.
     start_timeout
         Seconds that the Spark tasks may take to start.
+    stall_timeout
+        Seconds that a rank may wait for others in one collective, or not answer at all, before
+        the run fails with every rank's Python stack. None waits for ever; a warning after 60
+        seconds names the missing ranks in any case.
+    checkpoint_dir
+        Where :func:`horovodrunner.checkpoint.save` keeps checkpoints: a path on the driver, to
+        which the files travel, or a URL of any fsspec file system (``s3://...``, ``hdfs://...``,
+        ``file://...`` for a path that all machines share), to which rank 0 writes itself.
+    keep_checkpoints
+        How many checkpoints are kept; older ones are deleted.
+    checkpoint_errors
+        ``"warn"``: training goes on when a checkpoint cannot be stored. ``"raise"``: the run ends
+        with a :class:`CheckpointError`.
+    max_restarts
+        How many times the run is launched again when a worker process or an executor is lost.
+    restart_on
+        Types of exceptions of main, or of this package, after which it is launched again, too.
 
     Raises
     ------
     ArgumentTypeError
-        If np is not an int (a bool is not), or the timeout not a number.
+        If np is not an int (a bool is not), or another argument has the wrong type.
     ArgumentValueError
-        If the verbosity is none of the two, or the timeout not more than 0.
+        If an argument has a value that cannot work.
 
     Examples
     --------
@@ -73,23 +107,46 @@ class HorovodRunner:
         np: int,
         driver_log_verbosity: str = "log_callback_only",
         start_timeout: float = 600.0,
+        stall_timeout: float | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        keep_checkpoints: int = 3,
+        checkpoint_errors: str = "warn",
+        max_restarts: int = 0,
+        restart_on: tuple[type[BaseException], ...] = (),
     ) -> None:
-        self._np = _checked_np(np)
-        if driver_log_verbosity not in VERBOSITIES:
-            raise ArgumentValueError(
-                f"driver_log_verbosity={driver_log_verbosity!r}: it must be "
-                f"{VERBOSITIES[0]!r} or {VERBOSITIES[1]!r}"
+        self._np = checked.integer("np", np)
+        self._verbosity = checked.choice("driver_log_verbosity", driver_log_verbosity, VERBOSITIES)
+        self._start_timeout = checked.seconds("start_timeout", start_timeout)
+        self._stall_timeout = (
+            None if stall_timeout is None else checked.seconds("stall_timeout", stall_timeout)
+        )
+        keep = checked.integer("keep_checkpoints", keep_checkpoints, at_least=1)
+        self._store = (
+            None
+            if checkpoint_dir is None
+            else CheckpointStore(checked.path("checkpoint_dir", checkpoint_dir), keep)
+        )
+        self._keep_checkpoints = keep
+        self._checkpoint_errors = checked.choice(
+            "checkpoint_errors", checkpoint_errors, CHECKPOINT_ERRORS
+        )
+        self._max_restarts = checked.integer("max_restarts", max_restarts, at_least=0)
+        self._restart_on = checked.exception_types("restart_on", restart_on)
+
+    @property
+    def checkpoints(self) -> tuple[SavedCheckpoint, ...]:
+        """The checkpoints that are kept in ``checkpoint_dir`` now, the newest one last."""
+        if self._store is None:
+            return ()
+        return tuple(
+            SavedCheckpoint(
+                step=manifest.step,
+                path=self._store.path_of(manifest.step),
+                size=manifest.size,
+                time=datetime.fromisoformat(manifest.saved_at),
             )
-        if isinstance(start_timeout, bool) or not isinstance(start_timeout, (int, float)):
-            raise ArgumentTypeError(
-                f"start_timeout={start_timeout!r}: it must be a number of seconds"
-            )
-        if not start_timeout > 0:
-            raise ArgumentValueError(
-                f"start_timeout={start_timeout!r}: it must be more than 0 seconds"
-            )
-        self._verbosity = driver_log_verbosity
-        self._start_timeout = float(start_timeout)
+            for manifest in reversed(self._store.manifests())
+        )
 
     def run(self, main: Callable[..., Any], **kwargs: Any) -> Any:
         """Run ``main(**kwargs)`` once on every rank and give back what rank 0 returned.
@@ -120,10 +177,16 @@ class HorovodRunner:
             If the tasks do not start within ``start_timeout``.
         WorkerFailedError
             If a rank fails; its own exception is the ``__cause__``.
+        StallTimeoutError
+            If ranks wait for others for longer than ``stall_timeout``.
+        CheckpointError
+            If a checkpoint cannot be stored and ``checkpoint_errors="raise"``.
         BarrierStageError
             If Spark lost or cancelled the run's stage.
         """
-        _check_main(main, kwargs)
+        checked.main(main, kwargs)
+        if self._store is not None:
+            self._store.check()
         call = payload.dump_call(main, kwargs)
         console = Console()
         self._announce(console, main, kwargs, call)
@@ -136,11 +199,31 @@ class HorovodRunner:
             environment=forwarded_environment(os.environ),
             sys_path=tuple(os.path.abspath(entry) for entry in sys.path),  # noqa: PTH100
             stream_output=self._verbosity == "all" or self._np < 0,
+            stall_timeout=self._stall_timeout,
+            checkpoint_location=None if self._store is None else self._store.location,
+            keep_checkpoints=self._keep_checkpoints,
+            fail_on_checkpoint_error=self._checkpoint_errors == "raise",
         )
-        outcome = (
-            self._run_locally(job, console) if self._np < 0 else self._run_on_spark(job, console)
-        )
-        return _open_outcome(outcome)
+
+        def launch(attempt: int) -> Outcome:
+            # Each attempt has its own secret: nobody of an earlier one gets in.
+            this = replace(
+                job,
+                run_id=job.run_id if attempt == 1 else f"{job.run_id}-{attempt}",
+                attempt=attempt,
+                token=secrets.token_bytes(TOKEN_BYTES),
+            )
+            if self._np < 0:
+                return self._run_locally(this, console)
+            return self._run_on_spark(this, console)
+
+        try:
+            return run_attempts(launch, self._max_restarts, self._restart_on, self._store, console)
+        finally:
+            if self._store is not None:
+                self._store.release()
+                self._store.prune()
+            console.show(0)
 
     def _run_locally(self, job: JobSpec, console: Console) -> Outcome:
         from horovodrunner.driver.local import run_locally
@@ -159,14 +242,20 @@ class HorovodRunner:
                 stacklevel=3,
             )
         spark = session.find_session()
-        size = session.require_slots(spark, self._np)
+        # A lost executor may take a while to be replaced.
+        patience = self._start_timeout if job.attempt > 1 else session.SLOTS_SECONDS
+        size = session.require_slots(spark, self._np, patience)
         job = replace(
             job,
             size=size,
             max_result_bytes=session.max_result_bytes(spark),
             shares_terminal=session.shares_terminal(spark),
         )
-        return BarrierRun(spark, job, console, self._start_timeout).run()
+        store = self._store
+        if store is not None and is_url(store.location):
+            store = None  # rank 0 writes there itself
+        with interrupt.only_this_run():
+            return BarrierRun(spark, job, console, self._start_timeout, store).run()
 
     def _announce(
         self,
@@ -200,75 +289,3 @@ class HorovodRunner:
                 + ". Load large data inside main instead",
                 stacklevel=3,
             )
-
-
-def _checked_np(np: Any) -> int:
-    if isinstance(np, bool):
-        raise ArgumentTypeError(f"np={np!r}: it must be an int, not a bool")
-    try:
-        return operator.index(np)
-    except TypeError:
-        raise ArgumentTypeError(f"np={np!r}: it must be an int, got {type(np).__name__}") from None
-
-
-def _check_main(main: Any, kwargs: Mapping[str, Any]) -> None:
-    if not callable(main):
-        hint = "pass the function itself, not what it returns: run(train), not run(train())"
-        raise ArgumentTypeError(
-            f"main must be a function, got {type(main).__name__} ({main!r:.80}): {hint}"
-        )
-    try:
-        signature = inspect.signature(main)
-    except (TypeError, ValueError):
-        return  # a builtin or an extension function does not tell
-    try:
-        signature.bind(**kwargs)
-    except TypeError as error:
-        name = getattr(main, "__qualname__", type(main).__qualname__)
-        given = "the arguments " + ", ".join(map(repr, kwargs)) if kwargs else "no arguments"
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        unknown = [] if takes_any else [k for k in kwargs if k not in signature.parameters]
-        also = f"; it has no argument {', '.join(map(repr, unknown))}" if unknown else ""
-        raise ArgumentTypeError(
-            f"{name}{signature} cannot be called with {given}: {error}{also}"
-        ) from None
-
-
-def _open_outcome(outcome: Outcome) -> Any:
-    if outcome.success is not None:
-        try:
-            return payload.load(outcome.success.result)
-        except Exception as error:
-            raise PayloadError(
-                f"what rank 0 returned cannot be unpickled here: {type(error).__name__}: {error}. "
-                "Its class must be importable on the driver as well, or return plain data"
-            ) from error
-    if outcome.failure is None:
-        raise HorovodRunnerError("the run was stopped before it had an outcome")
-    cause = _unpickled_exception(outcome.failure)
-    if isinstance(cause, PayloadError):
-        raise cause
-    failure = outcome.failure
-    if failure.rank is None and not failure.traceback:
-        raise ConfigurationError(failure.summary)  # found before any rank was there
-    raise WorkerFailedError(
-        failure.summary,
-        rank=failure.rank,
-        host=failure.host,
-        exit_code=failure.exit_code,
-        signal=failure.signal,
-        traceback=failure.traceback,
-        consequences=tuple(
-            f"rank {other.rank} on {other.host}: {other.summary}" for other in outcome.consequences
-        ),
-    ) from cause
-
-
-def _unpickled_exception(failure: Failure) -> BaseException | None:
-    if not failure.exception:
-        return None
-    try:
-        error = payload.load(failure.exception)
-    except Exception:  # noqa: BLE001 - its text and traceback are in the failure
-        return None
-    return error if isinstance(error, BaseException) else None

@@ -86,7 +86,7 @@ def total_slots(spark: SparkSession) -> int | None:
     return int(context.maxNumConcurrentTasks(profile))
 
 
-def require_slots(spark: SparkSession, np: int) -> int:
+def require_slots(spark: SparkSession, np: int, patience: float = SLOTS_SECONDS) -> int:
     """Check np against the cluster's slots before anything is launched.
 
     Parameters
@@ -95,6 +95,8 @@ def require_slots(spark: SparkSession, np: int) -> int:
         The session.
     np
         Number of ranks asked for; 0 for all slots.
+    patience
+        Seconds that executors may take to register.
 
     Returns
     -------
@@ -124,9 +126,7 @@ def require_slots(spark: SparkSession, np: int) -> int:
         return np
     expected = _expected_slots(spark)
     wanted = np or expected or 1
-    deadline = time.monotonic() + (
-        0.0 if expected is not None and wanted > expected else SLOTS_SECONDS
-    )
+    deadline = time.monotonic() + (0.0 if expected is not None and wanted > expected else patience)
     while slots < wanted and time.monotonic() < deadline:
         time.sleep(SLOTS_CHECK_SECONDS)  # Spark tells Python of new executors only when asked
         slots = total_slots(spark) or 0

@@ -7,26 +7,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from horovodrunner.core.env import slot_environment, worker_base_environment
 from horovodrunner.core.frames import Frame
-from horovodrunner.core.job import Failure, JobSpec, Outcome, Success, WorkerSpec
+from horovodrunner.core.job import Failure, FailureKind, JobSpec, Outcome, Success, WorkerSpec
 from horovodrunner.core.lines import prefix_lines
 from horovodrunner.core.topology import Member, Slot
 from horovodrunner.task.channel import HubLink
+from horovodrunner.task.checkpoints import Courier, LatestCopy, LatestDecision
 from horovodrunner.task.coordinator import Coordinator, DriverLink, Hub, RankEvents
+from horovodrunner.task.depot import Depot
 from horovodrunner.task.process import DRAIN_SECONDS, GRACE_SECONDS, WorkerProcess, describe_exit
 
 __all__ = ["Agent", "Surroundings"]
 
 TEARDOWN_SECONDS = 30.0
 """How long a worker may take to leave after main returned, before it is stopped."""
+
+BEAT_SECONDS = 5.0
+"""How often a worker tells where its main is."""
+
+STORING_SECONDS = 2.0
+"""How often the driver is told that a checkpoint is still on its way."""
 
 STOP_SECONDS = GRACE_SECONDS + 2.0
 """How long partition 0 waits, once everything is to end, to hear that it has ended."""
@@ -48,12 +60,18 @@ class Surroundings:
         run must not start. The argument ends the run.
     log
         Takes whole lines for this task's own log.
+    depot
+        Where checkpoints are kept, or None when the run keeps none.
+    scratch_base
+        Directory below which this task may have one of its own.
     """
 
     member: Member
     gather: Callable[[str], list[str]]
     open_driver: Callable[[Callable[[], None]], Awaitable[DriverLink | str]]
     log: Callable[[bytes], None]
+    depot: Depot | None = None
+    scratch_base: str | None = None
 
 
 class Agent:
@@ -74,6 +92,10 @@ class Agent:
         self._workers: list[WorkerProcess] = []
         self._stop_requested = asyncio.Event()
         self._has_gathered = False
+        self._scratch = Path()
+        self._stack_tasks: set[asyncio.Task[None]] = set()
+        self._courier: Courier | None = None
+        self._latest: LatestCopy | None = None
 
     async def run(self) -> Outcome:
         """Run this task from start to end; whatever happens, no worker outlives it.
@@ -84,6 +106,11 @@ class Agent:
             Partition 0: rank 0's success or the run's failure. Others: their rank's success, a
             failure that partition 0 may not know of, or nothing of the two.
         """
+        self._scratch = Path(
+            tempfile.mkdtemp(
+                prefix=f"horovodrunner-{self._job.run_id}-", dir=self._surroundings.scratch_base
+            )
+        )
         try:
             # The workers import what main needs while the tasks find each other.
             self._workers = [self._spawn() for _ in range(self._surroundings.member.workers)]
@@ -99,6 +126,9 @@ class Agent:
         finally:
             for worker in self._workers:
                 worker.kill()
+            if self._surroundings.depot is not None:
+                self._surroundings.depot.abort()
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _spawn(self) -> WorkerProcess:
         python_path = os.pathsep.join(entry for entry in sys.path if entry)
@@ -132,14 +162,31 @@ class Agent:
         rendezvous.set_plan(slots)
         coordinator = Coordinator(slots, driver, self._surroundings.log)
         coordinator.on_stop(self._stop_workers)
-        hub.begin(coordinator, slots)
+        coordinator.on_stack_request(lambda: self._show_stacks(own, coordinator))
+        own = [slot for slot in slots if slot.partition == 0]
+        latest = LatestDecision(self._surroundings.depot, members, driver.note)
+        hub.begin(coordinator, slots, latest)
+        driver.placed(slots)
         driver.note(_placement_in_words(slots))
         watchers = [
             asyncio.create_task(hub.watch_joining()),
             asyncio.create_task(self._stop_on_request(coordinator)),
+            asyncio.create_task(coordinator.watch_for_stalls(self._job.stall_timeout)),
         ]
+        self._latest = LatestCopy(
+            self._surroundings.depot,
+            self._scratch,
+            ask=lambda: latest.answer(0),
+            tell=lambda directory: latest.fetched(0, directory),
+        )
+        if self._surroundings.depot is not None:
+            self._courier = Courier(
+                self._surroundings.depot,
+                note=driver.note,
+                on_error=lambda text: self._checkpoint_failed(text, slots[0], driver, coordinator),
+            )
+            watchers.append(asyncio.create_task(self._courier.run()))
         resources.push_async_callback(_cancel, watchers)
-        own = [slot for slot in slots if slot.partition == 0]
         run = asyncio.create_task(self._run_workers(own, members, coordinator))
         resources.push_async_callback(_cancel, [run])
 
@@ -154,10 +201,40 @@ class Agent:
             driver.failed(verdict)
             await asyncio.wait([run], timeout=STOP_SECONDS)
             await hub.wait_for_leaving(STOP_SECONDS)
+            await self._finish_storing(driver)
             return verdict
         outcomes = await run
         await hub.wait_for_leaving(TEARDOWN_SECONDS + STOP_SECONDS)
+        await self._finish_storing(driver)
+        if (verdict := coordinator.verdict()) is not None:
+            return verdict  # the last checkpoint could not be stored
         return outcomes[0] if coordinator.all_ended.is_set() else Outcome()
+
+    async def _finish_storing(self, driver: DriverLink) -> None:
+        """Let the last checkpoint arrive, unless the user wants the run to end now."""
+        courier = self._courier
+        if courier is None or courier.is_idle:
+            return
+        driver.note("the ranks have ended; the last checkpoint is still being stored")
+        while not self._stop_requested.is_set() and not await courier.drain(STORING_SECONDS):
+            driver.storing()
+
+    def _checkpoint_failed(
+        self, text: str, slot: Slot, driver: DriverLink, coordinator: Coordinator
+    ) -> None:
+        driver.note(text)
+        self._surroundings.log(f"HorovodRunner: {text}\n".encode())
+        if self._job.fail_on_checkpoint_error:
+            coordinator.failed(Failure(slot.rank, slot.host, text, kind=FailureKind.STORAGE))
+
+    def _show_stacks(self, slots: Sequence[Slot], events: RankEvents) -> None:
+        async def show(worker: WorkerProcess, rank: int) -> None:
+            events.stack(rank, await worker.stack())
+
+        for worker, slot in zip(self._workers, slots, strict=True):
+            task = asyncio.create_task(show(worker, slot.rank))
+            self._stack_tasks.add(task)
+            task.add_done_callback(self._stack_tasks.discard)
 
     async def _follow(self, resources: contextlib.AsyncExitStack) -> Outcome:
         from horovodrunner.task.horovodrun import assign_slots
@@ -178,8 +255,11 @@ class Agent:
             )
             return Outcome(failure=Failure(own[0].rank, own[0].host, text))
         resources.push_async_callback(link.close)
+        self._latest = LatestCopy(
+            self._surroundings.depot, self._scratch, ask=link.ask_latest, tell=link.fetched
+        )
         run = asyncio.create_task(self._run_workers(own, members, link))
-        stop = asyncio.create_task(link.wait_for_stop())
+        stop = asyncio.create_task(link.listen(lambda: self._show_stacks(own, link)))
         resources.push_async_callback(_cancel, [run, stop])
         await asyncio.wait([run, stop], return_when=asyncio.FIRST_COMPLETED)
         if not run.done():
@@ -226,12 +306,22 @@ class Agent:
         self, worker: WorkerProcess, slot: Slot, leader: Member, events: RankEvents
     ) -> Outcome:
         reported: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        requests: list[asyncio.Task[None]] = []
 
         def on_frame(frame: Frame) -> None:
             if frame.kind == "message":
                 events.message(slot.rank, bytes(frame.body))
+            elif frame.kind == "ready":
+                worker.shows_stacks = True
             elif frame.kind == "started":
                 events.started(slot.rank)
+            elif frame.kind == "state":
+                fields = {name: value for name, value in frame.header.items() if name != "kind"}
+                events.state(slot.rank, fields)
+            elif frame.kind == "latest":
+                requests.append(asyncio.create_task(self._answer_latest(worker)))
+            elif frame.kind == "checkpoint":
+                self._saved(frame)
             elif frame.kind == "outcome" and not reported.done():
                 outcome = Outcome.from_frame(frame.header, frame.body)
                 reported.set_result(outcome)
@@ -252,14 +342,24 @@ class Agent:
             status = await worker.wait()
             await asyncio.wait(readers, timeout=DRAIN_SECONDS)
         finally:
-            await _cancel([*readers, feeder, leaving])
+            await _cancel([*readers, *requests, feeder, leaving])
         if reported.done():
             return reported.result()
         outcome = (
-            Outcome() if worker.was_stopped(status) else Outcome(failure=_silent_end(slot, status))
+            Outcome()
+            if worker.was_stopped(status)
+            else Outcome(failure=_silent_end(slot, status, worker.killed_by_kernel()))
         )
         events.ended(slot.rank, outcome)
         return outcome
+
+    async def _answer_latest(self, worker: WorkerProcess) -> None:
+        assert self._latest is not None  # noqa: S101 - set before the workers get their jobs
+        worker.answer("latest", **await self._latest.get())
+
+    def _saved(self, frame: Frame) -> None:
+        if self._courier is not None:
+            self._courier.saved(int(frame.header["step"]), Path(frame.header["directory"]))
 
     async def _feed(self, worker: WorkerProcess, slot: Slot, leader: Member) -> None:
         environment = slot_environment(
@@ -275,6 +375,10 @@ class Agent:
             sys_path=self._job.sys_path,
             max_result_bytes=self._job.max_result_bytes,
             return_result=slot.rank == 0,
+            attempt=self._job.attempt,
+            scratch=str(self._scratch),
+            keeps_checkpoints=self._surroundings.depot is not None,
+            beat_seconds=min(BEAT_SECONDS, (self._job.stall_timeout or math.inf) / 4),
         )
         await worker.send_job(self._job.payload, spec.to_header())
 
@@ -315,12 +419,13 @@ def _without_result(outcome: Outcome) -> Outcome:
     return Outcome(success=Success(outcome.success.rank))
 
 
-def _silent_end(slot: Slot, status: int) -> Failure:
-    text, exit_code, signal_name = describe_exit(status)
+def _silent_end(slot: Slot, status: int, killed_by_kernel: str) -> Failure:
+    text, exit_code, signal_name = describe_exit(status, killed_by_kernel)
     return Failure(
         rank=slot.rank,
         host=slot.host,
         summary=text,
+        kind=FailureKind.PROCESS,
         exit_code=exit_code,
         signal=signal_name,
         # Horovod's background thread aborts the process when a peer's connection breaks.

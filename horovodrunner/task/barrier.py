@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,9 @@ from horovodrunner.core.topology import Member
 from horovodrunner.task.agent import Agent, Surroundings
 from horovodrunner.task.channel import register_with_driver
 from horovodrunner.task.coordinator import DriverLink
+from horovodrunner.task.depot import Depot, DriverDepot, StoreDepot
 from horovodrunner.task.network import find_address, host_id
+from horovodrunner.task.store import CheckpointStore, is_url
 
 __all__ = ["ROW_SCHEMA", "barrier_task"]
 
@@ -22,6 +25,8 @@ ROW_SCHEMA = "partition int, chunk binary"
 
 CHUNK_BYTES = 16 * 1024 * 1024
 _LOG_FD = 2
+_SCRATCH_VARIABLES = ("LOCAL_DIRS", "SPARK_EXECUTOR_DIRS", "SPARK_LOCAL_DIRS")
+"""Set by YARN, by standalone workers, and by administrators."""
 
 
 def barrier_task(job: JobSpec, batches: Iterator[Any]) -> Iterator[Any]:
@@ -79,7 +84,31 @@ def _surroundings(job: JobSpec, context: Any) -> Surroundings:
     async def open_driver(on_stop: Callable[[], None]) -> DriverLink | str:
         return await register_with_driver(job, on_stop, log)
 
-    return Surroundings(member=member, gather=context.allGather, open_driver=open_driver, log=log)
+    return Surroundings(
+        member=member,
+        gather=context.allGather,
+        open_driver=open_driver,
+        log=log,
+        depot=_depot(job),
+        scratch_base=_scratch_base(),
+    )
+
+
+def _depot(job: JobSpec) -> Depot | None:
+    if job.checkpoint_location is None:
+        return None
+    if is_url(job.checkpoint_location):
+        return StoreDepot(CheckpointStore(job.checkpoint_location, job.keep_checkpoints))
+    return DriverDepot(job)
+
+
+def _scratch_base() -> str | None:
+    """Find a directory that Spark or YARN deletes with the application, whatever happens to us."""
+    for name in _SCRATCH_VARIABLES:
+        for directory in re.split("[,:]", os.environ.get(name, "")):
+            if directory and os.access(directory, os.W_OK):
+                return directory
+    return None
 
 
 def _log(lines: bytes) -> None:

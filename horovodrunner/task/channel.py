@@ -7,11 +7,15 @@ driver has one connection, whatever np is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from horovodrunner.core.connection import Connection, connect
 from horovodrunner.core.job import JobSpec, Outcome
 from horovodrunner.core.lines import prefix_lines
+from horovodrunner.core.topology import Slot
+from horovodrunner.task.checkpoints import LatestAnswer
 
 __all__ = ["HubLink", "RemoteDriver", "SilentDriver", "register_with_driver"]
 
@@ -30,6 +34,7 @@ class HubLink:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._answers: asyncio.Queue[LatestAnswer] = asyncio.Queue()
 
     @classmethod
     async def open(cls, host: str, port: int, token: bytes, partition: int) -> HubLink:
@@ -58,8 +63,13 @@ class HubLink:
         connection.send("join", partition=partition)
         return cls(connection)
 
-    async def wait_for_stop(self) -> bool:
-        """Wait until the workers are to end.
+    async def listen(self, on_stack_request: Callable[[], None]) -> bool:
+        """Take what partition 0 says until the workers are to end.
+
+        Parameters
+        ----------
+        on_stack_request
+            Called when it wants to see the workers' stacks.
 
         Returns
         -------
@@ -69,7 +79,26 @@ class HubLink:
         while (frame := await self._connection.receive()) is not None:
             if frame.kind == "stop":
                 return True
+            if frame.kind == "stacks":
+                on_stack_request()
+            elif frame.kind == "latest":
+                self._answers.put_nowait({k: v for k, v in frame.header.items() if k != "kind"})
         return False
+
+    async def ask_latest(self) -> LatestAnswer:
+        """Ask which checkpoint all ranks start from.
+
+        Returns
+        -------
+        LatestAnswer
+            Partition 0's answer.
+        """
+        self._connection.send("latest")
+        return await self._answers.get()
+
+    def fetched(self, directory: str) -> None:
+        """Tell where this task has its copy of that checkpoint; "" if it has none."""
+        self._connection.send("fetched", directory=directory)
 
     def lines(self, rank: int, stream: str, lines: bytes) -> None:
         """Forward whole lines."""
@@ -82,6 +111,14 @@ class HubLink:
     def started(self, rank: int) -> None:
         """Forward that the rank calls main."""
         self._connection.send("started", rank=rank)
+
+    def state(self, rank: int, fields: Mapping[str, Any]) -> None:
+        """Forward where the rank's main is."""
+        self._connection.send("state", **{**fields, "rank": rank})
+
+    def stack(self, rank: int, text: str) -> None:
+        """Forward the rank's Python stack."""
+        self._connection.send("stack", text.encode(), rank=rank)
 
     def ended(self, rank: int, outcome: Outcome) -> None:
         """Forward how the rank ended; rank 0's result is never on this way."""
@@ -115,8 +152,14 @@ class SilentDriver:
     def note(self, text: str) -> None:
         """Do nothing."""
 
+    def placed(self, slots: Sequence[Slot]) -> None:
+        """Do nothing."""
+
     def failed(self, outcome: Outcome) -> None:
         """Do nothing: the outcome also goes back through the stage."""
+
+    def storing(self) -> None:
+        """Do nothing."""
 
     async def close(self) -> None:
         """Do nothing."""
@@ -133,13 +176,22 @@ class RemoteDriver:
         Whether the driver wants the workers' output.
     on_stop
         Called when the driver wants the run to end.
+    log
+        Takes whole lines for this task's own log.
     """
 
     def __init__(
-        self, connection: Connection, stream_output: bool, on_stop: Callable[[], None]
+        self,
+        connection: Connection,
+        stream_output: bool,
+        on_stop: Callable[[], None],
+        log: Callable[[bytes], None],
     ) -> None:
         self._connection = connection
         self._stream_output = stream_output
+        self._log = log
+        self._ends = f"from {connection.local_address} to the driver at {connection.peer}"
+        self._is_lost = False
         self._listening = asyncio.create_task(self._listen(on_stop))
 
     def lines(self, lines: bytes) -> None:
@@ -149,11 +201,23 @@ class RemoteDriver:
 
     def message(self, rank: int, message: bytes) -> None:
         """Forward a ``log_to_driver`` message."""
+        if self._is_lost:
+            self._log(prefix_lines(message + b"\n", rank, "log_to_driver"))
         self._connection.send("message", message, rank=rank)
 
     def note(self, text: str) -> None:
         """Forward a line of the run's own."""
         self._connection.send("note", text.encode())
+
+    def placed(self, slots: Sequence[Slot]) -> None:
+        """Tell which task and host has which rank."""
+        self._connection.send(
+            "placed", ranks=[[slot.partition, slot.rank, slot.host] for slot in slots]
+        )
+
+    def storing(self) -> None:
+        """Tell that a checkpoint is still on its way."""
+        self._connection.send("storing")
 
     def failed(self, outcome: Outcome) -> None:
         """Report the run's failure ahead of the stage's end."""
@@ -162,14 +226,21 @@ class RemoteDriver:
 
     async def close(self) -> None:
         """Send what is waiting and close."""
-        await self._connection.close()
         self._listening.cancel()
         await asyncio.wait([self._listening])
+        self._connection.send("leave")
+        await self._connection.close()
 
     async def _listen(self, on_stop: Callable[[], None]) -> None:
         while (frame := await self._connection.receive()) is not None:
             if frame.kind == "stop":
                 on_stop()
+        self._is_lost = True
+        warning = (
+            f"HorovodRunner: the connection {self._ends} is lost: the run goes on, its output "
+            "stays in this executor's log\n"
+        )
+        self._log(warning.encode())
 
 
 async def register_with_driver(
@@ -203,12 +274,13 @@ async def register_with_driver(
         answer = await asyncio.wait_for(connection.receive(), DRIVER_CONNECT_SECONDS)
     except (OSError, asyncio.TimeoutError) as error:
         warning = (
-            f"HorovodRunner: the driver at {host}:{port} cannot be reached from here ({error}): "
-            "the run goes on, its output stays in this executor's log\n"
+            f"HorovodRunner: the driver at {host}:{port} cannot be reached from here "
+            f"({socket.gethostname()}): {error}: the run goes on, its output stays in this "
+            "executor's log\n"
         )
         log(warning.encode())
         return SilentDriver(log)
     if answer is None or answer.kind != "accepted":
         await connection.close()
         return "the driver closed the channel" if answer is None else str(answer.header.get("why"))
-    return RemoteDriver(connection, job.stream_output, on_stop)
+    return RemoteDriver(connection, job.stream_output, on_stop, log)

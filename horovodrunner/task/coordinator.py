@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from horovodrunner.core.connection import Connection, FrameServer
 from horovodrunner.core.frames import Frame
-from horovodrunner.core.job import Failure, Outcome
+from horovodrunner.core.job import Failure, FailureKind, Outcome
 from horovodrunner.core.lines import prefix_lines
 from horovodrunner.core.topology import Slot
+from horovodrunner.core.words import ranks_in_words
+from horovodrunner.task.checkpoints import LatestDecision
+from horovodrunner.task.stall import RankState, Stall, StallWatch
 
 __all__ = ["Coordinator", "DriverLink", "Hub", "RankEvents"]
+
+STALL_WARNING_SECONDS = 60.0
+"""A rank that has waited so long in one collective is told about."""
+
+STACKS_SECONDS = 5.0
+"""How long the ranks may take to show their stacks."""
 
 JOIN_SECONDS = 60.0
 """How long partition 0 waits for its peers' tasks to connect after the gather step."""
@@ -32,6 +42,12 @@ class RankEvents(Protocol):
     def started(self, rank: int) -> None:
         """Note that the rank calls main now."""
 
+    def state(self, rank: int, fields: Mapping[str, Any]) -> None:
+        """Note where the rank's main is: the fields of its ``state`` frame."""
+
+    def stack(self, rank: int, text: str) -> None:
+        """Take the rank's Python stack, which was asked for."""
+
     def ended(self, rank: int, outcome: Outcome) -> None:
         """Note how the rank ended; neither success nor failure means that it was stopped."""
 
@@ -48,8 +64,14 @@ class DriverLink(Protocol):
     def note(self, text: str) -> None:
         """Show a line of the run's own about what happens now."""
 
+    def placed(self, slots: Sequence[Slot]) -> None:
+        """Tell which task and host has which rank."""
+
     def failed(self, outcome: Outcome) -> None:
         """Report the run's failure ahead of the stage's end."""
+
+    def storing(self) -> None:
+        """Tell that the ranks have ended and a checkpoint is still on its way."""
 
     async def close(self) -> None:
         """Send what is waiting and leave."""
@@ -78,6 +100,10 @@ class Coordinator:
         self._outcomes: dict[int, Outcome] = {}
         self._failures: list[Failure] = []
         self._stop_callbacks: list[Callable[[], None]] = []
+        self._stack_callbacks: list[Callable[[], None]] = []
+        self._stacks: dict[int, str] = {}
+        self._all_stacks = asyncio.Event()
+        self._stall_watch = StallWatch(len(slots))
         self.stopping = asyncio.Event()
         """Set as soon as every worker is to end."""
         self.all_ended = asyncio.Event()
@@ -115,14 +141,105 @@ class Coordinator:
     def started(self, rank: int) -> None:
         """Note that a rank calls main."""
         self._started.add(rank)
+        self._stall_watch.heard(rank, RankState(time.monotonic()))
         if len(self._started) == len(self._slots):
-            self._driver.note(f"{_ranks_in_words(self._started)} running main")
+            verb = "is" if len(self._started) == 1 else "are"
+            self._driver.note(f"{ranks_in_words(self._started)} {verb} running main")
+
+    def state(self, rank: int, fields: Mapping[str, Any]) -> None:
+        """Note where a rank's main is."""
+        self._stall_watch.heard(
+            rank,
+            RankState(
+                heard_at=time.monotonic(),
+                where=str(fields["where"]),
+                waits_in=str(fields["waits_in"]),
+                surely=bool(fields["surely"]),
+                seconds=float(fields["seconds"]),
+            ),
+        )
+
+    def on_stack_request(self, callback: Callable[[], None]) -> None:
+        """Say how to ask some of the workers for their stacks.
+
+        Parameters
+        ----------
+        callback
+            Asks; the answers come through :meth:`stack`.
+        """
+        self._stack_callbacks.append(callback)
+
+    def stack(self, rank: int, text: str) -> None:
+        """Take a rank's Python stack."""
+        self._stacks[rank] = text
+        if len(self._stacks) + len(self._outcomes) >= len(self._slots):
+            self._all_stacks.set()
+
+    async def collect_stacks(self) -> dict[int, str]:
+        """Ask every rank where it is.
+
+        Returns
+        -------
+        dict of str
+            Python stacks by rank, of those that answered in time.
+        """
+        self._stacks.clear()
+        self._all_stacks.clear()
+        for callback in self._stack_callbacks:
+            callback()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._all_stacks.wait(), STACKS_SECONDS)
+        return dict(sorted(self._stacks.items()))
+
+    async def watch_for_stalls(self, stall_timeout: float | None) -> None:
+        """Warn when ranks wait for others, and fail the run when they do so for too long.
+
+        Parameters
+        ----------
+        stall_timeout
+            Seconds after which the run fails; None only warns.
+        """
+        pause = min(STALL_WARNING_SECONDS, stall_timeout or STALL_WARNING_SECONDS) / 8
+        has_warned = False
+        while not self.stopping.is_set():
+            await asyncio.sleep(pause)
+            now = time.monotonic()
+            if stall_timeout and (stall := self._stall_watch.find(now, stall_timeout)):
+                await self._fail_for_stall(stall, stall_timeout)
+                return
+            stall = self._stall_watch.find(now, STALL_WARNING_SECONDS)
+            if stall and not has_warned:
+                self._say(f"no progress for {stall.seconds:.0f} s: {stall.text}")
+            has_warned = stall is not None
+
+    async def _fail_for_stall(self, stall: Stall, stall_timeout: float) -> None:
+        stacks = await self.collect_stacks()
+        if self.stopping.is_set():
+            return  # something failed meanwhile, and that is the cause
+        for rank, text in stacks.items():
+            self.lines(rank, "stack", text.rstrip().encode() + b"\n")
+        rank = stall.missing[0] if stall.missing else 0
+        self.failed(
+            Failure(
+                rank,
+                self._slots[rank].host,
+                f"the run made no progress for stall_timeout={stall_timeout:g} s: {stall.text}",
+                kind=FailureKind.STALL,
+                stacks={str(rank): text for rank, text in stacks.items()},
+            )
+        )
+
+    def _say(self, text: str) -> None:
+        """Tell the user, on the driver and in the log."""
+        self._log(_own_line(text))
+        self._driver.note(text)
 
     def ended(self, rank: int, outcome: Outcome) -> None:
         """Note how a rank ended; the first failure ends all the others."""
         if outcome.failure is not None:
             self.failed(outcome.failure)
         self._outcomes.setdefault(rank, outcome)
+        self._stall_watch.ended(rank)
         if len(self._outcomes) == len(self._slots):
             self.all_ended.set()
 
@@ -149,7 +266,7 @@ class Coordinator:
         """
         for rank in ranks:
             if rank not in self._outcomes:
-                failure = Failure(rank, self._slots[rank].host, summary, after_peer_loss=False)
+                failure = Failure(rank, self._slots[rank].host, summary, kind=FailureKind.LOST)
                 self.ended(rank, Outcome(failure=failure))
 
     def verdict(self) -> Outcome | None:
@@ -174,9 +291,19 @@ class Coordinator:
         left = {rank for rank, outcome in self._outcomes.items() if outcome.success is not None}
         if not left:
             return cause
+        waiting: dict[str, set[int]] = {}
+        for failure in self._failures:
+            if failure.rank is not None:
+                waiting.setdefault(failure.collective, set()).add(failure.rank)
+        for collective, ranks in self._stall_watch.waiting_in().items():
+            waiting.setdefault(collective, set()).update(ranks)
+        waits = ", ".join(
+            f"{ranks_in_words(ranks)} waited in {collective or 'a collective'}"
+            for collective, ranks in waiting.items()
+        )
         note = (
-            f" ({_ranks_in_words(left)} no longer there: main had returned. All ranks must take "
-            "part in the same collective operations)"
+            f" ({ranks_in_words(left)} returned from main while {waits}. All ranks must take part "
+            "in the same collective operations)"
         )
         return replace(cause, summary=cause.summary + note)
 
@@ -197,6 +324,7 @@ class Hub:
     def __init__(self, token: bytes, log: Callable[[bytes], None]) -> None:
         self._server = FrameServer(token, self._serve, lambda why: log(_own_line(why)))
         self._coordinator: Coordinator | None = None
+        self._latest: LatestDecision | None = None
         self._slots: Sequence[Slot] = ()
         self._ready = asyncio.Event()
         self._joined: set[int] = set()
@@ -219,7 +347,9 @@ class Hub:
         """
         return await self._server.start(host)
 
-    def begin(self, coordinator: Coordinator, slots: Sequence[Slot]) -> None:
+    def begin(
+        self, coordinator: Coordinator, slots: Sequence[Slot], latest: LatestDecision
+    ) -> None:
         """Let the peers in.
 
         Parameters
@@ -228,8 +358,11 @@ class Hub:
             Takes what they report.
         slots
             All slots of the run.
+        latest
+            Knows which checkpoint they start from.
         """
         self._coordinator = coordinator
+        self._latest = latest
         self._slots = slots
         self._note_presence()
         self._ready.set()
@@ -276,11 +409,29 @@ class Hub:
         self._joined.add(partition)
         self._note_presence()
         coordinator.on_stop(lambda: connection.send("stop"))
+        coordinator.on_stack_request(lambda: connection.send("stacks"))
+        answers: set[asyncio.Task[None]] = set()
         while (frame := await connection.receive()) is not None:
-            _pass_on(frame, coordinator)
+            if frame.kind == "latest":
+                answers.add(asyncio.create_task(self._answer_latest(connection, partition)))
+            elif frame.kind == "fetched":
+                self._fetched(partition, str(frame.header["directory"]))
+            else:
+                _pass_on(frame, coordinator)
+        for answer in answers:
+            answer.cancel()
+        self._fetched(partition, "")
         coordinator.lost(ranks, "contact with its task was lost; the executor may have died")
         self._left.add(partition)
         self._note_presence()
+
+    async def _answer_latest(self, connection: Connection, partition: int) -> None:
+        assert self._latest is not None  # noqa: S101 - begin() was called
+        connection.send("latest", **await self._latest.answer(partition))
+
+    def _fetched(self, partition: int, directory: str) -> None:
+        assert self._latest is not None  # noqa: S101 - begin() was called
+        self._latest.fetched(partition, directory)
 
     @property
     def _peers(self) -> set[int]:
@@ -301,17 +452,12 @@ def _pass_on(frame: Frame, events: RankEvents) -> None:
         events.message(rank, bytes(frame.body))
     elif frame.kind == "started":
         events.started(rank)
+    elif frame.kind == "state":
+        events.state(rank, frame.header)
+    elif frame.kind == "stack":
+        events.stack(rank, bytes(frame.body).decode(errors="replace"))
     elif frame.kind == "ended":
         events.ended(rank, Outcome.from_frame(frame.header["outcome"], frame.body))
-
-
-def _ranks_in_words(ranks: set[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {min(ranks)} is"
-    names = [str(rank) for rank in sorted(ranks)]
-    if len(names) > 8:
-        return f"{len(names)} ranks are"
-    return f"ranks {', '.join(names[:-1])} and {names[-1]} are"
 
 
 def _own_line(text: str) -> bytes:

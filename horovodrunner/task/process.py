@@ -18,14 +18,24 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import IO
 
+import psutil
+
 from horovodrunner.core.connection import read_frame
-from horovodrunner.core.frames import Frame, encode_frame
+from horovodrunner.core.frames import Frame, encode_frame, encode_prefix_and_header
+from horovodrunner.core.job import STACK_SIGNAL
 from horovodrunner.core.lines import LineAssembler
+from horovodrunner.task.memory import OomWitness
 
 __all__ = ["GRACE_SECONDS", "ExitStatus", "WorkerProcess", "describe_exit"]
 
 GRACE_SECONDS = 1.0
 """Time between asking a worker to end (SIGTERM) and ending it (SIGKILL)."""
+
+STACK_SECONDS = 1.0
+"""How long a worker may take to begin to show its stack."""
+
+STACK_PAUSE_SECONDS = 0.2
+"""A stack that has not gone on for so long is complete."""
 
 DRAIN_SECONDS = 1.0
 """How long output is still read after a worker's end, when a process it left behind holds it."""
@@ -51,12 +61,19 @@ class WorkerProcess:
     def __init__(self, early_imports: Sequence[str], environment: Mapping[str, str]) -> None:
         control_read, self._control_write = os.pipe()
         report_read, report_write = os.pipe()
+        stack_read, stack_write = os.pipe()
         self._report: IO[bytes] = os.fdopen(report_read, "rb", buffering=0)
+        self._stacks: IO[bytes] = os.fdopen(stack_read, "rb", buffering=0)
+        self._oom = OomWitness()
+        self._testimony = ""
+        self.shows_stacks = False
+        """Whether the worker is known to have installed its handler of STACK_SIGNAL."""
         self._stopping = False
         self._killed = False
         self._kill_timer: asyncio.TimerHandle | None = None
         command = [sys.executable, "-m", "horovodrunner.worker"]
         command += ["--control", str(control_read), "--report", str(report_write)]
+        command += ["--stacks", str(stack_write)]
         for module in early_imports:
             command += ["--import", module]
         try:
@@ -66,16 +83,17 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=(control_read, report_write),
+                pass_fds=(control_read, report_write, stack_write),
                 start_new_session=True,
             )
         except BaseException:
             os.close(self._control_write)
             self._report.close()
+            self._stacks.close()
             raise
         finally:
-            os.close(control_read)
-            os.close(report_write)
+            for fd in (control_read, report_write, stack_write):
+                os.close(fd)
 
     @property
     def pid(self) -> int:
@@ -123,6 +141,51 @@ class WorkerProcess:
             view = memoryview(part)
             while view:
                 view = view[os.write(self._control_write, view[:_PIPE_BYTES]) :]
+
+    def answer(self, kind: str, **header: object) -> None:
+        """Answer what the worker asked for in a report.
+
+        Parameters
+        ----------
+        kind
+            What was asked for.
+        **header
+            JSON-compatible fields.
+        """
+        with contextlib.suppress(OSError):  # the worker's end is reported by wait()
+            self._write_job(encode_prefix_and_header(kind, 0, **header))
+
+    async def stack(self) -> str:
+        """Ask the worker where its threads are; it need not be able to run Python for that.
+
+        Returns
+        -------
+        str
+            Its Python stacks, or a sentence that says why there are none.
+        """
+        if not self.shows_stacks or self._has_ended():
+            return "(no stack: main has not been called, or the process has ended)"
+        os.kill(self.pid, STACK_SIGNAL)
+        text = b""
+        async with _reading(os.fdopen(os.dup(self._stacks.fileno()), "rb", buffering=0)) as reader:
+            pause = STACK_SECONDS
+            with contextlib.suppress(asyncio.TimeoutError):
+                while piece := await asyncio.wait_for(reader.read(_PIPE_BYTES), pause):
+                    text += piece
+                    pause = STACK_PAUSE_SECONDS
+        if not text:
+            return f"(no stack: the process does not react to a signal; {_process_state(self.pid)})"
+        return _without_own_threads(text.decode(errors="replace"))
+
+    def killed_by_kernel(self) -> str:
+        """Say what the kernel tells about a worker that SIGKILL ended; after :meth:`wait`.
+
+        Returns
+        -------
+        str
+            A sentence, or "" when nothing can be read.
+        """
+        return self._testimony
 
     async def read_output(self, on_lines: Callable[[str, bytes], None]) -> None:
         """Read stdout and stderr until both end.
@@ -173,6 +236,7 @@ class WorkerProcess:
         if self._kill_timer is not None:
             self._kill_timer.cancel()
         self._signal(signal.SIGKILL)
+        self._testimony = self._oom.testimony(self.pid)
         return self._process.wait()
 
     def stop(self, grace: float = GRACE_SECONDS) -> None:
@@ -199,7 +263,7 @@ class WorkerProcess:
         if self._process.returncode is None:
             self._signal(signal.SIGKILL)
             self._process.wait()
-        for pipe in (self._process.stdout, self._process.stderr, self._report):
+        for pipe in (self._process.stdout, self._process.stderr, self._report, self._stacks):
             if pipe is not None:
                 pipe.close()
         if self._control_write >= 0:
@@ -239,13 +303,32 @@ async def _read_lines(name: str, pipe: IO[bytes], on_lines: Callable[[str, bytes
             on_lines(name, rest)
 
 
-def describe_exit(status: ExitStatus) -> tuple[str, int | None, str | None]:
+def _without_own_threads(stacks: str) -> str:
+    """Leave out the thread that this package runs in every worker."""
+    threads = [
+        part for part in stacks.split("\n\n") if "horovodrunner/worker/control.py" not in part
+    ]
+    return "\n\n".join(threads)
+
+
+def _process_state(pid: int) -> str:
+    try:
+        return f"its state is {psutil.Process(pid).status()!r}"
+    except psutil.Error:
+        return "it is gone"
+
+
+def describe_exit(
+    status: ExitStatus, killed_by_kernel: str = ""
+) -> tuple[str, int | None, str | None]:
     """Say how a process ended that gave no outcome.
 
     Parameters
     ----------
     status
         The exit code, or minus the signal's number.
+    killed_by_kernel
+        What the kernel tells about it, if it does.
 
     Returns
     -------
@@ -266,5 +349,9 @@ def describe_exit(status: ExitStatus) -> tuple[str, int | None, str | None]:
         name = f"signal {-status}"
     text = f"the worker process was ended by {name}"
     if name == "SIGKILL":
-        text += ", most likely by the kernel because memory ran out, or by an operator"
+        text += (
+            f" because memory ran out: {killed_by_kernel}"
+            if killed_by_kernel
+            else ", most likely by the kernel because memory ran out, or by an operator"
+        )
     return text, None, name

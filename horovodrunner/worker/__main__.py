@@ -1,28 +1,36 @@
 """One rank: load the job, call main, write the outcome. Runs in: the worker.
 
-Started as ``python -m horovodrunner.worker --control FD --report FD [--import MODULE ...]`` by
-the task, before the rank is known. The job comes through the control pipe. That pipe stays open:
-when it ends, the task is gone, and this process ends with all the processes it started.
+Started by the task, before the rank is known, as ``python -m horovodrunner.worker --control FD
+--report FD --stacks FD [--import MODULE ...]``. The job comes through the control pipe, and what
+happens goes out through the report pipe.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import importlib
 import os
-import signal
 import sys
-import threading
 import traceback
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import FrameType
+from typing import Any
 
 from horovodrunner.core import payload
-from horovodrunner.core.frames import PREFIX_BYTES, Frame, parse_header, parse_prefix
-from horovodrunner.core.job import Failure, Outcome, Success, WorkerSpec
+from horovodrunner.core.job import (
+    STACK_SIGNAL,
+    Failure,
+    FailureKind,
+    Outcome,
+    Success,
+    WorkerSpec,
+)
 from horovodrunner.errors import PayloadError
-from horovodrunner.worker.context import TaskLink, set_link
+from horovodrunner.worker.context import TaskLink, WorkerContext, set_context
+from horovodrunner.worker.control import ControlPipe
+from horovodrunner.worker.watch import collective_of
 
 MAX_EXCEPTION_BYTES = 1024 * 1024
 """A pickled exception larger than this is left out; its text is enough."""
@@ -46,21 +54,25 @@ def main() -> int:
         The process's exit code: 0 if main returned.
     """
     arguments = _parse_arguments()
-    job = _JobInbox(arguments.control)
     link = TaskLink(arguments.report)
-    set_link(link)
-    _prepare_process(arguments.control, arguments.report)
+    control = ControlPipe(arguments.control, link)
+    _prepare_process(arguments.control, arguments.report, arguments.stacks)
+    faulthandler.register(STACK_SIGNAL, file=arguments.stacks, all_threads=True)
+    link.send("ready")
     for module in arguments.early_imports:
         _import_early(module)
-    spec, call = job.wait()
-    outcome, exit_code = run(spec, call, link)
+    spec, call = control.wait_for_job()
+    set_context(WorkerContext(spec, link, control))
+    outcome, exit_code = run(spec, call, control)
     _flush_output()
     header, body = outcome.to_frame()
     link.send("outcome", bytes(body), **header)
     return exit_code
 
 
-def run(spec: WorkerSpec, call: bytes, link: TaskLink) -> tuple[Outcome, int]:
+def run(
+    spec: WorkerSpec, call: bytes | bytearray | memoryview, control: ControlPipe
+) -> tuple[Outcome, int]:
     """Call main and turn whatever happens into an outcome.
 
     Parameters
@@ -69,8 +81,8 @@ def run(spec: WorkerSpec, call: bytes, link: TaskLink) -> tuple[Outcome, int]:
         The slot.
     call
         The pickled ``(main, kwargs)``.
-    link
-        The pipe to the task.
+    control
+        Is told when main begins and ends.
 
     Returns
     -------
@@ -83,7 +95,7 @@ def run(spec: WorkerSpec, call: bytes, link: TaskLink) -> tuple[Outcome, int]:
         function, kwargs = payload.load(call)
     except BaseException as error:  # noqa: BLE001 - unpickling runs arbitrary code
         return _failed(spec, error, "main could not be unpickled: ", hint=_import_hint(error)), 1
-    link.send("started")
+    control.main_begins()
     try:
         result = function(**kwargs)
     except SystemExit as leaving:
@@ -93,6 +105,8 @@ def run(spec: WorkerSpec, call: bytes, link: TaskLink) -> tuple[Outcome, int]:
         result = None
     except BaseException as error:  # noqa: BLE001 - reported, never swallowed
         return _failed(spec, error, ""), 1
+    finally:
+        control.main_ends()
     try:
         return Outcome(success=Success(spec.rank, _pickle_result(spec, result))), 0
     except PayloadError as error:
@@ -135,13 +149,20 @@ def _failed(
         rank=spec.rank,
         host=spec.host,
         summary=f"{prefix}{name}: {message}{hint}",
+        kind=FailureKind.EXCEPTION,
         traceback=text if with_traceback else "",
         exit_code=exit_code,
         exception_type=f"{type(error).__module__}.{name}",
         exception=_pickle_exception(error),
         after_peer_loss=after_peer_loss,
+        collective=collective_of(_frames_of(error)),
     )
     return Outcome(failure=failure)
+
+
+def _frames_of(error: BaseException) -> list[FrameType]:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[::-1]
 
 
 def _pickle_exception(error: BaseException) -> bytes:
@@ -183,65 +204,11 @@ def _import_early(module: str) -> None:
         return
 
 
-class _JobInbox:
-    """Waits for the job on the control pipe, and then for the pipe's end.
-
-    Parameters
-    ----------
-    control_fd
-        Read end of the pipe whose write end only the task holds.
-    """
-
-    def __init__(self, control_fd: int) -> None:
-        self._job: tuple[WorkerSpec, bytes] | None = None
-        self._arrived = threading.Event()
-        threading.Thread(
-            target=self._read, args=(control_fd,), name="horovodrunner-control", daemon=True
-        ).start()
-
-    def wait(self) -> tuple[WorkerSpec, bytes]:
-        """Wait for the job.
-
-        Returns
-        -------
-        tuple of WorkerSpec and bytes
-            The slot and the pickled call.
-        """
-        self._arrived.wait()
-        assert self._job is not None  # noqa: S101 - set before the event
-        job, self._job = self._job, None  # the pickle may be large; main must not keep it alive
-        return job
-
-    def _read(self, control_fd: int) -> None:
-        with open(control_fd, "rb", closefd=False) as pipe:
-            frame = _read_frame(pipe)
-            if frame is not None:
-                fields = {k: v for k, v in frame.header.items() if k != "kind"}
-                self._job = (WorkerSpec.from_header(fields), bytes(frame.body))
-                del frame
-                self._arrived.set()
-                pipe.read()  # returns only when the task is gone or wants us gone
-        if os.getpgrp() == os.getpid():  # so started by the task: our children go with us
-            os.killpg(0, signal.SIGKILL)
-        os._exit(1)
-
-
-def _read_frame(pipe: BinaryIO) -> Frame | None:
-    prefix = pipe.read(PREFIX_BYTES)
-    if len(prefix) < PREFIX_BYTES:
-        return None
-    header_bytes, body_bytes = parse_prefix(prefix, None)
-    header = pipe.read(header_bytes)
-    body = pipe.read(body_bytes)
-    if len(header) < header_bytes or len(body) < body_bytes:
-        return None
-    return Frame(parse_header(header), body)
-
-
 def _parse_arguments() -> Any:
     parser = argparse.ArgumentParser(prog="python -m horovodrunner.worker")
     parser.add_argument("--control", type=int, required=True, help="file descriptor to read from")
     parser.add_argument("--report", type=int, required=True, help="file descriptor to write to")
+    parser.add_argument("--stacks", type=int, required=True, help="file descriptor to write to")
     parser.add_argument("--import", dest="early_imports", action="append", default=[])
     return parser.parse_args()
 

@@ -8,10 +8,20 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from horovodrunner.core.frames import encode_frame
+from horovodrunner.core.frames import encode_frame, encode_prefix_and_header
+from horovodrunner.core.job import WorkerSpec
 
-__all__ = ["MAX_MESSAGE_CHARACTERS", "TaskLink", "log_to_driver"]
+__all__ = [
+    "MAX_MESSAGE_CHARACTERS",
+    "TaskLink",
+    "WorkerContext",
+    "current_context",
+    "log_to_driver",
+    "set_context",
+]
 
 MAX_MESSAGE_CHARACTERS = 4000
 _TRUNCATED = "...(truncated)"
@@ -52,25 +62,75 @@ class TaskLink:
             self._write(encode_frame(kind, body, **header))
             self._write(body)
 
+    def send_unless_busy(self, kind: str, **header: object) -> None:
+        """Write one frame, or nothing when another thread is just writing a long one.
+
+        Parameters
+        ----------
+        kind
+            What the message is.
+        **header
+            JSON-compatible fields.
+        """
+        if self._lock.acquire(blocking=False):
+            try:
+                self._write(encode_prefix_and_header(kind, 0, **header))
+            finally:
+                self._lock.release()
+
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
             view = view[os.write(self._report_fd, view) :]
 
 
-_link: TaskLink | None = None
+class _AnswersQuestions(Protocol):
+    def ask(self, kind: str) -> dict[str, Any]: ...
 
 
-def set_link(link: TaskLink) -> None:
-    """Say which task this process works for.
+@dataclass(frozen=True)
+class WorkerContext:
+    """What this process is within its run.
 
     Parameters
     ----------
+    spec
+        The slot.
     link
-        The pipe to it.
+        The pipe to the task.
+    control
+        Asks the task and waits for its answer.
     """
-    global _link
-    _link = link
+
+    spec: WorkerSpec
+    link: TaskLink
+    control: _AnswersQuestions
+
+
+_context: WorkerContext | None = None
+
+
+def set_context(context: WorkerContext) -> None:
+    """Say that this process is a worker.
+
+    Parameters
+    ----------
+    context
+        What it is.
+    """
+    global _context
+    _context = context
+
+
+def current_context() -> WorkerContext | None:
+    """Give what this process is within its run.
+
+    Returns
+    -------
+    WorkerContext or None
+        None outside a run, and in a process forked from a worker.
+    """
+    return _context if _context is not None and _context.link.is_usable else None
 
 
 def log_to_driver(message: str) -> None:
@@ -101,7 +161,8 @@ def log_to_driver(message: str) -> None:
         )
     if len(message) > MAX_MESSAGE_CHARACTERS:
         message = message[:MAX_MESSAGE_CHARACTERS] + _TRUNCATED
-    if _link is None or not _link.is_usable:
+    context = current_context()
+    if context is None:
         print(message, flush=True)  # noqa: T201 - that is what it is for
         return
-    _link.send("message", message.encode(errors="replace"))
+    context.link.send("message", message.encode(errors="replace"))

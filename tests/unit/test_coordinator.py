@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from horovodrunner.core.job import Failure, Outcome, Success
@@ -25,7 +26,13 @@ class Driver:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
+    def placed(self, slots: Sequence[Slot]) -> None:
+        pass
+
     def failed(self, outcome: Outcome) -> None:
+        pass
+
+    def storing(self) -> None:
         pass
 
     async def close(self) -> None:
@@ -53,6 +60,11 @@ def coordinator(size: int) -> tuple[Coordinator, Driver, list[bytes]]:
 
 def failure(rank: int, summary: str, after_peer_loss: bool = False) -> Outcome:
     return Outcome(failure=Failure(rank, "h", summary, after_peer_loss=after_peer_loss))
+
+
+def waited(collective: str, rank: int) -> Outcome:
+    text = "Horovod has been shut down"
+    return Outcome(failure=Failure(rank, "h", text, after_peer_loss=True, collective=collective))
 
 
 def verdict(it: Coordinator) -> Outcome:
@@ -99,10 +111,11 @@ def test_a_broken_connection_is_a_consequence_even_when_it_is_heard_of_first() -
 def test_a_rank_that_had_left_is_named_when_nobody_else_failed() -> None:
     it, _, _ = coordinator(3)
     it.ended(1, Outcome(success=Success(1)))
-    it.ended(0, failure(0, "Horovod has been shut down", after_peer_loss=True))
+    it.ended(2, waited("allreduce", rank=2))
+    it.ended(0, waited("allreduce", rank=0))
     cause = verdict(it).failure
     assert cause is not None
-    assert "rank 1 is no longer there" in cause.summary
+    assert "rank 1 returned from main while ranks 0 and 2 waited in allreduce" in cause.summary
 
 
 def test_lost_ranks_fail_unless_they_had_ended() -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from horovodrunner.core.job import (
     Failure,
+    FailureKind,
     JobSpec,
     Outcome,
     Success,
@@ -12,7 +13,9 @@ from horovodrunner.core.job import (
     split_chunks,
 )
 
-FIRST = Failure(1, "a", "ValueError: x", "Traceback", exception=b"pickle one")
+FIRST = Failure(
+    1, "a", "ValueError: x", FailureKind.EXCEPTION, "Traceback", exception=b"pickle one"
+)
 SECOND = Failure(0, "b", "gone", signal="SIGKILL", exception=b"two", after_peer_loss=True)
 
 

@@ -1,0 +1,189 @@
+"""Checkpoints, as main() sees them: save() and latest(). Runs in: the worker.
+
+Files that rank 0 saves appear where ``HorovodRunner(checkpoint_dir=...)`` says while training goes
+on, and every rank finds them again in the next attempt or the next run::
+
+    from horovodrunner import checkpoint
+
+    def main(epochs):
+        latest = checkpoint.latest()
+        start = 0 if latest is None else latest.step + 1
+        if latest is not None:
+            model.load_state_dict(torch.load(latest / "model.pt"))
+        for epoch in range(start, epochs):
+            ...
+            with checkpoint.save(step=epoch) as directory:
+                torch.save(model.state_dict(), directory / "model.pt")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
+from horovodrunner.worker.context import WorkerContext, current_context, log_to_driver
+
+__all__ = ["Checkpoint", "attempt", "latest", "save"]
+
+attempt: int
+"""1 in the first launch of a run, one more after each restart; 1 outside a run, too."""
+
+_notes_given: set[str] = set()
+
+
+class Checkpoint(type(Path())):  # type: ignore[misc]  # Path's class for this system
+    """A checkpoint's files in a directory of this machine.
+
+    It is a :class:`pathlib.Path`, so ``latest / "model.pt"`` is a file of it. The directory is
+    this attempt's own copy and goes with it.
+
+    Attributes
+    ----------
+    step : int
+        The step it was saved with.
+    """
+
+    step: int
+
+    @classmethod
+    def _at(cls, directory: str, step: int) -> Checkpoint:
+        checkpoint = cls(directory)
+        checkpoint.step = step
+        return checkpoint
+
+    def with_segments(self, *segments: str | os.PathLike[str]) -> Path:
+        """Give a plain path for what is below; used by pathlib from Python 3.12 on.
+
+        Parameters
+        ----------
+        *segments
+            Parts of the path.
+
+        Returns
+        -------
+        pathlib.Path
+            The joined path.
+        """
+        return Path(*segments)
+
+
+def latest() -> Checkpoint | None:
+    """Give the checkpoint that this attempt starts from.
+
+    Every rank gets the same one, in the first attempt of a new run too. It is decided once, when
+    the first rank asks: the newest one whose files are all there with the right SHA-256; damaged
+    ones are skipped with a warning. What is saved later does not change the answer.
+
+    Returns
+    -------
+    Checkpoint or None
+        A local directory with a ``step``; None when there is no checkpoint, when the run has no
+        ``checkpoint_dir``, or outside a run.
+
+    Raises
+    ------
+    CheckpointError
+        If a checkpoint cannot be asked for or fetched. To start anew instead would lose work.
+
+    Examples
+    --------
+    >>> latest() is None  # outside a run
+    True
+    """
+    context = current_context()
+    if context is None or not context.spec.keeps_checkpoints:
+        return None
+    answer = context.control.ask("latest")
+    if answer.get("error"):
+        raise CheckpointError(
+            f"rank {context.spec.rank} on {context.spec.host} cannot get the latest checkpoint: "
+            f"{answer['error']}"
+        )
+    return Checkpoint._at(answer["directory"], answer["step"]) if answer["directory"] else None
+
+
+@contextlib.contextmanager
+def save(step: int) -> Iterator[Path]:
+    """Save a checkpoint: whatever rank 0 writes into the directory, files and subdirectories.
+
+    When the block ends, the files are handed over and main goes on; they are stored in the
+    background, complete or not at all. If saves come faster than they can be stored, the newest
+    wins. If the block raises, nothing is saved. Other ranks get a directory that is thrown away,
+    so that the same code runs everywhere.
+
+    Parameters
+    ----------
+    step
+        Names the checkpoint: an epoch or a number of batches, not negative. A checkpoint of the
+        same step is replaced.
+
+    Yields
+    ------
+    pathlib.Path
+        An empty directory.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If step is not an int.
+    ArgumentValueError
+        If step is negative.
+
+    Examples
+    --------
+    >>> with save(step=3) as directory:  # outside a run nothing is kept
+    ...     _ = (directory / "state.txt").write_text("weights")
+    """
+    step = _checked_step(step)
+    context = current_context()
+    if context is None or not context.spec.keeps_checkpoints:
+        _note_once(context)
+    scratch = context.spec.scratch if context is not None else None
+    directory = Path(tempfile.mkdtemp(prefix="horovodrunner-saving-", dir=scratch))
+    try:
+        yield directory
+        if context is not None and context.spec.keeps_checkpoints and context.spec.rank == 0:
+            context.link.send("checkpoint", step=step, directory=str(directory))
+            return
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _checked_step(step: Any) -> int:
+    if isinstance(step, bool):
+        raise ArgumentTypeError(f"step={step!r}: it must be an int, not a bool")
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise ArgumentTypeError(
+            f"step={step!r}: it must be an int, got {type(step).__name__}"
+        ) from None
+    if number < 0:
+        raise ArgumentValueError(f"step={number}: it must not be negative")
+    return number
+
+
+def _note_once(context: WorkerContext | None) -> None:
+    if context is None or context.spec.rank != 0 or "unkept" in _notes_given:
+        return
+    _notes_given.add("unkept")
+    log_to_driver(
+        "HorovodRunner: checkpoint.save() keeps nothing in this run, because it has no "
+        "checkpoint_dir: HorovodRunner(np=..., checkpoint_dir=...)"
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "attempt":
+        context = current_context()
+        return 1 if context is None else context.spec.attempt
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

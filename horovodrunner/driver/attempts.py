@@ -1,0 +1,83 @@
+"""Launch a run again when a worker or an executor was lost. Runs in: the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from horovodrunner.core.job import Outcome
+from horovodrunner.driver.console import Console
+from horovodrunner.driver.outcome import open_outcome
+from horovodrunner.errors import BarrierStageError, HorovodRunnerError, WorkerFailedError
+from horovodrunner.task.store import CheckpointStore
+
+__all__ = ["run_attempts"]
+
+
+def run_attempts(
+    launch: Callable[[int], Outcome],
+    max_restarts: int,
+    restart_on: tuple[type[BaseException], ...],
+    store: CheckpointStore | None,
+    console: Console,
+) -> Any:
+    """Launch until an attempt succeeds, or fails for good, or all are used.
+
+    Parameters
+    ----------
+    launch
+        Makes one attempt, whose number it is given, and gives its outcome.
+    max_restarts
+        How many attempts may follow the first one.
+    restart_on
+        Types of exceptions that are worth another attempt beside lost workers and executors.
+    store
+        Where the run's checkpoints are kept, if they are.
+    console
+        Shows what happens.
+
+    Returns
+    -------
+    object
+        Rank 0's value.
+
+    Raises
+    ------
+    HorovodRunnerError
+        The last attempt's error; its ``attempts`` tell what ended each of them.
+    """
+    causes: list[str] = []
+    while True:
+        try:
+            return open_outcome(launch(len(causes) + 1))
+        except HorovodRunnerError as error:
+            causes.append(_in_one_line(error))
+            if len(causes) > max_restarts or not _is_worth_another(error, restart_on):
+                if len(causes) > 1:
+                    error.attempts = tuple(causes)
+                raise
+            console.note(
+                f"attempt {len(causes) + 1} of {max_restarts + 1}, because {causes[-1]}; "
+                + _where_it_goes_on(store)
+            )
+
+
+def _is_worth_another(
+    error: HorovodRunnerError, restart_on: tuple[type[BaseException], ...]
+) -> bool:
+    if isinstance(error, restart_on) or isinstance(error.__cause__, restart_on):
+        return True
+    if isinstance(error, WorkerFailedError):
+        return error.worker_was_lost
+    return isinstance(error, BarrierStageError) and error.executor_was_lost
+
+
+def _in_one_line(error: HorovodRunnerError) -> str:
+    return str(error).splitlines()[0]
+
+
+def _where_it_goes_on(store: CheckpointStore | None) -> str:
+    if store is None:
+        return "starting anew (the run has no checkpoint_dir)"
+    saved = store.manifests()
+    return f"going on from step {saved[0].step}" if saved else "starting anew (nothing saved yet)"

@@ -1,0 +1,217 @@
+"""Arguments are refused before anything is launched. Runs in: the driver."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
+
+__all__ = ["choice", "exception_types", "integer", "main", "path", "seconds"]
+
+
+def integer(name: str, value: Any, at_least: int | None = None) -> int:
+    """Check a whole number.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given; a NumPy integer is one, a bool is not.
+    at_least
+        The smallest value that works, if there is one.
+
+    Returns
+    -------
+    int
+        The number.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not an int.
+    ArgumentValueError
+        If it is too small.
+    """
+    if isinstance(value, bool):
+        raise ArgumentTypeError(f"{name}={value!r}: it must be an int, not a bool")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentTypeError(
+            f"{name}={value!r}: it must be an int, got {type(value).__name__}"
+        ) from None
+    if at_least is not None and number < at_least:
+        raise ArgumentValueError(f"{name}={number}: it must be at least {at_least}")
+    return number
+
+
+def seconds(name: str, value: Any) -> float:
+    """Check a time span.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given.
+
+    Returns
+    -------
+    float
+        Seconds.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not a number.
+    ArgumentValueError
+        If it is not more than 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(f"{name}={value!r}: it must be a number of seconds")
+    if not value > 0:
+        raise ArgumentValueError(f"{name}={value!r}: it must be more than 0 seconds")
+    return float(value)
+
+
+def choice(name: str, value: Any, choices: tuple[str, str]) -> str:
+    """Check one of two words.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given.
+    choices
+        The words that work.
+
+    Returns
+    -------
+    str
+        The word.
+
+    Raises
+    ------
+    ArgumentValueError
+        If it is none of them.
+    """
+    if value not in choices:
+        raise ArgumentValueError(f"{name}={value!r}: it must be {choices[0]!r} or {choices[1]!r}")
+    return str(value)
+
+
+def path(name: str, value: Any) -> str:
+    """Check a path or URL.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given.
+
+    Returns
+    -------
+    str
+        The same as text.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is neither a str nor a path.
+    ArgumentValueError
+        If it is empty.
+    """
+    try:
+        text = os.fspath(value)
+    except TypeError:
+        text = None
+    if not isinstance(text, str):
+        raise ArgumentTypeError(
+            f"{name}={value!r}: it must be a path or a URL, got {type(value).__name__}"
+        )
+    if not text:
+        raise ArgumentValueError(f"{name}={value!r}: it must not be empty")
+    return text
+
+
+def exception_types(name: str, value: Any) -> tuple[type[BaseException], ...]:
+    """Check one or more types of exceptions.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given: a type, or several of them.
+
+    Returns
+    -------
+    tuple of type
+        The types.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If something is not a type of exception.
+    """
+    try:
+        types = (value,) if isinstance(value, type) else tuple(value)
+    except TypeError:
+        types = (value,)
+    for item in types:
+        if not (isinstance(item, type) and issubclass(item, BaseException)):
+            raise ArgumentTypeError(
+                f"{name}: {item!r} is not a type of exception; give a tuple such as (OSError,)"
+            )
+    return types
+
+
+def main(function: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+    """Check that a training function can be called with its arguments.
+
+    Parameters
+    ----------
+    function
+        What was given as main.
+    kwargs
+        Its keyword arguments.
+
+    Returns
+    -------
+    callable
+        The function.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not callable, or not with these arguments.
+    """
+    if not callable(function):
+        hint = "pass the function itself, not what it returns: run(train), not run(train())"
+        raise ArgumentTypeError(
+            f"main must be a function, got {type(function).__name__} ({function!r:.80}): {hint}"
+        )
+    checked: Callable[..., Any] = function
+    try:
+        signature = inspect.signature(checked)
+    except (TypeError, ValueError):
+        return checked  # a builtin or an extension function does not tell
+    try:
+        signature.bind(**kwargs)
+    except TypeError as error:
+        name = getattr(checked, "__qualname__", type(checked).__qualname__)
+        given = "the arguments " + ", ".join(map(repr, kwargs)) if kwargs else "no arguments"
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        unknown = [] if takes_any else [k for k in kwargs if k not in signature.parameters]
+        also = f"; it has no argument {', '.join(map(repr, unknown))}" if unknown else ""
+        raise ArgumentTypeError(
+            f"{name}{signature} cannot be called with {given}: {error}{also}"
+        ) from None
+    return checked

@@ -1,0 +1,309 @@
+"""Checkpoints on their way, while main goes on. Runs in: the task (np < 0: the driver)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from horovodrunner.core.manifest import Manifest
+from horovodrunner.core.topology import Member
+from horovodrunner.task.depot import Depot
+
+__all__ = ["Courier", "LatestAnswer", "LatestCopy", "LatestDecision"]
+
+PUT_ATTEMPTS = 3
+RETRY_SECONDS = 2.0
+
+LatestAnswer = dict[str, Any]
+"""JSON-compatible: ``manifest`` (text, or ""), ``copy_from`` (a directory, or ""), ``error``."""
+
+_Result = TypeVar("_Result")
+
+
+async def _in_thread(function: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Call a blocking function; a thread that never returns does not keep the process."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_Result] = loop.create_future()
+
+    def deliver(result: _Result | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def work() -> None:
+        result: _Result | None = None
+        problem: BaseException | None = None
+        try:
+            result = function(*arguments)
+        except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
+            problem = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(deliver, result, problem)
+
+    threading.Thread(target=work, name="horovodrunner-checkpoint", daemon=True).start()
+    return await future
+
+
+class Courier:
+    """Brings rank 0's checkpoints to the depot: one at a time, and the newest one wins.
+
+    Parameters
+    ----------
+    depot
+        Where they are kept.
+    note
+        Takes a line for the user.
+    on_error
+        Takes a sentence about a checkpoint that could not be stored.
+    """
+
+    def __init__(
+        self, depot: Depot, note: Callable[[str], None], on_error: Callable[[str], None]
+    ) -> None:
+        self._depot = depot
+        self._note = note
+        self._on_error = on_error
+        self._waiting: tuple[int, Path] | None = None
+        self._changed = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._has_warned = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way."""
+        return self._idle.is_set()
+
+    def saved(self, step: int, directory: Path) -> None:
+        """Take over a directory that main has filled; it is deleted when it is not needed.
+
+        Parameters
+        ----------
+        step
+            The checkpoint's step.
+        directory
+            Its files.
+        """
+        if self._waiting is not None:
+            skipped, stale = self._waiting
+            shutil.rmtree(stale, ignore_errors=True)
+            if not self._has_warned:
+                self._has_warned = True
+                self._note(
+                    f"checkpoints are saved faster than they can be stored: step {skipped} is "
+                    "skipped, the newest one wins (said once)"
+                )
+        self._waiting = (step, directory)
+        self._idle.clear()
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Store what is saved, until cancelled."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while self._waiting is not None:
+                (step, directory), self._waiting = self._waiting, None
+                await self._put(step, directory)
+                await _in_thread(shutil.rmtree, directory, True)
+            self._idle.set()
+
+    async def drain(self, timeout: float) -> bool:
+        """Wait until nothing is on its way.
+
+        Parameters
+        ----------
+        timeout
+            Most seconds to wait.
+
+        Returns
+        -------
+        bool
+            Whether that is so.
+        """
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        return self.is_idle
+
+    async def _put(self, step: int, directory: Path) -> None:
+        for attempt in range(1, PUT_ATTEMPTS + 1):
+            try:
+                await _in_thread(self._depot.put, step, directory)
+            except (ConnectionError, TimeoutError) as error:
+                if attempt < PUT_ATTEMPTS and self._waiting is None:
+                    await asyncio.sleep(RETRY_SECONDS)  # the network may come back
+                    continue
+                self._report(step, error)
+            except Exception as error:  # noqa: BLE001 - a file system of anybody's may raise any
+                self._report(step, error)
+            return
+
+    def _report(self, step: int, error: Exception) -> None:
+        text = str(error) if type(error) is OSError else f"{type(error).__name__}: {error}"
+        self._on_error(
+            f"the checkpoint of step {step} was not stored: {text}. Older checkpoints are intact"
+        )
+
+
+class LatestDecision:
+    """Decides once per attempt which checkpoint all ranks start from. On partition 0.
+
+    Tasks of one host share one copy: the first that asks fetches, the others copy from it.
+
+    Parameters
+    ----------
+    depot
+        Where checkpoints are kept, or None when the run keeps none.
+    members
+        The run's tasks.
+    note
+        Takes a line for the user.
+    """
+
+    def __init__(
+        self, depot: Depot | None, members: Sequence[Member], note: Callable[[str], None]
+    ) -> None:
+        self._depot = depot
+        self._hosts = {member.partition: member.host_id for member in members}
+        self._note = note
+        self._decision: asyncio.Task[LatestAnswer] | None = None
+        self._copies: dict[str, asyncio.Future[str]] = {}
+        self._fetching: dict[int, asyncio.Future[str]] = {}
+
+    async def answer(self, partition: int) -> LatestAnswer:
+        """Tell a task which checkpoint is the latest and how to get it.
+
+        Parameters
+        ----------
+        partition
+            The task.
+
+        Returns
+        -------
+        LatestAnswer
+            The same checkpoint for every task.
+        """
+        if self._decision is None:
+            self._decision = asyncio.create_task(self._decide())
+        decision = await asyncio.shield(self._decision)
+        if not decision["manifest"]:
+            return decision
+        host = self._hosts[partition]
+        if host in self._copies:
+            return {**decision, "copy_from": await asyncio.shield(self._copies[host])}
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._copies[host] = self._fetching[partition] = future
+        return decision
+
+    def fetched(self, partition: int, directory: str) -> None:
+        """Note where a task has put its copy.
+
+        Parameters
+        ----------
+        partition
+            The task.
+        directory
+            Its copy; "" if it has none, also when the task is gone.
+        """
+        future = self._fetching.get(partition)
+        if future is not None and not future.done():
+            future.set_result(directory)
+
+    async def _decide(self) -> LatestAnswer:
+        answer: LatestAnswer = {"manifest": "", "copy_from": "", "error": ""}
+        if self._depot is None:
+            return answer
+        try:
+            manifest, damaged = await _in_thread(self._depot.find_latest)
+        except Exception as error:  # noqa: BLE001 - starting anew would lose work: main must know
+            return {**answer, "error": f"{type(error).__name__}: {error}"}
+        for sentence in damaged:
+            self._note(sentence)
+        return {**answer, "manifest": manifest.to_json() if manifest is not None else ""}
+
+
+class LatestCopy:
+    """Fetches the latest checkpoint once for all workers of a task.
+
+    Parameters
+    ----------
+    depot
+        Where checkpoints are kept, or None when the run keeps none.
+    scratch
+        This task's own directory.
+    ask
+        Asks partition 0 for the decision.
+    tell
+        Tells partition 0 where the copy is.
+    """
+
+    def __init__(
+        self,
+        depot: Depot | None,
+        scratch: Path,
+        ask: Callable[[], Awaitable[LatestAnswer]],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._depot = depot
+        self._scratch = scratch
+        self._ask = ask
+        self._tell = tell
+        self._answer: asyncio.Task[dict[str, Any]] | None = None
+
+    async def get(self) -> dict[str, Any]:
+        """Give the latest checkpoint's copy on this machine.
+
+        Returns
+        -------
+        dict
+            JSON-compatible: ``step`` and ``directory`` ("" when there is no checkpoint), or
+            ``error``.
+        """
+        if self._answer is None:
+            self._answer = asyncio.create_task(self._fetch())
+        return await asyncio.shield(self._answer)
+
+    async def _fetch(self) -> dict[str, Any]:
+        answer = await self._ask()
+        if answer["error"]:
+            return {"error": answer["error"]}
+        if not answer["manifest"] or self._depot is None:
+            return {"directory": "", "step": -1}
+        manifest = Manifest.from_json(answer["manifest"])
+        directory = self._scratch / f"latest-{manifest.step}"
+        try:
+            if not await _in_thread(_link_copy, manifest, answer["copy_from"], directory):
+                directory.mkdir()
+                await _in_thread(self._depot.fetch, manifest, directory)
+        except Exception as error:  # noqa: BLE001 - starting anew would lose work: main must know
+            self._tell("")
+            return {"error": f"{type(error).__name__}: {error}"}
+        self._tell(str(directory))
+        return {"directory": str(directory), "step": manifest.step}
+
+
+def _link_copy(manifest: Manifest, source: str, directory: Path) -> bool:
+    """Share a verified copy of another task on this host; False where that does not work."""
+    if not source:
+        return False
+    try:
+        directory.mkdir()
+        for file in manifest.files:
+            target = directory / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(Path(source) / file.path, target)
+        for name in manifest.directories:
+            (directory / name).mkdir(parents=True, exist_ok=True)
+    except OSError:
+        shutil.rmtree(directory, ignore_errors=True)
+        return False
+    return True

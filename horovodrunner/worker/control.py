@@ -1,0 +1,145 @@
+"""The control pipe: the job and answers come in; its end ends this process. Runs in: the worker."""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import shutil
+import signal
+import threading
+import time
+from typing import Any
+
+from horovodrunner.core.frames import PREFIX_BYTES, Frame, parse_header, parse_prefix
+from horovodrunner.core.job import WorkerSpec
+from horovodrunner.worker.context import TaskLink
+from horovodrunner.worker.watch import MainThreadWatch
+
+__all__ = ["ControlPipe"]
+
+_Bytes = bytes | bytearray | memoryview
+
+SAMPLE_SECONDS = 1.0
+"""How often the main thread is looked at, at least; a shorter call is never seen to wait."""
+
+
+class ControlPipe:
+    """Waits for what the task sends, in a thread of its own, and for the pipe's end.
+
+    The pipe stays open as long as the task lives. When it ends, this process and all it started
+    in its process group are ended.
+
+    Parameters
+    ----------
+    control_fd
+        Read end of the pipe whose write end only the task holds.
+    link
+        The pipe to the task.
+    """
+
+    def __init__(self, control_fd: int, link: TaskLink) -> None:
+        self._control_fd = control_fd
+        self._link = link
+        self._watch = MainThreadWatch()
+        self._jobs: queue.SimpleQueue[tuple[WorkerSpec, _Bytes]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._asking = threading.Lock()
+        self._scratch = ""
+        self._beat_seconds = SAMPLE_SECONDS
+        self._next_beat = 0.0
+        self._main_runs = False
+        threading.Thread(target=self._serve, name="horovodrunner-control", daemon=True).start()
+
+    def wait_for_job(self) -> tuple[WorkerSpec, _Bytes]:
+        """Wait for the job.
+
+        Returns
+        -------
+        tuple of WorkerSpec and bytes-like
+            The slot and the pickled call; nothing else keeps the call, which may be large.
+        """
+        return self._jobs.get()
+
+    def main_begins(self) -> None:
+        """Tell the task so, and from now on where main is."""
+        self._link.send("started")
+        self._main_runs = True
+
+    def main_ends(self) -> None:
+        """Tell the task no longer where main is."""
+        self._main_runs = False
+
+    def ask(self, kind: str) -> dict[str, Any]:
+        """Ask the task something and wait for the answer.
+
+        Parameters
+        ----------
+        kind
+            The question.
+
+        Returns
+        -------
+        dict
+            The answer's fields.
+        """
+        with self._asking:
+            self._link.send(kind)
+            return self._answers.get()
+
+    def _serve(self) -> None:
+        while True:
+            pause = min(SAMPLE_SECONDS, self._beat_seconds)
+            if not select.select([self._control_fd], [], [], pause)[0]:
+                self._look_at_main()
+                continue
+            frame = self._receive()
+            if frame is None:
+                break
+            fields = {name: value for name, value in frame.header.items() if name != "kind"}
+            if frame.kind == "job":
+                spec = WorkerSpec.from_header(fields)
+                self._scratch, self._beat_seconds = spec.scratch, spec.beat_seconds
+                self._jobs.put((spec, frame.body))
+            else:
+                self._answers.put(fields)
+            del frame
+        self._end_everything()
+
+    def _look_at_main(self) -> None:
+        if not self._main_runs:
+            return
+        state = self._watch.sample()
+        if time.monotonic() >= self._next_beat:
+            self._next_beat = time.monotonic() + self._beat_seconds * 0.9
+            self._link.send_unless_busy("state", **state)
+
+    def _end_everything(self) -> None:
+        """End this process group: the task is gone, or wants us gone."""
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        if os.getpgrp() == os.getpid():  # so started by the task: our children go with us
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+    def _receive(self) -> Frame | None:
+        prefix = self._read(PREFIX_BYTES)
+        if prefix is None:
+            return None
+        header_bytes, body_bytes = parse_prefix(bytes(prefix), None)
+        header = self._read(header_bytes)
+        body = self._read(body_bytes)
+        if header is None or body is None:
+            return None
+        return Frame(parse_header(bytes(header)), body)
+
+    def _read(self, count: int) -> bytearray | None:
+        """Read so many bytes, and not one more: what follows is to be seen by select()."""
+        data = bytearray(count)
+        view = memoryview(data)
+        while view:
+            read = os.readv(self._control_fd, [view])
+            if not read:
+                return None
+            view = view[read:]
+        return data
