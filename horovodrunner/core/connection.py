@@ -30,7 +30,16 @@ HANDSHAKE_SECONDS = 10.0
 """A peer that has not proved the token by then is disconnected."""
 
 MAX_UNPROVED_CONNECTIONS = 256
-"""So many peers may be in the handshake at once; further ones are disconnected."""
+"""So many peers may be in the handshake at once; for a further one the oldest is dropped."""
+
+_ACCEPTED_AT_ONCE = 16
+"""So many connections asyncio accepts before the others have their turn.
+
+With more, a flood could drop a peer before it has had the time to answer.
+"""
+
+_WAITING_CONNECTIONS = 1024
+"""So many may wait in the kernel until they are accepted; further ones try again after 1 s."""
 
 MAX_UNSENT_BYTES = 8 * 1024 * 1024
 """Log lines that would make more than this wait for a slow peer are dropped and counted."""
@@ -68,6 +77,18 @@ async def read_frame(
         If the bytes are no frame or one that is too large.
     """
     try:
+        return await _read_frame(reader, max_body_bytes)
+    except _CutOffError:
+        return None
+
+
+class _CutOffError(FrameError):
+    """The stream ended in the middle of a frame."""
+
+
+async def _read_frame(reader: asyncio.StreamReader, max_body_bytes: int | None) -> Frame | None:
+    prefix = b""
+    try:
         prefix = await reader.readexactly(PREFIX_BYTES)
         header_bytes, body_bytes = parse_prefix(prefix, max_body_bytes)
         header = parse_header(await reader.readexactly(header_bytes))
@@ -75,10 +96,18 @@ async def read_frame(
         while len(body) < body_bytes:
             piece = await reader.read(min(_READ_BYTES, body_bytes - len(body)))
             if not piece:
-                return None
+                raise _CutOffError(f"a body of {len(body)} bytes where {body_bytes} were announced")
             body += piece
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
+    except RecursionError:
+        raise FrameError("a header that is nested too deeply") from None
+    except asyncio.IncompleteReadError as error:
+        if not prefix and not error.partial:
+            return None
+        raise _CutOffError(f"{len(error.partial)} bytes where {error.expected} belong") from None
+    except ConnectionError as error:
+        if not prefix:
+            return None
+        raise _CutOffError(str(error)) from None
     return Frame(header, body)
 
 
@@ -94,6 +123,8 @@ class Connection:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
+        self.cut_off = ""
+        """What was received of a frame that the peer did not send to its end, in words."""
         self._dropped_lines = 0
         self._dropped_header: dict[str, Any] = {}
 
@@ -115,9 +146,18 @@ class Connection:
         Returns
         -------
         Frame or None
-            None when the peer is gone.
+            None when the peer is gone, also in the middle of a frame.
+
+        Raises
+        ------
+        FrameError
+            If the bytes are no frame or one that is too large.
         """
-        return await read_frame(self._reader)
+        try:
+            return await _read_frame(self._reader, MAX_BODY_BYTES)
+        except _CutOffError as error:
+            self.cut_off = str(error)
+            return None
 
     def send(self, kind: str, body: bytes | bytearray | memoryview = b"", **header: Any) -> None:
         """Send a frame without waiting; to a peer that is gone, nothing happens.
@@ -271,7 +311,8 @@ class FrameServer:
     serve
         Called with each proved connection; the connection is closed when it returns.
     on_refused
-        Called once, with a sentence about the first peer that was refused.
+        Called with a sentence about the first peer that was refused, and with one about the first
+        that proved the token and then sent what cannot be understood; never again after that.
     """
 
     def __init__(
@@ -283,9 +324,10 @@ class FrameServer:
         self._token = token
         self._serve = serve
         self._on_refused = on_refused
-        self._refused = 0
-        self._unproved = 0
+        self._reported: set[str] = set()
+        self._unproved: dict[asyncio.StreamWriter, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int = 0) -> int:
@@ -308,11 +350,18 @@ class FrameServer:
         OSError
             If the port cannot be bound.
         """
-        self._server = await asyncio.start_server(self._accept, host, port)
+        self._server = await asyncio.start_server(
+            self._accept, host, port, backlog=_ACCEPTED_AT_ONCE
+        )
+        for listening in self._server.sockets:
+            # asyncio takes one number for both: how many wait, and how many it accepts at once.
+            with socket.socket(fileno=os.dup(listening.fileno())) as same:
+                same.listen(_WAITING_CONNECTIONS)
         return int(self._server.sockets[0].getsockname()[1])
 
     async def close(self) -> None:
         """Stop to listen and close every connection."""
+        self._closing = True
         if self._server is not None:
             self._server.close()
         for task in self._tasks:
@@ -325,18 +374,30 @@ class FrameServer:
         self._tasks.add(task)
         try:
             if await self._prove(reader, writer):
-                with contextlib.suppress(FrameError):
-                    await self._serve(Connection(reader, writer))
+                await self._serve_proved(Connection(reader, writer))
             await _close(writer)
         except asyncio.CancelledError:
             writer.transport.abort()
         finally:
             self._tasks.discard(task)
 
+    async def _serve_proved(self, connection: Connection) -> None:
+        peer = connection.peer
+        try:
+            await self._serve(connection)
+            wrong = connection.cut_off
+        except (ValueError, KeyError, TypeError) as error:
+            # A FrameError, or a frame of the right form that lacks what its kind needs.
+            wrong = str(error) if isinstance(error, FrameError) else repr(error)
+        if wrong:
+            self._report("closed", peer, f"what it sent is not one of our messages: {wrong}")
+
     async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        if self._unproved >= MAX_UNPROVED_CONNECTIONS:
-            return self._refuse(writer, f"{self._unproved} others are in the handshake")
-        self._unproved += 1
+        if len(self._unproved) >= MAX_UNPROVED_CONNECTIONS:
+            oldest = next(iter(self._unproved))
+            del self._unproved[oldest]
+            self._refuse(oldest, f"{MAX_UNPROVED_CONNECTIONS} newer ones were in the handshake")
+        self._unproved[writer] = None
         try:
             await asyncio.wait_for(_prove_as_server(reader, writer, self._token), HANDSHAKE_SECONDS)
         except asyncio.TimeoutError:
@@ -344,15 +405,18 @@ class FrameServer:
         except (AuthenticationError, asyncio.IncompleteReadError, ConnectionError) as error:
             return self._refuse(writer, str(error) or "it closed the connection")
         finally:
-            self._unproved -= 1
-        return True
+            self._unproved.pop(writer, None)
+        return not writer.is_closing()
 
     def _refuse(self, writer: asyncio.StreamWriter, why: str) -> bool:
         peer = writer.get_extra_info("peername")
         writer.transport.abort()
-        self._refused += 1
-        if self._refused == 1:
-            self._on_refused(
-                f"a connection from {peer} was refused: {why} (further ones are not reported)"
-            )
+        self._report("refused", f"{peer[0]}:{peer[1]}" if peer else "a closed connection", why)
         return False
+
+    def _report(self, what: str, peer: str, why: str) -> None:
+        if what not in self._reported:
+            self._reported.add(what)
+            self._on_refused(
+                f"a connection from {peer} was {what}: {why} (further ones are not reported)"
+            )

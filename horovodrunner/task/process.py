@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ STACK_PAUSE_SECONDS = 0.2
 DRAIN_SECONDS = 1.0
 """How long output is still read after a worker's end, when a process it left behind holds it."""
 
+_OWN_FRAMES = re.compile(r'File "(.*/horovodrunner/worker/__main__\.py|<frozen runpy>)"')
 _PIPE_BYTES = 1024 * 1024
 _EXIT_ON_SIGTERM = 128 + signal.SIGTERM
 
@@ -175,7 +177,7 @@ class WorkerProcess:
                     pause = STACK_PAUSE_SECONDS
         if not text:
             return f"(no stack: the process does not react to a signal; {_process_state(self.pid)})"
-        return _without_own_threads(text.decode(errors="replace"))
+        return _of_the_user(text.decode(errors="replace"))
 
     def killed_by_kernel(self) -> str:
         """Say what the kernel tells about a worker that SIGKILL ended; after :meth:`wait`.
@@ -303,12 +305,12 @@ async def _read_lines(name: str, pipe: IO[bytes], on_lines: Callable[[str, bytes
             on_lines(name, rest)
 
 
-def _without_own_threads(stacks: str) -> str:
-    """Leave out the thread that this package runs in every worker."""
-    threads = [
-        part for part in stacks.split("\n\n") if "horovodrunner/worker/control.py" not in part
-    ]
-    return "\n\n".join(threads)
+def _of_the_user(stacks: str) -> str:
+    """Leave out what this package does in every worker: its thread, and the frames below main."""
+    threads = stacks.split("\n\n")
+    threads = [part for part in threads if "horovodrunner/worker/control.py" not in part]
+    lines = "\n\n".join(threads).splitlines()
+    return "\n".join(line for line in lines if not _OWN_FRAMES.search(line))
 
 
 def _process_state(pid: int) -> str:

@@ -130,7 +130,9 @@ class StallWatch:
         longest = max([*waits.values(), *silent.values()], default=0.0)
         if longest < threshold:
             return None
-        text = f"{_who_waits(waiting)}; {self._who_is_missing(missing, silent)}"
+        text = self._who_is_missing(missing, silent)
+        if waiting:
+            text = f"{_who_waits(waiting)}; {text}"
         return Stall(longest, text, tuple(missing))
 
     def _who_is_missing(self, missing: Sequence[int], silent: Mapping[int, float]) -> str:
@@ -158,8 +160,6 @@ def _who_waits(waiting: Mapping[int, RankState]) -> str:
     places: dict[tuple[str, str], set[int]] = {}
     for rank, state in waiting.items():
         places.setdefault((state.waits_in, state.where), set()).add(rank)
-    if not places:
-        return "no rank is known to wait"
     parts = [
         f"{ranks_in_words(ranks)} {'waits' if len(ranks) == 1 else 'wait'} in {collective}"
         + (f" ({where})" if where else "")

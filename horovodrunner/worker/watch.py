@@ -23,6 +23,8 @@ _STEP_FUNCTIONS = {
 """Native calls that may wait or compute: DistributedDataParallel reduces in the first one, a
 tf.function in the second one."""
 
+_DDP_MODULE = "torch.nn.parallel.distributed"
+
 _LIBRARIES = frozenset(
     {
         "asyncio",
@@ -130,6 +132,9 @@ class MainThreadWatch:
     def _waiting_call(self, frames: list[FrameType]) -> tuple[FrameType | None, str, bool]:
         if name := collective_of(frames):
             return next(frame for frame in frames if _is_collective(frame)), name, True
+        if frames and str(frames[0].f_globals.get("__name__", "")) == _DDP_MODULE:
+            # Its own native calls exchange buckets and buffers; computing happens further in.
+            return frames[0], "DistributedDataParallel", True
         for frame in frames[:3]:
             key = (str(frame.f_globals.get("__name__", "")), frame.f_code.co_name)
             if key in _STEP_FUNCTIONS:

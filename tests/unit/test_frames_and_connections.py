@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
+import logging
 import re
+import resource
 import socket
-from collections.abc import Awaitable, Callable
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
 
+import psutil
 import pytest
 
 from horovodrunner.core import connection as connection_module
@@ -19,6 +27,7 @@ from horovodrunner.core.connection import (
 from horovodrunner.core.frames import (
     MAGIC,
     MAX_BODY_BYTES,
+    MAX_HEADER_BYTES,
     PREFIX_BYTES,
     Frame,
     FrameError,
@@ -57,6 +66,66 @@ def serve(scenario: Scenario) -> tuple[list[Frame], list[str]]:
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         await asyncio.sleep(0.005)
+
+
+STRANGERS = """
+import resource, socket, sys
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+opened = []
+print("begins", flush=True)
+for _ in range(int(sys.argv[2])):
+    stranger = socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=30)
+    stranger.sendall(b"x")
+    opened.append(stranger)
+print("opened", flush=True)
+sys.stdin.read()
+"""
+"""Opens as many connections as it is told to, says one byte on each, and keeps them."""
+
+
+class Strangers:
+    """Many connections of another process, that has file descriptors of its own."""
+
+    def __init__(self, port: int, count: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", STRANGERS, str(port), str(count)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"begins\n"
+        self._opened = asyncio.create_task(asyncio.to_thread(self._process.stdout.readline))
+
+    @property
+    def all_opened(self) -> bool:
+        return self._opened.done()
+
+    async def leave(self) -> None:
+        assert await self._opened == b"opened\n"
+        self.kill()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[int]:
+    """Let this process have 1024 file descriptors, as many systems do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    yield 1024
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def no_noise(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Fail a test in which asyncio complains, also about what the garbage collector finds."""
+    yield
+    gc.collect()
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+    assert capfd.readouterr().err == ""
 
 
 def test_frames_cross_a_proved_connection_both_ways() -> None:
@@ -131,23 +200,149 @@ def test_bytes_that_are_not_ours_are_refused_once_logged(garbage: bytes) -> None
     assert len(refusals) == 1
 
 
-def test_peers_that_say_nothing_do_not_keep_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "HANDSHAKE_SECONDS", 0.3)
+@pytest.mark.usefixtures("few_descriptors", "no_noise")
+def test_thousands_of_strangers_do_not_keep_a_peer_out() -> None:
+    """They come faster than their time runs out, and they hold all the places there are."""
+    process = psutil.Process()
+    waited: list[float] = []
+    fds: list[int] = []
 
     async def scenario(
         server: FrameServer, port: int, frames: list[Frame], refusals: list[str]
     ) -> None:
-        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(300)]
-        await until(lambda: server._unproved == 0 and bool(refusals))
-        peer = await connect("127.0.0.1", port, TOKEN, 5)
-        peer.send("after-all")
-        await until(lambda: bool(frames))
-        await peer.close()
-        for _, intruder in silent:
-            intruder.transport.abort()
+        fds_before, rss_before = process.num_fds(), process.memory_info().rss
+        strangers = Strangers(port, 4000)
+        while not strangers.all_opened or len(waited) < 5:
+            started = time.monotonic()
+            peer = await connect("127.0.0.1", port, TOKEN, 10)
+            waited.append(time.monotonic() - started)
+            peer.send("hello")
+            fds.append(process.num_fds() - fds_before)
+            await peer.close()
+        await until(lambda: len(frames) == len(waited))
+        assert len(server._unproved) <= connection_module.MAX_UNPROVED_CONNECTIONS
+        assert process.memory_info().rss - rss_before < 100 * 1024 * 1024
+        await strangers.leave()
 
-    frames, _ = serve(scenario)
-    assert [frame.kind for frame in frames] == ["after-all"]
+    _, refusals = serve(scenario)
+    assert max(waited) < 3  # seconds; a SYN that finds the queue full comes again after one
+    assert 200 < max(fds) < 256 + 100
+    assert len(refusals) == 1
+    assert "256 newer ones" in refusals[0]
+
+
+@pytest.mark.usefixtures("no_noise")
+def test_a_server_that_closes_under_a_flood_leaves_no_task_behind() -> None:
+    """In a loop of its own that ends right then, as the driver channel's does."""
+    loop = asyncio.new_event_loop()
+    server = FrameServer(TOKEN, lambda peer: asyncio.sleep(0), lambda why: None)
+
+    async def run() -> None:
+        port = await server.start("127.0.0.1")
+        clients = []
+        for _ in range(100):
+            clients.append(socket.socket())
+            clients[-1].setblocking(False)
+            clients[-1].connect_ex(("127.0.0.1", port))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await server.close()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        for client in clients:
+            client.close()
+
+    loop.run_until_complete(run())
+    loop.close()
+
+
+@pytest.mark.usefixtures("no_noise")
+def test_a_peer_that_sends_a_byte_now_and_then_is_dropped_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection_module, "HANDSHAKE_SECONDS", 0.5)
+
+    async def scenario(server: FrameServer, port: int, *_: object) -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        started = time.monotonic()
+        while not writer.is_closing():
+            writer.write(b"x")
+            await asyncio.sleep(0.05)
+        assert 0.4 < time.monotonic() - started < 3
+        assert not server._unproved
+
+    _, refusals = serve(scenario)
+    assert "it sent no proof within 0.5 s" in refusals[0]
+
+
+def announce(header: bytes, body_bytes: int = 0, header_bytes: int | None = None) -> bytes:
+    """Encode a frame's beginning, of any kind."""
+    size = len(header) if header_bytes is None else header_bytes
+    return size.to_bytes(4, "big") + body_bytes.to_bytes(8, "big") + header
+
+
+@pytest.mark.usefixtures("no_noise")
+@pytest.mark.parametrize(
+    ("sent", "why"),
+    [
+        (b"\0\0\0", "3 bytes where 12 belong"),
+        (announce(b'{"ki', header_bytes=16), "4 bytes where 16 belong"),
+        (announce(b'{"kind": "x"}', 100) + b"half", "a body of 4 bytes where 100"),
+        (announce(b'{"kind": "x"}', MAX_BODY_BYTES + 1), "at most"),
+        (announce(b"", header_bytes=MAX_HEADER_BYTES + 1), "at most"),
+        (announce(b"GET / HTTP/1.1"), "not JSON"),
+        (announce(b"\xff\xfe\x80"), "not JSON"),
+        (announce(b"[" * 1_000_000), "nested too deeply"),
+        (announce(b"[1]"), "not a JSON object"),
+        (announce(b'{"kind": "needs-rank"}'), "KeyError('rank')"),
+    ],
+)
+def test_a_proved_peer_that_sends_something_else_is_closed_and_reported_once(
+    sent: bytes, why: str
+) -> None:
+    reports: list[str] = []
+
+    async def collect(peer: Connection) -> None:
+        while (frame := await peer.receive()) is not None:
+            if frame.kind == "needs-rank":
+                peer.send("echo", rank=frame.header["rank"])
+
+    async def run() -> None:
+        server = FrameServer(TOKEN, collect, reports.append)
+        port = await server.start("127.0.0.1")
+        for _ in range(3):
+            peer = await connect("127.0.0.1", port, TOKEN, 5)
+            peer._writer.write(sent)
+            peer._writer.write_eof()
+            assert await peer.receive() is None
+            await peer.close()
+        peer = await connect("127.0.0.1", port, TOKEN, 5)
+        peer.send("needs-rank", rank=3)
+        answer = await peer.receive()
+        assert answer is not None
+        assert answer.header["rank"] == 3
+        await peer.close()
+        await server.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    (report,) = reports
+    assert re.match(r"a connection from 127\.0\.0\.1:\d+ was closed: ", report)
+    assert why in report
+
+
+def test_a_refused_stranger_does_not_hide_a_proved_peer_that_is_closed() -> None:
+    async def scenario(
+        server: FrameServer, port: int, frames: list[Frame], refusals: list[str]
+    ) -> None:
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(b"x" * 200)
+            await until(lambda: len(refusals) == 1)
+        peer = await connect("127.0.0.1", port, TOKEN, 5)
+        peer._writer.write(announce(json.dumps([]).encode()))
+        assert await peer.receive() is None
+        await peer.close()
+
+    _, refusals = serve(scenario)
+    assert ["refused" in refusals[0], "closed" in refusals[1]] == [True, True]
 
 
 def test_an_oversized_frame_ends_the_connection_before_it_is_read() -> None:
