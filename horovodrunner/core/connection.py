@@ -38,6 +38,9 @@ _ACCEPTED_AT_ONCE = 16
 With more, a flood could drop a peer before it has had the time to answer.
 """
 
+_ACCEPTING_TURNS = 8
+"""More turns of the loop than a connection takes from the kernel to us; in CPython it is three."""
+
 _WAITING_CONNECTIONS = 1024
 """So many may wait in the kernel until they are accepted; further ones try again after 1 s."""
 
@@ -327,7 +330,6 @@ class FrameServer:
         self._reported: set[str] = set()
         self._unproved: dict[asyncio.StreamWriter, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._closing = False
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int = 0) -> int:
@@ -356,13 +358,18 @@ class FrameServer:
         for listening in self._server.sockets:
             # asyncio takes one number for both: how many wait, and how many it accepts at once.
             with socket.socket(fileno=os.dup(listening.fileno())) as same:
-                same.listen(_WAITING_CONNECTIONS)
+                pass
         return int(self._server.sockets[0].getsockname()[1])
 
     async def close(self) -> None:
         """Stop to listen and close every connection."""
-        self._closing = True
         if self._server is not None:
+            # What asyncio accepted reaches _accept a few turns of the loop later, and is lost with
+            # its socket open when the server is closed before.
+            for listening in self._server.sockets:
+                asyncio.get_running_loop().remove_reader(listening.fileno())
+            for _ in range(_ACCEPTING_TURNS):
+                await asyncio.sleep(0)
             self._server.close()
         for task in self._tasks:
             task.cancel()

@@ -172,7 +172,7 @@ class Coordinator:
     def stack(self, rank: int, text: str) -> None:
         """Take a rank's Python stack."""
         self._stacks[rank] = text
-        if len(self._stacks) + len(self._outcomes) >= len(self._slots):
+        if {*self._stacks, *self._outcomes} >= set(self._slots):
             self._all_stacks.set()
 
     async def collect_stacks(self) -> dict[int, str]:

@@ -87,7 +87,7 @@ def collective_of(frames: list[FrameType]) -> str:
         if not _is_library(frame):
             break
         if _is_collective(frame):
-            name = frame.f_code.co_name
+            name = frame.f_code.co_name if frame.f_code.co_name != "wrapper" else name or "wrapper"
         elif name and not str(frame.f_globals.get("__name__", "")).startswith("torch."):
             break  # torch's frames may lie within a collective: autograd functions
     return name
