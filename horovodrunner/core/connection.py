@@ -358,7 +358,7 @@ class FrameServer:
         for listening in self._server.sockets:
             # asyncio takes one number for both: how many wait, and how many it accepts at once.
             with socket.socket(fileno=os.dup(listening.fileno())) as same:
-                pass
+                same.listen(_WAITING_CONNECTIONS)
         return int(self._server.sockets[0].getsockname()[1])
 
     async def close(self) -> None:

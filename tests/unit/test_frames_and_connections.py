@@ -225,7 +225,6 @@ def test_thousands_of_strangers_do_not_keep_a_peer_out() -> None:
         await strangers.leave()
 
     _, refusals = serve(scenario)
-    print("WAITED", len(waited), max(waited), max(fds))
     assert max(waited) < 3  # seconds; a SYN that finds the queue full comes again after one
     assert 200 < max(fds) < 256 + 100
     assert len(refusals) == 1
