@@ -17,7 +17,8 @@ from horovodrunner.core.job import JobSpec, Outcome
 from horovodrunner.driver import checked, interrupt
 from horovodrunner.driver.attempts import run_attempts
 from horovodrunner.driver.console import Console
-from horovodrunner.task.store import CheckpointStore, is_url
+from horovodrunner.task.places import is_url
+from horovodrunner.task.store import CheckpointStore
 
 __all__ = ["HorovodRunner", "SavedCheckpoint"]
 

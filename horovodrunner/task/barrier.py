@@ -16,7 +16,8 @@ from horovodrunner.task.channel import register_with_driver
 from horovodrunner.task.coordinator import DriverLink
 from horovodrunner.task.depot import Depot, DriverDepot, StoreDepot
 from horovodrunner.task.network import find_address, host_id
-from horovodrunner.task.store import CheckpointStore, is_url
+from horovodrunner.task.places import is_url
+from horovodrunner.task.store import CheckpointStore
 
 __all__ = ["ROW_SCHEMA", "barrier_task"]
 

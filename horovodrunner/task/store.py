@@ -19,56 +19,27 @@ import hashlib
 import os
 import re
 import secrets
-import shutil
 import stat
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO
 
 from horovodrunner.core.manifest import MANIFEST_NAME, Manifest, StoredFile, safe_path
 from horovodrunner.errors import ArgumentValueError, ConfigurationError
+from horovodrunner.task.places import as_os_error, open_place
 
 __all__ = [
     "CheckpointStore",
     "IncomingCheckpoint",
     "IncomingFile",
-    "is_url",
     "list_tree",
 ]
 
 _CHUNK_BYTES = 4 * 2**20
-_LEFTOVER_SECONDS = 24 * 3600
-_INCOMING = ".incoming-"
-_REPLACED = ".replaced-"
 _STEP = re.compile(r"step-([0-9]{8,})")
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
-# what FUSE and network file systems answer when they have no fsync for this kind of file
-_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
-
-
-def is_url(location: str | os.PathLike[str]) -> bool:
-    """Tell URLs, which need fsspec, from paths.
-
-    Parameters
-    ----------
-    location
-        A path or a URL.
-
-    Returns
-    -------
-    bool
-        True when it starts with a scheme of two or more characters.
-
-    Examples
-    --------
-    >>> is_url("s3://bucket/run-1"), is_url("dbfs:/run-1"), is_url("/dbfs/run-1")
-    (True, True, False)
-    """
-    return _SCHEME.match(os.fspath(location)) is not None
 
 
 class CheckpointStore:
@@ -94,7 +65,7 @@ class CheckpointStore:
         if keep < 1:
             raise ArgumentValueError(f"keep is {keep}; at least 1 checkpoint must be kept.")
         self.keep = keep
-        self._place = _place(location)
+        self._place = open_place(location)
         self._held: str | None = None
 
     @property
@@ -113,7 +84,7 @@ class CheckpointStore:
         probe = f".probe-{secrets.token_hex(4)}"
         try:
             self._place.make("")
-            with _as_os_error(self._place.url(probe)):
+            with as_os_error(self._place.url(probe)):
                 self._place.close(self._place.create(probe))
             self._place.remove_file(probe)
         except OSError as error:
@@ -305,7 +276,7 @@ class CheckpointStore:
 
     def _read_manifest(self, name: str) -> Manifest:
         path = f"{name}/{MANIFEST_NAME}"
-        with _as_os_error(self._place.url(path)), self._place.open(path) as stream:
+        with as_os_error(self._place.url(path)), self._place.open(path) as stream:
             content = stream.read()
         manifest = Manifest.from_json(content.decode())
         if _name(manifest.step) != name:
@@ -317,7 +288,7 @@ class CheckpointStore:
         if size != file.size:
             return f"has {size} bytes instead of {file.size}"
         digest = hashlib.sha256()
-        with _as_os_error(self._place.url(path)), self._place.open(path) as stream:
+        with as_os_error(self._place.url(path)), self._place.open(path) as stream:
             for chunk in _chunks(stream):
                 digest.update(chunk)
         if digest.hexdigest() != file.sha256:
@@ -482,7 +453,7 @@ class IncomingCheckpoint:
         with self._discarded_on_error():
             manifest = self._manifest()
             path = f"{self._root}/{MANIFEST_NAME}"
-            with _as_os_error(self._place.url(path)):
+            with as_os_error(self._place.url(path)):
                 stream = self._place.create(path)
                 try:
                     stream.write(manifest.to_json().encode())
@@ -499,7 +470,7 @@ class IncomingCheckpoint:
             return
         self._over = True
         for file in self._open:
-            with suppress(OSError), _as_os_error(file.path):
+            with suppress(OSError), as_os_error(file.path):
                 file._stream.close()
         self._open.clear()
         with suppress(OSError):
@@ -588,7 +559,7 @@ class IncomingFile:
         """
         self._refuse_when_closed()
         view = memoryview(chunk).cast("B")
-        with self._checkpoint._discarded_on_error(), _as_os_error(self.path):
+        with self._checkpoint._discarded_on_error(), as_os_error(self.path):
             self._stream.write(view)
         self._digest.update(view)
         self._size += len(view)
@@ -609,7 +580,7 @@ class IncomingFile:
             When it cannot be written in full; the checkpoint is discarded then.
         """
         self._refuse_when_closed()
-        with self._checkpoint._discarded_on_error(), _as_os_error(self.path):
+        with self._checkpoint._discarded_on_error(), as_os_error(self.path):
             self._checkpoint._place.close(self._stream)
         stored = StoredFile(self.path, self._size, self._digest.hexdigest())
         self._checkpoint._closed(self, stored)
@@ -618,190 +589,6 @@ class IncomingFile:
     def _refuse_when_closed(self) -> None:
         if self not in self._checkpoint._open:
             raise ValueError(f"the file {self.path!r} was closed, or its checkpoint is over")
-
-
-class _LocalPlace:
-    """A directory of a mounted file system."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def url(self, path: str) -> str:
-        return str(self.root / path)
-
-    def make(self, path: str) -> None:
-        (self.root / path).mkdir(parents=True, exist_ok=True)
-
-    def directories(self) -> list[str]:
-        try:
-            return [each.name for each in self.root.iterdir() if each.is_dir()]
-        except FileNotFoundError:
-            return []
-
-    def refresh(self) -> None:
-        """Do nothing: a disk is always asked."""
-
-    def size(self, path: str) -> int:
-        return (self.root / path).stat().st_size
-
-    def open(self, path: str) -> BinaryIO:
-        return (self.root / path).open("rb")
-
-    def create(self, path: str) -> BinaryIO:
-        target = self.root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return target.open("xb")
-
-    def close(self, stream: BinaryIO) -> None:
-        with stream:
-            stream.flush()
-            _sync(stream.fileno())
-
-    def begin(self, name: str) -> str:
-        """Give the place where the files of `name` are written."""
-        incoming = _beside(_INCOMING, name)
-        self.make(incoming)
-        return incoming
-
-    def finish(self, incoming: str, name: str) -> None:
-        """Put what was written to `incoming` in its place, instead of what is there."""
-        for directory, _, _ in os.walk(self.root / incoming):
-            _sync_directory(directory)
-        final, aside = self.root / name, self.root / _beside(_REPLACED, name)
-        replaces = os.path.lexists(final)
-        if replaces:
-            final.replace(aside)
-        try:
-            (self.root / incoming).replace(final)
-        except OSError:
-            if replaces:
-                aside.replace(final)
-            raise
-        # it is there now, whatever fails from here on
-        with suppress(OSError):
-            _sync_directory(self.root)
-        with suppress(OSError):
-            if replaces:
-                self.remove(aside.name)
-
-    def remove(self, name: str) -> None:
-        path = self.root / name
-        if path.is_symlink() or not path.is_dir():
-            path.unlink(missing_ok=True)
-            return
-        if not name.startswith(_INCOMING):
-            # a crash in the middle leaves the leftover of a write, not a damaged checkpoint
-            path = path.replace(self.root / _beside(_INCOMING, name.lstrip(".")))
-        shutil.rmtree(path)
-
-    def remove_file(self, path: str) -> None:
-        (self.root / path).unlink()
-
-    def recover(self) -> None:
-        """Put back what a crash in the middle of :meth:`finish` left aside."""
-        for name in self.directories():
-            final = _replaced_name(name)
-            if final and not os.path.lexists(self.root / final):
-                with suppress(OSError):
-                    (self.root / name).replace(self.root / final)
-
-    def leftovers(self) -> list[str]:
-        """List what writes that were interrupted long ago left."""
-        found = []
-        for name in self.directories():
-            final = _replaced_name(name)
-            if not name.startswith(_INCOMING) and not final:
-                continue
-            if final and not os.path.lexists(self.root / final):
-                continue
-            with suppress(FileNotFoundError):
-                if time.time() - (self.root / name).stat().st_mtime > _LEFTOVER_SECONDS:
-                    found.append(name)
-        return found
-
-
-class _RemotePlace:
-    """A place behind a URL. Whatever fsspec's implementations raise becomes an OSError."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._fs, root = _open_file_system(url)
-        if any(character in root for character in "*?["):
-            raise ConfigurationError(
-                f"The URL {url} has a character that fsspec takes for a pattern (*, ? or [). "
-                "Choose one without."
-            )
-        self._root = root.rstrip("/")
-
-    def url(self, path: str) -> str:
-        separator = "" if self._url.endswith("/") else "/"
-        return f"{self._url}{separator}{path}" if path else self._url
-
-    def make(self, path: str) -> None:
-        with _as_os_error(self.url(path)):
-            self._fs.makedirs(self._path(path), exist_ok=True)
-
-    def directories(self) -> list[str]:
-        self.refresh()
-        try:
-            with _as_os_error(self._url):
-                entries = self._fs.ls(self._path(""), detail=True)
-        except FileNotFoundError:
-            return []
-        directories = [each["name"] for each in entries if each["type"] == "directory"]
-        return [each.rstrip("/").rpartition("/")[2] for each in directories]
-
-    def refresh(self) -> None:
-        """Forget the listings that fsspec caches."""
-        with _as_os_error(self._url):
-            self._fs.invalidate_cache()
-
-    def size(self, path: str) -> int:
-        with _as_os_error(self.url(path)):
-            return int(self._fs.info(self._path(path))["size"])
-
-    def open(self, path: str) -> BinaryIO:
-        with _as_os_error(self.url(path)):
-            return cast(BinaryIO, self._fs.open(self._path(path), "rb"))
-
-    def create(self, path: str) -> BinaryIO:
-        parent = path.rpartition("/")[0]
-        self.make(parent)
-        with _as_os_error(self.url(path)):
-            return cast(BinaryIO, self._fs.open(self._path(path), "wb"))
-
-    def close(self, stream: BinaryIO) -> None:
-        stream.close()
-
-    def begin(self, name: str) -> str:
-        """Empty the place where the files of `name` are written: its own."""
-        self.remove(name)
-        self.make(name)
-        return name
-
-    def finish(self, incoming: str, name: str) -> None:
-        """Do nothing: the manifest, which is there by now, makes it count."""
-
-    def remove(self, name: str) -> None:
-        # the manifest first: a crash in the middle leaves an incomplete one, not a damaged one
-        with suppress(FileNotFoundError):
-            self.remove_file(f"{name}/{MANIFEST_NAME}")
-        with suppress(FileNotFoundError), _as_os_error(self.url(name)):
-            self._fs.rm(self._path(name), recursive=True)
-
-    def remove_file(self, path: str) -> None:
-        with _as_os_error(self.url(path)):
-            self._fs.rm(self._path(path))
-
-    def recover(self) -> None:
-        """Do nothing: behind a URL nothing is put aside."""
-
-    def leftovers(self) -> list[str]:
-        """Give none: what lacks a manifest could be just being written, and ages are not known."""
-        return []
-
-    def _path(self, path: str) -> str:
-        return f"{self._root}/{path}" if path else self._root or "/"
 
 
 def list_tree(directory: Path) -> tuple[list[tuple[str, Path]], list[str]]:
@@ -855,64 +642,8 @@ def _walk(
             raise OSError(errno.EINVAL, "Neither a file nor a directory", str(entry))
 
 
-def _place(location: str | os.PathLike[str]) -> _LocalPlace | _RemotePlace:
-    text = os.fspath(location)
-    if not is_url(text):
-        try:
-            return _LocalPlace(Path(text).expanduser().absolute())
-        except RuntimeError as error:
-            raise ConfigurationError(f"The directory {text} is unknown: {error}") from error
-    if isinstance(location, PurePath):
-        raise ConfigurationError(
-            f"{location!r} is a URL in a path object, which drops slashes. Give it as a str."
-        )
-    return _RemotePlace(text)
-
-
-def _open_file_system(url: str) -> tuple[Any, str]:
-    scheme, _, rest = url.partition(":")
-    try:
-        import fsspec
-    except ImportError as error:
-        raise ConfigurationError(
-            f"{url} has the scheme {scheme!r}, which needs fsspec: pip install fsspec"
-        ) from error
-    # fsspec takes "dbfs:/run" for the name of a local file
-    full = url if "://" in url else f"{scheme}://{rest}"
-    try:
-        fs, root = fsspec.core.url_to_fs(full)
-    except ImportError as error:
-        raise ConfigurationError(
-            f"{url} has the scheme {scheme!r}, for which fsspec needs another package: {error}"
-        ) from error
-    except Exception as error:  # what connects at once fails in its own ways
-        raise ConfigurationError(
-            f"fsspec cannot open {url} (scheme {scheme!r}): {type(error).__name__}: {error}. "
-            "Check the URL and what its file system needs."
-        ) from error
-    return fs, str(root)
-
-
-@contextmanager
-def _as_os_error(where: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:  # every fsspec implementation has errors of its own
-        raise OSError(f"{where}: {type(error).__name__}: {error}") from error
-
-
 def _name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _beside(prefix: str, name: str) -> str:
-    return f"{prefix}{name}-{secrets.token_hex(4)}"
-
-
-def _replaced_name(name: str) -> str:
-    return name[len(_REPLACED) :].rpartition("-")[0] if name.startswith(_REPLACED) else ""
 
 
 def _parents(path: str) -> list[str]:
@@ -922,19 +653,3 @@ def _parents(path: str) -> list[str]:
 def _chunks(stream: BinaryIO) -> Iterator[bytes]:
     while chunk := stream.read(_CHUNK_BYTES):
         yield chunk
-
-
-def _sync(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-
-
-def _sync_directory(directory: str | Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        _sync(descriptor)
-    finally:
-        os.close(descriptor)
