@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import sys
@@ -24,6 +25,11 @@ os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 """The JVMs of tests live for seconds: what they save in compiling is a third of their time."""
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # output must be shown at once without it
+
+TEMPORARY = tempfile.mkdtemp(prefix="tests-of-horovodrunner-")
+atexit.register(shutil.rmtree, TEMPORARY, ignore_errors=True)
+os.environ["TMPDIR"] = os.environ["SPARK_LOCAL_DIRS"] = tempfile.tempdir = TEMPORARY
+"""Another test session on this machine has files of its own."""
 
 LEAVING_SECONDS = 5.0
 _ALLOWED = ("java", "pyspark.daemon", "pyspark/daemon", "resource_tracker", "ipykernel")
@@ -66,8 +72,9 @@ def listening_sockets() -> set[str]:
 
 
 def temporary_files() -> set[str]:
-    """List this package's files in the temporary directory."""
-    return {f"file {path}" for path in Path(tempfile.gettempdir()).glob("horovodrunner*")}
+    """List this package's files in the temporary directory, and in those of Spark's executors."""
+    found = [*Path(TEMPORARY).glob("horovodrunner*"), *Path(TEMPORARY).glob("spark-*/*/horovodr*")]
+    return {f"file {path}" for path in found}
 
 
 def _present() -> set[str]:
