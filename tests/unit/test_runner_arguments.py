@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import horovodrunner
-from horovodrunner import HorovodRunner
+from horovodrunner import ConfigurationError, HorovodRunner
 from horovodrunner.core import payload
 
 
@@ -65,6 +66,62 @@ def test_a_wrong_verbosity_is_a_value_error_that_names_both(verbosity: Any) -> N
 def test_a_wrong_timeout_is_refused(timeout: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="start_timeout"):
         HorovodRunner(np=-1, start_timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "text"),
+    [
+        ({"stall_timeout": 0}, ValueError, r"stall_timeout=0: .* more than 0 seconds"),
+        ({"stall_timeout": "60"}, TypeError, r"stall_timeout='60': .* number of seconds"),
+        ({"stall_timeout": float("nan")}, ValueError, "stall_timeout=nan"),
+        ({"checkpoint_dir": 3}, TypeError, "checkpoint_dir=3: .* path or a URL, got int"),
+        ({"checkpoint_dir": b"/tmp"}, TypeError, "checkpoint_dir=.* got bytes"),
+        ({"checkpoint_dir": ""}, ValueError, "checkpoint_dir='': .* not be empty"),
+        ({"checkpoint_dir": "nosuch://x"}, ConfigurationError, "nosuch"),
+        ({"keep_checkpoints": 0}, ValueError, "keep_checkpoints=0: .* at least 1"),
+        ({"keep_checkpoints": None}, TypeError, "keep_checkpoints=None: .* int, got NoneType"),
+        ({"keep_checkpoints": True}, TypeError, "keep_checkpoints=True: .* not a bool"),
+        ({"checkpoint_errors": "x"}, ValueError, "checkpoint_errors='x': .*'warn' or 'raise'"),
+        ({"checkpoint_errors": None}, ValueError, "checkpoint_errors=None"),
+        ({"max_restarts": -1}, ValueError, "max_restarts=-1: .* at least 0"),
+        ({"max_restarts": 1.0}, TypeError, r"max_restarts=1\.0: .* int, got float"),
+        ({"restart_on": (3,)}, TypeError, "restart_on: 3 is not a type of exception"),
+        ({"restart_on": 3}, TypeError, "restart_on: 3 is not a type of exception"),
+        ({"restart_on": (OSError, int)}, TypeError, "restart_on: <class 'int'> is not a type"),
+        ({"restart_on": ValueError("x")}, TypeError, "restart_on: ValueError"),
+        ({"restart_on": "OSError"}, TypeError, "restart_on: 'O' is not a type of exception"),
+        ({"restart_on": None}, TypeError, "restart_on: None is not a type of exception"),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_name(
+    arguments: dict[str, Any], kind: type[Exception], text: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=text) as caught:
+        HorovodRunner(np=-1, **arguments)
+    assert isinstance(caught.value, kind)
+
+
+@pytest.mark.parametrize("restart_on", [OSError, (OSError,), [OSError, ValueError], ()])
+def test_one_type_or_several_are_restarted_on(restart_on: Any) -> None:
+    HorovodRunner(np=-1, restart_on=restart_on, max_restarts=1)
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_anything_is_launched(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").touch()
+    runner = HorovodRunner(np=-1, checkpoint_dir=tmp_path / "file" / "kept")
+    with pytest.raises(ConfigurationError, match=str(tmp_path / "file" / "kept")):
+        runner.run(train, lr=1.0)
+
+
+def test_a_directory_is_not_made_before_the_run(tmp_path: Path) -> None:
+    runner = HorovodRunner(np=-1, checkpoint_dir=tmp_path / "not" / "yet")
+    assert runner.checkpoints == ()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(AssertionError, match="launched"):
+        runner.run(train, lr=1.0)
+    assert list((tmp_path / "not" / "yet").iterdir()) == []
 
 
 def test_calling_main_instead_of_passing_it_is_explained() -> None:

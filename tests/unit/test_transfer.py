@@ -151,6 +151,16 @@ def large_directory(tmp_path: Path, size: int) -> Path:
     return root
 
 
+def read_so_far(path: Path) -> int:
+    """How much of a file this process has read, as the kernel tells it."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if descriptor.readlink() == path:
+                info = Path("/proc/self/fdinfo", descriptor.name).read_text()
+                return int(info.split("pos:")[1].split()[0])
+    return 0
+
+
 def test_what_is_put_is_kept_with_a_manifest(driver: Driver, source: Path) -> None:
     driver.depot().put(7, source)
     (manifest,) = driver.store.manifests()
@@ -427,6 +437,7 @@ def test_a_file_that_shrinks_while_it_is_sent_is_told_at_once(
     putting = Putting(driver.depot(), 1, large)
     putting.start()
     assert driver.store.reached.wait(10)
+    wait_until(lambda: read_so_far(large / "zeros"))
     os.truncate(large / "zeros", 0)  # the socket's buffers do not hold 100 MB
     driver.store.gate.set()
     error = putting.wait_for_error(10)
@@ -438,15 +449,35 @@ def test_a_file_that_shrinks_while_it_is_sent_is_told_at_once(
 def test_abort_makes_a_put_that_waits_raise_soon(driver: Driver, tmp_path: Path) -> None:
     driver.store.gate.clear()
     depot = driver.depot()
-    putting = Putting(depot, 1, large_directory(tmp_path, 100 * MEGABYTE))
+    large = large_directory(tmp_path, 100 * MEGABYTE)
+    putting = Putting(depot, 1, large)
     putting.start()
-    assert driver.store.reached.wait(10)
-    time.sleep(0.3)  # most likely it waits in the middle of the file by now
-    assert putting.is_alive()
+    wait_until(lambda: waits_in_the_middle_of(large / "zeros"))
     depot.abort()
     assert isinstance(putting.wait_for_error(3), OSError)
     driver.store.gate.set()
     wait_until(lambda: not transfer_threads())
+    assert driver.steps() == []
+    assert driver.incoming() == []
+
+
+def waits_in_the_middle_of(path: Path) -> bool:
+    before = read_so_far(path)
+    time.sleep(0.2)
+    return 0 < before == read_so_far(path)
+
+
+@pytest.mark.xfail(strict=False, reason="a ValueError mostly: select() of a closed socket")
+def test_abort_makes_a_put_that_runs_raise_soon(driver: Driver, tmp_path: Path) -> None:
+    depot = driver.depot()
+    large = large_directory(tmp_path, 100_000 * MEGABYTE)
+    putting = Putting(depot, 1, large)
+    putting.start()
+    wait_until(lambda: read_so_far(large / "zeros"))
+    depot.abort()
+    error = putting.wait_for_error(3)
+    wait_until(lambda: not transfer_threads())
+    assert isinstance(error, OSError), repr(error)
     assert driver.steps() == []
     assert driver.incoming() == []
 
