@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import re
+import resource
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from horovodrunner.core.topology import Member, Slot
+from horovodrunner.task import horovodrun
 from horovodrunner.task.horovodrun import Rendezvous, assign_slots
 
 pytestmark = pytest.mark.horovod
@@ -71,14 +79,46 @@ def rendezvous() -> Iterator[Rendezvous]:
     server.close()
 
 
-def request(port: int, method: str, body: bytes | None = None) -> tuple[int, bytes]:
+@pytest.fixture
+def planned(rendezvous: Rendezvous) -> Rendezvous:
+    rendezvous.set_plan(assign_slots([member(0, "a", workers=2)]))
+    return rendezvous
+
+
+@pytest.fixture
+def silent(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], rendezvous: Rendezvous
+) -> Iterator[None]:
+    """Fail a test in which the server writes anything to stdout, stderr or a log."""
+    yield
+    rendezvous.close()
+    assert [record.getMessage() for record in caplog.records] == []
+    assert capfd.readouterr() == ("", "")
+
+
+def request(
+    port: int, method: str, body: bytes | None = None, path: str = "/global/rank0"
+) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
-        connection.request(method, "/global/rank0", body)
+        connection.request(method, path, body)
         response = connection.getresponse()
         return response.status, response.read()
     finally:
         connection.close()
+
+
+def exchange(port: int, sent: bytes) -> bytes:
+    """Send bytes as they are; gives all that comes back until the server closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as stranger:
+        answer = b""
+        try:
+            stranger.sendall(sent)
+            while piece := stranger.recv(65536):
+                answer += piece
+        except ConnectionError:
+            pass  # it did not read what we sent
+        return answer
 
 
 def test_what_an_eager_worker_stores_before_the_plan_is_kept(rendezvous: Rendezvous) -> None:
@@ -101,3 +141,231 @@ def test_closing_frees_the_port() -> None:
     server.close()
     with socket.create_server(("127.0.0.1", server.port)):
         pass
+
+
+STRANGERS = """
+import resource, socket, sys
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+port, count, sent = int(sys.argv[1]), int(sys.argv[2]), bytes.fromhex(sys.argv[3])
+opened = []
+print("begins", flush=True)
+for _ in range(count):
+    stranger = socket.create_connection(("127.0.0.1", port), timeout=30)
+    try:
+        stranger.sendall(sent)
+    except ConnectionError:
+        pass
+    opened.append(stranger)
+print("opened", flush=True)
+sys.stdin.read()
+"""
+"""Opens as many connections as it is told to, says the beginning of a request, keeps them."""
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[None]:
+    """Let this process have 1024 file descriptors, as many systems do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("few_descriptors", "silent")
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET /global", b"PUT /global/k HTTP/1.1\r\nContent-Length: 1000000\r\n\r\nhalf"],
+    ids=["nothing", "half a line", "half a value"],
+)
+def test_thousands_of_strangers_do_not_keep_a_worker_out(planned: Rendezvous, sent: bytes) -> None:
+    process = psutil.Process()
+    fds, rss, threads = process.num_fds(), process.memory_info().rss, threading.active_count()
+    flood = subprocess.Popen(
+        [sys.executable, "-c", STRANGERS, str(planned.port), "3000", sent.hex()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert flood.stdout is not None
+        assert flood.stdout.readline() == b"begins\n"
+        all_opened = threading.Thread(target=flood.stdout.readline)
+        all_opened.start()
+        waited: list[float] = []
+        most = [0, 0]
+        while all_opened.is_alive() or len(waited) < 5:
+            started = time.monotonic()
+            assert request(planned.port, "PUT", b"address") == (200, b"")
+            assert request(planned.port, "GET") == (200, b"address")
+            waited.append(time.monotonic() - started)
+            most = [max(most[0], process.num_fds()), max(most[1], threading.active_count())]
+        assert max(waited) < 8  # seconds; a SYN that finds the queue full comes again after one
+        assert 200 < most[0] - fds < 256 + 50
+        assert 200 < most[1] - threads < 256 + 50
+        assert process.memory_info().rss - rss < 100 * 1024 * 1024
+    finally:
+        flood.kill()
+        flood.communicate()
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("head", [b"", b"PUT /global/k HTTP/1.1\r\nContent-Length: 99\r\n\r\n"])
+def test_a_request_that_comes_byte_by_byte_is_dropped_in_time(
+    planned: Rendezvous, head: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(horovodrun, "REQUEST_SECONDS", 0.5)
+    with socket.create_connection(("127.0.0.1", planned.port), timeout=10) as stranger:
+        started = time.monotonic()
+        stranger.sendall(head)
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - started < 5:
+                stranger.sendall(b"x")
+                time.sleep(0.05)
+        assert 0.4 < time.monotonic() - started < 3
+    assert request(planned.port, "GET", path="/global/k")[0] == 404
+
+
+@pytest.mark.usefixtures("silent")
+def test_a_request_that_waits_for_the_plan_is_not_dropped(
+    rendezvous: Rendezvous, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither because its time is over nor for those that come later."""
+    monkeypatch.setattr(horovodrun, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(horovodrun, "MAX_CONNECTIONS", 4)
+    answers: list[tuple[int, bytes]] = []
+    eager = threading.Thread(
+        target=lambda: answers.append(request(rendezvous.port, "PUT", b"address"))
+    )
+    eager.start()
+    eager.join(0.2)
+    strangers = [socket.create_connection(("127.0.0.1", rendezvous.port)) for _ in range(20)]
+    eager.join(0.5)
+    assert eager.is_alive()
+    rendezvous.set_plan(assign_slots([member(0, "a", workers=2)]))
+    eager.join(10)
+    assert answers == [(200, b"")]
+    for stranger in strangers:
+        stranger.close()
+
+
+@pytest.mark.usefixtures("silent")
+def test_more_workers_than_connections_wait_for_their_turn(
+    rendezvous: Rendezvous, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(horovodrun, "MAX_CONNECTIONS", 4)
+    answers: list[tuple[int, bytes]] = []
+    eager = [
+        threading.Thread(
+            target=lambda i=i: answers.append(
+                request(rendezvous.port, "PUT", b"address", f"/global/{i}")
+            )
+        )
+        for i in range(20)
+    ]
+    for thread in eager:
+        thread.start()
+    eager[-1].join(0.5)
+    assert answers == []
+    rendezvous.set_plan(assign_slots([member(0, "a", workers=20)]))
+    for thread in eager:
+        thread.join(10)
+    assert answers == [(200, b"")] * 20
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"\0" * 200 + b"\n", b"Error code: 400"),
+        (
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x99" * 500 + b"\n\r\n",
+            b"Error code: 400",
+        ),
+        (b"GET /a/b SMTP\r\n\r\n", b"Error code: 400"),
+        (b"GET /a HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET /a/b/c HTTP/1.1\r\n\r\n", b"400"),
+        (b"PUT /a/b HTTP/1.1\r\n\r\n", b"400"),
+        (b"PUT /a/b HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"400"),
+        (b"PUT /a/b HTTP/1.1\r\nContent-Length: ten\r\n\r\n", b"400"),
+        (b"PUT /a/b HTTP/1.1\r\nContent-Length: 1048577\r\n\r\n", b"413"),
+        (b"PUT /a/b HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", b"413"),
+        (b"HEAD /setup.cfg HTTP/1.1\r\n\r\n", b"501"),
+        (b"HEAD /a/b HTTP/1.1\r\n\r\n", b"501"),
+        (b"POST /a/b HTTP/1.1\r\n\r\n", b"501"),
+        (b"G" * 100_000 + b"\r\n\r\n", b"^$"),
+        (b"GET /a/b HTTP/1.1\r\n" + b"X: " + b"x" * 100_000 + b"\r\n\r\n", b"431|^$"),
+        (b"GET /a/b HTTP/1.1\r\n" + b"X: x\r\n" * 1000 + b"\r\n", b"431|^$"),
+    ],
+)
+def test_what_is_no_request_of_horovods_is_refused_at_once(
+    rendezvous: Rendezvous, sent: bytes, status: bytes
+) -> None:
+    """Without waiting for the plan."""
+    started = time.monotonic()
+    answer = exchange(rendezvous.port, sent)
+    assert time.monotonic() - started < 5
+    assert re.search(status, answer)
+    assert b"[metadata]" not in answer
+
+
+def test_a_value_that_is_cut_off_is_not_stored(planned: Rendezvous) -> None:
+    head = b"PUT /global/rank0 HTTP/1.1\r\nContent-Length: 8\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", planned.port), timeout=10) as dying:
+        dying.sendall(head + b"half")
+        dying.shutdown(socket.SHUT_WR)
+        assert dying.recv(100) == b""
+    assert request(planned.port, "GET")[0] == 404
+
+
+@pytest.mark.usefixtures("silent")
+def test_what_is_stored_is_bounded(planned: Rendezvous) -> None:
+    process = psutil.Process()
+    rss = process.memory_info().rss
+    value = b"v" * 1024 * 1024
+    statuses = [request(planned.port, "PUT", value, f"/scope/{i}")[0] for i in range(100)]
+    assert statuses == [200] * 63 + [507] * 37
+    assert process.memory_info().rss - rss < 100 * 1024 * 1024
+    for i in range(3):
+        assert request(planned.port, "DELETE", path=f"/scope/{i}")[0] == 200
+    for _ in range(100):  # what is overwritten does not count
+        assert request(planned.port, "PUT", b"v" * 1000_000, "/scope/again")[0] == 200
+    assert request(planned.port, "GET", path="/scope/50") == (200, value)
+
+
+def test_values_that_never_arrive_do_not_take_room_for_good(
+    planned: Rendezvous, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = b"PUT /scope/k HTTP/1.1\r\nContent-Length: 1048576\r\n\r\n"
+    dying = [socket.create_connection(("127.0.0.1", planned.port)) for _ in range(80)]
+    for stranger in dying:
+        stranger.sendall(head)
+    deadline = time.monotonic() + 5
+    while request(planned.port, "PUT", b"v" * 1024 * 1024)[0] == 200:
+        assert time.monotonic() < deadline
+    for stranger in dying:
+        stranger.close()
+    while request(planned.port, "PUT", b"v" * 1024 * 1024)[0] == 507:
+        assert time.monotonic() < deadline
+
+
+def test_a_large_run_may_store_more(rendezvous: Rendezvous) -> None:
+    """Each of 1000 ranks stores an address for each other one, up to twice."""
+    rendezvous.set_plan(assign_slots([member(0, "a", workers=1000)]))
+    value = b"v" * 150_000
+    for i in range(1000):
+        assert request(rendezvous.port, "PUT", value, f"/global/{i}")[0] == 200
+
+
+def test_closing_ends_every_connection_and_thread() -> None:
+    before = threading.active_count()
+    server = Rendezvous("127.0.0.1")
+    peers = [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(20)]
+    peers[0].sendall(b"GET /a/b HTTP/1.1\r\n\r\n")
+    started = time.monotonic()
+    server.close()
+    assert time.monotonic() - started < 1
+    while threading.active_count() > before:
+        assert time.monotonic() - started < 3
+        time.sleep(0.01)
+    for peer in peers:
+        peer.close()
