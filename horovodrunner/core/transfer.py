@@ -19,6 +19,7 @@ from typing import Any
 from horovodrunner.core.connection import AuthenticationError
 from horovodrunner.core.frames import (
     MAGIC,
+    MAX_BODY_BYTES,
     NONCE_BYTES,
     PREFIX_BYTES,
     PROOF_BYTES,
@@ -113,20 +114,45 @@ class BulkConnection:
         Raises
         ------
         ConnectionError
-            If the peer is gone, or has something to say before it has read everything (see
-            :meth:`receive`), or the body does not have `size` bytes.
+            If the peer is gone, or has something to say before it has read everything; see
+            :meth:`receive`.
+        OSError
+            If the body does not have `size` bytes.
         """
         self._socket.sendall(encode_prefix_and_header(kind, size, **header))
         sent = 0
         for piece in pieces:
             sent += len(piece)
             if sent > size:
-                raise ConnectionAbortedError(f"the body has more than the {size} bytes announced")
-            if select.select([self._socket], [], [], 0)[0]:
+                raise OSError(f"the body has more than the {size} bytes announced")
+            if self._has_something_to_say():
                 raise ConnectionAbortedError("the peer does not want the rest")
             self._socket.sendall(piece)
         if sent < size:
-            raise ConnectionAbortedError(f"the body has {sent} bytes, {size} were announced")
+            raise OSError(f"the body has {sent} bytes, {size} were announced")
+
+    def _has_something_to_say(self) -> bool:
+        descriptor = self._socket.fileno()
+        if descriptor < 0:
+            raise ConnectionAbortedError("the connection was closed here")
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def send_bytes(self, kind: str, body: bytes, **header: Any) -> None:
+        """Send a frame whose body is at hand.
+
+        Parameters
+        ----------
+        kind
+            What the message is.
+        body
+            Its bytes.
+        **header
+            More JSON-compatible fields.
+        """
+        self._socket.sendall(encode_prefix_and_header(kind, len(body), **header))
+        self._socket.sendall(body)
 
     def receive(self) -> tuple[dict[str, Any], int]:
         """Read a frame's header; its body is to be read with :meth:`body` before the next one.
@@ -193,6 +219,28 @@ class BulkConnection:
                 raise ConnectionResetError("the peer closed the connection in the middle of a file")
             size -= count
             yield buffer[:count]
+
+    def whole_body(self, size: int) -> bytes:
+        """Read a body that fits into memory.
+
+        Parameters
+        ----------
+        size
+            Its bytes.
+
+        Returns
+        -------
+        bytes
+            The body.
+
+        Raises
+        ------
+        FrameError
+            If it is larger than a frame's body may be.
+        """
+        if size > MAX_BODY_BYTES:
+            raise FrameError(f"a body of {size} bytes; at most {MAX_BODY_BYTES} are read")
+        return self._exactly(size)
 
     def discard_rest(self, seconds: float) -> None:
         """Read and drop what still comes, so that the peer can read our last frame first.

@@ -79,5 +79,8 @@ def _in_one_line(error: HorovodRunnerError) -> str:
 def _where_it_goes_on(store: CheckpointStore | None) -> str:
     if store is None:
         return "starting anew (the run has no checkpoint_dir)"
-    saved = store.manifests()
+    try:
+        saved = store.manifests()
+    except OSError as error:
+        return f"whether there is a checkpoint cannot be told: {error}"
     return f"going on from step {saved[0].step}" if saved else "starting anew (nothing saved yet)"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import pickletools
+import pickle
 import tempfile
 from typing import Any
 
@@ -86,7 +88,7 @@ def _open_result(data: bytes | bytearray | memoryview) -> Any:
         return payload.load(data)
     except Exception as error:
         path = _keep(data)
-        named = _classes_that_are_missing(data)
+        named = _missing_name(data)
         raise PayloadError(
             f"what rank 0 returned cannot be unpickled here: {type(error).__name__}: {error}. "
             + (f"It needs {named}, which cannot be imported here. " if named else "")
@@ -104,31 +106,25 @@ def _keep(data: bytes | bytearray | memoryview) -> str:
     return path
 
 
-def _classes_that_are_missing(data: bytes | bytearray | memoryview) -> str:
-    """List what a pickle refers to by name and cannot be found here."""
-    strings: list[str] = []
-    missing: list[str] = []
-    try:
-        for opcode, argument, _ in pickletools.genops(bytes(data)):
-            if opcode.name == "STACK_GLOBAL" and len(strings) > 1:
-                module, name = strings[-2:]
-                if not _can_import(module, name) and f"{module}.{name}" not in missing:
-                    missing.append(f"{module}.{name}")
-            elif isinstance(argument, str):
-                strings.append(argument)
-    except ValueError:
-        return ""  # not a pickle at all
-    return ", ".join(missing[:3])
+class _NamingUnpickler(pickle.Unpickler):
+    """Remembers the name that could not be found."""
+
+    missing = ""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return super().find_class(module, name)
+        except Exception:
+            self.missing = f"{module}.{name}"
+            raise
 
 
-def _can_import(module: str, name: str) -> bool:
-    try:
-        found: Any = __import__(module, fromlist=["_"])
-        for part in name.split("."):
-            found = getattr(found, part)
-    except Exception:  # noqa: BLE001 - importing runs arbitrary code
-        return False
-    return True
+def _missing_name(data: bytes | bytearray | memoryview) -> str:
+    """Give the class or function that a pickle refers to and that cannot be imported here."""
+    unpickler = _NamingUnpickler(io.BytesIO(data))
+    with contextlib.suppress(Exception):
+        unpickler.load()
+    return unpickler.missing
 
 
 def _unpickled_exception(failure: Failure) -> BaseException | None:

@@ -82,7 +82,8 @@ class HubLink:
             if frame.kind == "stacks":
                 on_stack_request()
             elif frame.kind == "latest":
-                self._answers.put_nowait({k: v for k, v in frame.header.items() if k != "kind"})
+                manifest = bytes(frame.body).decode()
+                self._answers.put_nowait({**frame.header, "manifest": manifest})
         return False
 
     async def ask_latest(self) -> LatestAnswer:

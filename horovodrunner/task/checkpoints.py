@@ -77,6 +77,7 @@ class Courier:
         self._idle = asyncio.Event()
         self._idle.set()
         self._has_warned = False
+        self._deletions: set[asyncio.Task[None]] = set()
 
     @property
     def is_idle(self) -> bool:
@@ -95,7 +96,7 @@ class Courier:
         """
         if self._waiting is not None:
             skipped, stale = self._waiting
-            shutil.rmtree(stale, ignore_errors=True)
+            self._delete(stale)
             if not self._has_warned:
                 self._has_warned = True
                 self._note(
@@ -114,7 +115,7 @@ class Courier:
             while self._waiting is not None:
                 (step, directory), self._waiting = self._waiting, None
                 await self._put(step, directory)
-                await _in_thread(shutil.rmtree, directory, True)
+                await _in_thread(_delete_tree, directory)
             self._idle.set()
 
     async def drain(self, timeout: float) -> bool:
@@ -134,6 +135,12 @@ class Courier:
             await asyncio.wait_for(self._idle.wait(), timeout)
         return self.is_idle
 
+    def _delete(self, directory: Path) -> None:
+        """Delete gigabytes elsewhere than in the event loop."""
+        deletion = asyncio.create_task(_in_thread(_delete_tree, directory))
+        self._deletions.add(deletion)
+        deletion.add_done_callback(self._deletions.discard)
+
     async def _put(self, step: int, directory: Path) -> None:
         for attempt in range(1, PUT_ATTEMPTS + 1):
             try:
@@ -152,6 +159,10 @@ class Courier:
         self._on_error(
             f"the checkpoint of step {step} was not stored: {text}. Older checkpoints are intact"
         )
+
+
+def _delete_tree(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 class LatestDecision:

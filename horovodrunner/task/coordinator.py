@@ -427,7 +427,9 @@ class Hub:
 
     async def _answer_latest(self, connection: Connection, partition: int) -> None:
         assert self._latest is not None  # noqa: S101 - begin() was called
-        connection.send("latest", **await self._latest.answer(partition))
+        answer = await self._latest.answer(partition)
+        fields = {name: value for name, value in answer.items() if name != "manifest"}
+        connection.send("latest", answer["manifest"].encode(), **fields)
 
     def _fetched(self, partition: int, directory: str) -> None:
         assert self._latest is not None  # noqa: S101 - begin() was called

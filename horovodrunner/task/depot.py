@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -105,7 +106,7 @@ class DriverDepot:
         with self._connection("put", step=step) as connection:
             try:
                 digests = _send_files(connection, files, empty_directories)
-                connection.send("end", digests=digests)
+                connection.send_bytes("end", json.dumps(digests).encode())
             except ConnectionError:
                 connection.expect("stored")  # the driver may have said why it hung up
                 raise
@@ -114,8 +115,8 @@ class DriverDepot:
     def find_latest(self) -> tuple[Manifest | None, Sequence[str]]:
         """Ask the driver, which verifies its newest ones until one is whole."""
         with self._connection("latest") as connection:
-            header, _ = connection.expect("latest")
-        text = header["manifest"]
+            header, size = connection.expect("latest")
+            text = connection.whole_body(size).decode()
         return (Manifest.from_json(text) if text else None), header["damaged"]
 
     def fetch(self, manifest: Manifest, directory: Path) -> None:
@@ -144,6 +145,8 @@ class DriverDepot:
             raise type(error)(f"the driver at {host}:{port} cannot be reached: {error}") from error
         self._open.add(connection)
         try:
+            if self._aborted:
+                raise ConnectionAbortedError("the run has ended")
             connection.send("checkpoint", run_id=self._job.run_id, operation=operation, **fields)
             connection.expect("go")
             yield connection
@@ -173,24 +176,24 @@ def serve_depot(
     warn
         Takes a sentence when something could not be stored.
     """
-    connection.send("go")
     operation = request["operation"]
     try:
+        connection.send("go")
         if operation == "put":
             _receive_checkpoint(connection, int(request["step"]), store)
         elif operation == "latest":
             damaged: list[str] = []
             manifest = store.find_latest(damaged.append)
-            connection.send(
-                "latest", manifest=manifest.to_json() if manifest else "", damaged=damaged
-            )
+            text = manifest.to_json() if manifest is not None else ""
+            connection.send_bytes("latest", text.encode(), damaged=damaged)
         elif operation == "fetch":
             _send_checkpoint(connection, int(request["step"]), store)
     except ConnectionError as error:
         warn(f"a checkpoint's transfer ({operation}) broke off: {error}")
     except (OSError, ValueError) as error:
-        connection.send("failed", why=f"{type(error).__name__}: {error}")
-        connection.discard_rest(HANG_UP_SECONDS)
+        with contextlib.suppress(OSError):  # it is gone, or the channel is closed
+            connection.send("failed", why=f"{type(error).__name__}: {error}")
+            connection.discard_rest(HANG_UP_SECONDS)
 
 
 def _receive_checkpoint(connection: BulkConnection, step: int, store: CheckpointStore) -> None:
@@ -205,7 +208,7 @@ def _receive_checkpoint(connection: BulkConnection, step: int, store: Checkpoint
                 written[file.path] = file.sha256
             else:
                 break
-        if header["kind"] != "end" or header["digests"] != written:
+        if header["kind"] != "end" or json.loads(connection.whole_body(size)) != written:
             raise ValueError("what arrived is not what was sent (SHA-256 differs)")
         incoming.commit()
     connection.send("stored")

@@ -281,7 +281,6 @@ def test_a_checkpoint_that_cannot_be_stored_may_be_worth_another_attempt(tmp_pat
     assert [each.step for each in runner.checkpoints] == [2]
 
 
-@pytest.mark.xfail(reason="_where_it_goes_on lets the OSError of manifests() through")
 def test_checkpoints_that_cannot_be_listed_do_not_replace_the_error(tmp_path: Path) -> None:
     def main(location: str) -> NoReturn:
         if Path(location).is_dir():
@@ -345,7 +344,6 @@ def test_a_result_whose_class_is_missing_here_is_kept(
         sys.modules.pop("worker_only_models", None)
 
 
-@pytest.mark.xfail(reason="pickle's memo is not followed, so a module's second class is misnamed")
 def test_only_classes_that_are_missing_here_are_named(tmp_path: Path) -> None:
     def main(directory: str) -> Any:
         sys.path.append(directory)
@@ -360,4 +358,4 @@ def test_only_classes_that_are_missing_here_are_named(tmp_path: Path) -> None:
 
     text, kept = payload_error(main, worker_only_module(tmp_path))
     kept.unlink()
-    assert "It needs worker_only_models.Model, worker_only_models.Layer, which" in text
+    assert "It needs worker_only_models.Model, which cannot be imported here" in text
