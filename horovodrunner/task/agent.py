@@ -17,22 +17,20 @@ import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from horovodrunner.core.env import slot_environment, worker_base_environment
-from horovodrunner.core.frames import Frame
-from horovodrunner.core.job import Failure, FailureKind, JobSpec, Outcome, Success, WorkerSpec
-from horovodrunner.core.lines import prefix_lines
+from horovodrunner.core.job import Failure, FailureKind, JobSpec, Outcome, WorkerSpec
 from horovodrunner.core.topology import Member, Slot
 from horovodrunner.task.channel import HubLink
 from horovodrunner.task.checkpoints import Courier, LatestCopy, LatestDecision
-from horovodrunner.task.coordinator import Coordinator, DriverLink, Hub, RankEvents
+from horovodrunner.task.coordinator import Coordinator, DriverLink, RankEvents
 from horovodrunner.task.depot import Depot
-from horovodrunner.task.process import DRAIN_SECONDS, GRACE_SECONDS, WorkerProcess, describe_exit
+from horovodrunner.task.hub import Hub
+from horovodrunner.task.process import GRACE_SECONDS, WorkerProcess
+from horovodrunner.task.supervisor import TEARDOWN_SECONDS, Supervisor, without_result
 
 __all__ = ["Agent", "Surroundings"]
-
-TEARDOWN_SECONDS = 30.0
-"""How long a worker may take to leave after main returned, before it is stopped."""
 
 BEAT_SECONDS = 5.0
 """How often a worker tells where its main is."""
@@ -160,11 +158,27 @@ class Agent:
 
         slots = assign_slots(members)
         rendezvous.set_plan(slots)
+        return await self._coordinate(resources, members, slots, hub, driver)
+
+    async def _coordinate(
+        self,
+        resources: contextlib.AsyncExitStack,
+        members: Sequence[Member],
+        slots: Sequence[Slot],
+        hub: Hub,
+        driver: DriverLink,
+    ) -> Outcome:
+        own = [slot for slot in slots if slot.partition == 0]
         coordinator = Coordinator(slots, driver, self._surroundings.log)
         coordinator.on_stop(self._stop_workers)
         coordinator.on_stack_request(lambda: self._show_stacks(own, coordinator))
-        own = [slot for slot in slots if slot.partition == 0]
         latest = LatestDecision(self._surroundings.depot, members, driver.note)
+        self._latest = LatestCopy(
+            self._surroundings.depot,
+            self._scratch,
+            ask=lambda: latest.answer(0),
+            tell=lambda directory: latest.fetched(0, directory),
+        )
         hub.begin(coordinator, slots, latest)
         driver.placed(slots)
         driver.note(_placement_in_words(slots))
@@ -173,12 +187,6 @@ class Agent:
             asyncio.create_task(self._stop_on_request(coordinator)),
             asyncio.create_task(coordinator.watch_for_stalls(self._job.stall_timeout)),
         ]
-        self._latest = LatestCopy(
-            self._surroundings.depot,
-            self._scratch,
-            ask=lambda: latest.answer(0),
-            tell=lambda directory: latest.fetched(0, directory),
-        )
         if self._surroundings.depot is not None:
             self._courier = Courier(
                 self._surroundings.depot,
@@ -186,18 +194,11 @@ class Agent:
                 on_error=lambda text: self._checkpoint_failed(text, slots[0], driver, coordinator),
             )
             watchers.append(asyncio.create_task(self._courier.run()))
-        resources.push_async_callback(_cancel, watchers)
         run = asyncio.create_task(self._run_workers(own, members, coordinator))
-        resources.push_async_callback(_cancel, [run])
+        resources.push_async_callback(_cancel, [*watchers, run])
 
-        ended = asyncio.create_task(coordinator.all_ended.wait())
-        stopping = asyncio.create_task(coordinator.stopping.wait())
-        resources.push_async_callback(_cancel, [ended, stopping])
-        await asyncio.wait([ended, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if not coordinator.all_ended.is_set():
-            await asyncio.wait([ended], timeout=STOP_SECONDS)
-        verdict = coordinator.verdict()
-        if verdict is not None:
+        await coordinator.wait_for_end(STOP_SECONDS)
+        if (verdict := coordinator.verdict()) is not None:
             driver.failed(verdict)
             await asyncio.wait([run], timeout=STOP_SECONDS)
             await hub.wait_for_leaving(STOP_SECONDS)
@@ -265,7 +266,7 @@ class Agent:
         if not run.done():
             self._stop_workers()
         outcomes = await run
-        return _without_result(outcomes[0])
+        return without_result(outcomes[0])
 
     async def _give_up(self, error: Exception) -> Outcome:
         """Report a failure of this task itself; its peers may still be waiting to gather."""
@@ -292,83 +293,42 @@ class Agent:
     async def _run_workers(
         self, slots: Sequence[Slot], members: Sequence[Member], events: RankEvents
     ) -> list[Outcome]:
-        leader = members[0]
+        supervisors = [
+            Supervisor(worker, slot, events, log=self._log_of_rank, services=self)
+            for worker, slot in zip(self._workers, slots, strict=True)
+        ]
+        jobs = [self._spec(slot, members[0]) for slot in slots]
         return list(
             await asyncio.gather(
                 *(
-                    self._run_worker(worker, slot, leader, events)
-                    for worker, slot in zip(self._workers, slots, strict=True)
+                    supervisor.run(self._job.payload, spec)
+                    for supervisor, spec in zip(supervisors, jobs, strict=True)
                 )
             )
         )
 
-    async def _run_worker(
-        self, worker: WorkerProcess, slot: Slot, leader: Member, events: RankEvents
-    ) -> Outcome:
-        reported: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        requests: list[asyncio.Task[None]] = []
+    def _log_of_rank(self, lines: bytes) -> None:
+        if not self._leads:  # partition 0's log has the lines of all ranks
+            self._surroundings.log(lines)
 
-        def on_frame(frame: Frame) -> None:
-            if frame.kind == "message":
-                events.message(slot.rank, bytes(frame.body))
-            elif frame.kind == "ready":
-                worker.shows_stacks = True
-            elif frame.kind == "started":
-                events.started(slot.rank)
-            elif frame.kind == "state":
-                fields = {name: value for name, value in frame.header.items() if name != "kind"}
-                events.state(slot.rank, fields)
-            elif frame.kind == "latest":
-                requests.append(asyncio.create_task(self._answer_latest(worker)))
-            elif frame.kind == "checkpoint":
-                self._saved(frame)
-            elif frame.kind == "outcome" and not reported.done():
-                outcome = Outcome.from_frame(frame.header, frame.body)
-                reported.set_result(outcome)
-                events.ended(slot.rank, _without_result(outcome))
-
-        def on_lines(stream: str, lines: bytes) -> None:
-            events.lines(slot.rank, stream, lines)
-            if not self._leads:  # partition 0's log has the lines of all ranks
-                self._surroundings.log(prefix_lines(lines, slot.rank, stream))
-
-        readers = [
-            asyncio.create_task(worker.read_output(on_lines)),
-            asyncio.create_task(worker.read_reports(on_frame)),
-        ]
-        feeder = asyncio.create_task(self._feed(worker, slot, leader))
-        leaving = asyncio.create_task(_stop_when_slow_to_leave(worker, slot, reported, on_lines))
-        try:
-            status = await worker.wait()
-            await asyncio.wait(readers, timeout=DRAIN_SECONDS)
-        finally:
-            await _cancel([*readers, *requests, feeder, leaving])
-        if reported.done():
-            return reported.result()
-        outcome = (
-            Outcome()
-            if worker.was_stopped(status)
-            else Outcome(failure=_silent_end(slot, status, worker.killed_by_kernel()))
-        )
-        events.ended(slot.rank, outcome)
-        return outcome
-
-    async def _answer_latest(self, worker: WorkerProcess) -> None:
+    async def latest_checkpoint(self) -> dict[str, Any]:
+        """Answer a worker that asks where main goes on."""
         assert self._latest is not None  # noqa: S101 - set before the workers get their jobs
-        worker.answer("latest", **await self._latest.get())
+        return await self._latest.get()
 
-    def _saved(self, frame: Frame) -> None:
+    def checkpoint_saved(self, step: int, directory: Path) -> None:
+        """Take over a checkpoint that rank 0 has written."""
         if self._courier is not None:
-            self._courier.saved(int(frame.header["step"]), Path(frame.header["directory"]))
+            self._courier.saved(step, directory)
 
-    async def _feed(self, worker: WorkerProcess, slot: Slot, leader: Member) -> None:
+    def _spec(self, slot: Slot, leader: Member) -> WorkerSpec:
         environment = slot_environment(
             slot,
             rendezvous=(leader.address, leader.rendezvous_port),
             master=(leader.address, leader.master_port),
             forwarded=self._job.environment,
         )
-        spec = WorkerSpec(
+        return WorkerSpec(
             rank=slot.rank,
             host=slot.host,
             environment=environment,
@@ -380,23 +340,6 @@ class Agent:
             keeps_checkpoints=self._surroundings.depot is not None,
             beat_seconds=min(BEAT_SECONDS, (self._job.stall_timeout or math.inf) / 4),
         )
-        await worker.send_job(self._job.payload, spec.to_header())
-
-
-async def _stop_when_slow_to_leave(
-    worker: WorkerProcess,
-    slot: Slot,
-    reported: asyncio.Future[Outcome],
-    on_lines: Callable[[str, bytes], None],
-) -> None:
-    await asyncio.wait([reported])
-    await asyncio.sleep(TEARDOWN_SECONDS)
-    text = (
-        f"HorovodRunner: rank {slot.rank} is still there {TEARDOWN_SECONDS:g} s after main "
-        "returned (a thread that is not a daemon?); it is stopped\n"
-    )
-    on_lines("stderr", text.encode())
-    worker.stop()
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[object]]) -> None:
@@ -411,26 +354,6 @@ def _refused(members: Sequence[Member]) -> Outcome:
         if member.problem:
             return Outcome(failure=Failure(None, member.host, member.problem))
     return Outcome()
-
-
-def _without_result(outcome: Outcome) -> Outcome:
-    if outcome.success is None:
-        return outcome
-    return Outcome(success=Success(outcome.success.rank))
-
-
-def _silent_end(slot: Slot, status: int, killed_by_kernel: str) -> Failure:
-    text, exit_code, signal_name = describe_exit(status, killed_by_kernel)
-    return Failure(
-        rank=slot.rank,
-        host=slot.host,
-        summary=text,
-        kind=FailureKind.PROCESS,
-        exit_code=exit_code,
-        signal=signal_name,
-        # Horovod's background thread aborts the process when a peer's connection breaks.
-        after_peer_loss=signal_name == "SIGABRT",
-    )
 
 
 def _launcher_problem() -> str:

@@ -156,28 +156,17 @@ class _PatientHandler(RendezvousHandler):  # type: ignore[misc]
     def do_PUT(self) -> None:  # noqa: N802 - http.server's name
         """Store a value; other than Horovod's, only a whole one."""
         size = int(self.headers["Content-Length"])
-        taken = size + len(self.path) + _ENTRY_BYTES
-        if not self.server.reserve(taken):
-            self._read_to_nowhere(size)  # or the peer might not see the answer
+        self.server.expect_more(self.connection)
+        value = self.rfile.read(size)
+        self.server.expect_nothing(self.connection)
+        if len(value) < size:
+            return
+        if not self.server.has_room_for(size + len(self.path) + _ENTRY_BYTES):
             self.send_status_code(http.HTTPStatus.INSUFFICIENT_STORAGE)
             return
-        try:
-            self.server.expect_more(self.connection)
-            value = self.rfile.read(size)
-            self.server.expect_nothing(self.connection)
-            if len(value) < size:
-                return
-            _, scope, key = self.path.split("/")
-            self._put_value(scope, key, value)
-        finally:
-            self.server.has_arrived(taken)
+        _, scope, key = self.path.split("/")
+        self._put_value(scope, key, value)
         self.send_status_code(http.HTTPStatus.OK)
-
-    def _read_to_nowhere(self, size: int) -> None:
-        self.server.expect_more(self.connection)
-        while size > 0 and (piece := self.rfile.read(min(size, MAX_HEAD_BYTES))):
-            size -= len(piece)
-        self.server.expect_nothing(self.connection)
 
 
 @dataclass
@@ -198,17 +187,16 @@ class _Server(RendezvousHTTPServer):  # type: ignore[misc]
         self.planned = threading.Event()
         self.stored_limit = MAX_STORED_BYTES
         self._stored_at_most = 0
-        self._arriving = 0
         self._peers: dict[socket.socket, _Peer] = {}
         self._changed = threading.Condition()
         self._closing = False
 
-    def reserve(self, size: int) -> bool:
-        """Make room in the store for a value that arrives; False if there is none."""
+    def has_room_for(self, size: int) -> bool:
+        """Say whether so many bytes may be stored, and take the room if so."""
         with self.cache_lock:
             if self._stored_at_most + size > self.stored_limit:
                 # What was overwritten or deleted since is still in that number.
-                self._stored_at_most = self._arriving + sum(
+                self._stored_at_most = sum(
                     len(value) + len(scope) + len(key) + _ENTRY_BYTES
                     for scope, values in self.cache.items()
                     for key, value in values.items()
@@ -216,13 +204,7 @@ class _Server(RendezvousHTTPServer):  # type: ignore[misc]
             if self._stored_at_most + size > self.stored_limit:
                 return False
             self._stored_at_most += size
-            self._arriving += size
             return True
-
-    def has_arrived(self, size: int) -> None:
-        """Note that the value is stored, or never will be."""
-        with self.cache_lock:
-            self._arriving -= size
 
     def expect_more(self, connection: socket.socket) -> None:
         """Give the peer a new time to send what belongs to its request."""
@@ -245,8 +227,7 @@ class _Server(RendezvousHTTPServer):  # type: ignore[misc]
             while len(self._peers) >= MAX_CONNECTIONS and not self._closing:
                 if not any(peer.dropped for peer in self._peers.values()):
                     self._drop_oldest()
-                if not self._changed.wait(_POLL_SECONDS):
-                    self._drop_late()
+                self._changed.wait(_POLL_SECONDS)
             if self._closing:
                 self.shutdown_request(request)
                 return

@@ -365,9 +365,9 @@ def test_a_large_argument_arrives_whole() -> None:
 def test_a_worker_that_does_not_leave_is_stopped_and_its_result_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from horovodrunner.task import agent
+    from horovodrunner.task import supervisor
 
-    monkeypatch.setattr(agent, "TEARDOWN_SECONDS", 0.5)
+    monkeypatch.setattr(supervisor, "TEARDOWN_SECONDS", 0.5)
     assert run(mains.leave_a_thread, np=-1) == "result"
     assert "still there 0.5 s after main returned" in capsys.readouterr().out
 

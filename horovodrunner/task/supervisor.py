@@ -1,0 +1,173 @@
+"""One worker from its job to its end. Runs in: the task (np < 0: the driver)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from horovodrunner.core.frames import Frame
+from horovodrunner.core.job import Failure, FailureKind, Outcome, Success, WorkerSpec
+from horovodrunner.core.lines import prefix_lines
+from horovodrunner.core.topology import Slot
+from horovodrunner.task.coordinator import RankEvents
+from horovodrunner.task.process import DRAIN_SECONDS, ExitStatus, WorkerProcess, describe_exit
+
+__all__ = ["Supervisor", "WorkerServices", "without_result"]
+
+TEARDOWN_SECONDS = 30.0
+"""How long a worker may take to leave after main returned, before it is stopped."""
+
+
+class WorkerServices(Protocol):
+    """What a worker asks its task for while main runs."""
+
+    async def latest_checkpoint(self) -> dict[str, Any]:
+        """Say where main goes on: the fields of the answer."""
+
+    def checkpoint_saved(self, step: int, directory: Path) -> None:
+        """Take over a checkpoint that rank 0 has written."""
+
+
+class Supervisor:
+    """Gives a worker its job, passes on what it reports, and says how it ended.
+
+    Parameters
+    ----------
+    worker
+        The process.
+    slot
+        Its place in the run.
+    events
+        Takes what there is to tell about the rank.
+    log
+        Takes the rank's whole, prefixed lines for this task's own log.
+    services
+        What the worker may ask for.
+    """
+
+    def __init__(
+        self,
+        worker: WorkerProcess,
+        slot: Slot,
+        events: RankEvents,
+        log: Callable[[bytes], None],
+        services: WorkerServices,
+    ) -> None:
+        self._worker = worker
+        self._slot = slot
+        self._events = events
+        self._log = log
+        self._services = services
+        self._reported: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._answers: list[asyncio.Task[None]] = []
+
+    async def run(self, call: bytes, spec: WorkerSpec) -> Outcome:
+        """Supervise the worker until it has ended.
+
+        Parameters
+        ----------
+        call
+            The pickled ``(main, kwargs)``.
+        spec
+            The worker's slot.
+
+        Returns
+        -------
+        Outcome
+            What main did; neither success nor failure when the worker was stopped.
+        """
+        worker = self._worker
+        readers = [
+            asyncio.create_task(worker.read_output(self._on_lines)),
+            asyncio.create_task(worker.read_reports(self._on_frame)),
+        ]
+        others = [
+            asyncio.create_task(worker.send_job(call, spec.to_header())),
+            asyncio.create_task(self._stop_when_slow_to_leave()),
+        ]
+        try:
+            status = await worker.wait()
+            await asyncio.wait(readers, timeout=DRAIN_SECONDS)
+        finally:
+            tasks = [*readers, *others, *self._answers]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if self._reported.done():
+            return self._reported.result()
+        outcome = Outcome()
+        if not worker.was_stopped(status):
+            outcome = Outcome(failure=self._silent_end(status))
+        self._events.ended(self._slot.rank, outcome)
+        return outcome
+
+    def _on_frame(self, frame: Frame) -> None:
+        rank = self._slot.rank
+        if frame.kind == "message":
+            self._events.message(rank, bytes(frame.body))
+        elif frame.kind == "ready":
+            self._worker.shows_stacks = True
+        elif frame.kind == "started":
+            self._events.started(rank)
+        elif frame.kind == "state":
+            fields = {name: value for name, value in frame.header.items() if name != "kind"}
+            self._events.state(rank, fields)
+        elif frame.kind == "latest":
+            self._answers.append(asyncio.create_task(self._answer_latest()))
+        elif frame.kind == "checkpoint":
+            directory = Path(frame.header["directory"])
+            self._services.checkpoint_saved(int(frame.header["step"]), directory)
+        elif frame.kind == "outcome" and not self._reported.done():
+            outcome = Outcome.from_frame(frame.header, frame.body)
+            self._reported.set_result(outcome)
+            self._events.ended(rank, without_result(outcome))
+
+    def _on_lines(self, stream: str, lines: bytes) -> None:
+        self._events.lines(self._slot.rank, stream, lines)
+        self._log(prefix_lines(lines, self._slot.rank, stream))
+
+    async def _answer_latest(self) -> None:
+        self._worker.answer("latest", **await self._services.latest_checkpoint())
+
+    async def _stop_when_slow_to_leave(self) -> None:
+        await asyncio.wait([self._reported])
+        await asyncio.sleep(TEARDOWN_SECONDS)
+        text = (
+            f"HorovodRunner: rank {self._slot.rank} is still there {TEARDOWN_SECONDS:g} s after "
+            "main returned (a thread that is not a daemon?); it is stopped\n"
+        )
+        self._on_lines("stderr", text.encode())
+        self._worker.stop()
+
+    def _silent_end(self, status: ExitStatus) -> Failure:
+        text, exit_code, signal_name = describe_exit(status, self._worker.killed_by_kernel())
+        return Failure(
+            rank=self._slot.rank,
+            host=self._slot.host,
+            summary=text,
+            kind=FailureKind.PROCESS,
+            exit_code=exit_code,
+            signal=signal_name,
+            # Horovod's background thread aborts the process when a peer's connection breaks.
+            after_peer_loss=signal_name == "SIGABRT",
+        )
+
+
+def without_result(outcome: Outcome) -> Outcome:
+    """Leave out a result, which only partition 0 hands to the driver.
+
+    Parameters
+    ----------
+    outcome
+        How a rank ended.
+
+    Returns
+    -------
+    Outcome
+        The same, with an empty result.
+    """
+    if outcome.success is None:
+        return outcome
+    return Outcome(success=Success(outcome.success.rank))
