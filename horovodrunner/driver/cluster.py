@@ -168,7 +168,9 @@ class BarrierRun:
             return self._with_sparks_reason(channel)
         leader = outcomes.get(0, Outcome())
         if channel.retried:
-            raise BarrierStageError(RETRY_REFUSED)
+            refused = BarrierStageError(RETRY_REFUSED)
+            refused.executor_was_lost = True
+            raise refused
         if leader.success is not None or leader.failure is not None:
             return leader
         for outcome in outcomes.values():

@@ -59,7 +59,7 @@ def open_outcome(outcome: Outcome) -> Any:
         raise cause
     if failure.kind is FailureKind.STORAGE:
         raise CheckpointError(failure.summary)
-    if failure.kind is FailureKind.SETUP and not failure.traceback:
+    if failure.rank is None and not failure.traceback:
         raise ConfigurationError(failure.summary)  # found before any rank was there
     raise _worker_failure(failure, outcome.consequences) from cause
 

@@ -236,12 +236,6 @@ class HorovodRunner:
         from horovodrunner.driver.cluster import BarrierRun
 
         console.show(0)
-        if self._np == 0:
-            warnings.warn(
-                "np=0 (all slots) is deprecated: give the number of ranks",
-                DeprecationWarning,
-                stacklevel=3,
-            )
         spark = session.find_session()
         # A lost executor may take a while to be replaced.
         patience = self._start_timeout if job.attempt > 1 else session.SLOTS_SECONDS
@@ -279,6 +273,12 @@ class HorovodRunner:
             )
         ranks = "all slots" if self._np == 0 else f"{abs(self._np)} rank{'s' * (abs(self._np) > 1)}"
         console.note(f"{ranks} {mode}")
+        if self._np == 0:
+            warnings.warn(
+                "np=0 (all slots) is deprecated: give the number of ranks",
+                DeprecationWarning,
+                stacklevel=3,
+            )
         console.note(f"the pickled main and its arguments have {payload.format_bytes(len(call))}")
         if len(call) > payload.WARN_BYTES:
             parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)

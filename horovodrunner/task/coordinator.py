@@ -248,7 +248,9 @@ class Coordinator:
         self._failures.append(failure)
         self.stop()
 
-    def lost(self, ranks: Sequence[int], summary: str) -> None:
+    def lost(
+        self, ranks: Sequence[int], summary: str, kind: FailureKind = FailureKind.LOST
+    ) -> None:
         """Note that nothing more will be heard of some ranks.
 
         Parameters
@@ -257,10 +259,12 @@ class Coordinator:
             The ranks; those that had already ended are left as they are.
         summary
             Why.
+        kind
+            What failed.
         """
         for rank in ranks:
             if rank not in self._outcomes:
-                failure = Failure(rank, self._slots[rank].host, summary, kind=FailureKind.LOST)
+                failure = Failure(rank, self._slots[rank].host, summary, kind=kind)
                 self.ended(rank, Outcome(failure=failure))
 
     async def wait_for_end(self, grace: float) -> None:

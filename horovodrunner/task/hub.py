@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from horovodrunner.core.connection import Connection, FrameServer
 from horovodrunner.core.frames import Frame
-from horovodrunner.core.job import Outcome
+from horovodrunner.core.job import FailureKind, Outcome
 from horovodrunner.core.topology import Slot
 from horovodrunner.task.checkpoints import LatestDecision
 from horovodrunner.task.coordinator import Coordinator, RankEvents
@@ -93,6 +93,7 @@ class Hub:
                         f"its task on {slot.host} ({slot.address}) did not connect to rank 0's "
                         f"task on {self._slots[0].host} ({self._slots[0].address}) within "
                         f"{JOIN_SECONDS:g} s: check that executors reach each other's ports",
+                        kind=FailureKind.SETUP,
                     )
 
     async def wait_for_leaving(self, timeout: float) -> None:

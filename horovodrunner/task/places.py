@@ -70,7 +70,7 @@ def open_place(location: str | os.PathLike[str]) -> LocalPlace | RemotePlace:
         try:
             return LocalPlace(Path(text).expanduser().absolute())
         except RuntimeError as error:
-            raise ConfigurationError(f"The directory {text} is unknown: {error}") from error
+            raise ConfigurationError(f"the directory {text} is unknown: {error}") from error
     if isinstance(location, PurePath):
         raise ConfigurationError(
             f"{location!r} is a URL in a path object, which drops slashes. Give it as a str."
@@ -189,7 +189,7 @@ class RemotePlace:
         self._fs, root = _open_file_system(url)
         if any(character in root for character in "*?["):
             raise ConfigurationError(
-                f"The URL {url} has a character that fsspec takes for a pattern (*, ? or [). "
+                f"the URL {url} has a character that fsspec takes for a pattern (*, ? or [). "
                 "Choose one without."
             )
         self._root = root.rstrip("/")

@@ -89,7 +89,7 @@ class CheckpointStore:
             self._place.remove_file(probe)
         except OSError as error:
             raise ConfigurationError(
-                f"Checkpoints cannot be written to {self.location}: {error}. "
+                f"checkpoints cannot be written to {self.location}: {error}. "
                 "Choose a directory or URL that this process may create and write files in "
                 "(for a URL, check its credentials too)."
             ) from error
@@ -256,7 +256,7 @@ class CheckpointStore:
 
     def _damage(self, name: str, problem: str) -> str:
         where = self._place.url(name)
-        return f"The checkpoint {where} is damaged: {problem}. The one before it is tried."
+        return f"the checkpoint {where} is damaged and skipped: {problem}"
 
     def _read_manifests(self) -> tuple[list[Manifest], list[tuple[str, str]]]:
         found: list[Manifest] = []

@@ -419,7 +419,7 @@ def test_damaged_checkpoints_are_noted_and_the_one_before_is_taken(
         tasks = Tasks(depot, tmp_path)
         assert [(await tasks.copy(partition).get())["step"] for partition in (0, 1)] == [5, 5]
         (note,) = tasks.notes
-        assert "step-00000006 is damaged: model.pt" in note
+        assert "step-00000006 is damaged and skipped: model.pt" in note
 
     asyncio.run(scenario())
 

@@ -322,7 +322,7 @@ def test_a_damaged_file_is_told_and_the_one_before_is_used(
     assert f"{location}/step-00000005" in sentence
     assert "model.pt" in sentence
     assert words in sentence
-    assert "one before it is tried" in sentence
+    assert "damaged and skipped" in sentence
 
 
 @pytest.mark.parametrize(

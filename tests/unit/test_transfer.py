@@ -225,7 +225,7 @@ def test_the_damaged_ones_on_the_driver_are_told_to_the_task(driver: Driver, sou
     assert manifest is not None
     assert manifest.step == 1
     (sentence,) = damaged
-    assert "step-00000002 is damaged: model.pt" in sentence
+    assert "step-00000002 is damaged and skipped: model.pt" in sentence
 
 
 def flip_a_byte(path: Path) -> None:
