@@ -101,11 +101,7 @@ class Strangers:
     def all_opened(self) -> bool:
         return self._opened.done()
 
-    async def leave(self) -> None:
-        assert await self._opened == b"opened\n"
-        self.kill()
-
-    def kill(self) -> None:
+    def leave(self) -> None:
         self._process.kill()
         self._process.communicate()
 
@@ -212,17 +208,19 @@ def test_thousands_of_strangers_do_not_keep_a_peer_out() -> None:
     ) -> None:
         fds_before, rss_before = process.num_fds(), process.memory_info().rss
         strangers = Strangers(port, 4000)
-        while not strangers.all_opened or len(waited) < 5:
-            started = time.monotonic()
-            peer = await connect("127.0.0.1", port, TOKEN, 10)
-            waited.append(time.monotonic() - started)
-            peer.send("hello")
-            fds.append(process.num_fds() - fds_before)
-            await peer.close()
-        await until(lambda: len(frames) == len(waited))
-        assert len(server._unproved) <= connection_module.MAX_UNPROVED_CONNECTIONS
-        assert process.memory_info().rss - rss_before < 100 * 1024 * 1024
-        await strangers.leave()
+        try:
+            while not strangers.all_opened or len(waited) < 5:
+                started = time.monotonic()
+                peer = await connect("127.0.0.1", port, TOKEN, 10)
+                waited.append(time.monotonic() - started)
+                peer.send("hello")
+                fds.append(process.num_fds() - fds_before)
+                await peer.close()
+            await until(lambda: len(frames) == len(waited))
+            assert len(server._unproved) <= connection_module.MAX_UNPROVED_CONNECTIONS
+            assert process.memory_info().rss - rss_before < 100 * 1024 * 1024
+        finally:
+            strangers.leave()
 
     _, refusals = serve(scenario)
     assert max(waited) < 3  # seconds; a SYN that finds the queue full comes again after one
