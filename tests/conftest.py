@@ -53,6 +53,14 @@ def marked_processes() -> list[str]:
     return found
 
 
+def workers_left(seconds: float = 5.0) -> list[str]:
+    """Wait for a while until no worker is left; a killed executor cannot wait for its own."""
+    deadline = time.monotonic() + seconds
+    while (left := marked_processes()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
 def own_threads() -> set[str]:
     """List the threads that are this package's, or would keep the interpreter from leaving."""
     return {

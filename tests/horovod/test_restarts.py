@@ -13,7 +13,7 @@ import pytest
 
 from horovodrunner import HorovodRunner, WorkerFailedError
 from horovodrunner.driver import session
-from tests.conftest import marked_processes
+from tests.conftest import workers_left
 
 pytestmark = [pytest.mark.horovod, pytest.mark.spark, pytest.mark.usefixtures("spark")]
 
@@ -107,8 +107,8 @@ def test_the_weights_are_those_of_an_undisturbed_training(
     assert ("SIGKILL" if what == "worker" else "lost executor") in announced[0]
     if (what, rank) != ("executor", 0):  # its last checkpoint may be lost with it
         assert f"going on from step {FAULT_AT}" in announced[0]
-    assert [saved.step for saved in runner.checkpoints] == [3, 4, 5]
-    assert marked_processes() == []
+    assert runner.checkpoints[-1].step == EPOCHS - 1
+    assert workers_left() == []
     deadline = time.monotonic() + 60
     while (session.total_slots(spark) or 0) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -24,7 +24,7 @@ from horovodrunner import (
     WorkerFailedError,
 )
 from horovodrunner.driver import cluster, session
-from tests.conftest import marked_processes
+from tests.conftest import marked_processes, workers_left
 from tests.process import mains
 
 pytestmark = [pytest.mark.spark, pytest.mark.usefixtures("spark")]
@@ -206,7 +206,7 @@ def test_main_runs_once_when_spark_tries_the_stage_again(
         run(run_for_ever, directory=str(tmp_path))
     killer.join()
     assert "lost" in str(caught.value)
-    assert marked_processes() == []
+    assert workers_left() == []
     assert len(list(tmp_path.iterdir())) == 2
     deadline = time.monotonic() + 60
     while (session.total_slots(spark) or 0) < 2 and time.monotonic() < deadline:

@@ -21,7 +21,7 @@ import pytest
 
 from horovodrunner import BarrierStageError, HorovodRunner, WorkerFailedError
 from horovodrunner.driver import session
-from tests.conftest import marked_processes
+from tests.conftest import workers_left
 from tests.process import mains
 from tests.process.test_local_runs import wait_until_gone
 
@@ -95,7 +95,7 @@ def test_a_lost_executor_is_named_with_its_ranks(tmp_path: Path, on_rank: int, s
     text = str(caught.value)
     assert re.search(rf"lost executor \d+, which ran rank {on_rank} on ", text), text
     assert time.monotonic() - began < 60
-    assert marked_processes() == []
+    assert workers_left() == []
     assert usable(spark)
 
 
@@ -114,7 +114,7 @@ def test_a_job_that_is_killed_in_the_ui_is_told_as_cancelled(tmp_path: Path, spa
         HorovodRunner(np=2, max_restarts=2).run(run_for_ever, directory=str(tmp_path))
     canceller.join()
     assert caught.value.attempts == ()  # the user's wish is not tried again
-    assert marked_processes() == []
+    assert workers_left() == []
     assert usable(spark)
 
 
@@ -137,7 +137,7 @@ def test_a_task_that_spark_kills_is_told(tmp_path: Path, on_rank: int, spark: An
     killer.join()
     assert f"rank {on_rank}" in str(caught.value), str(caught.value)
     assert "lost" in str(caught.value)
-    assert marked_processes() == []
+    assert workers_left() == []
     assert usable(spark)
 
 
@@ -200,7 +200,7 @@ def test_ctrl_c_leaves_other_jobs_of_the_session_alone(tmp_path: Path, spark: An
         other.join()
     assert results == [1]
     assert cancelled == []
-    assert marked_processes() == []
+    assert workers_left() == []
 
 
 DRIVER = """
