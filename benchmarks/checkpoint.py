@@ -101,7 +101,9 @@ def measure(mebibytes: int, repeat: int, directory: Path) -> dict[str, Any]:
 
     def interleave() -> None:
         for step in range(repeat):
+            os.sync()  # what the disk still has to write slows whoever comes next
             raw.append(raw_copy(source, directory / "raw.bin"))
+            os.sync()
             (signs / str(step)).touch()
             while not (signs / f"{step}.done").exists():
                 time.sleep(0.01)
@@ -137,16 +139,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mebibytes", type=int, default=1024)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--directory", type=Path, help="where all files are, such as /dev/shm")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    if options.directory:
+        os.environ["SPARK_LOCAL_DIRS"] = str(options.directory)
     spark = (
         SparkSession.builder.master("local-cluster[1,1,1024]")
         .config("spark.ui.enabled", "false")
         .config("spark.log.level", "ERROR")
         .getOrCreate()
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
         columns = measure(options.mebibytes, options.repeat, Path(folder))
     result = report(columns, options.mebibytes)
     if options.json:

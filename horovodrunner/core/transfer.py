@@ -214,11 +214,15 @@ class BulkConnection:
         """
         buffer = memoryview(bytearray(min(size, PIECE_BYTES)))
         while size:
-            count = self._socket.recv_into(buffer[: min(size, PIECE_BYTES)])
-            if not count:
-                raise ConnectionResetError("the peer closed the connection in the middle of a file")
-            size -= count
-            yield buffer[:count]
+            piece = buffer[: min(size, PIECE_BYTES)]
+            filled = 0
+            while filled < len(piece):
+                count = self._socket.recv_into(piece[filled:])
+                if not count:
+                    raise ConnectionResetError("the peer closed the connection in between")
+                filled += count
+            size -= filled
+            yield piece
 
     def whole_body(self, size: int) -> bytes:
         """Read a body that fits into memory.

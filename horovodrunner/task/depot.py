@@ -198,19 +198,19 @@ def serve_depot(
 
 def _receive_checkpoint(connection: BulkConnection, step: int, store: CheckpointStore) -> None:
     with store.begin(step) as incoming:
-        written: dict[str, str] = {}
         while True:
             header, size = connection.receive()
             if header["kind"] == "directory":
                 incoming.add_directory(header["path"])
             elif header["kind"] == "file":
-                file = incoming.write(header["path"], connection.body(size))
-                written[file.path] = file.sha256
+                # The sender hashes what it reads; to hash once more here would take as long as
+                # all the rest. Whoever reads the checkpoint compares.
+                incoming.write(header["path"], connection.body(size), hashed=False)
             else:
                 break
-        if header["kind"] != "end" or json.loads(connection.whole_body(size)) != written:
-            raise ValueError("what arrived is not what was sent (SHA-256 differs)")
-        incoming.commit()
+        if header["kind"] != "end":
+            raise FrameError(f"a {header['kind']!r} frame among the files of a checkpoint")
+        incoming.commit(json.loads(connection.whole_body(size)))
     connection.send("stored")
 
 

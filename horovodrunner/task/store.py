@@ -20,8 +20,9 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 _CHUNK_BYTES = 4 * 2**20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _STEP = re.compile(r"step-([0-9]{8,})")
 
 
@@ -352,13 +354,15 @@ class IncomingCheckpoint:
             self._place.make(f"{self._root}/{path}")
         self._directories.add(path)
 
-    def open(self, path: str) -> IncomingFile:
+    def open(self, path: str, *, hashed: bool = True) -> IncomingFile:
         """Add a file that is written piece by piece.
 
         Parameters
         ----------
         path
             Where it is below the checkpoint's root.
+        hashed
+            False when its hash is given to :meth:`commit`.
 
         Returns
         -------
@@ -375,12 +379,18 @@ class IncomingCheckpoint:
         self._claim(path, for_directory=False)
         with self._discarded_on_error():
             stream = self._place.create(f"{self._root}/{path}")
-            file = IncomingFile(self, path, stream)
+            file = IncomingFile(self, path, stream, hashed=hashed)
         self._files[path] = None
         self._open.add(file)
         return file
 
-    def write(self, path: str, chunks: Iterable[bytes | bytearray | memoryview]) -> StoredFile:
+    def write(
+        self,
+        path: str,
+        chunks: Iterable[bytes | bytearray | memoryview],
+        *,
+        hashed: bool = True,
+    ) -> StoredFile:
         """Add a whole file.
 
         Parameters
@@ -389,6 +399,8 @@ class IncomingCheckpoint:
             Where it is below the checkpoint's root.
         chunks
             Its content in pieces; no more than one is held in memory.
+        hashed
+            False when its hash is given to :meth:`commit`.
 
         Returns
         -------
@@ -402,7 +414,7 @@ class IncomingCheckpoint:
         OSError
             When it cannot be written; the checkpoint is discarded then.
         """
-        file = self.open(path)
+        file = self.open(path, hashed=hashed)
         with self._discarded_on_error():
             for chunk in chunks:
                 file.write(chunk)
@@ -431,8 +443,13 @@ class IncomingCheckpoint:
             for path in directories:
                 self.add_directory(path)
 
-    def commit(self) -> Manifest:
+    def commit(self, digests: Mapping[str, str] | None = None) -> Manifest:
         """Make it count, then delete the checkpoints that are too old to keep.
+
+        Parameters
+        ----------
+        digests
+            SHA-256 of the files that were not hashed here, by path.
 
         Returns
         -------
@@ -442,7 +459,8 @@ class IncomingCheckpoint:
         Raises
         ------
         ValueError
-            When a file is still open, or the checkpoint is over already.
+            When a file is still open, or the checkpoint is over already, or `digests` does not
+            name just the files that were not hashed.
         OSError
             When it cannot be put in its place; it is discarded then.
         """
@@ -451,6 +469,7 @@ class IncomingCheckpoint:
             paths = ", ".join(sorted(file.path for file in self._open))
             raise ValueError(f"not closed yet: {paths}")
         with self._discarded_on_error():
+            self._take_digests(digests or {})
             manifest = self._manifest()
             path = f"{self._root}/{MANIFEST_NAME}"
             with as_os_error(self._place.url(path)):
@@ -475,6 +494,16 @@ class IncomingCheckpoint:
         self._open.clear()
         with suppress(OSError):
             self._place.remove(self._root)
+
+    def _take_digests(self, digests: Mapping[str, str]) -> None:
+        unhashed = {
+            path: file for path, file in self._files.items() if file is not None and not file.sha256
+        }
+        well_formed = all(_SHA256.fullmatch(str(digest)) for digest in digests.values())
+        if set(digests) != set(unhashed) or not well_formed:
+            raise ValueError("the hashes that came are not those of the files that came")
+        for path, file in unhashed.items():
+            self._files[path] = replace(file, sha256=digests[path])
 
     def _manifest(self) -> Manifest:
         files = tuple(file for file in self._files.values() if file is not None)
@@ -533,13 +562,17 @@ class IncomingFile:
         Where it is below the checkpoint's root.
     stream
         The file itself, open for writing.
+    hashed
+        Whether to compute its hash.
     """
 
-    def __init__(self, checkpoint: IncomingCheckpoint, path: str, stream: BinaryIO) -> None:
+    def __init__(
+        self, checkpoint: IncomingCheckpoint, path: str, stream: BinaryIO, *, hashed: bool = True
+    ) -> None:
         self.path = path
         self._checkpoint = checkpoint
         self._stream = stream
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if hashed else None
         self._size = 0
 
     def write(self, chunk: bytes | bytearray | memoryview) -> None:
@@ -561,7 +594,8 @@ class IncomingFile:
         view = memoryview(chunk).cast("B")
         with self._checkpoint._discarded_on_error(), as_os_error(self.path):
             self._stream.write(view)
-        self._digest.update(view)
+        if self._digest is not None:
+            self._digest.update(view)
         self._size += len(view)
 
     def close(self) -> StoredFile:
@@ -582,7 +616,8 @@ class IncomingFile:
         self._refuse_when_closed()
         with self._checkpoint._discarded_on_error(), as_os_error(self.path):
             self._checkpoint._place.close(self._stream)
-        stored = StoredFile(self.path, self._size, self._digest.hexdigest())
+        digest = self._digest.hexdigest() if self._digest is not None else ""
+        stored = StoredFile(self.path, self._size, digest)
         self._checkpoint._closed(self, stored)
         return stored
 

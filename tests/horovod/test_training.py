@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from horovodrunner import HorovodRunner, WorkerFailedError
+from tests.conftest import workers_left
 
 pytestmark = [pytest.mark.horovod, pytest.mark.spark, pytest.mark.usefixtures("spark")]
 
@@ -135,6 +136,28 @@ def test_a_rank_that_leaves_while_the_other_waits_is_named() -> None:
         WorkerFailedError, match="rank 1 returned from main while rank 0 waited in allreduce"
     ):
         run(main, -2)
+
+
+@pytest.mark.parametrize("how", ["exception", "SIGKILL"])
+def test_data_loader_workers_go_with_their_ranks(how: str) -> None:
+    def main(how: str) -> None:
+        import torch
+
+        class Endless(torch.utils.data.IterableDataset):  # type: ignore[misc]
+            def __iter__(self) -> Any:
+                while True:
+                    yield torch.ones(3)
+
+        loader = torch.utils.data.DataLoader(Endless(), num_workers=2)
+        for step, _ in enumerate(loader):
+            if os.environ["RANK"] == "1" and step == 3:
+                if how == "exception":
+                    raise ValueError("with loaders")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(WorkerFailedError, match="with loaders|SIGKILL"):
+        run(main, -2, how=how)
+    assert workers_left() == []
 
 
 SECONDS_UNTIL_STACKS = 90

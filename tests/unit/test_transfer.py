@@ -340,15 +340,28 @@ def test_a_task_that_dies_in_the_middle_of_a_file_leaves_nothing(
     assert stored_tree(driver, 1) == tree(source)
 
 
-@pytest.mark.parametrize("digests", [{"model.pt": "0" * 64}, {}, {"model.pt": None, "b": "c"}])
-def test_what_arrived_must_be_what_was_sent(driver: Driver, digests: dict[str, str | None]) -> None:
+MANY = {"model.pt": "0" * 64, "more.pt": "0" * 64}
+
+
+@pytest.mark.parametrize("digests", [MANY, {}, {"model.pt": None}, {"model.pt": "0"}])
+def test_every_file_that_arrived_needs_its_hash(driver: Driver, digests: dict[str, str]) -> None:
     with driver.request("put", 1) as connection:
         connection.send_body("file", 3, [b"abc"], path="model.pt")
         connection.send_bytes("end", json.dumps(digests).encode())
-        with pytest.raises(OSError, match="SHA-256 differs"):
+        with pytest.raises(OSError, match="hashes that came are not those of the files"):
             connection.expect("stored")
     assert driver.steps() == []
     assert driver.incoming() == []
+
+
+def test_what_arrived_and_is_not_what_was_hashed_is_damaged(driver: Driver) -> None:
+    with driver.request("put", 1) as connection:
+        connection.send_body("file", 3, [b"abc"], path="model.pt")
+        connection.send_bytes("end", json.dumps({"model.pt": "0" * 64}).encode())
+        connection.expect("stored")
+    found, damaged = driver.depot().find_latest()
+    assert found is None
+    assert "model.pt does not have the content that was saved" in damaged[0]
 
 
 UNSAFE = ["../x", "a/../../x", "/tmp/horovodrunner-outside", "manifest.json", "", "a//b"]
