@@ -155,7 +155,7 @@ def test_data_loader_workers_go_with_their_ranks(how: str) -> None:
                     raise ValueError("with loaders")
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(WorkerFailedError, match="with loaders|SIGKILL"):
+    with pytest.raises(WorkerFailedError, match=r"with loaders|SIGKILL"):
         run(main, -2, how=how)
     assert workers_left() == []
 
