@@ -14,6 +14,8 @@ on, and every rank finds them again in the next attempt or the next run::
             ...
             with checkpoint.save(step=epoch) as directory:
                 torch.save(model.state_dict(), directory / "model.pt")
+
+For PyTorch the same in one line each: :func:`load_torch` and :func:`save_torch`.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
 from horovodrunner.worker.context import WorkerContext, current_context, log_to_driver
 
-__all__ = ["Checkpoint", "attempt", "latest", "save"]
+__all__ = ["Checkpoint", "attempt", "latest", "load_torch", "save", "save_torch"]
 
 attempt: int
 """1 in the first launch of a run, one more after each restart; 1 outside a run, too."""
@@ -156,6 +158,104 @@ def save(step: int) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
         raise
     shutil.rmtree(directory, ignore_errors=True)
+
+
+class _HasState(Protocol):
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+def save_torch(step: int, **objects: _HasState) -> None:
+    """Save PyTorch modules, optimizers, schedulers and the like; rank 0 writes.
+
+    Each becomes a file ``<name>.pt`` with its ``state_dict()``. Every rank has to call this.
+
+    Parameters
+    ----------
+    step
+        As for :func:`save`.
+    **objects
+        What to save, by name.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If step is not an int, or nothing is to be saved.
+    ArgumentValueError
+        If step is negative.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 1)
+    >>> save_torch(3, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    """
+    import torch
+
+    step = _checked_step(step)
+    _check_objects("save_torch(step, ...)", objects)
+    # On every rank: a sharded object gathers its state from all of them.
+    states = {name: item.state_dict() for name, item in objects.items()}
+    context = current_context()
+    if context is not None and context.spec.rank != 0:
+        return
+    with save(step) as directory:
+        for name, state in states.items():
+            torch.save(state, directory / f"{name}.pt")
+
+
+def load_torch(**objects: _HasState) -> int:
+    """Load what :func:`save_torch` saved into objects of the same shape, and say where to go on.
+
+    An optimizer is to be loaded after ``hvd.DistributedOptimizer`` wrapped it: wrapping drops its
+    state.
+
+    Parameters
+    ----------
+    **objects
+        What to load, by the names that were used for saving.
+
+    Returns
+    -------
+    int
+        The step after the checkpoint's; 0 when there is none, and nothing was loaded.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If nothing is to be loaded.
+    CheckpointError
+        If the checkpoint cannot be fetched, or does not hold one of the objects.
+
+    Examples
+    --------
+    >>> import torch
+    >>> load_torch(model=torch.nn.Linear(2, 1))  # outside a run there is no checkpoint
+    0
+    """
+    import torch
+
+    _check_objects("load_torch(...)", objects)
+    found = latest()
+    if found is None:
+        return 0
+    for name, item in objects.items():
+        path = found / f"{name}.pt"
+        if not path.exists():
+            held = ", ".join(sorted(each.name for each in found.iterdir()))
+            raise CheckpointError(
+                f"the checkpoint of step {found.step} has no {name}.pt, only {held}: "
+                f"load_torch() takes the names that save_torch() was given"
+            )
+        item.load_state_dict(torch.load(path, map_location="cpu"))
+    return found.step + 1
+
+
+def _check_objects(call: str, objects: dict[str, Any]) -> None:
+    if not objects:
+        raise ArgumentTypeError(
+            f"{call} was given nothing: name what it is to handle, model=model, optimizer=optimizer"
+        )
 
 
 def _checked_step(step: Any) -> int:
