@@ -88,9 +88,11 @@ class ControlPipe:
             return self._answers.get()
 
     def _serve(self) -> None:
+        incoming = select.poll()  # select() takes no descriptor from 1024 on
+        incoming.register(self._control_fd, select.POLLIN)
         while True:
             pause = min(SAMPLE_SECONDS, self._beat_seconds)
-            if not select.select([self._control_fd], [], [], pause)[0]:
+            if not incoming.poll(pause * 1000):
                 self._look_at_main()
                 continue
             frame = self._receive()
@@ -134,7 +136,7 @@ class ControlPipe:
         return Frame(parse_header(bytes(header)), body)
 
     def _read(self, count: int) -> bytearray | None:
-        """Read so many bytes, and not one more: what follows is to be seen by select()."""
+        """Read so many bytes, and not one more: what follows is to be seen by poll()."""
         data = bytearray(count)
         view = memoryview(data)
         while view:

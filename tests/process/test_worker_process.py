@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from horovodrunner import HorovodRunner
 from horovodrunner.core.job import WorkerSpec
 from horovodrunner.task.process import WorkerProcess, describe_exit
 
@@ -78,6 +82,20 @@ def test_a_worker_without_a_job_ends_when_its_pipe_does() -> None:
             worker.kill()
 
     assert asyncio.run(scenario()) == -signal.SIGKILL
+
+
+def test_a_worker_of_a_process_with_thousands_of_open_files_gets_its_job() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1500:
+        pytest.skip(f"this machine allows {hard} open files only")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1500), hard))
+    try:
+        with contextlib.ExitStack() as files:
+            for _ in range(1100):
+                files.enter_context(Path(os.devnull).open())
+            assert HorovodRunner(np=-1).run(lambda: "here") == "here"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_sending_a_job_to_a_worker_that_has_died_is_no_error() -> None:
