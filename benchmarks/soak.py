@@ -28,7 +28,7 @@ import psutil
 from pyspark.sql import SparkSession
 
 from horovodrunner import HorovodRunner
-from horovodrunner.driver.session import total_slots
+from horovodrunner.driver.slots import total_slots
 from tests.conftest import listening_sockets, marked_processes, own_threads, temporary_files
 
 LEAVING_SECONDS = 5.0

@@ -332,7 +332,7 @@ class FrameServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
-    async def start(self, host: str, port: int = 0) -> int:
+    async def start(self, host: str, port: int | socket.socket = 0) -> int:
         """Start to listen.
 
         Parameters
@@ -340,7 +340,7 @@ class FrameServer:
         host
             Address to bind, ``"0.0.0.0"`` for all.
         port
-            Port to bind, 0 for any free one.
+            Port to bind, 0 for any free one; or a socket that is bound already.
 
         Returns
         -------
@@ -352,9 +352,10 @@ class FrameServer:
         OSError
             If the port cannot be bound.
         """
-        self._server = await asyncio.start_server(
-            self._accept, host, port, backlog=_ACCEPTED_AT_ONCE
+        where: dict[str, Any] = (
+            {"sock": port} if isinstance(port, socket.socket) else {"host": host, "port": port}
         )
+        self._server = await asyncio.start_server(self._accept, **where, backlog=_ACCEPTED_AT_ONCE)
         for listening in self._server.sockets:
             # asyncio takes one number for both: how many wait, and how many it accepts at once.
             with socket.socket(fileno=os.dup(listening.fileno())) as same:

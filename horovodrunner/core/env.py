@@ -19,6 +19,10 @@ FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "OMP_", "CUDA_", "TF_", "MLFLOW_")
 _USER_WINS = frozenset({"HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME"})
 """Chosen per host, unless the user set them on the driver."""
 
+_THREAD_COUNTS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
+"""What torch, MKL, OpenBLAS and NumPy read, and what TensorFlow reads. Without it every rank starts
+a thread for each core of the machine, and the ranks on one machine get in each other's way."""
+
 _SPARK_SECRETS = frozenset({"PYTHON_WORKER_FACTORY_SECRET", "PYSPARK_GATEWAY_SECRET"})
 """Secrets of Spark's own sockets, which user code has no business with."""
 
@@ -45,7 +49,7 @@ def forwarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def worker_base_environment(
-    environ: Mapping[str, str], forwarded: Mapping[str, str], python_path: str
+    environ: Mapping[str, str], forwarded: Mapping[str, str], python_path: str, cores: int
 ) -> dict[str, str]:
     """Build the environment a worker process is started with, before its slot is known.
 
@@ -57,14 +61,24 @@ def worker_base_environment(
         The driver's variables.
     python_path
         The worker's ``PYTHONPATH``.
+    cores
+        How many cores the worker may use; the numbers of threads follow unless they were set.
 
     Returns
     -------
     dict of str
         The environment, without Spark's secrets.
+
+    Examples
+    --------
+    >>> given = worker_base_environment({}, {"OMP_NUM_THREADS": "3"}, "", cores=8)
+    >>> given["OMP_NUM_THREADS"], given["TF_NUM_INTRAOP_THREADS"]
+    ('3', '3')
     """
     kept = {name: value for name, value in environ.items() if name not in _SPARK_SECRETS}
-    return {**kept, **forwarded, "PYTHONPATH": python_path}
+    chosen = {**kept, **forwarded}
+    threads = chosen.get("OMP_NUM_THREADS") or str(max(1, cores))
+    return {**dict.fromkeys(_THREAD_COUNTS, threads), **chosen, "PYTHONPATH": python_path}
 
 
 def slot_environment(

@@ -72,6 +72,10 @@ class JobSpec:
         How many of them are kept.
     fail_on_checkpoint_error
         Whether a checkpoint that cannot be stored ends the run.
+    ports
+        First and last port that tasks may listen on, or None for any that is free.
+    versions
+        What is installed on the driver, by name.
     """
 
     run_id: str
@@ -90,6 +94,8 @@ class JobSpec:
     checkpoint_location: str | None = None
     keep_checkpoints: int = 3
     fail_on_checkpoint_error: bool = False
+    ports: tuple[int, int] | None = None
+    versions: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
-__all__ = ["HostGroup", "Member", "Slot", "group_by_host", "visible_devices"]
+__all__ = [
+    "HostGroup",
+    "Member",
+    "Slot",
+    "compose_devices",
+    "group_by_host",
+    "visible_devices",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,8 @@ class Member:
         Set by partition 0: where its peers, Horovod's workers and torch.distributed connect.
     problem
         Set when this task cannot go on; nobody runs ``main`` then.
+    versions
+        What is installed for this task's Python, by name.
     """
 
     partition: int
@@ -50,6 +59,7 @@ class Member:
     rendezvous_port: int = 0
     master_port: int = 0
     problem: str = ""
+    versions: dict[str, str] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> str:
         """Give the fields as JSON text.
@@ -154,18 +164,68 @@ def group_by_host(members: Sequence[Member]) -> list[HostGroup]:
     return [HostGroup(host_id, tuple(group)) for host_id, group in hosts.items()]
 
 
-def visible_devices(group: HostGroup) -> str | None:
-    """List the GPUs that the workers of one host see, each worker's own at its local rank.
+def compose_devices(addresses: Sequence[str], already_visible: str | None) -> tuple[str, ...]:
+    """Say a task's GPUs in terms that hold for a new process.
+
+    Spark numbers the GPUs it found on a machine. Where the executor itself sees only some of them,
+    its numbers count within those.
+
+    Parameters
+    ----------
+    addresses
+        What Spark gave the task: indices or UUIDs.
+    already_visible
+        The executor's ``CUDA_VISIBLE_DEVICES``, or None where it is not set.
+
+    Returns
+    -------
+    tuple of str
+        Values for ``CUDA_VISIBLE_DEVICES``.
+
+    Raises
+    ------
+    ValueError
+        If an index points beyond what the executor sees.
+
+    Examples
+    --------
+    >>> compose_devices(["1", "0"], "4,6")
+    ('6', '4')
+    >>> compose_devices(["GPU-8d0e"], "4,6")
+    ('GPU-8d0e',)
+    """
+    if already_visible is None:
+        return tuple(addresses)
+    visible = [device.strip() for device in already_visible.split(",") if device.strip()]
+    composed = []
+    for address in addresses:
+        if not address.isdecimal():
+            composed.append(address)
+        elif int(address) < len(visible):
+            composed.append(visible[int(address)])
+        else:
+            raise ValueError(
+                f"Spark gave this task GPU {address}, and the executor sees {len(visible)} "
+                f"(CUDA_VISIBLE_DEVICES={already_visible})"
+            )
+    return tuple(composed)
+
+
+def visible_devices(group: HostGroup, local_rank: int) -> str | None:
+    """List the GPUs that a worker sees, its own at the index of its local rank.
 
     Every worker sees all GPUs its run owns on the host, so that
     ``torch.cuda.set_device(hvd.local_rank())`` picks the worker's own. The first GPU of every
-    task comes first, in the order of the local ranks; further GPUs of tasks that own several
-    follow.
+    worker comes first, in the order of the local ranks; further GPUs of tasks that own several
+    follow. Where tasks share a GPU (a fractional amount), no list can do that, because CUDA
+    refuses one with repetitions: each worker sees its own GPU alone then.
 
     Parameters
     ----------
     group
         The places of one host.
+    local_rank
+        The worker's position among them.
 
     Returns
     -------
@@ -177,9 +237,27 @@ def visible_devices(group: HostGroup) -> str | None:
     >>> task = dict(host_id="a", host="a", address="10.0.0.1", interface="eth0")
     >>> first = Member(0, gpus=("2",), **task)
     >>> second = Member(1, gpus=("0",), **task)
-    >>> visible_devices(HostGroup("a", (first, second)))
+    >>> visible_devices(HostGroup("a", (first, second)), local_rank=1)
     '2,0'
+    >>> third = Member(2, gpus=("2",), **task)  # half of it
+    >>> visible_devices(HostGroup("a", (first, third)), local_rank=1)
+    '2'
     """
-    first = [member.gpus[0] for member in group.members if member.gpus]
-    more = [gpu for member in group.members for gpu in member.gpus[1:]]
-    return ",".join(first + more) or None
+    owned = _gpus_by_local_rank(group)
+    everything = [gpus[0] for gpus in owned if gpus] + [gpu for gpus in owned for gpu in gpus[1:]]
+    if not everything:
+        return None
+    if len(set(everything)) < len(everything):
+        return ",".join(owned[local_rank])
+    return ",".join(everything)
+
+
+def _gpus_by_local_rank(group: HostGroup) -> list[tuple[str, ...]]:
+    """Deal each task's GPUs to its workers, of which a barrier task has one."""
+    owned = []
+    dealt: dict[int, int] = {}
+    for member in group.members:
+        number = dealt.get(member.partition, 0)
+        dealt[member.partition] = number + 1
+        owned.append(member.gpus[number :: member.workers])
+    return owned

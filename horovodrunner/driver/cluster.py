@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import socket
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ from horovodrunner.core.job import FailureKind, JobSpec, Outcome, join_chunks
 from horovodrunner.driver.channel import RETRY_REFUSED, DriverChannel
 from horovodrunner.driver.console import Console
 from horovodrunner.driver.session import is_connect
+from horovodrunner.driver.slots import NOTE_SECONDS, slot_holders, tasks_running
 from horovodrunner.driver.stage_end import stage_end
 from horovodrunner.errors import BarrierStageError, ConfigurationError, StartTimeoutError
 from horovodrunner.task.barrier import ROW_SCHEMA, barrier_task
@@ -25,7 +27,11 @@ if TYPE_CHECKING:
 __all__ = ["BarrierRun"]
 
 MAX_PORT = 65535
+PORTS_CONF = "spark.horovodrunner.ports"
 CANCEL_SECONDS = 10.0
+FIRST_NOTE_SECONDS = 5.0
+"""A stage that has not started by then is told to wait for slots."""
+
 AFTER_FAILURE_SECONDS = 10.0
 """How long the stage may take to end once partition 0 has reported the run's failure."""
 
@@ -64,6 +70,7 @@ class BarrierRun:
         self._outcomes: dict[int, Outcome] | None = None
         self._error: Exception | None = None
         self._ended = False
+        self._next_note = time.monotonic() + FIRST_NOTE_SECONDS
 
     def run(self) -> Outcome:
         """Launch the stage and wait for its end.
@@ -87,7 +94,9 @@ class BarrierRun:
             job.run_id, job.token, console, on_event=console.wake, store=self._store
         ) as channel:
             port = channel.open(self._bind_address(), self._port())
-            job = replace(job, driver_address=(self._advertised_address(), port))
+            job = replace(
+                job, driver_address=(self._advertised_address(), port), ports=self._task_ports()
+            )
             thread = self._start_stage(job)
             try:
                 self._wait(channel)
@@ -139,8 +148,9 @@ class BarrierRun:
             if end_by is not None:
                 end_by = max(end_by, channel.storing_until)
             deadline = end_by if channel.registered else start_by
-            remaining = None if deadline in {None, math.inf} else deadline - time.monotonic()
-            self._console.show(None if remaining is None else max(0.0, remaining))
+            self._console.show(self._pause(deadline, channel.registered))
+            if not (channel.registered or self._ended):
+                self._note_what_is_waited_for()
             if deadline is None or self._ended or time.monotonic() < deadline:
                 continue
             if end_by is not None:
@@ -154,13 +164,32 @@ class BarrierRun:
                 start_by = math.inf
                 continue
             if not channel.registered:
+                holders = slot_holders(self._spark, self._tag)
+                facts = f" ({holders.in_words()})" if holders is not None else ""
                 raise StartTimeoutError(
                     f"the run's {self._job.size} tasks did not all start within "
-                    f"{self._start_timeout:g} s; other jobs may hold the slots, or executors "
-                    "cannot be started (see the Spark UI). Free the cluster, ask for fewer "
-                    "ranks, or raise start_timeout"
+                    f"{self._start_timeout:g} s{facts}; other jobs may hold the slots, or "
+                    "executors cannot be started (see the Spark UI). Free the cluster, ask for "
+                    "fewer ranks, or raise start_timeout"
                 )
         self._console.show(0)
+
+    def _pause(self, deadline: float | None, registered: bool) -> float | None:
+        """Say how long to show output before something else is to be looked at."""
+        remaining = None if deadline in {None, math.inf} else max(0.0, deadline - time.monotonic())
+        if registered:
+            return remaining
+        until_note = max(0.0, self._next_note - time.monotonic())
+        return until_note if remaining is None else min(remaining, until_note)
+
+    def _note_what_is_waited_for(self) -> None:
+        """Tell, once in a while, who holds the slots that the stage waits for."""
+        if time.monotonic() < self._next_note:
+            return
+        self._next_note = time.monotonic() + NOTE_SECONDS
+        holders = slot_holders(self._spark, self._tag)
+        if holders is not None and not self._tasks_are_running():
+            self._console.note(f"waiting for {self._job.size} slots, {holders.in_words()}")
 
     def _outcome(self, channel: DriverChannel) -> Outcome:
         outcomes = self._outcomes or {}
@@ -213,16 +242,21 @@ class BarrierRun:
         """Ask Spark, where it can be asked, whether all tasks of the stage have started."""
         if is_connect(self._spark):
             return False
-        tracker = self._spark.sparkContext._jsc.sc().statusTracker()
-        stages = [
-            tracker.getStageInfo(stage_id).get()
-            for job_id in tracker.getJobIdsForTag(self._tag)
-            for stage_id in tracker.getJobInfo(job_id).get().stageIds()
-        ]
-        return any(stage.numActiveTasks() == self._job.size for stage in stages)
+        return tasks_running(self._spark, self._tag) == self._job.size
 
     def _bind_address(self) -> str:
         return self._spark.conf.get("spark.driver.bindAddress", None) or "0.0.0.0"  # noqa: S104
+
+    def _task_ports(self) -> tuple[int, int] | None:
+        value = self._spark.conf.get(PORTS_CONF, None)
+        if not value:
+            return None
+        match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", value)
+        if not match or not 0 < int(match[1]) < int(match[2]) <= MAX_PORT:
+            raise ConfigurationError(
+                f"{PORTS_CONF}={value!r}: it must be a range of ports such as 40000-40099"
+            )
+        return int(match[1]), int(match[2])
 
     def _port(self) -> int:
         value = self._spark.conf.get("spark.horovodrunner.driver.port", None) or "0"

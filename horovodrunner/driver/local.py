@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 
 from horovodrunner.core.job import JobSpec, Outcome
-from horovodrunner.core.topology import Member
+from horovodrunner.core.topology import Member, compose_devices
 from horovodrunner.driver.console import Console
+from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.agent import Agent, Surroundings
 from horovodrunner.task.coordinator import DriverLink
 from horovodrunner.task.depot import StoreDepot
@@ -48,6 +51,7 @@ def run_locally(job: JobSpec, console: Console) -> Outcome:
         address=address,
         interface=interface,
         workers=job.size,
+        gpus=_gpus_of_the_driver(),
     )
     stop: list[Callable[[], object]] = []
     interrupted = threading.Event()
@@ -69,6 +73,7 @@ def run_locally(job: JobSpec, console: Console) -> Outcome:
             if job.checkpoint_location is not None
             else None
         ),
+        cores_per_worker=len(os.sched_getaffinity(0)) // job.size,
     )
     results: list[Outcome] = []
     errors: list[BaseException] = []
@@ -96,3 +101,19 @@ def run_locally(job: JobSpec, console: Console) -> Outcome:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _gpus_of_the_driver() -> tuple[str, ...]:
+    """Give the GPUs that Spark gave the driver, if there is a session and it asked for some.
+
+    Without any, the workers see what this process sees.
+    """
+    pyspark = sys.modules.get("pyspark")  # np < 0 needs no Spark, so it is not imported here
+    context = getattr(getattr(pyspark, "SparkContext", None), "_active_spark_context", None)
+    resource = context.resources.get("gpu") if context is not None else None
+    if resource is None:
+        return ()
+    try:
+        return compose_devices(resource.addresses, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    except ValueError as error:
+        raise ConfigurationError(f"{error}: check spark.driver.resource.gpu") from error

@@ -14,6 +14,7 @@ from typing import Any
 from horovodrunner.core import payload
 from horovodrunner.core.env import forwarded_environment
 from horovodrunner.core.job import JobSpec, Outcome
+from horovodrunner.core.versions import installed_versions
 from horovodrunner.driver import checked, interrupt
 from horovodrunner.driver.attempts import run_attempts
 from horovodrunner.driver.console import Console
@@ -232,18 +233,18 @@ class HorovodRunner:
         return run_locally(job, console)
 
     def _run_on_spark(self, job: JobSpec, console: Console) -> Outcome:
-        from horovodrunner.driver import session
+        from horovodrunner.driver import session, slots
         from horovodrunner.driver.cluster import BarrierRun
 
         console.show(0)
         spark = session.find_session()
-        # A lost executor may take a while to be replaced.
-        patience = self._start_timeout if job.attempt > 1 else session.SLOTS_SECONDS
-        size = session.require_slots(spark, self._np, patience)
+        session.refuse_encrypted_cluster(spark)
+        size = slots.require_slots(spark, self._np, self._start_timeout, console)
         job = replace(
             job,
             size=size,
             max_result_bytes=session.max_result_bytes(spark),
+            versions=installed_versions(),
             shares_terminal=session.shares_terminal(spark),
         )
         store = self._store

@@ -1,15 +1,13 @@
-"""What is asked of the SparkSession before a run: slots and limits. Runs in: the driver."""
+"""The SparkSession and its settings, as far as a run depends on them. Runs in: the driver."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
-import time
 from typing import TYPE_CHECKING
 
-from horovodrunner.errors import ClusterCapacityError, ConfigurationError
+from horovodrunner.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -18,15 +16,16 @@ __all__ = [
     "find_session",
     "is_connect",
     "max_result_bytes",
-    "require_slots",
+    "refuse_encrypted_cluster",
     "shares_terminal",
-    "total_slots",
 ]
 
-SLOTS_SECONDS = 30.0
-"""How long executors may take to register, where Spark does not say how many will come."""
-
-SLOTS_CHECK_SECONDS = 0.1
+ENCRYPTION_CONFS = (
+    "spark.ssl.enabled",
+    "spark.network.crypto.enabled",
+    "spark.io.encryption.enabled",
+)
+ALLOW_UNENCRYPTED_CONF = "spark.horovodrunner.allowUnencrypted"
 
 
 def find_session() -> SparkSession:
@@ -63,109 +62,29 @@ def find_session() -> SparkSession:
     return session
 
 
-def total_slots(spark: SparkSession) -> int | None:
-    """Count the barrier tasks that the registered executors can run at once.
+def refuse_encrypted_cluster(spark: SparkSession) -> None:
+    """Refuse a run on a cluster that asks for encryption, unless the user allowed it by name.
 
-    Spark's own figure, the one it checks barrier stages against: cores and, where tasks ask for
-    them, GPUs.
-
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Returns
-    -------
-    int or None
-        The slots; None over Spark Connect, where they cannot be asked for.
-    """
-    if is_connect(spark):
-        return None
-    context = spark.sparkContext._jsc.sc()
-    profile = context.resourceProfileManager().defaultResourceProfile()
-    return int(context.maxNumConcurrentTasks(profile))
-
-
-def require_slots(spark: SparkSession, np: int, patience: float = SLOTS_SECONDS) -> int:
-    """Check np against the cluster's slots before anything is launched.
+    Horovod's rendezvous and Gloo send gradients in the clear, and so do our own connections send
+    logs and checkpoints; they only prove to each other who they are.
 
     Parameters
     ----------
     spark
         The session.
-    np
-        Number of ranks asked for; 0 for all slots.
-    patience
-        Seconds that executors may take to register.
-
-    Returns
-    -------
-    int
-        Number of ranks to start.
 
     Raises
     ------
     ConfigurationError
-        If dynamic allocation is on, which barrier stages do not support (SPARK-24942).
-    ClusterCapacityError
-        If there are fewer slots than np, or none for np=0.
+        If the session's settings ask for encryption and the run was not allowed.
     """
-    if spark.conf.get("spark.dynamicAllocation.enabled", "false") == "true":
-        raise ConfigurationError(
-            "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage with "
-            "dynamic allocation (SPARK-24942): start the session with "
-            "spark.dynamicAllocation.enabled=false and a fixed number of executors"
-        )
-    slots = total_slots(spark)
-    if slots is None:
-        if np == 0:
-            raise ConfigurationError(
-                "np=0 (all slots) does not work over Spark Connect, which does not tell how many "
-                "slots there are: give the number of ranks"
-            )
-        return np
-    expected = _expected_slots(spark)
-    wanted = np or expected or 1
-    deadline = time.monotonic() + (0.0 if expected is not None and wanted > expected else patience)
-    while slots < wanted and time.monotonic() < deadline:
-        time.sleep(SLOTS_CHECK_SECONDS)  # Spark tells Python of new executors only when asked
-        slots = total_slots(spark) or 0
-    if slots < wanted:
-        may_come = expected if expected is not None and wanted > expected else slots
-        raise _too_few_slots(spark, np, may_come)
-    return np or slots
-
-
-def _expected_slots(spark: SparkSession) -> int | None:
-    """Count the slots the master string promises, where it does."""
-    master = spark.sparkContext.master
-    cpus = int(spark.conf.get("spark.task.cpus", "1") or 1)
-    if match := re.fullmatch(r"local-cluster\[\s*(\d+)\s*,\s*(\d+)\s*,.*\]", master):
-        if spark.conf.get("spark.task.resource.gpu.amount", None) is not None:
-            return None
-        return int(match[1]) * (int(match[2]) // cpus)
-    if master.startswith("local"):
-        return total_slots(spark)
-    return None
-
-
-def _too_few_slots(spark: SparkSession, np: int, slots: int) -> ClusterCapacityError:
-    facts = ", ".join(
-        f"{name}={value}"
-        for name in (
-            "spark.executor.instances",
-            "spark.executor.cores",
-            "spark.task.cpus",
-            "spark.task.resource.gpu.amount",
-            "spark.cores.max",
-        )
-        if (value := spark.conf.get(name, None)) is not None
-    )
-    asked = f"np={np}" if np else "np=0 (all slots)"
-    return ClusterCapacityError(
-        f"{asked} needs {np or 'at least 1'} task slot{'s' if np > 1 else ''}, and the cluster "
-        f"({spark.sparkContext.master}{'; ' + facts if facts else ''}) has {slots}: ask for fewer "
-        "ranks, add executors or cores, or use a negative np to run on the driver"
+    asked = [name for name in ENCRYPTION_CONFS if spark.conf.get(name, "false") == "true"]
+    if not asked or spark.conf.get(ALLOW_UNENCRYPTED_CONF, "false") == "true":
+        return
+    raise ConfigurationError(
+        f"this cluster asks for encryption ({', '.join(f'{name}=true' for name in asked)}), and "
+        "Horovod sends gradients between the ranks in the clear. If the network between the "
+        f"executors is safe, allow it: spark.conf.set({ALLOW_UNENCRYPTED_CONF!r}, 'true')"
     )
 
 

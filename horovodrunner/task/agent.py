@@ -22,11 +22,18 @@ from typing import Any
 from horovodrunner.core.env import slot_environment, worker_base_environment
 from horovodrunner.core.job import Failure, FailureKind, JobSpec, Outcome, WorkerSpec
 from horovodrunner.core.topology import Member, Slot
+from horovodrunner.core.versions import (
+    Difference,
+    differences,
+    differences_in_words,
+    must_fail,
+)
 from horovodrunner.task.channel import HubLink
 from horovodrunner.task.checkpoints import Courier, LatestCopy, LatestDecision
 from horovodrunner.task.coordinator import Coordinator, DriverLink, RankEvents
 from horovodrunner.task.depot import Depot
 from horovodrunner.task.hub import Hub
+from horovodrunner.task.network import on_free_port
 from horovodrunner.task.process import GRACE_SECONDS, WorkerProcess
 from horovodrunner.task.supervisor import TEARDOWN_SECONDS, Supervisor, without_result
 
@@ -62,6 +69,8 @@ class Surroundings:
         Where checkpoints are kept, or None when the run keeps none.
     scratch_base
         Directory below which this task may have one of its own.
+    cores_per_worker
+        How many cores each worker may use.
     """
 
     member: Member
@@ -70,6 +79,7 @@ class Surroundings:
     log: Callable[[bytes], None]
     depot: Depot | None = None
     scratch_base: str | None = None
+    cores_per_worker: int = 1
 
 
 class Agent:
@@ -130,22 +140,24 @@ class Agent:
 
     def _spawn(self) -> WorkerProcess:
         python_path = os.pathsep.join(entry for entry in sys.path if entry)
-        environment = worker_base_environment(os.environ, self._job.environment, python_path)
+        cores = self._surroundings.cores_per_worker
+        environment = worker_base_environment(os.environ, self._job.environment, python_path, cores)
         return WorkerProcess(self._job.early_imports, environment)
 
     async def _lead(self, resources: contextlib.AsyncExitStack) -> Outcome:
         from horovodrunner.task.horovodrun import Rendezvous, assign_slots
 
         member = self._surroundings.member
-        rendezvous = Rendezvous(member.address)
+        ports = self._job.ports
+        rendezvous = on_free_port(ports, lambda port: Rendezvous(member.address, port))
         resources.callback(rendezvous.close)
         hub = Hub(self._job.token, self._surroundings.log)
         resources.push_async_callback(hub.close)
         member = replace(
             member,
-            hub_port=await hub.open(member.address),
+            hub_port=await hub.open(member.address, ports),
             rendezvous_port=rendezvous.port,
-            master_port=_reserve_port(resources),
+            master_port=_reserve_port(resources, ports),
         )
         driver = await self._surroundings.open_driver(self._stop_requested.set)
         if isinstance(driver, str):
@@ -153,8 +165,10 @@ class Agent:
             return _refused(members)
         resources.push_async_callback(driver.close)
         members = await self._gather(member)
-        if (refusal := _refused(members)).failure is not None:
+        if (refusal := self._refusal(members)).failure is not None:
             return refusal
+        if found := self._differences(members):
+            driver.note(f"what is installed differs:\n{differences_in_words(found)}")
 
         slots = assign_slots(members)
         rendezvous.set_plan(slots)
@@ -242,7 +256,7 @@ class Agent:
 
         partition = self._surroundings.member.partition
         members = await self._gather(self._surroundings.member)
-        if (refusal := _refused(members)).failure is not None:
+        if (refusal := self._refusal(members)).failure is not None:
             return refusal
         leader = members[0]
         own = [slot for slot in assign_slots(members) if slot.partition == partition]
@@ -267,6 +281,23 @@ class Agent:
             self._stop_workers()
         outcomes = await run
         return without_result(outcomes[0])
+
+    def _refusal(self, members: Sequence[Member]) -> Outcome:
+        """Say why nobody must run main; every task comes to the same answer."""
+        if (refusal := _refused(members)).failure is not None:
+            return refusal
+        found = self._differences(members)
+        if not must_fail(found):
+            return Outcome()
+        text = (
+            "the driver and the executors must have the same Python (3.11, say) and the same "
+            f"release of horovodrunner:\n{differences_in_words(found)}"
+        )
+        return Outcome(failure=Failure(None, members[0].host, text))
+
+    def _differences(self, members: Sequence[Member]) -> list[Difference]:
+        executors = [(member.host, member.versions) for member in members if member.versions]
+        return differences(self._job.versions, executors)
 
     async def _give_up(self, error: Exception) -> Outcome:
         """Report a failure of this task itself; its peers may still be waiting to gather."""
@@ -368,7 +399,7 @@ def _launcher_problem() -> str:
     return ""
 
 
-def _reserve_port(resources: contextlib.AsyncExitStack) -> int:
+def _reserve_port(resources: contextlib.AsyncExitStack, ports: tuple[int, int] | None) -> int:
     """Keep a port from others until the run ends: bound, not listened on.
 
     torch.distributed's store binds it with SO_REUSEADDR, which Linux allows beside a socket that
@@ -377,7 +408,7 @@ def _reserve_port(resources: contextlib.AsyncExitStack) -> int:
     keeper = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     resources.callback(keeper.close)
     keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    keeper.bind(("", 0))
+    on_free_port(ports, lambda port: keeper.bind(("", port)))
     return int(keeper.getsockname()[1])
 
 

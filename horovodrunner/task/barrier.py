@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from horovodrunner.core.job import JobSpec, split_chunks
-from horovodrunner.core.topology import Member
+from horovodrunner.core.topology import Member, compose_devices
+from horovodrunner.core.versions import installed_versions
 from horovodrunner.task.agent import Agent, Surroundings
 from horovodrunner.task.channel import register_with_driver
 from horovodrunner.task.coordinator import DriverLink
@@ -72,14 +73,16 @@ def _surroundings(job: JobSpec, context: Any) -> Surroundings:
     # One terminal for all needs every line once: from the driver, or else from partition 0.
     quiet = job.shares_terminal and (job.stream_output or partition != 0)
     log = _ignore if quiet else _log
-    gpus = context.resources().get("gpu")
+    gpus, problem = _gpus(context)
     member = Member(
         partition=partition,
         host_id=host_id(),
         host=advertised or address,
         address=address,
         interface=interface,
-        gpus=tuple(gpus.addresses) if gpus is not None else (),
+        gpus=gpus,
+        problem=problem,
+        versions=installed_versions(),
     )
 
     async def open_driver(on_stop: Callable[[], None]) -> DriverLink | str:
@@ -92,7 +95,19 @@ def _surroundings(job: JobSpec, context: Any) -> Surroundings:
         log=log,
         depot=_depot(job),
         scratch_base=_scratch_base(),
+        cores_per_worker=context.cpus(),
     )
+
+
+def _gpus(context: Any) -> tuple[tuple[str, ...], str]:
+    """Give the GPUs that Spark gave this task, or what is wrong with them."""
+    resource = context.resources().get("gpu")
+    if resource is None:
+        return (), ""
+    try:
+        return compose_devices(resource.addresses, os.environ.get("CUDA_VISIBLE_DEVICES")), ""
+    except ValueError as error:
+        return (), f"{error}: check the discovery script of spark.worker.resource.gpu"
 
 
 def _depot(job: JobSpec) -> Depot | None:

@@ -91,7 +91,7 @@ def assign_slots(members: Sequence[Member]) -> list[Slot]:
                 host_id=member.host_id,
                 address=member.address,
                 interface=member.interface,
-                devices=visible_devices(group),
+                devices=visible_devices(group, info.local_rank),
             )
         )
     return slots

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Callable, Sequence
 
 from horovodrunner.core.connection import Connection, FrameServer
@@ -12,6 +13,7 @@ from horovodrunner.core.job import FailureKind, Outcome
 from horovodrunner.core.topology import Slot
 from horovodrunner.task.checkpoints import LatestDecision
 from horovodrunner.task.coordinator import Coordinator, RankEvents
+from horovodrunner.task.network import on_free_port
 
 __all__ = ["Hub"]
 
@@ -45,20 +47,23 @@ class Hub:
         self._all_joined = asyncio.Event()
         self._all_left = asyncio.Event()
 
-    async def open(self, host: str) -> int:
+    async def open(self, host: str, ports: tuple[int, int] | None) -> int:
         """Start to listen.
 
         Parameters
         ----------
         host
             Address to bind.
+        ports
+            First and last port to choose from, or None for any.
 
         Returns
         -------
         int
             The port.
         """
-        return await self._server.start(host)
+        bound = on_free_port(ports, lambda port: socket.create_server((host, port)))
+        return await self._server.start(host, bound)
 
     def begin(
         self, coordinator: Coordinator, slots: Sequence[Slot], latest: LatestDecision

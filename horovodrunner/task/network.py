@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import ipaddress
+import random
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
-__all__ = ["LOOPBACK", "HostAddress", "find_address", "host_id", "loopback_address"]
+__all__ = [
+    "LOOPBACK",
+    "HostAddress",
+    "find_address",
+    "host_id",
+    "loopback_address",
+    "on_free_port",
+]
+
+_Bound = TypeVar("_Bound")
 
 HostAddress = tuple[str, str]
 """An IPv4 address of this machine and the name of the network interface that has it."""
@@ -100,3 +113,40 @@ def _route_source(peer: str) -> str | None:
         probe.connect((peer, 9))  # UDP: looks up the route, sends nothing
         return str(probe.getsockname()[0])
     return None
+
+
+def on_free_port(ports: tuple[int, int] | None, bind: Callable[[int], _Bound]) -> _Bound:
+    """Bind something to a port of the range that the user allows.
+
+    Parameters
+    ----------
+    ports
+        First and last port, or None for any.
+    bind
+        Binds to the port it is given (0: the system chooses one) or raises OSError.
+
+    Returns
+    -------
+    object
+        What `bind` gave.
+
+    Raises
+    ------
+    OSError
+        If no port of the range is free, or binding fails for another reason.
+    """
+    if ports is None:
+        return bind(0)
+    first, last = ports
+    count = last - first + 1
+    start = random.randrange(count)  # noqa: S311 - spreads runs over the range, hides nothing
+    for offset in range(count):
+        try:
+            return bind(first + (start + offset) % count)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise OSError(
+        f"no port from {first} to {last} is free on {socket.gethostname()}: widen the range of "
+        "spark.horovodrunner.ports; a run takes three on rank 0's machine"
+    )

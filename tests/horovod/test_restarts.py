@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from horovodrunner import HorovodRunner, WorkerFailedError
-from horovodrunner.driver import session
+from horovodrunner.driver import slots
 from tests.conftest import workers_left
 
 pytestmark = [pytest.mark.horovod, pytest.mark.spark, pytest.mark.usefixtures("spark")]
@@ -110,7 +110,7 @@ def test_the_weights_are_those_of_an_undisturbed_training(
     assert runner.checkpoints[-1].step == EPOCHS - 1
     assert workers_left() == []
     deadline = time.monotonic() + 60
-    while (session.total_slots(spark) or 0) < 2 and time.monotonic() < deadline:
+    while (slots.total_slots(spark) or 0) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
 
 

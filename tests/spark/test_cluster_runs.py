@@ -23,7 +23,7 @@ from horovodrunner import (
     StartTimeoutError,
     WorkerFailedError,
 )
-from horovodrunner.driver import cluster, session
+from horovodrunner.driver import cluster, session, slots
 from tests.conftest import marked_processes, workers_left
 from tests.process import mains
 
@@ -209,7 +209,7 @@ def test_main_runs_once_when_spark_tries_the_stage_again(
     assert workers_left() == []
     assert len(list(tmp_path.iterdir())) == 2
     deadline = time.monotonic() + 60
-    while (session.total_slots(spark) or 0) < 2 and time.monotonic() < deadline:
+    while (slots.total_slots(spark) or 0) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)  # Spark replaces the executor
     assert run(place)["WORLD_SIZE"] == 2
     assert len(list(tmp_path.iterdir())) == 2
@@ -234,16 +234,27 @@ def hold_a_slot(spark: Any, seconds: float, directory: Path) -> threading.Thread
     return thread
 
 
-def test_a_run_waits_until_its_slots_are_free(spark: Any, tmp_path: Path) -> None:
+def test_a_run_waits_until_its_slots_are_free_and_says_who_holds_them(
+    spark: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cluster, "FIRST_NOTE_SECONDS", 1.0)
     holder = hold_a_slot(spark, 4, tmp_path)
     assert run(place)["WORLD_SIZE"] == 2
     holder.join(1)
     assert not holder.is_alive()
+    shown = capsys.readouterr().out
+    assert re.search(r"waiting for 2 slots, 1 free, 1 held by job \d+\n", shown)
 
 
 def test_slots_that_stay_taken_are_a_start_timeout(spark: Any, tmp_path: Path) -> None:
     holder = hold_a_slot(spark, 8, tmp_path)
-    with pytest.raises(StartTimeoutError, match=r"2 tasks did not all start within 2 s"):
+    with pytest.raises(
+        StartTimeoutError,
+        match=r"2 tasks did not all start within 2 s \(1 free, 1 held by job \d+\)",
+    ):
         HorovodRunner(np=2, start_timeout=2).run(mains.count_run, directory=str(tmp_path))
     holder.join()
     assert [path.name for path in tmp_path.iterdir()] == ["holding"]
@@ -325,13 +336,44 @@ def test_a_port_that_is_none_is_refused(spark: Any, port: str) -> None:
         spark.conf.unset("spark.horovodrunner.driver.port")
 
 
-def test_executors_that_do_not_register_are_counted_as_they_are(
-    spark: Any, monkeypatch: pytest.MonkeyPatch
+def test_executors_that_do_not_register_in_time_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(session, "SLOTS_SECONDS", 0.2)
-    monkeypatch.setattr(session, "total_slots", lambda spark: 1)
+    monkeypatch.setattr(slots, "NOTE_SECONDS", 0.3)
+    monkeypatch.setattr(slots, "total_slots", lambda spark: 1)
+    with pytest.raises(StartTimeoutError, match=r"2 are to come .*after 1 s there are 1"):
+        HorovodRunner(np=2, start_timeout=1).run(place)
+    assert "waiting for 2 slots, 1 have registered so far" in capsys.readouterr().out
+
+
+def test_executors_that_nobody_announced_are_not_waited_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slots, "QUIET_SECONDS", 0.3)
+    monkeypatch.setattr(slots, "total_slots", lambda spark: 1)
+    monkeypatch.setattr(slots, "_expected_slots", lambda spark: None)
     with pytest.raises(ClusterCapacityError, match=r"np=2 needs 2 .* has 1"):
         run(place)
+
+
+@pytest.mark.parametrize(
+    ("conf", "value"),
+    [("spark.network.crypto.enabled", "true"), ("spark.io.encryption.enabled", "true")],
+)
+def test_a_cluster_that_asks_for_encryption_is_refused_unless_allowed(
+    conf: str, value: str, monkeypatch: pytest.MonkeyPatch, spark: Any
+) -> None:
+    asked = {conf: value}
+    get = type(spark.conf).get
+    monkeypatch.setattr(
+        type(spark.conf),
+        "get",
+        lambda self, name, *default: asked.get(name) or get(self, name, *default),
+    )
+    with pytest.raises(ConfigurationError, match=rf"{conf}=true.*spark.horovodrunner.allow"):
+        run(place)
+    asked["spark.horovodrunner.allowUnencrypted"] = "true"
+    assert run(place, np=1)["WORLD_SIZE"] == 1
 
 
 def test_a_run_that_cannot_reach_the_driver_goes_on_and_says_so(

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from horovodrunner import BarrierStageError, HorovodRunner, WorkerFailedError
-from horovodrunner.driver import session
+from horovodrunner.driver import slots
 from tests.conftest import workers_left
 from tests.process import mains
 from tests.process.test_local_runs import wait_until_gone
@@ -64,7 +64,7 @@ def when_ranks_run(count: int, directory: Path, act: Callable[[], None]) -> thre
 
 def wait_for_two_slots(spark: Any) -> None:
     deadline = time.monotonic() + 60
-    while (session.total_slots(spark) or 0) < 2 and time.monotonic() < deadline:
+    while (slots.total_slots(spark) or 0) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)  # Spark replaces a lost executor
 
 

@@ -200,8 +200,8 @@ def test_a_cluster_without_any_slot_is_refused(standalone_master: str, tmp_path:
     script = f"""
         import warnings
         from horovodrunner import ClusterCapacityError
-        from horovodrunner.driver import session
-        session.SLOTS_SECONDS = 1.0
+        from horovodrunner.driver import slots
+        slots.QUIET_SECONDS = 1.0
         warnings.simplefilter("ignore", DeprecationWarning)
         spark = builder.master("{standalone_master}").config("spark.executor.cores", "4")
         spark = spark.getOrCreate()

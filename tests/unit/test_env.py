@@ -51,5 +51,18 @@ def test_without_gpus_the_variable_is_left_alone() -> None:
 
 def test_workers_do_not_get_sparks_secrets() -> None:
     own = {"PYTHON_WORKER_FACTORY_SECRET": "s", "HOME": "/h", "OMP_NUM_THREADS": "8"}
-    given = worker_base_environment(own, {"OMP_NUM_THREADS": "2"}, "/a:/b")
-    assert given == {"HOME": "/h", "OMP_NUM_THREADS": "2", "PYTHONPATH": "/a:/b"}
+    given = worker_base_environment(own, {"OMP_NUM_THREADS": "2"}, "/a:/b", cores=8)
+    threads = {"OMP_NUM_THREADS": "2", "TF_NUM_INTRAOP_THREADS": "2"}
+    assert given == {"HOME": "/h", "PYTHONPATH": "/a:/b", **threads}
+
+
+def test_without_the_users_word_threads_are_the_workers_cores() -> None:
+    given = worker_base_environment({}, {}, "", cores=4)
+    assert (given["OMP_NUM_THREADS"], given["TF_NUM_INTRAOP_THREADS"]) == ("4", "4")
+    assert worker_base_environment({}, {}, "", cores=0)["OMP_NUM_THREADS"] == "1"
+
+
+def test_the_users_numbers_of_threads_are_kept() -> None:
+    own = {"OMP_NUM_THREADS": "3", "TF_NUM_INTRAOP_THREADS": "2"}
+    given = worker_base_environment(own, {}, "", cores=8)
+    assert (given["OMP_NUM_THREADS"], given["TF_NUM_INTRAOP_THREADS"]) == ("3", "2")

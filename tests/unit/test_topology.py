@@ -1,6 +1,14 @@
 """Hosts and GPUs to places."""
 
-from horovodrunner.core.topology import HostGroup, Member, group_by_host, visible_devices
+import pytest
+
+from horovodrunner.core.topology import (
+    HostGroup,
+    Member,
+    compose_devices,
+    group_by_host,
+    visible_devices,
+)
 
 
 def member(partition: int, host: str, workers: int = 1, gpus: tuple[str, ...] = ()) -> Member:
@@ -27,16 +35,40 @@ def test_an_agent_with_several_workers_has_a_place_for_each() -> None:
 
 def test_every_worker_sees_its_own_gpu_at_its_local_rank() -> None:
     group = HostGroup("a", (member(0, "a", gpus=("3",)), member(2, "a", gpus=("1",))))
-    assert visible_devices(group) == "3,1"
+    assert [visible_devices(group, rank) for rank in (0, 1)] == ["3,1", "3,1"]
 
 
 def test_second_gpus_follow_after_every_workers_first() -> None:
     group = HostGroup("a", (member(0, "a", gpus=("0", "1")), member(1, "a", gpus=("2", "3"))))
-    assert visible_devices(group) == "0,2,1,3"
+    assert visible_devices(group, 1) == "0,2,1,3"
 
 
 def test_without_gpus_the_variable_is_left_alone() -> None:
-    assert visible_devices(HostGroup("a", (member(0, "a"), member(1, "a")))) is None
+    assert visible_devices(HostGroup("a", (member(0, "a"), member(1, "a"))), 0) is None
+
+
+def test_tasks_that_share_a_gpu_see_their_own_alone() -> None:
+    """CUDA takes a list with repetitions for an empty one."""
+    halves = [member(0, "a", gpus=("0",)), member(1, "a", gpus=("0",)), member(2, "a", gpus=("1",))]
+    group = HostGroup("a", tuple(halves))
+    assert [visible_devices(group, rank) for rank in range(3)] == ["0", "0", "1"]
+
+
+def test_the_workers_of_one_agent_have_their_own_gpus_in_order() -> None:
+    [group] = group_by_host([member(0, "a", workers=2, gpus=("4", "5", "6", "7"))])
+    assert [visible_devices(group, rank) for rank in (0, 1)] == ["4,5,6,7"] * 2
+
+
+def test_indices_count_within_what_the_executor_sees() -> None:
+    assert compose_devices(("2", "0"), "5,6,7") == ("7", "5")
+    assert compose_devices(("1",), "GPU-a, GPU-b") == ("GPU-b",)
+    assert compose_devices(("GPU-x",), "0,1") == ("GPU-x",)
+    assert compose_devices(("1",), None) == ("1",)
+
+
+def test_a_gpu_that_the_executor_does_not_see_is_told() -> None:
+    with pytest.raises(ValueError, match=r"GPU 2, and the executor sees 1 .*=0"):
+        compose_devices(("2",), "0")
 
 
 def test_a_member_travels_as_json() -> None:

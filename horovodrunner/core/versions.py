@@ -1,0 +1,131 @@
+"""What is installed on the driver and on the executors, side by side. Runs in: every process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+
+__all__ = [
+    "Difference",
+    "differences",
+    "differences_in_words",
+    "installed_versions",
+    "must_fail",
+]
+
+_PACKAGES = (
+    "horovodrunner",
+    "cloudpickle",
+    "horovod",
+    "torch",
+    "tensorflow",
+    "tensorflow-cpu",
+    "keras",
+    "numpy",
+)
+
+Difference = tuple[str, str, tuple[tuple[str, str], ...]]
+"""A name, the driver's version, and other versions with the host that has them."""
+
+
+def installed_versions() -> dict[str, str]:
+    """Read the versions that matter to a run, without importing anything.
+
+    Returns
+    -------
+    dict of str
+        Versions by name; "" for what is not installed.
+    """
+    versions = {"Python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = ""
+    return versions
+
+
+def differences(
+    driver: Mapping[str, str], executors: Sequence[tuple[str, Mapping[str, str]]]
+) -> list[Difference]:
+    """Compare the executors' versions with the driver's.
+
+    Parameters
+    ----------
+    driver
+        The driver's versions by name.
+    executors
+        Host and versions of every task.
+
+    Returns
+    -------
+    list of Difference
+        What differs. What is on one side only counts for what both sides need; the driver may
+        well lack the frameworks, and the executors Keras.
+    """
+    found = []
+    for name, own in driver.items():
+        others = dict.fromkeys(
+            (host, version)
+            for host, versions in executors
+            if (version := versions.get(name, "")) not in {own, ""} and own
+        )
+        if others:
+            found.append((name, own, tuple(others)))
+    return found
+
+
+def must_fail(found: Sequence[Difference]) -> bool:
+    """Tell whether a run cannot work with these differences.
+
+    Functions travel as bytecode, which holds for one minor version of Python; and the driver and
+    the tasks have to speak the same version of this package's protocol.
+
+    Parameters
+    ----------
+    found
+        What differs.
+
+    Returns
+    -------
+    bool
+        True when another Python (3.11 beside 3.12) or another release of this package is there.
+    """
+    for name, own, others in found:
+        if name == "horovodrunner":
+            return True
+        if name == "Python" and any(_minor(version) != _minor(own) for _, version in others):
+            return True
+    return False
+
+
+def differences_in_words(found: Sequence[Difference]) -> str:
+    """Write differences as a table.
+
+    Parameters
+    ----------
+    found
+        What differs.
+
+    Returns
+    -------
+    str
+        A line for each, with a heading.
+
+    Examples
+    --------
+    >>> print(differences_in_words([("torch", "2.13.0", (("node-7", "2.12.1"),))]))
+                     driver        executors
+    torch            2.13.0        2.12.1 (node-7)
+    """
+    lines = [f"{'':16} {'driver':13} executors"]
+    for name, own, others in found:
+        there = ", ".join(f"{version} ({host})" for host, version in others[:4])
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        lines.append(f"{name:16} {own:13} {there}{more}")
+    return "\n".join(lines)
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
