@@ -16,8 +16,12 @@ __all__ = [
 FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "OMP_", "CUDA_", "TF_", "MLFLOW_")
 """Driver variables with these prefixes reach the workers when they are set before ``run()``."""
 
-_USER_WINS = frozenset({"HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME"})
-"""Chosen per host, unless the user set them on the driver."""
+_USER_WINS = {
+    "HOROVOD_GLOO_IFACE": ("HOROVOD_GLOO_IFACE", "HOROVOD_GLOO_ADDRESS"),
+    "HOROVOD_GLOO_PORTS": ("HOROVOD_GLOO_PORTS",),
+    "NCCL_SOCKET_IFNAME": ("NCCL_SOCKET_IFNAME",),
+}
+"""What the user may set on the driver, and what is not chosen for each host then."""
 
 _THREAD_COUNTS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 """What torch, MKL, OpenBLAS and NumPy read, and what TensorFlow reads. Without it every rank starts
@@ -86,10 +90,13 @@ def slot_environment(
     rendezvous: tuple[str, int],
     master: tuple[str, int],
     forwarded: Mapping[str, str],
+    ports: tuple[int, int] | None = None,
 ) -> dict[str, str]:
     """Say a worker's slot in Horovod's variables and in torchrun's.
 
-    The names are those that Horovod 0.28's Gloo controller reads and that torchrun documents.
+    The names are those that Horovod 0.28's Gloo controller reads and that torchrun documents;
+    ``HOROVOD_GLOO_ADDRESS`` and ``HOROVOD_GLOO_PORTS`` are read by the Horovod that this package
+    builds (horovod_build/edits.py).
 
     Parameters
     ----------
@@ -101,6 +108,8 @@ def slot_environment(
         Host and port reserved for ``torch.distributed``.
     forwarded
         The driver's variables; a network interface the user named there is kept.
+    ports
+        First and last port that Gloo may listen on, or None for any.
 
     Returns
     -------
@@ -118,6 +127,7 @@ def slot_environment(
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
         "HOROVOD_GLOO_IFACE": slot.interface,
+        "HOROVOD_GLOO_ADDRESS": slot.address,
         "NCCL_SOCKET_IFNAME": slot.interface,
         "HOROVOD_GLOO_RENDEZVOUS_ADDR": rendezvous[0],
         "HOROVOD_GLOO_RENDEZVOUS_PORT": str(rendezvous[1]),
@@ -129,10 +139,12 @@ def slot_environment(
         "MASTER_ADDR": master[0],
         "MASTER_PORT": str(master[1]),
     }
+    if ports is not None:
+        variables["HOROVOD_GLOO_PORTS"] = f"{ports[0]}-{ports[1]}"
     if slot.devices is not None:
         variables["CUDA_VISIBLE_DEVICES"] = slot.devices
-    return {
-        name: value
-        for name, value in variables.items()
-        if not (name in _USER_WINS and name in forwarded)
-    }
+    for name, chosen in _USER_WINS.items():
+        if name in forwarded:
+            for superseded in chosen:
+                variables.pop(superseded, None)
+    return variables

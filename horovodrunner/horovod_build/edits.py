@@ -1,4 +1,4 @@
-"""The edits that make Horovod 0.28.1 build on today's frameworks. Runs in: the command line.
+"""What is changed in Horovod 0.28.1 before it is built. Runs in: the command line.
 
 Each edit replaces one piece of text that occurs exactly once in one file, so a source archive
 that differs from the one they were written for is noticed instead of being built half-edited.
@@ -66,6 +66,85 @@ class Edit:
 _CXX17 = "PyTorch since 2.1 and TensorFlow's headers need C++17"
 _DISTUTILS = "Python 3.12 removed distutils"
 
+_GLOO_TCP = "third_party/gloo/gloo/transport/tcp"
+
+_GLOO_LISTENS = """\
+  auto fd = socket(attr.ai_family, attr.ai_socktype, attr.ai_protocol);
+  if (fd == -1) {
+    signalAndThrowException(GLOO_ERROR_MSG("socket: ", strerror(errno)));
+  }
+
+  // Set SO_REUSEADDR to signal that reuse of the listening port is OK.
+  int on = 1;
+  rv = setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+  if (rv == -1) {
+    ::close(fd);
+    signalAndThrowException(GLOO_ERROR_MSG("setsockopt: ", strerror(errno)));
+  }
+
+  rv = bind(fd, (const sockaddr*)&attr.ai_addr, attr.ai_addrlen);
+  if (rv == -1) {
+    ::close(fd);
+    signalAndThrowException(GLOO_ERROR_MSG("bind: ", strerror(errno)));
+  }
+
+  // listen(2) on socket
+  fd_ = fd;
+  rv = ::listen(fd_, 1024);
+  if (rv == -1) {
+    ::close(fd_);
+    fd_ = FD_INVALID;
+    signalAndThrowException(GLOO_ERROR_MSG("listen: ", strerror(errno)));
+  }
+"""
+
+_GLOO_LISTENS_IN_RANGE = """\
+  // HOROVOD_GLOO_PORTS=first-last: the ports that may be listened on.
+  const char* range = getenv("HOROVOD_GLOO_PORTS");
+  int first = 0;
+  int last = 0;
+  if (range != nullptr && (sscanf(range, "%d-%d", &first, &last) != 2 || last < first)) {
+    signalAndThrowException(GLOO_ERROR_MSG("HOROVOD_GLOO_PORTS=", range));
+  }
+  static std::atomic<int> next{getpid()};
+  const int count = last - first + 1;
+  const int start = next++ % count;
+  int fd = -1;
+  for (int i = 0; i < count && fd == -1; ++i) {
+    auto address = attr.ai_addr;
+    const auto port = htons(first + (start + i) % count);
+    if (attr.ai_family == AF_INET6) {
+      ((sockaddr_in6*)&address)->sin6_port = port;
+    } else {
+      ((sockaddr_in*)&address)->sin_port = port;
+    }
+    fd = socket(attr.ai_family, attr.ai_socktype, attr.ai_protocol);
+    if (fd == -1) {
+      signalAndThrowException(GLOO_ERROR_MSG("socket: ", strerror(errno)));
+    }
+    // Let the port be one that earlier connections have left behind.
+    int on = 1;
+    rv = setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+    if (rv == 0) {
+      rv = bind(fd, (const sockaddr*)&address, attr.ai_addrlen);
+    }
+    // Two sockets can be bound to a port before one of them listens.
+    if (rv == 0) {
+      rv = ::listen(fd, 1024);
+    }
+    if (rv == -1) {
+      const int error = errno;
+      ::close(fd);
+      fd = -1;
+      if (error != EADDRINUSE || i + 1 == count) {
+        signalAndThrowException(GLOO_ERROR_MSG(
+            "listen on ", range == nullptr ? "any port" : range, ": ", strerror(error)));
+      }
+    }
+  }
+  fd_ = fd;
+"""
+
 EDITS = (
     Edit(
         name="cxx17-core",
@@ -113,6 +192,56 @@ EDITS = (
         file="cmake/Modules/FindNCCL.cmake",
         old='    set(NCCL_LIBNAME "nccl")\n',
         new='    set(NCCL_LIBNAME "nccl" "libnccl.so.2")\n',
+    ),
+    Edit(
+        name="gloo-address",
+        why="Gloo takes an interface's first address, which the peers may not reach",
+        file=f"{_GLOO_TCP}/device.cc",
+        old="""\
+    if (strcmp(attr.iface.c_str(), ifa->ifa_name) != 0) {
+      continue;
+    }
+""",
+        new="""\
+    if (strcmp(attr.iface.c_str(), ifa->ifa_name) != 0) {
+      continue;
+    }
+    // HOROVOD_GLOO_ADDRESS: the one IPv4 address to take.
+    const char* wanted = getenv("HOROVOD_GLOO_ADDRESS");
+    if (wanted != nullptr) {
+      char text[INET_ADDRSTRLEN] = "";
+      if (ifa->ifa_addr->sa_family == AF_INET) {
+        inet_ntop(AF_INET, &((sockaddr_in*)ifa->ifa_addr)->sin_addr, text, sizeof(text));
+      }
+      if (strcmp(wanted, text) != 0) {
+        continue;
+      }
+    }
+""",
+    ),
+    Edit(
+        name="gloo-address-includes",
+        why="for the edit before it",
+        file=f"{_GLOO_TCP}/device.cc",
+        old='#include "gloo/transport/tcp/device.h"\n',
+        new=(
+            '#include "gloo/transport/tcp/device.h"\n\n'
+            "#include <arpa/inet.h>\n#include <stdlib.h>\n"
+        ),
+    ),
+    Edit(
+        name="gloo-ports",
+        why="Gloo listens on any port, and firewalls open a range",
+        file=f"{_GLOO_TCP}/pair.cc",
+        old=_GLOO_LISTENS,
+        new=_GLOO_LISTENS_IN_RANGE,
+    ),
+    Edit(
+        name="gloo-ports-includes",
+        why="for the edit before it",
+        file=f"{_GLOO_TCP}/pair.cc",
+        old="#include <algorithm>\n",
+        new="#include <algorithm>\n#include <atomic>\n#include <cstdio>\n",
     ),
     Edit(
         name="no-distutils-jsrun",

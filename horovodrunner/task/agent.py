@@ -358,6 +358,7 @@ class Agent:
             rendezvous=(leader.address, leader.rendezvous_port),
             master=(leader.address, leader.master_port),
             forwarded=self._job.environment,
+            ports=self._job.ports,
         )
         return WorkerSpec(
             rank=slot.rank,
