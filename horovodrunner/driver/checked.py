@@ -10,7 +10,7 @@ from typing import Any
 
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 
-__all__ = ["choice", "exception_types", "integer", "main", "path", "seconds"]
+__all__ = ["choice", "exception_types", "integer", "main", "path", "resources", "seconds"]
 
 
 def integer(name: str, value: Any, at_least: int | None = None) -> int:
@@ -171,6 +171,47 @@ def exception_types(name: str, value: Any) -> tuple[type[BaseException], ...]:
                 f"{name}: {item!r} is not a type of exception; give a tuple such as (OSError,)"
             )
     return types
+
+
+def resources(name: str, value: Any) -> dict[str, float]:
+    """Check what a task takes of its executor.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given: amounts by the names that Spark has for resources.
+
+    Returns
+    -------
+    dict of float
+        The same.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is no such mapping.
+    ArgumentValueError
+        If it is empty, or an amount cannot work.
+    """
+    example = "give amounts by name, such as {'cpus': 4, 'gpu': 1}"
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ArgumentTypeError(f"{name}={value!r}: {example}")
+    if not value:
+        raise ArgumentValueError(f"{name}={value!r}: it must not be empty; {example}")
+    if "gpus" in value:
+        raise ArgumentValueError(f"{name}={value!r}: Spark's name for GPUs is 'gpu'")
+    for resource, amount in value.items():
+        if isinstance(amount, bool) or not isinstance(amount, (int, float)):
+            raise ArgumentTypeError(f"{name}={value!r}: the amount of {resource!r} is no number")
+        whole = float(amount).is_integer()
+        if not amount > 0 or (not whole and (amount > 1 or resource == "cpus")):
+            raise ArgumentValueError(
+                f"{name}={value!r}: the amount of {resource!r} must be a whole number"
+                + ("" if resource == "cpus" else ", or less than 1 when tasks share one")
+            )
+    return dict(value)
 
 
 def main(function: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import functools
-import math
-import re
-import socket
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.core.job import FailureKind, JobSpec, Outcome, join_chunks
+from horovodrunner.driver import addresses
 from horovodrunner.driver.channel import RETRY_REFUSED, DriverChannel
 from horovodrunner.driver.console import Console
-from horovodrunner.driver.session import is_connect
-from horovodrunner.driver.slots import NOTE_SECONDS, slot_holders, tasks_running
+from horovodrunner.driver.jobs import spark_job
+from horovodrunner.driver.resources import TaskRequest
+from horovodrunner.driver.slots import NOTE_SECONDS, slot_holders
 from horovodrunner.driver.stage_end import stage_end
-from horovodrunner.errors import BarrierStageError, ConfigurationError, StartTimeoutError
+from horovodrunner.errors import BarrierStageError, StartTimeoutError
 from horovodrunner.task.barrier import ROW_SCHEMA, barrier_task
-from horovodrunner.task.network import find_address
+from horovodrunner.task.channel import DRIVER_CONNECT_SECONDS
 from horovodrunner.task.store import CheckpointStore
 
 if TYPE_CHECKING:
@@ -26,11 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = ["BarrierRun"]
 
-MAX_PORT = 65535
-PORTS_CONF = "spark.horovodrunner.ports"
 CANCEL_SECONDS = 10.0
-FIRST_NOTE_SECONDS = 5.0
-"""A stage that has not started by then is told to wait for slots."""
+FIRST_LOOK_SECONDS = 5.0
+"""A stage that has not started by then is looked at."""
+
+LOOK_SECONDS = 1.0
+UNREACHED_SECONDS = DRIVER_CONNECT_SECONDS + 5.0
+"""Tasks that have run for so long without a word cannot reach the driver."""
 
 AFTER_FAILURE_SECONDS = 10.0
 """How long the stage may take to end once partition 0 has reported the run's failure."""
@@ -45,10 +46,14 @@ class BarrierRun:
         The session.
     job
         The run.
+    request
+        What each of its tasks takes.
     console
         Shows what the run prints.
     start_timeout
         Seconds the stage's tasks may take to start.
+    waiting_since
+        When (monotonic clock) that time began.
     store
         Where checkpoints that come through the driver channel are kept, if they do.
     """
@@ -57,20 +62,30 @@ class BarrierRun:
         self,
         spark: SparkSession,
         job: JobSpec,
+        request: TaskRequest,
         console: Console,
+        *,
         start_timeout: float,
+        waiting_since: float,
         store: CheckpointStore | None = None,
     ) -> None:
         self._spark = spark
         self._job = job
+        self._request = request
         self._console = console
         self._start_timeout = start_timeout
         self._store = store
         self._tag = f"horovodrunner-{job.run_id}"
+        self._spark_job = spark_job(
+            spark, self._tag, f"HorovodRunner(np={job.size}), run {job.run_id}"
+        )
         self._outcomes: dict[int, Outcome] | None = None
         self._error: Exception | None = None
         self._ended = False
-        self._next_note = time.monotonic() + FIRST_NOTE_SECONDS
+        self._start_by = waiting_since + start_timeout
+        self._next_note = time.monotonic() + FIRST_LOOK_SECONDS
+        self._all_running_since: float | None = None
+        self._has_told_of_no_contact = False
 
     def run(self) -> Outcome:
         """Launch the stage and wait for its end.
@@ -82,6 +97,8 @@ class BarrierRun:
 
         Raises
         ------
+        ConfigurationError
+            If a setting of this package's has no valid value.
         StartTimeoutError
             If the tasks do not start in time.
         BarrierStageError
@@ -89,20 +106,22 @@ class BarrierRun:
         KeyboardInterrupt
             If the user interrupts; the stage is cancelled then.
         """
-        job, console = self._job, self._console
+        job, spark, console = self._job, self._spark, self._console
         with DriverChannel(
             job.run_id, job.token, console, on_event=console.wake, store=self._store
         ) as channel:
-            port = channel.open(self._bind_address(), self._port())
+            port = channel.open(addresses.bind_host(spark), addresses.channel_port(spark))
             job = replace(
-                job, driver_address=(self._advertised_address(), port), ports=self._task_ports()
+                job,
+                driver_address=(addresses.advertised_host(spark), port),
+                ports=addresses.task_ports(spark),
             )
             thread = self._start_stage(job)
             try:
                 self._wait(channel)
             except BaseException:
                 channel.stop_run()
-                self._cancel()
+                self._spark_job.cancel()
                 thread.join(CANCEL_SECONDS)
                 channel.wait_for_leaving(CANCEL_SECONDS)
                 raise
@@ -111,6 +130,8 @@ class BarrierRun:
                 # Spark has given the stage up, but its tasks may not have noticed yet.
                 channel.stop_run()
                 channel.wait_for_leaving(CANCEL_SECONDS)
+            elif not channel.registered:
+                self._tell_of_no_contact()
             return self._outcome(channel)
 
     def _start_stage(self, job: JobSpec) -> Any:
@@ -123,10 +144,11 @@ class BarrierRun:
         return thread
 
     def _run_stage(self, job: JobSpec) -> None:
+        profile = {} if self._request.profile is None else {"profile": self._request.profile}
         try:
-            self._tag_this_thread()
+            self._spark_job.begin()
             rows = self._spark.range(0, job.size, 1, job.size).mapInArrow(
-                functools.partial(barrier_task, job), ROW_SCHEMA, barrier=True
+                functools.partial(barrier_task, job), ROW_SCHEMA, barrier=True, **profile
             )
             chunks: dict[int, list[bytes]] = {}
             for partition, chunk in _collect(rows):
@@ -135,61 +157,67 @@ class BarrierRun:
         except Exception as error:  # noqa: BLE001 - judged and raised in the caller's thread
             self._error = error
         finally:
+            self._spark_job.end()
             self._ended = True
             self._console.wake()
 
     def _wait(self, channel: DriverChannel) -> None:
         """Show output until the stage ends; cancel it when it does not start or not end."""
-        start_by = time.monotonic() + self._start_timeout
+        first_look = time.monotonic() + FIRST_LOOK_SECONDS
+        while not (self._ended or channel.registered):
+            until_look = first_look - time.monotonic()
+            self._console.show(until_look if until_look > 0 else LOOK_SECONDS)
+            if time.monotonic() >= first_look and not (self._ended or channel.registered):
+                self._look_whether_it_starts()
         end_by: float | None = None
         while not self._ended:
-            if channel.failure is not None and end_by is None:
-                end_by = time.monotonic() + AFTER_FAILURE_SECONDS
-            if end_by is not None:
+            if channel.failure is not None:
+                end_by = end_by or time.monotonic() + AFTER_FAILURE_SECONDS
                 end_by = max(end_by, channel.storing_until)
-            deadline = end_by if channel.registered else start_by
-            self._console.show(self._pause(deadline, channel.registered))
-            if not (channel.registered or self._ended):
-                self._note_what_is_waited_for()
-            if deadline is None or self._ended or time.monotonic() < deadline:
-                continue
-            if end_by is not None:
-                self._cancel()
-                return
-            if self._tasks_are_running():
-                self._console.note(
-                    "the run's tasks are running and cannot reach the driver at "
-                    f"{self._advertised_address()}; their output stays in the executors' logs"
-                )
-                start_by = math.inf
-                continue
-            if not channel.registered:
-                holders = slot_holders(self._spark, self._tag)
-                facts = f" ({holders.in_words()})" if holders is not None else ""
-                raise StartTimeoutError(
-                    f"the run's {self._job.size} tasks did not all start within "
-                    f"{self._start_timeout:g} s{facts}; other jobs may hold the slots, or "
-                    "executors cannot be started (see the Spark UI). Free the cluster, ask for "
-                    "fewer ranks, or raise start_timeout"
-                )
+                if time.monotonic() >= end_by:
+                    self._spark_job.cancel()
+                    return
+            self._console.show(None if end_by is None else max(0.0, end_by - time.monotonic()))
         self._console.show(0)
 
-    def _pause(self, deadline: float | None, registered: bool) -> float | None:
-        """Say how long to show output before something else is to be looked at."""
-        remaining = None if deadline in {None, math.inf} else max(0.0, deadline - time.monotonic())
-        if registered:
-            return remaining
-        until_note = max(0.0, self._next_note - time.monotonic())
-        return until_note if remaining is None else min(remaining, until_note)
-
-    def _note_what_is_waited_for(self) -> None:
-        """Tell, once in a while, who holds the slots that the stage waits for."""
-        if time.monotonic() < self._next_note:
+    def _look_whether_it_starts(self) -> None:
+        """Tell what a stage waits for of which nothing was heard yet; give up when it is late."""
+        running = self._spark_job.running_tasks()
+        now = time.monotonic()
+        if running == self._job.size:
+            self._all_running_since = self._all_running_since or now
+            if now - self._all_running_since >= UNREACHED_SECONDS:
+                self._tell_of_no_contact()
             return
-        self._next_note = time.monotonic() + NOTE_SECONDS
-        holders = slot_holders(self._spark, self._tag)
-        if holders is not None and not self._tasks_are_running():
-            self._console.note(f"waiting for {self._job.size} slots, {holders.in_words()}")
+        if self._all_running_since is not None:
+            return  # some have ended
+        holders = slot_holders(self._spark, self._request, self._spark_job)
+        if now >= self._start_by and running is not None:
+            facts = f" ({holders.in_words()})" if holders is not None else ""
+            raise StartTimeoutError(
+                f"the run's {self._job.size} tasks did not all start within "
+                f"{self._start_timeout:g} s{facts}; other jobs may hold the slots, or "
+                "executors cannot be started (see the Spark UI). Free the cluster, ask for "
+                "fewer ranks, or raise start_timeout"
+            )
+        if now >= self._next_note:
+            self._next_note = now + NOTE_SECONDS
+            facts = f", {holders.in_words()}" if holders is not None else ""
+            self._console.note(f"waiting for {self._job.size} slots{facts}")
+
+    def _tell_of_no_contact(self) -> None:
+        """Say, once, what a driver misses that the tasks cannot reach."""
+        if self._has_told_of_no_contact:
+            return
+        self._has_told_of_no_contact = True
+        missing = "what the ranks print and log_to_driver messages are"
+        if self._store is not None:
+            missing += " (and checkpoints are not kept)"
+        self._console.note(
+            f"the run's tasks cannot reach this process at {addresses.advertised_host(self._spark)}"
+            f": {missing} in the executors' logs only; the result comes back all the same. Let "
+            f"executors connect to it: {addresses.HOST_CONF} and {addresses.PORT_CONF} say where"
+        )
 
     def _outcome(self, channel: DriverChannel) -> Outcome:
         outcomes = self._outcomes or {}
@@ -221,57 +249,6 @@ class BarrierRun:
             return outcome
         summary = f"contact with its task was lost: {end.text}"
         return replace(outcome, failure=replace(failure, summary=summary))
-
-    def _tag_this_thread(self) -> None:
-        if is_connect(self._spark):
-            self._spark.addTag(self._tag)
-            return
-        context = self._spark.sparkContext
-        context.addJobTag(self._tag)
-        context.setLocalProperty(
-            "spark.job.description", f"HorovodRunner(np={self._job.size}), run {self._job.run_id}"
-        )
-
-    def _cancel(self) -> None:
-        if is_connect(self._spark):
-            self._spark.interruptTag(self._tag)
-        else:
-            self._spark.sparkContext.cancelJobsWithTag(self._tag)
-
-    def _tasks_are_running(self) -> bool:
-        """Ask Spark, where it can be asked, whether all tasks of the stage have started."""
-        if is_connect(self._spark):
-            return False
-        return tasks_running(self._spark, self._tag) == self._job.size
-
-    def _bind_address(self) -> str:
-        return self._spark.conf.get("spark.driver.bindAddress", None) or "0.0.0.0"  # noqa: S104
-
-    def _task_ports(self) -> tuple[int, int] | None:
-        value = self._spark.conf.get(PORTS_CONF, None)
-        if not value:
-            return None
-        match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", value)
-        if not match or not 0 < int(match[1]) < int(match[2]) <= MAX_PORT:
-            raise ConfigurationError(
-                f"{PORTS_CONF}={value!r}: it must be a range of ports such as 40000-40099"
-            )
-        return int(match[1]), int(match[2])
-
-    def _port(self) -> int:
-        value = self._spark.conf.get("spark.horovodrunner.driver.port", None) or "0"
-        if not value.isdecimal() or int(value) > MAX_PORT:
-            raise ConfigurationError(
-                f"spark.horovodrunner.driver.port={value!r}: it must be a port number up to "
-                f"{MAX_PORT}, or 0 for any free one"
-            )
-        return int(value)
-
-    def _advertised_address(self) -> str:
-        advertised = (
-            None if is_connect(self._spark) else self._spark.conf.get("spark.driver.host", None)
-        )
-        return advertised or find_address(socket.gethostname(), None)[0]
 
 
 def _collect(rows: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -65,6 +66,10 @@ class HorovodRunner:
         ``"log_callback_only"``: only what :func:`horovodrunner.log_to_driver` is given is shown
         here. ``"all"``: everything the ranks print is, while it happens. A negative np always
         shows all.
+    resources
+        What each task takes of its executor in this run, when that is not what the session's
+        settings say: ``{"cpus": 4, "gpu": 1}``. Needs pyspark 4.0 and a cluster (standalone, YARN
+        or Kubernetes); a negative np ignores it.
     start_timeout
         Seconds that the Spark tasks may take to start.
     stall_timeout
@@ -108,6 +113,7 @@ class HorovodRunner:
         *,
         np: int,
         driver_log_verbosity: str = "log_callback_only",
+        resources: Mapping[str, float] | None = None,
         start_timeout: float = 600.0,
         stall_timeout: float | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -118,6 +124,7 @@ class HorovodRunner:
     ) -> None:
         self._np = checked.integer("np", np)
         self._verbosity = checked.choice("driver_log_verbosity", driver_log_verbosity, VERBOSITIES)
+        self._resources = None if resources is None else checked.resources("resources", resources)
         self._start_timeout = checked.seconds("start_timeout", start_timeout)
         self._stall_timeout = (
             None if stall_timeout is None else checked.seconds("stall_timeout", stall_timeout)
@@ -235,23 +242,35 @@ class HorovodRunner:
     def _run_on_spark(self, job: JobSpec, console: Console) -> Outcome:
         from horovodrunner.driver import session, slots
         from horovodrunner.driver.cluster import BarrierRun
+        from horovodrunner.driver.resources import task_request
 
         console.show(0)
         spark = session.find_session()
         session.refuse_encrypted_cluster(spark)
-        size = slots.require_slots(spark, self._np, self._start_timeout, console)
+        waiting_since = time.monotonic()
+        request = task_request(spark, self._resources)
+        size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
         job = replace(
             job,
             size=size,
             max_result_bytes=session.max_result_bytes(spark),
             versions=installed_versions(),
+            environment={**session.chosen_threads(spark), **job.environment},
             shares_terminal=session.shares_terminal(spark),
         )
         store = self._store
         if store is not None and is_url(store.location):
             store = None  # rank 0 writes there itself
         with interrupt.only_this_run():
-            return BarrierRun(spark, job, console, self._start_timeout, store).run()
+            return BarrierRun(
+                spark,
+                job,
+                request,
+                console,
+                start_timeout=self._start_timeout,
+                waiting_since=waiting_since,
+                store=store,
+            ).run()
 
     def _announce(
         self,

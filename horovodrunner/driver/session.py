@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 __all__ = [
+    "chosen_threads",
     "find_session",
     "is_connect",
     "max_result_bytes",
@@ -88,6 +90,23 @@ def refuse_encrypted_cluster(spark: SparkSession) -> None:
     )
 
 
+def chosen_threads(spark: SparkSession) -> dict[str, str]:
+    """Give the number of threads that the user chose for the executors' Python processes.
+
+    Parameters
+    ----------
+    spark
+        The session.
+
+    Returns
+    -------
+    dict of str
+        ``OMP_NUM_THREADS`` if ``spark.executorEnv.OMP_NUM_THREADS`` is set, else nothing.
+    """
+    chosen = spark.conf.get("spark.executorEnv.OMP_NUM_THREADS", None)
+    return {"OMP_NUM_THREADS": chosen} if chosen else {}
+
+
 def is_connect(spark: SparkSession) -> bool:
     """Tell whether a session is Spark Connect's, which has no SparkContext.
 
@@ -134,11 +153,11 @@ def max_result_bytes(spark: SparkSession) -> int | None:
     -------
     int or None
         ``spark.driver.maxResultSize`` in bytes, less room for the rows around it; None for no
-        limit, or where it cannot be asked for.
+        limit.
     """
-    if is_connect(spark):
-        return None
-    limit = int(
-        spark.sparkContext._jsc.sc().conf().getSizeAsBytes("spark.driver.maxResultSize", "1g")
-    )
+    text = spark.conf.get("spark.driver.maxResultSize", None) or "1g"
+    match = re.fullmatch(r"\s*(\d+)\s*([kmgt]?)i?b?\s*", text.lower())
+    if match is None:
+        return None  # Spark does not take it either
+    limit = int(match[1]) * 1024 ** " kmgt".index(match[2] or " ")
     return int(limit * 0.98) - 1024 * 1024 if limit > 0 else None

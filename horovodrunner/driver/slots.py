@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from horovodrunner.driver.console import Console
+from horovodrunner.driver.jobs import SparkJob
+from horovodrunner.driver.resources import TaskRequest
 from horovodrunner.driver.session import is_connect
 from horovodrunner.errors import ClusterCapacityError, ConfigurationError, StartTimeoutError
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-__all__ = ["Holders", "require_slots", "slot_holders", "tasks_running", "total_slots"]
+__all__ = ["Holders", "require_slots", "slot_holders", "total_slots"]
 
 QUIET_SECONDS = 30.0
 """Where Spark does not say how many executors will come: none that has not registered after so
@@ -28,9 +30,7 @@ NOTE_SECONDS = 15.0
 _DECIDING_CONFS = (
     "spark.executor.instances",
     "spark.executor.cores",
-    "spark.task.cpus",
     "spark.executor.resource.gpu.amount",
-    "spark.task.resource.gpu.amount",
     "spark.cores.max",
 )
 
@@ -66,11 +66,11 @@ class Holders:
         '4 free'
         """
         free = max(0, self.total - sum(self.by_job.values()))
-        held = [f"{count} held by job {job}" for job, count in sorted(self.by_job.items()) if count]
+        held = [f"{count} held by job {job}" for job, count in sorted(self.by_job.items())]
         return ", ".join([f"{free} free", *held])
 
 
-def total_slots(spark: SparkSession) -> int | None:
+def total_slots(spark: SparkSession, request: TaskRequest | None = None) -> int | None:
     """Count the barrier tasks that the registered executors can run at once.
 
     Spark's own figure, the one it checks barrier stages against: cores and, where tasks ask for
@@ -80,6 +80,8 @@ def total_slots(spark: SparkSession) -> int | None:
     ----------
     spark
         The session.
+    request
+        What one task takes; None for the session's settings.
 
     Returns
     -------
@@ -89,70 +91,37 @@ def total_slots(spark: SparkSession) -> int | None:
     if is_connect(spark):
         return None
     context = spark.sparkContext._jsc.sc()
-    profile = context.resourceProfileManager().defaultResourceProfile()
+    if request is not None and request.profile is not None:
+        profile = request.profile._java_resource_profile
+    else:
+        profile = context.resourceProfileManager().defaultResourceProfile()
     return int(context.maxNumConcurrentTasks(profile))
 
 
-def slot_holders(spark: SparkSession, own_tag: str) -> Holders | None:
+def slot_holders(spark: SparkSession, request: TaskRequest, own: SparkJob) -> Holders | None:
     """Find out who holds the cluster's slots.
 
     Parameters
     ----------
     spark
         The session.
-    own_tag
-        The job tag of the run that waits; its own job is left out.
+    request
+        What one task of the run that waits takes.
+    own
+        That run's job, which is left out.
 
     Returns
     -------
     Holders or None
         The slots and their holders; None where Spark cannot be asked.
     """
-    total = total_slots(spark)
-    if total is None:
-        return None
-    by_job: dict[int, int] = {}
-    for job_id, tags, tasks in _running_tasks(spark):
-        if own_tag not in tags and tasks:
-            by_job[job_id] = by_job.get(job_id, 0) + tasks
-    return Holders(total, by_job)
+    total, by_job = total_slots(spark, request), own.slots_by_other_job()
+    return None if total is None or by_job is None else Holders(total, by_job)
 
 
-def tasks_running(spark: SparkSession, tag: str) -> int:
-    """Count the running tasks of the jobs with a tag.
-
-    Parameters
-    ----------
-    spark
-        The session, not one of Spark Connect.
-    tag
-        The job tag.
-
-    Returns
-    -------
-    int
-        The tasks.
-    """
-    return sum(tasks for _, tags, tasks in _running_tasks(spark) if tag in tags)
-
-
-def _running_tasks(spark: SparkSession) -> Iterator[tuple[int, list[str], int]]:
-    """Ask the scheduler itself for each task set's job, job tags and number of running tasks.
-
-    Spark's status tracker would be the public way; what it tells may be ten seconds old.
-    """
-    waiting = [spark.sparkContext._jsc.sc().taskScheduler().rootPool()]
-    while waiting:
-        schedulable = waiting.pop()
-        members = schedulable.schedulableQueue()
-        if members is not None:  # a pool
-            waiting.extend(members.toArray())
-            continue
-        tags = schedulable.taskSet().properties().getProperty("spark.job.tags") or ""
-        yield int(schedulable.priority()), tags.split(","), int(schedulable.runningTasks())
-
-
-def require_slots(spark: SparkSession, np: int, start_timeout: float, console: Console) -> int:
+def require_slots(
+    spark: SparkSession, np: int, request: TaskRequest, start_timeout: float, console: Console
+) -> int:
     """Check np against the cluster's slots before anything is launched; wait where more may come.
 
     Parameters
@@ -161,6 +130,8 @@ def require_slots(spark: SparkSession, np: int, start_timeout: float, console: C
         The session.
     np
         Number of ranks asked for; 0 for all slots.
+    request
+        What one task takes.
     start_timeout
         Most seconds to wait for executors that are still to register.
     console
@@ -174,7 +145,8 @@ def require_slots(spark: SparkSession, np: int, start_timeout: float, console: C
     Raises
     ------
     ConfigurationError
-        If dynamic allocation is on, which barrier stages do not support (SPARK-24942).
+        If dynamic allocation is on, which barrier stages do not support (SPARK-24942); or if
+        np is 0 and nothing tells how many slots there are.
     ClusterCapacityError
         If there are fewer slots than np and no more will come, or none for np=0.
     StartTimeoutError
@@ -186,39 +158,49 @@ def require_slots(spark: SparkSession, np: int, start_timeout: float, console: C
             "dynamic allocation (SPARK-24942): start the session with "
             "spark.dynamicAllocation.enabled=false and a fixed number of executors"
         )
-    slots = total_slots(spark)
+    slots = total_slots(spark, request)
+    expected = _expected_slots(spark, request)
     if slots is None:
-        if np == 0:
+        if np == 0 and expected is None:
             raise ConfigurationError(
-                "np=0 (all slots) does not work over Spark Connect, which does not tell how many "
-                "slots there are: give the number of ranks"
+                "np=0 (all slots): this Spark Connect server does not tell how many slots its "
+                "cluster has. Give the number of ranks"
             )
-        return np
-    expected = _expected_slots(spark)
+        if expected is not None and expected < max(np, 1):
+            raise _too_few_slots(spark, np, expected, request)
+        return np or expected or 1
     wanted = np or expected or 1
     if slots < wanted and expected is not None and wanted > expected:
-        raise _too_few_slots(spark, np, expected)
+        raise _too_few_slots(spark, np, expected, request)
     if slots < wanted:
-        slots = _wait_for_slots(spark, wanted, expected, start_timeout, console)
+        slots = _wait_for_slots(
+            spark, wanted, request, expected=expected, start_timeout=start_timeout, console=console
+        )
     if slots < wanted and expected is not None:
         raise StartTimeoutError(
             f"{wanted} task slots were asked for, {expected} are to come "
-            f"({_facts(spark)}), and after {start_timeout:g} s there are {slots}: executors cannot "
-            "be started (see the cluster manager), or raise start_timeout"
+            f"({_facts(spark, request)}), and after {start_timeout:g} s there are {slots}: "
+            "executors cannot be started (see the cluster manager), or raise start_timeout"
         )
     if slots < wanted:
-        raise _too_few_slots(spark, np, slots)
+        raise _too_few_slots(spark, np, slots, request)
     return np or slots
 
 
 def _wait_for_slots(
-    spark: SparkSession, wanted: int, expected: int | None, start_timeout: float, console: Console
+    spark: SparkSession,
+    wanted: int,
+    request: TaskRequest,
+    *,
+    expected: int | None,
+    start_timeout: float,
+    console: Console,
 ) -> int:
     """Wait until executors have registered; Spark tells Python of them only when asked."""
     began = changed = noted = time.monotonic()
     slots = 0
     while time.monotonic() - began < start_timeout:
-        now, before, slots = time.monotonic(), slots, total_slots(spark) or 0
+        now, before, slots = time.monotonic(), slots, total_slots(spark, request) or 0
         if slots >= wanted:
             break
         if slots != before:
@@ -233,44 +215,70 @@ def _wait_for_slots(
     return slots
 
 
-def _expected_slots(spark: SparkSession) -> int | None:
+def _expected_slots(spark: SparkSession, request: TaskRequest) -> int | None:
     """Count the slots that the master string or the settings promise, where they do."""
-    master = spark.sparkContext.master
+    master = _master(spark)
+    gpus = float(spark.conf.get("spark.executor.resource.gpu.amount", None) or 0)
     if match := re.fullmatch(r"local-cluster\[\s*(\d+)\s*,\s*(\d+)\s*,.*\]", master):
         workers, cores = int(match[1]), int(match[2])
         own_cores = int(spark.conf.get("spark.executor.cores", None) or cores)
-        return workers * (cores // own_cores) * _slots_per_executor(spark, own_cores)
-    if master.startswith("local"):
-        return total_slots(spark)
+        return workers * (cores // own_cores) * request.slots(own_cores, gpus)
+    if match := re.fullmatch(r"local(?:\[\s*(\d+)\s*(?:,.*)?\])?", master):
+        return request.slots(int(match[1] or 1), 0)
+    if master.startswith("local"):  # local[*]: the cores of the driver's machine
+        return total_slots(spark, request)
     instances = spark.conf.get("spark.executor.instances", None)
     cores_of_executor = spark.conf.get("spark.executor.cores", None)
     if instances is None or cores_of_executor is None:
         return None
-    return int(instances) * _slots_per_executor(spark, int(cores_of_executor))
+    return int(instances) * request.slots(int(cores_of_executor), gpus)
 
 
-def _slots_per_executor(spark: SparkSession, cores: int) -> int:
-    slots = cores // int(spark.conf.get("spark.task.cpus", "1") or 1)
-    per_task = float(spark.conf.get("spark.task.resource.gpu.amount", "0") or 0)
-    if per_task:
-        per_executor = float(spark.conf.get("spark.executor.resource.gpu.amount", "0") or 0)
-        slots = min(slots, int(per_executor / per_task))
-    return slots
+def _master(spark: SparkSession) -> str:
+    return spark.conf.get("spark.master", None) or ""
 
 
-def _facts(spark: SparkSession) -> str:
+def _facts(spark: SparkSession, request: TaskRequest) -> str:
     confs = [
         f"{name}={value}"
         for name in _DECIDING_CONFS
         if (value := spark.conf.get(name, None)) is not None
     ]
-    return "; ".join([spark.sparkContext.master, *([", ".join(confs)] if confs else [])])
+    facts = [_master(spark), ", ".join(confs), _executors_in_words(spark, request)]
+    facts.append(f"a task takes {request.in_words}")
+    return "; ".join(fact for fact in facts if fact)
 
 
-def _too_few_slots(spark: SparkSession, np: int, slots: int) -> ClusterCapacityError:
+def _executors_in_words(spark: SparkSession, request: TaskRequest) -> str:
+    """Say what the registered executors have: "2 executors with 4 cores and 1 GPU: 1 slot each"."""
+    if is_connect(spark):
+        return ""
+    kinds: Counter[tuple[int, int]] = Counter()
+    executors = spark.sparkContext._jsc.sc().statusStore().executorList(True)
+    for index in range(executors.size()):
+        executor = executors.apply(index)
+        if executor.totalCores():  # the driver of a cluster is listed, too
+            gpu = executor.resources().get("gpu")
+            gpus = len(gpu.get().addresses()) if gpu.isDefined() else 0
+            kinds[executor.totalCores(), gpus] += 1
+    words = []
+    for (cores, gpus), count in kinds.items():
+        has = _counted(cores, "core") + (f" and {_counted(gpus, 'GPU')}" if gpus else "")
+        slots = _counted(request.slots(cores, gpus), "slot")
+        words.append(f"{_counted(count, 'executor')} with {has}: {slots}" + " each" * (count > 1))
+    return ", ".join(words)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
+
+
+def _too_few_slots(
+    spark: SparkSession, np: int, slots: int, request: TaskRequest
+) -> ClusterCapacityError:
     asked = f"np={np}" if np else "np=0 (all slots)"
     return ClusterCapacityError(
-        f"{asked} needs {np or 'at least 1'} task slot{'s' if np > 1 else ''}, and the cluster "
-        f"({_facts(spark)}) has {slots}: ask for fewer ranks, add executors or cores, or use a "
-        "negative np to run on the driver"
+        f"{asked} needs {_counted(np, 'task slot') if np else 'at least 1 task slot'}, and the "
+        f"cluster has {slots} ({_facts(spark, request)}): ask for fewer ranks, add executors or "
+        "cores, or use a negative np to run on the driver"
     )

@@ -10,6 +10,8 @@ from horovodrunner.core.words import ranks_in_words
 
 __all__ = ["StageEnd", "stage_end"]
 
+_EXECUTORS_PYTHON = "PYSPARK_PYTHON (for spark-submit also spark.pyspark.python)"
+
 
 @dataclass(frozen=True)
 class StageEnd:
@@ -43,12 +45,8 @@ def stage_end(error: Exception | None, placement: Sequence[tuple[int, int, str]]
         The cause.
     """
     text = str(error) if error is not None else ""
-    if missing := re.findall(r"^ModuleNotFoundError: .*$", text, re.MULTILINE):
-        return StageEnd(
-            f"an executor's Python said {missing[-1]}: it lacks the package, or is not the Python "
-            "you mean; install the package there, or set spark.pyspark.python (PYSPARK_PYTHON) to "
-            "a Python that has it"
-        )
+    if problem := _problem_of_executors_python(text):
+        return StageEnd(problem)
     if cancelled := re.search(r"Job \d+ cancelled.*", text):
         return StageEnd(f"the run's Spark job was cancelled: {cancelled[0].strip()}")
     if lost := re.search(r"Most recent failure reason: (.*)(?:\n(.*))?", text):
@@ -62,6 +60,41 @@ def stage_end(error: Exception | None, placement: Sequence[tuple[int, int, str]]
     if text:
         return StageEnd(f"Spark ended the run's stage: {text.splitlines()[0]}")
     return StageEnd("the run's tasks ended without an outcome; the executors' logs tell more")
+
+
+def _problem_of_executors_python(text: str) -> str | None:
+    """Say why the Python of the executors cannot run tasks; the same would happen again."""
+    # PySpark 3.5 writes "version (3, 11) than that in driver 3.10", later ones "version: 3.11 ...".
+    if versions := re.search(
+        r"Python in worker has different version:? \(?(\d+)[., ]+(\d+)\)? than that in driver:? "
+        r"(\d+\.\d+)",
+        text,
+    ):
+        there, here = f"{versions[1]}.{versions[2]}", versions[3]
+        return (
+            f"the executors run Python {there} and the driver runs Python {here}, and PySpark "
+            f"needs the same minor version on both: let {_EXECUTORS_PYTHON} name a Python {here} "
+            f"of the executors, or start the driver with Python {there}"
+        )
+    if command := re.search(r'Cannot run program "(.*?)".*', text):
+        return (
+            f"an executor cannot start its Python: {command[0]}. {_EXECUTORS_PYTHON} must name "
+            "one that exists there; a path such as ./environment/bin/python needs an archive that "
+            "is unpacked under this name: spark.archives=environment.tar.gz#environment"
+        )
+    if missing := re.findall(r"^\s*ModuleNotFoundError: (.*)$", text, re.MULTILINE):
+        return (
+            f"an executor's Python said ModuleNotFoundError: {missing[-1]}: it lacks the package, "
+            "or is not the Python you mean; install the package there, or let "
+            f"{_EXECUTORS_PYTHON} name a Python that has it"
+        )
+    if said := re.search(r"Error from python worker:\n((?: +.*\n)+)PYTHONPATH was:", text):
+        last_line = said[1].strip().splitlines()[-1].strip()
+        return (
+            f"an executor's Python ended before it could take a task: {last_line}. It may be too "
+            f"old for this PySpark; {_EXECUTORS_PYTHON} chooses another one"
+        )
+    return None
 
 
 def _what(reasons: str, placement: Sequence[tuple[int, int, str]]) -> str:

@@ -14,8 +14,8 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,8 @@ class Surroundings:
         Directory below which this task may have one of its own.
     cores_per_worker
         How many cores each worker may use.
+    environ
+        The environment variables that workers inherit.
     """
 
     member: Member
@@ -80,6 +82,7 @@ class Surroundings:
     depot: Depot | None = None
     scratch_base: str | None = None
     cores_per_worker: int = 1
+    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
 
 
 class Agent:
@@ -140,8 +143,12 @@ class Agent:
 
     def _spawn(self) -> WorkerProcess:
         python_path = os.pathsep.join(entry for entry in sys.path if entry)
-        cores = self._surroundings.cores_per_worker
-        environment = worker_base_environment(os.environ, self._job.environment, python_path, cores)
+        environment = worker_base_environment(
+            self._surroundings.environ,
+            self._job.environment,
+            python_path,
+            self._surroundings.cores_per_worker,
+        )
         return WorkerProcess(self._job.early_imports, environment)
 
     async def _lead(self, resources: contextlib.AsyncExitStack) -> Outcome:

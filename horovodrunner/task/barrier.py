@@ -96,6 +96,7 @@ def _surroundings(job: JobSpec, context: Any) -> Surroundings:
         depot=_depot(job),
         scratch_base=_scratch_base(),
         cores_per_worker=context.cpus(),
+        environ=_inherited_environment(),
     )
 
 
@@ -108,6 +109,15 @@ def _gpus(context: Any) -> tuple[tuple[str, ...], str]:
         return compose_devices(resource.addresses, os.environ.get("CUDA_VISIBLE_DEVICES")), ""
     except ValueError as error:
         return (), f"{error}: check the discovery script of spark.worker.resource.gpu"
+
+
+def _inherited_environment() -> dict[str, str]:
+    """Give this process's variables, but for the number of threads that PySpark chose.
+
+    It is that of the session's spark.task.cpus, whatever this stage's resources are; what the user
+    chose (spark.executorEnv.OMP_NUM_THREADS) comes with the driver's variables.
+    """
+    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
 def _depot(job: JobSpec) -> Depot | None:

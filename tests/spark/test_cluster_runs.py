@@ -23,7 +23,7 @@ from horovodrunner import (
     StartTimeoutError,
     WorkerFailedError,
 )
-from horovodrunner.driver import cluster, session, slots
+from horovodrunner.driver import addresses, cluster, session, slots
 from tests.conftest import marked_processes, workers_left
 from tests.process import mains
 
@@ -54,7 +54,11 @@ def test_np_0_means_all_slots_and_is_deprecated() -> None:
 
 def test_more_ranks_than_slots_is_refused_at_once_with_the_numbers() -> None:
     began = time.monotonic()
-    with pytest.raises(ClusterCapacityError, match=r"np=3 needs 3 .*local-cluster.* has 2"):
+    with pytest.raises(
+        ClusterCapacityError,
+        match=r"np=3 needs 3 .* has 2 \(local-cluster.*"
+        r"2 executors with 1 core: 1 slot each; a task takes spark.task.cpus=1\)",
+    ):
         run(place, np=3)
     assert time.monotonic() - began < 10  # Spark itself tries for ten minutes
 
@@ -240,7 +244,7 @@ def test_a_run_waits_until_its_slots_are_free_and_says_who_holds_them(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cluster, "FIRST_NOTE_SECONDS", 1.0)
+    monkeypatch.setattr(cluster, "FIRST_LOOK_SECONDS", 1.0)
     holder = hold_a_slot(spark, 4, tmp_path)
     assert run(place)["WORLD_SIZE"] == 2
     holder.join(1)
@@ -340,7 +344,7 @@ def test_executors_that_do_not_register_in_time_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(slots, "NOTE_SECONDS", 0.3)
-    monkeypatch.setattr(slots, "total_slots", lambda spark: 1)
+    monkeypatch.setattr(slots, "total_slots", lambda spark, request: 1)
     with pytest.raises(StartTimeoutError, match=r"2 are to come .*after 1 s there are 1"):
         HorovodRunner(np=2, start_timeout=1).run(place)
     assert "waiting for 2 slots, 1 have registered so far" in capsys.readouterr().out
@@ -350,8 +354,8 @@ def test_executors_that_nobody_announced_are_not_waited_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(slots, "QUIET_SECONDS", 0.3)
-    monkeypatch.setattr(slots, "total_slots", lambda spark: 1)
-    monkeypatch.setattr(slots, "_expected_slots", lambda spark: None)
+    monkeypatch.setattr(slots, "total_slots", lambda spark, request: 1)
+    monkeypatch.setattr(slots, "_expected_slots", lambda spark, request: None)
     with pytest.raises(ClusterCapacityError, match=r"np=2 needs 2 .* has 1"):
         run(place)
 
@@ -379,8 +383,8 @@ def test_a_cluster_that_asks_for_encryption_is_refused_unless_allowed(
 def test_a_run_that_cannot_reach_the_driver_goes_on_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], executor_logs: Path
 ) -> None:
-    monkeypatch.setattr(cluster.BarrierRun, "_bind_address", lambda self: "127.0.0.1")
-    monkeypatch.setattr(cluster.BarrierRun, "_advertised_address", lambda self: "127.0.0.2")
+    monkeypatch.setattr(addresses, "bind_host", lambda spark: "127.0.0.1")
+    monkeypatch.setattr(addresses, "advertised_host", lambda spark: "127.0.0.2")
 
     def main() -> str:
         mains.log_things()
@@ -389,7 +393,7 @@ def test_a_run_that_cannot_reach_the_driver_goes_on_and_says_so(
 
     runner = HorovodRunner(np=2, driver_log_verbosity="all", start_timeout=10)
     assert runner.run(main) == "done"
-    assert "tasks are running and cannot reach the driver" in capsys.readouterr().out
+    assert "cannot reach this process at 127.0.0.2" in capsys.readouterr().out
     logged = "\n".join(line for lines in executor_stderr(executor_logs).values() for line in lines)
     assert "cannot be reached from here" in logged
     assert "[1]<log_to_driver>:from rank 1" in logged

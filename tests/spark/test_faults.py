@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from horovodrunner import BarrierStageError, HorovodRunner, WorkerFailedError
-from horovodrunner.driver import slots
+from horovodrunner.driver import addresses, slots
 from tests.conftest import workers_left
 from tests.process import mains
 from tests.process.test_local_runs import wait_until_gone
@@ -311,7 +311,7 @@ def test_a_channel_that_breaks_leaves_the_run_alone(
     capsys: pytest.CaptureFixture[str],
     executor_logs: Path,
 ) -> None:
-    from horovodrunner.driver import channel, cluster
+    from horovodrunner.driver import channel
 
     proxy = Proxy()
     listen = channel.DriverChannel.open
@@ -321,7 +321,7 @@ def test_a_channel_that_breaks_leaves_the_run_alone(
         return proxy.port
 
     monkeypatch.setattr(channel.DriverChannel, "open", open_behind_proxy)
-    monkeypatch.setattr(cluster.BarrierRun, "_advertised_address", lambda self: "127.0.0.1")
+    monkeypatch.setattr(addresses, "advertised_host", lambda spark: "127.0.0.1")
     cutter = when_both_run(tmp_path, proxy.cut)
 
     def main(directory: str) -> str:

@@ -26,7 +26,7 @@ DRIVER = """
         seen = {name: os.environ.get(name) for name in names}
         Path(directory, os.environ["RANK"]).write_text(json.dumps(seen))
 
-    master, confs, np, directory = sys.argv[1:]
+    master, confs, np, directory, resources = sys.argv[1:]
     builder = SparkSession.builder.master(master)
     for name, value in json.loads(confs).items():
         builder = builder.config(name, value)
@@ -35,7 +35,8 @@ DRIVER = """
         builder = builder.config(name, value)
     spark = builder.getOrCreate()
     try:
-        HorovodRunner(np=int(np)).run(main, directory=directory)
+        runner = HorovodRunner(np=int(np), resources=json.loads(resources))
+        runner.run(main, directory=directory)
     except Exception as error:
         print(type(error).__name__, error)
     spark.stop()
@@ -52,13 +53,19 @@ def found(tmp_path: Path) -> str:
     return str(script)
 
 
-def ranks(master: str, confs: dict[str, str], np: int, tmp_path: Path) -> list[dict[str, Any]]:
+def ranks(
+    master: str,
+    confs: dict[str, str],
+    np: int,
+    tmp_path: Path,
+    resources: dict[str, float] | None = None,
+) -> list[dict[str, Any]]:
     """Run on a cluster with these settings; gives what each rank saw."""
     directory = tmp_path / "ranks"
     directory.mkdir()
     command = [sys.executable, "-c", textwrap.dedent(DRIVER), master, json.dumps(confs)]
     done = subprocess.run(
-        [*command, str(np), str(directory)],
+        [*command, str(np), str(directory), json.dumps(resources)],
         capture_output=True,
         text=True,
         timeout=170,
@@ -135,3 +142,33 @@ def test_a_negative_np_uses_the_drivers_gpus_and_shares_the_cores(
     assert own_gpus(seen) == ["0", "1"]
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert [rank["OMP_NUM_THREADS"] for rank in seen] == [str(threads)] * 2
+
+
+def test_a_run_with_resources_of_its_own_has_them_and_the_threads(
+    found: str, tmp_path: Path
+) -> None:
+    confs = cluster(found, "1", "4")
+    del confs["spark.task.resource.gpu.amount"]  # the session's own tasks take no GPU
+    seen = ranks("local-cluster[1,4,1024]", confs, 2, tmp_path, {"cpus": 2, "gpu": 2})
+    assert [len(rank["CUDA_VISIBLE_DEVICES"].split(",")) for rank in seen] == [4, 4]
+    assert len(set(own_gpus(seen))) == 2
+    assert [rank["OMP_NUM_THREADS"] for rank in seen] == ["2", "2"]
+
+
+def test_resources_are_counted_before_anything_is_launched(found: str, tmp_path: Path) -> None:
+    confs = cluster(found, "1", "4")
+    [outcome] = ranks("local-cluster[1,4,1024]", confs, 3, tmp_path, {"cpus": 2, "gpu": 1})
+    assert "np=3 needs 3 task slots, and the cluster has 2" in str(outcome)
+    assert "1 executor with 4 cores and 4 GPUs: 2 slots; a task takes resources=" in str(outcome)
+
+
+def test_resources_that_spark_cannot_give_are_refused_with_the_confs(tmp_path: Path) -> None:
+    [outcome] = ranks("local[4]", {}, 2, tmp_path, {"cpus": 2})
+    assert "ConfigurationError resources=" in str(outcome)
+    assert "start the session with spark.task.cpus=2" in str(outcome)
+
+
+def test_threads_that_the_user_chose_are_kept(tmp_path: Path) -> None:
+    chosen = {"spark.executorEnv.OMP_NUM_THREADS": "3"}
+    seen = ranks("local-cluster[1,2,1024]", chosen, 2, tmp_path)
+    assert [rank["OMP_NUM_THREADS"] for rank in seen] == ["3", "3"]

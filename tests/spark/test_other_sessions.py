@@ -89,7 +89,8 @@ def test_local_threads_behave_like_a_cluster(tmp_path: Path) -> None:
     shown = drive(script, tmp_path)
     assert "rank 0 of 2\n" in shown
     assert "rank 0 of 1\n" in shown
-    assert re.search(r"np=3 needs 3 task slots, and the cluster \(local\[2\]\) has 2", shown)
+    assert "np=3 needs 3 task slots, and the cluster has 2 (local[2]; " in shown
+    assert "1 executor with 2 cores: 2 slots; " in shown
     assert "ZeroDivisionError('division by zero')" in shown
     assert shown.endswith("\n5\n")
 
@@ -213,6 +214,6 @@ def test_a_cluster_without_any_slot_is_refused(standalone_master: str, tmp_path:
         spark.stop()
     """
     shown = drive(script, tmp_path)
-    assert "np=0 (all slots) needs at least 1 task slot, and the cluster (spark://" in shown
-    assert "spark.executor.cores=4) has 0" in shown
+    assert "np=0 (all slots) needs at least 1 task slot, and the cluster has 0 (spark://" in shown
+    assert "spark.executor.cores=4; a task takes" in shown
     assert "np=1 needs 1 task slot, and" in shown
