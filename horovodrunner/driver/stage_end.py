@@ -49,6 +49,7 @@ def stage_end(error: Exception | None, placement: Sequence[tuple[int, int, str]]
         return StageEnd(problem)
     if cancelled := re.search(r"Job \d+ cancelled.*", text):
         return StageEnd(f"the run's Spark job was cancelled: {cancelled[0].strip()}")
+    text = re.sub(r"\S*PythonException: Traceback .*\n(?: .*\n)*", "", text)
     if lost := re.search(r"Most recent failure reason: (.*)(?:\n(.*))?", text):
         reasons = " ".join(part.strip() for part in lost.groups() if part)
         return StageEnd(
@@ -76,11 +77,19 @@ def _problem_of_executors_python(text: str) -> str | None:
             f"needs the same minor version on both: let {_EXECUTORS_PYTHON} name a Python {here} "
             f"of the executors, or start the driver with Python {there}"
         )
-    if command := re.search(r'Cannot run program "(.*?)".*', text):
+    no_such_file_or_not_allowed = r'Cannot run program ".*": error=(?:2|13), .*'
+    if command := re.search(no_such_file_or_not_allowed, text):
         return (
             f"an executor cannot start its Python: {command[0]}. {_EXECUTORS_PYTHON} must name "
             "one that exists there; a path such as ./environment/bin/python needs an archive that "
             "is unpacked under this name: spark.archives=environment.tar.gz#environment"
+        )
+    if lacking := re.search(
+        r"^(?:Attribute|Import|ModuleNotFound)Error: .*'horovodrunner\..*$", text, re.MULTILINE
+    ):
+        return (
+            "the executors have another release of horovodrunner than the driver: an executor's "
+            f"Python said {lacking[0]}; install the same one on both"
         )
     if missing := re.findall(r"^\s*ModuleNotFoundError: (.*)$", text, re.MULTILINE):
         return (

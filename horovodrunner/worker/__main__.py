@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import importlib
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -34,6 +35,9 @@ from horovodrunner.worker.watch import collective_of
 
 MAX_EXCEPTION_BYTES = 1024 * 1024
 """A pickled exception larger than this is left out; its text is enough."""
+
+_OF_A_PYTHON = re.compile(r"/lib(?:64)?/python[\d.]*(?:/|$)")
+"""In the path of every directory in which an installed Python keeps modules and packages."""
 
 _PEER_LOSS_TYPES = ("HorovodInternalError", "HorovodShutdownError", "DistBackendError")
 _PEER_LOSS_TEXTS = (
@@ -90,7 +94,7 @@ def run(
         What happened, and the exit code that says the same.
     """
     os.environ.update(spec.environment)
-    sys.path += [p for p in spec.sys_path if p not in sys.path and Path(p).exists()]
+    sys.path += [entry for entry in spec.sys_path if _is_lent(entry)]
     try:
         function, kwargs = payload.load(call)
     except BaseException as error:  # noqa: BLE001 - unpickling runs arbitrary code
@@ -111,6 +115,15 @@ def run(
         return Outcome(success=Success(spec.rank, _pickle_result(spec, result))), 0
     except PayloadError as error:
         return _failed(spec, error, "", with_traceback=False), 1
+
+
+def _is_lent(entry: str) -> bool:
+    """Whether a directory of the driver's import path serves here, too.
+
+    Packages of the driver's own Python may not fit this one; and a rank on the driver's machine
+    must not find what ranks elsewhere lack.
+    """
+    return entry not in sys.path and Path(entry).exists() and not _OF_A_PYTHON.search(entry)
 
 
 def _pickle_result(spec: WorkerSpec, result: object) -> bytes:
