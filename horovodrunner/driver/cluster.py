@@ -210,13 +210,13 @@ class BarrierRun:
         if self._has_told_of_no_contact:
             return
         self._has_told_of_no_contact = True
-        missing = "what the ranks print and log_to_driver messages are"
-        if self._store is not None:
-            missing += " (and checkpoints are not kept)"
+        checkpoints = ", and checkpoints are not kept" if self._store is not None else ""
         self._console.note(
-            f"the run's tasks cannot reach this process at {addresses.advertised_host(self._spark)}"
-            f": {missing} in the executors' logs only; the result comes back all the same. Let "
-            f"executors connect to it: {addresses.HOST_CONF} and {addresses.PORT_CONF} say where"
+            "the run's tasks cannot reach this process at "
+            f"{addresses.advertised_host(self._spark)}: what the ranks print and their "
+            f"log_to_driver messages stay in the executors' logs{checkpoints}; the result comes "
+            f"back all the same. {addresses.HOST_CONF} and {addresses.PORT_CONF} say where "
+            "executors are to connect"
         )
 
     def _outcome(self, channel: DriverChannel) -> Outcome:

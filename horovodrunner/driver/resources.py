@@ -103,6 +103,7 @@ def _profile(spark: SparkSession, resources: Mapping[str, float]) -> Any:
     """
     import pyspark
     from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
     from pyspark.resource import ResourceProfileBuilder, TaskResourceRequests
     from pyspark.sql import DataFrame
 
@@ -115,13 +116,16 @@ def _profile(spark: SparkSession, resources: Mapping[str, float]) -> Any:
         else:
             requests.resource(name, float(amount))
     profile = ResourceProfileBuilder().require(requests).build
-    if is_connect(spark):
-        return profile  # the server judges it
     try:
-        manager = spark.sparkContext._jsc.sc().resourceProfileManager()
-        manager.addResourceProfile(profile._java_resource_profile)
+        if is_connect(spark):
+            profile.id  # noqa: B018 - asks the server, which can be done in this thread only
+        else:
+            manager = spark.sparkContext._jsc.sc().resourceProfileManager()
+            manager.addResourceProfile(profile._java_resource_profile)
     except Py4JJavaError as error:
-        raise _unsupported(error.java_exception.getMessage().rstrip("."), resources) from None
+        raise _unsupported(error.java_exception.getMessage(), resources) from None
+    except (PySparkException, RuntimeError) as error:
+        raise _unsupported(str(error), resources) from None
     return profile
 
 
@@ -134,6 +138,6 @@ def _unsupported(why: str, resources: Mapping[str, float]) -> ConfigurationError
     )
     return ConfigurationError(
         f"resources={dict(resources)!r} asks for other resources than the session's for this run "
-        f"only, and that is not possible here: {why}. Leave resources out and start the session "
-        f"with {confs}"
+        f"only, and that is not possible here: {why.rstrip('.')}. Leave resources out and start "
+        f"the session with {confs}"
     )

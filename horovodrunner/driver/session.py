@@ -134,11 +134,12 @@ def shares_terminal(spark: SparkSession) -> bool:
     Returns
     -------
     bool
-        True for the masters ``local``, ``local[n]`` and the like.
+        True for the masters ``local``, ``local[n]`` and the like, unless they are those of a
+        Spark Connect server that somebody else has started.
     """
-    if is_connect(spark):
-        return False
-    return bool(spark.sparkContext.master.split("[")[0] == "local")
+    master = spark.conf.get("spark.master", None) or ""
+    is_ours = not is_connect(spark) or "SPARK_LOCAL_REMOTE" in os.environ
+    return is_ours and master.split("[")[0] == "local"
 
 
 def max_result_bytes(spark: SparkSession) -> int | None:

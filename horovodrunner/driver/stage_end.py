@@ -47,7 +47,7 @@ def stage_end(error: Exception | None, placement: Sequence[tuple[int, int, str]]
     text = str(error) if error is not None else ""
     if problem := _problem_of_executors_python(text):
         return StageEnd(problem)
-    if cancelled := re.search(r"Job \d+ cancelled.*", text):
+    if cancelled := re.search(r"Job \d+ cancelled.*|\[OPERATION_CANCELED\].*", text):
         return StageEnd(f"the run's Spark job was cancelled: {cancelled[0].strip()}")
     text = re.sub(r"\S*PythonException: Traceback .*\n(?: .*\n)*", "", text)
     if lost := re.search(r"Most recent failure reason: (.*)(?:\n(.*))?", text):

@@ -1,0 +1,240 @@
+"""Spark Connect: a server with two executors, and drivers that have no SparkContext."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import marked_processes
+
+pytestmark = [
+    pytest.mark.spark,
+    pytest.mark.skipif(
+        importlib.util.find_spec("grpc_status") is None,
+        reason="a Connect client needs grpcio-status: pip install 'pyspark[connect]'",
+    ),
+]
+
+HEAD = """
+    import os, signal, sys, threading, time
+    from pathlib import Path
+    from pyspark.sql import SparkSession
+    from horovodrunner import *
+    from horovodrunner.driver import cluster
+
+    address, directory = sys.argv[1:]
+    spark = SparkSession.builder.remote(address).getOrCreate()
+
+    def train(prefix):
+        from horovodrunner import checkpoint, log_to_driver
+        print("training")
+        log_to_driver(f"message of rank {os.environ['RANK']}")
+        with checkpoint.save(step=1) as files:
+            (files / "weights").write_text("1 2 3")
+        return prefix + os.environ["WORLD_SIZE"]
+
+    def run_for_ever():
+        Path(directory, os.environ["RANK"]).touch()
+        while True:
+            time.sleep(1)
+
+    def when_all_run(act):
+        def wait_and_act():
+            while len(os.listdir(directory)) < 2:
+                time.sleep(0.02)
+            act()
+        threading.Thread(target=wait_and_act).start()
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start a Connect server of its own on two executors; gives its address."""
+    import pyspark
+
+    home = Path(pyspark.__file__).parent
+    log = tmp_path_factory.mktemp("connect") / "server.log"
+    confs = {
+        "spark.ui.enabled": "false",
+        "spark.log.level": "INFO",  # tells the port and the application's name
+        "spark.connect.grpc.binding.port": "0",
+        "spark.connect.execute.reattachable.senderMaxStreamDuration": "2s",
+        "spark.connect.execute.manager.detachedTimeout": "2s",
+        "spark.connect.execute.manager.maintenanceInterval": "1s",
+    }
+    command = [str(home / "bin" / "spark-submit"), "--master", "local-cluster[2,1,1024]"]
+    command += ["--class", "org.apache.spark.sql.connect.service.SparkConnectServer"]
+    command += [part for name, value in confs.items() for part in ("--conf", f"{name}={value}")]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "spark-internal"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYSPARK_PYTHON": sys.executable},
+            start_new_session=True,
+        )
+    try:
+        port = wait_for(r"Connect server started at: .*:(\d+)", log)
+        yield f"sc://localhost:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)  # lets it stop its executors
+        process.wait(30)
+        if application := re.search(r"app-\d+-\d+", log.read_text()):
+            shutil.rmtree(home / "work" / application[0], ignore_errors=True)
+
+
+def wait_for(pattern: str, log: Path) -> str:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if match := re.search(pattern, log.read_text()):
+            return match[1]
+        time.sleep(0.1)
+    raise AssertionError(f"no {pattern} in {log.read_text()[-3000:]}")
+
+
+def client(server: str, script: str, directory: Path) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(HEAD) + textwrap.dedent(script), server,
+            str(directory)]  # fmt: skip
+
+
+def drive(server: str, script: str, tmp_path: Path) -> str:
+    """Run a script as a client; gives what it printed, after it has ended well."""
+    directory = tmp_path / "ranks"
+    directory.mkdir()
+    done = subprocess.run(
+        client(server, script, directory),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_value_output_and_checkpoints_arrive(server: str, tmp_path: Path) -> None:
+    script = """
+        runner = HorovodRunner(np=2, driver_log_verbosity="all", checkpoint_dir="saved")
+        print("value:", runner.run(train, prefix="ranks: "))
+        print("weights:", Path(runner.checkpoints[0].path, "weights").read_text())
+        print("with resources:", HorovodRunner(np=2, resources={"cpus": 1}).run(train, prefix=""))
+    """
+    shown = drive(server, script, tmp_path).splitlines()
+    assert "value: ranks: 2" in shown
+    assert "weights: 1 2 3" in shown
+    assert {"[0]<stdout>:training", "[1]<stdout>:training"} <= set(shown)
+    assert shown.count("message of rank 1") == 2
+    assert "with resources: 2" in shown
+
+
+def test_errors_are_those_of_any_cluster(server: str, tmp_path: Path) -> None:
+    script = """
+        for np, main in ((2, lambda: 1 / 0), (3, lambda: 1), (0, lambda: os.environ["WORLD_SIZE"])):
+            try:
+                print(HorovodRunner(np=np).run(main), "ranks")
+            except HorovodRunnerError as error:
+                print(type(error).__name__, repr(error.__cause__), error)
+        try:
+            HorovodRunner(np=2, resources={"gpu": 1}).run(lambda: 1)
+        except ConfigurationError as error:
+            print(error)
+    """
+    shown = drive(server, script, tmp_path)
+    assert "WorkerFailedError ZeroDivisionError('division by zero') rank" in shown
+    assert "np=3 needs 3 task slots, and the cluster has 2 (local-cluster[2,1,1024]; " in shown
+    assert "2 ranks" in shown
+    assert "resources={'gpu': 1} asks for other resources" in shown
+    assert "start the session with spark.task.resource.gpu.amount=1" in shown
+
+
+def test_a_client_that_cannot_be_reached_gets_the_result_and_is_told(
+    server: str, tmp_path: Path
+) -> None:
+    script = """
+        spark.conf.set("spark.horovodrunner.driver.host", "nowhere.invalid")
+        runner = HorovodRunner(np=2, driver_log_verbosity="all", checkpoint_dir="saved")
+        print("value:", runner.run(train, prefix=""))
+        try:
+            HorovodRunner(np=2).run(lambda: 1 / 0)
+        except WorkerFailedError as error:
+            print(repr(error.__cause__))
+    """
+    shown = drive(server, script, tmp_path)
+    assert "value: 2\n" in shown
+    assert "cannot reach this process at nowhere.invalid: " in shown
+    assert "checkpoints are not kept" in shown
+    assert "ZeroDivisionError" in shown
+
+
+def test_an_interrupt_and_a_cancelled_operation_end_the_workers(
+    server: str, tmp_path: Path
+) -> None:
+    script = """
+        for act in (lambda: os.kill(os.getpid(), signal.SIGINT), spark.interruptAll):
+            for marker in Path(directory).iterdir():
+                marker.unlink()
+            when_all_run(act)
+            try:
+                HorovodRunner(np=2).run(run_for_ever)
+            except (KeyboardInterrupt, BarrierStageError) as error:
+                print("ended by", type(error).__name__, error)
+        print(spark.range(7).count(), "rows")
+    """
+    shown = drive(server, script, tmp_path)
+    assert "ended by KeyboardInterrupt" in shown
+    assert "ended by BarrierStageError the run's Spark job was cancelled" in shown
+    assert "7 rows" in shown
+
+
+def test_slots_that_stay_taken_are_a_start_timeout(server: str, tmp_path: Path) -> None:
+    script = """
+        cluster.FIRST_LOOK_SECONDS = 1.0
+        def hold(batches):
+            Path(directory, "held").touch()
+            time.sleep(15)
+            yield from batches
+        holder = threading.Thread(
+            target=lambda: spark.range(0, 1, 1, 1).mapInArrow(hold, "id long").collect()
+        )
+        holder.start()
+        while not os.listdir(directory):
+            time.sleep(0.02)
+        try:
+            HorovodRunner(np=2, start_timeout=4).run(train, prefix="")
+        except StartTimeoutError as error:
+            print(error)
+        spark.interruptAll()
+        holder.join()
+    """
+    shown = drive(server, script, tmp_path)
+    assert "waiting for 2 slots\n" in shown
+    assert "2 tasks did not all start within 4 s; other jobs may hold the slots" in shown
+
+
+def test_the_server_ends_the_run_of_a_client_that_died(server: str, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        client(server, "HorovodRunner(np=2).run(run_for_ever)", tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert any("horovodrunner.worker" in command for command in marked_processes())
+        process.kill()
+    deadline = time.monotonic() + 60
+    while marked_processes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert marked_processes() == []
