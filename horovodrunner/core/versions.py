@@ -61,17 +61,18 @@ def differences(
     Returns
     -------
     list of Difference
-        What differs. What is on one side only counts for what both sides need; the driver may
-        well lack the frameworks, and the executors Keras.
+        What differs, between the driver and executors or among executors. What one side lacks is
+        no difference: the driver may well lack the frameworks, and the executors Keras.
     """
     found = []
     for name, own in driver.items():
         others = dict.fromkeys(
             (host, version)
             for host, versions in executors
-            if (version := versions.get(name, "")) not in {own, ""} and own
+            if (version := versions.get(name, "")) not in {own, ""}
         )
-        if others:
+        executors_differ = len({version for _, version in others}) > 1
+        if others and (own or executors_differ):
             found.append((name, own, tuple(others)))
     return found
 
@@ -123,7 +124,7 @@ def differences_in_words(found: Sequence[Difference]) -> str:
     for name, own, others in found:
         there = ", ".join(f"{version} ({host})" for host, version in others[:4])
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-        lines.append(f"{name:16} {own:13} {there}{more}")
+        lines.append(f"{name:16} {own or '-':13} {there}{more}")
     return "\n".join(lines)
 
 

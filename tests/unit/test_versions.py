@@ -46,6 +46,13 @@ def test_other_versions_are_named_with_their_hosts_once() -> None:
     ]
 
 
+def test_executors_that_differ_from_each_other_are_named_when_the_driver_has_none() -> None:
+    tasks = [(host, {**DRIVER, "keras": keras}) for host, keras in (("a", "3.14"), ("b", "3.15"))]
+    found = differences(DRIVER, tasks)
+    assert found == [("keras", "", (("a", "3.14"), ("b", "3.15")))]
+    assert "keras            -             3.14 (a), 3.15 (b)" in differences_in_words(found)
+
+
 def test_another_python_or_another_release_of_ours_cannot_work() -> None:
     def fails(**other: str) -> bool:
         return must_fail(differences(DRIVER, [("a", {**DRIVER, **other})]))
