@@ -112,6 +112,8 @@ class WorkerFailedError(HorovodRunnerError):
     worker_was_lost : bool
         Whether the rank's process or its executor was lost, not its code that raised: what
         ``max_restarts`` is for.
+    last_lines : str
+        What the rank wrote last to standard error, when its process ended without an exception.
 
     Examples
     --------
@@ -141,6 +143,7 @@ class WorkerFailedError(HorovodRunnerError):
         self.traceback = traceback
         self.consequences = consequences
         self.worker_was_lost = False
+        self.last_lines = ""
 
     def _text(self) -> str:
         who = "the run" if self.rank is None else f"rank {self.rank}"
@@ -148,6 +151,8 @@ class WorkerFailedError(HorovodRunnerError):
         parts = [f"{who}{where} failed: {self.summary}"]
         if self.traceback:
             parts.append(f"The worker's traceback:\n{self.traceback.rstrip()}")
+        if self.last_lines:
+            parts.append(f"What it wrote last to standard error:\n{self.last_lines}")
         if self.consequences:
             parts.append("After that:\n" + "\n".join(f"  {line}" for line in self.consequences))
         return "\n\n".join(parts)

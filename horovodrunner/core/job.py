@@ -209,6 +209,8 @@ class Failure:
         The collective that raised the exception, such as ``"allreduce"``, or "".
     stacks
         Every rank's Python stack, by rank, when the run stalled.
+    last_lines
+        What a worker that left without a word wrote last to standard error.
     """
 
     rank: int | None
@@ -223,6 +225,7 @@ class Failure:
     after_peer_loss: bool = False
     collective: str = ""
     stacks: dict[str, str] = field(default_factory=dict, repr=False)
+    last_lines: str = ""
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def _worker_failure(failure: Failure, consequences: tuple[Failure, ...]) -> Work
         ),
     )
     error.worker_was_lost = failure.kind in {FailureKind.PROCESS, FailureKind.LOST}
+    error.last_lines = failure.last_lines
     if isinstance(error, StallTimeoutError):
         error.stacks = {int(rank): text for rank, text in failure.stacks.items()}
     return error

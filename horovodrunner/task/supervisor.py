@@ -19,6 +19,10 @@ __all__ = ["Supervisor", "WorkerServices", "without_result"]
 TEARDOWN_SECONDS = 30.0
 """How long a worker may take to leave after main returned, before it is stopped."""
 
+LAST_LINES = 10
+LAST_BYTES = 4096
+"""So much of its standard error is shown of a worker that left without a word."""
+
 
 class WorkerServices(Protocol):
     """What a worker asks its task for while main runs."""
@@ -62,6 +66,7 @@ class Supervisor:
         self._services = services
         self._reported: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._answers: list[asyncio.Task[None]] = []
+        self._last_stderr = b""
 
     async def run(self, call: bytes, spec: WorkerSpec) -> Outcome:
         """Supervise the worker until it has ended.
@@ -125,6 +130,8 @@ class Supervisor:
             self._events.ended(rank, without_result(outcome))
 
     def _on_lines(self, stream: str, lines: bytes) -> None:
+        if stream == "stderr":
+            self._last_stderr = (self._last_stderr + lines[-LAST_BYTES:])[-LAST_BYTES:]
         self._events.lines(self._slot.rank, stream, lines)
         self._log(prefix_lines(lines, self._slot.rank, stream))
 
@@ -152,7 +159,14 @@ class Supervisor:
             signal=signal_name,
             # Horovod's background thread aborts the process when a peer's connection breaks.
             after_peer_loss=signal_name == "SIGABRT",
+            last_lines=self._last_lines(),
         )
+
+    def _last_lines(self) -> str:
+        lines = self._last_stderr.decode(errors="replace").splitlines()
+        if len(self._last_stderr) == LAST_BYTES:
+            del lines[0]  # its beginning is cut off
+        return "\n".join(lines[-LAST_LINES:])
 
 
 def without_result(outcome: Outcome) -> Outcome:

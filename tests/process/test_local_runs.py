@@ -95,6 +95,21 @@ def test_a_failing_rank_ends_the_run_with_its_own_cause(
     assert error.consequences == ()
 
 
+def test_the_last_words_of_a_process_that_aborts_are_in_the_error() -> None:
+    def main() -> None:
+        lines = "".join(f"line {number} {'x' * 500}\n" for number in range(40))
+        os.write(2, lines.encode() + b"terminate called: no memory for the tensor\n")
+        os.abort()
+
+    error = failure(main)
+    assert error.signal == "SIGABRT"
+    last = error.last_lines.splitlines()
+    assert last[-1] == "terminate called: no memory for the tensor"
+    assert 1 < len(last) <= 10
+    assert all(line.startswith("line ") for line in last[:-1])
+    assert str(error).endswith(f"What it wrote last to standard error:\n{error.last_lines}")
+
+
 def test_the_ranks_own_exception_is_the_cause_and_its_traceback_the_users() -> None:
     error = failure(mains.fail, how="exception", on_rank=1)
     assert isinstance(error.__cause__, ValueError)

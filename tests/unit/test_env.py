@@ -66,3 +66,16 @@ def test_the_users_numbers_of_threads_are_kept() -> None:
     own = {"OMP_NUM_THREADS": "3", "TF_NUM_INTRAOP_THREADS": "2"}
     given = worker_base_environment(own, {}, "", cores=8)
     assert (given["OMP_NUM_THREADS"], given["TF_NUM_INTRAOP_THREADS"]) == ("3", "2")
+
+
+def test_gloo_listens_at_the_address_that_was_gathered_and_in_the_range() -> None:
+    given = slot_environment(SLOT, ("10.0.0.1", 4000), ("10.0.0.1", 5000), {}, (4000, 4099))
+    assert given["HOROVOD_GLOO_ADDRESS"] == "10.0.0.2"
+    assert given["HOROVOD_GLOO_PORTS"] == "4000-4099"
+    assert "HOROVOD_GLOO_PORTS" not in variables()
+
+
+def test_the_address_goes_with_an_interface_the_user_named() -> None:
+    given = variables({"HOROVOD_GLOO_IFACE": "ib0"})
+    assert not {"HOROVOD_GLOO_IFACE", "HOROVOD_GLOO_ADDRESS"} & set(given)
+    assert given["NCCL_SOCKET_IFNAME"] == "eth1"

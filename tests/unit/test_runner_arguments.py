@@ -159,3 +159,29 @@ def test_the_public_names_are_exported_and_documented() -> None:
     assert sorted(horovodrunner.__all__) == horovodrunner.__all__
     for name in horovodrunner.__all__:
         assert getattr(horovodrunner, name).__doc__
+
+
+@pytest.mark.parametrize("resources", [{"gpu": 1}, {"cpus": 4, "gpu": 0.25}, {"gpu": 2.0}])
+def test_resources_are_amounts_by_name(resources: Any) -> None:
+    HorovodRunner(np=2, resources=resources)
+
+
+@pytest.mark.parametrize(
+    ("resources", "error"),
+    [
+        ("gpu", "give amounts by name"),
+        ({1: 1}, "give amounts by name"),
+        ({}, "must not be empty"),
+        ({"gpus": 1}, "Spark's name for GPUs is 'gpu'"),
+        ({"gpu": "1"}, "the amount of 'gpu' is no number"),
+        ({"gpu": True}, "the amount of 'gpu' is no number"),
+        ({"gpu": 0}, "must be a whole number, or less than 1"),
+        ({"gpu": 1.5}, "must be a whole number, or less than 1"),
+        ({"gpu": float("nan")}, "must be a whole number, or less than 1"),
+        ({"cpus": 0.5}, "the amount of 'cpus' must be a whole number$"),
+        ({"cpus": -1}, "the amount of 'cpus' must be a whole number$"),
+    ],
+)
+def test_resources_that_cannot_work_are_refused(resources: Any, error: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"resources=.*{error}"):
+        HorovodRunner(np=2, resources=resources)
