@@ -340,6 +340,16 @@ def test_a_port_that_is_none_is_refused(spark: Any, port: str) -> None:
         spark.conf.unset("spark.horovodrunner.driver.port")
 
 
+@pytest.mark.parametrize("ports", ["http", "40000", "4000-3000", "40000-70000", "0-10"])
+def test_a_range_of_ports_that_is_none_is_refused(spark: Any, ports: str) -> None:
+    spark.conf.set("spark.horovodrunner.ports", ports)
+    try:
+        with pytest.raises(ConfigurationError, match=f"spark.horovodrunner.ports='{ports}'"):
+            run(place)
+    finally:
+        spark.conf.unset("spark.horovodrunner.ports")
+
+
 def test_executors_that_do_not_register_in_time_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

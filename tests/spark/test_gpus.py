@@ -172,3 +172,72 @@ def test_threads_that_the_user_chose_are_kept(tmp_path: Path) -> None:
     chosen = {"spark.executorEnv.OMP_NUM_THREADS": "3"}
     seen = ranks("local-cluster[1,2,1024]", chosen, 2, tmp_path)
     assert [rank["OMP_NUM_THREADS"] for rank in seen] == ["3", "3"]
+
+
+CUDA_DRIVER = """
+    #include <stdio.h>
+    #include <stdlib.h>
+
+    int cuInit(unsigned flags) {
+        const char *devices = getenv("CUDA_VISIBLE_DEVICES");
+        FILE *calls = fopen(getenv("HOROVOD_CALLS_OF_CUINIT"), "a");
+        fprintf(calls, "%s\\n", devices == NULL ? "none" : devices);
+        fclose(calls);
+        return 100; /* no device */
+    }
+"""
+
+
+def test_cuda_is_not_touched_before_the_slot_is_known(found: str, tmp_path: Path) -> None:
+    """CUDA reads CUDA_VISIBLE_DEVICES once, in cuInit; frameworks are imported before it is set."""
+    library = tmp_path / "libcuda.so.1"
+    compiler = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+    subprocess.run(compiler, input=CUDA_DRIVER, text=True, check=True)
+    script = """
+        import ctypes, os, sys
+        from pathlib import Path
+        from pyspark.sql import SparkSession
+        import tensorflow
+        import torch
+        from horovodrunner import HorovodRunner
+
+        def main(directory):
+            import horovod.torch as hvd
+            touched = os.path.exists(os.environ["HOROVOD_CALLS_OF_CUINIT"])
+            hvd.init()
+            torch.cuda.is_available(), tensorflow.config.list_physical_devices()
+            ctypes.CDLL("libcuda.so.1").cuInit(0)
+            imported = {"torch", "tensorflow"} <= set(sys.modules)
+            return touched, imported, os.environ["CUDA_VISIBLE_DEVICES"]
+
+        discovery, directory = sys.argv[1:]
+        spark = (
+            SparkSession.builder.master("local-cluster[1,1,1024]")
+            .config("spark.ui.enabled", "false")
+            .config("spark.worker.resource.gpu.amount", "4")
+            .config("spark.worker.resource.gpu.discoveryScript", discovery)
+            .config("spark.executor.resource.gpu.amount", "4")
+            .config("spark.task.resource.gpu.amount", "2")
+            .getOrCreate()
+        )
+        print(*HorovodRunner(np=1).run(main, directory=directory))
+        spark.stop()
+    """
+    calls = tmp_path / "calls"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), found, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+        env={
+            **os.environ,
+            "PYSPARK_PYTHON": sys.executable,
+            "LD_LIBRARY_PATH": str(tmp_path),
+            "HOROVOD_CALLS_OF_CUINIT": str(calls),
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    touched, imported, devices = done.stdout.splitlines()[-1].split()
+    assert (touched, imported) == ("False", "True")
+    assert set(calls.read_text().split()) == {devices}  # whoever called it
