@@ -165,15 +165,10 @@ def assert_ranks_ran_in_the_archives_python(shown: str, cluster: Cluster) -> Non
     ranks = seen_by_ranks(shown)
     assert sorted(ranks) == [0, 1]
     for seen in ranks.values():
-        assert re.fullmatch(
-            r"app-\S+/\d+/environment/bin/python", _below(seen["executable"], cluster)
-        )
-        assert _below(seen["package"], cluster).endswith("/horovodrunner/__init__.py")
+        executable = str(Path(seen["executable"]).relative_to(cluster.work))
+        assert re.fullmatch(r"app-\S+/\d+/environment/bin/python", executable)
+        assert Path(seen["package"]).is_relative_to(cluster.work)
         assert sysconfig.get_path("purelib") not in seen["path"]
-
-
-def _below(path: str, cluster: Cluster) -> str:
-    return str(Path(path).relative_to(cluster.work))
 
 
 def driver_environment(**changes: str) -> dict[str, str]:
@@ -238,12 +233,15 @@ def test_spark_submit_ships_an_archive_and_modules_of_the_users(
         from a_package.inner import name as name_by_reference
 
         def train_with_helpers():
-            from a_module import name
+            import a_module
+            import a_package
 
-            return f"{name()}, {name_by_reference()}, np {train()}"
+            names = f"{a_module.name()}, {name_by_reference()}, np {train()}"
+            return {"names": names, "files": [a_module.__file__, a_package.__file__]}
 
         SparkSession.builder.getOrCreate()
-        print("shipped:", HorovodRunner(np=2, driver_log_verbosity="all").run(train_with_helpers))
+        result = HorovodRunner(np=2, driver_log_verbosity="all").run(train_with_helpers)
+        print("shipped:", json.dumps(result))
     """
     done = submit(
         cluster,
@@ -254,7 +252,10 @@ def test_spark_submit_ships_an_archive_and_modules_of_the_users(
         *("--py-files", f"{helpers / 'a_module.py'},{helpers / 'packages.zip'}"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "shipped: a module, a package in a zip, np 2\n" in done.stdout
+    shipped = json.loads(re.findall(r"^shipped: (.*)$", done.stdout, re.MULTILINE)[0])
+    assert shipped["names"] == "a module, a package in a zip, np 2"
+    for file in shipped["files"]:
+        assert Path(file).is_relative_to(cluster.work)  # not the driver's copy
     assert_ranks_ran_in_the_archives_python(done.stdout, cluster)
 
 
