@@ -4,12 +4,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# What "make test-spark" runs, and with which releases of PySpark: the newest that begin so.
+SPARK ?= 3.5 4
+TESTS ?= tests/spark
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs clean
+.PHONY: help setup demo test test-spark lint docs clean
 
 help:
 	@echo "make demo    set everything up and train a small network on a two-executor Spark cluster"
 	@echo "make test    set everything up and run the linters, the documentation build and the tests"
+	@echo "make test-spark   run the Spark tests with the oldest and the newest PySpark; with SPARK=4.0"
+	@echo "             with another one, which gets its own environment in build/"
 	@echo "make setup   only set everything up: .venv, all dependencies, Horovod built for them"
 	@echo "make lint    ruff, mypy and the import contracts"
 	@echo "make docs    build the documentation, warnings are errors: docs/_build/html/index.html"
@@ -29,6 +35,9 @@ demo: setup
 
 test: lint docs
 	$(BIN)/python -m pytest
+
+test-spark: setup
+	@set -e; for release in $(SPARK); do $(BIN)/python scripts/other_spark.py $$release $(TESTS); done
 
 lint: setup
 	$(BIN)/ruff check

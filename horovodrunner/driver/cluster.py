@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,9 @@ class BarrierRun:
     def _start_stage(self, job: JobSpec) -> Any:
         from pyspark import InheritableThread
 
-        thread = InheritableThread(target=self._run_stage, args=(job,), session=self._spark)
+        takes_session = "session" in inspect.signature(InheritableThread).parameters
+        session = {"session": self._spark} if takes_session else {}  # not before pyspark 4.0
+        thread = InheritableThread(target=self._run_stage, args=(job,), **session)
         thread.name = self._tag
         thread.daemon = True
         thread.start()

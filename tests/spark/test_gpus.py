@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -15,6 +16,11 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.spark
+
+needs_profiles = pytest.mark.skipif(
+    importlib.metadata.version("pyspark").startswith("3."),
+    reason="before pyspark 4.0 a DataFrame's stage cannot have resources of its own",
+)
 
 DRIVER = """
     import json, os, sys
@@ -145,6 +151,7 @@ def test_a_negative_np_uses_the_drivers_gpus_and_shares_the_cores(
     assert [rank["OMP_NUM_THREADS"] for rank in seen] == [str(threads)] * 2
 
 
+@needs_profiles
 def test_a_run_with_resources_of_its_own_has_them_and_the_threads(
     found: str, tmp_path: Path
 ) -> None:
@@ -156,6 +163,7 @@ def test_a_run_with_resources_of_its_own_has_them_and_the_threads(
     assert [rank["OMP_NUM_THREADS"] for rank in seen] == ["2", "2"]
 
 
+@needs_profiles
 def test_resources_are_counted_before_anything_is_launched(found: str, tmp_path: Path) -> None:
     confs = cluster(found, "1", "4")
     [outcome] = ranks("local-cluster[1,4,1024]", confs, 3, tmp_path, {"cpus": 2, "gpu": 1})

@@ -1,0 +1,105 @@
+"""Run tests with another PySpark than that of .venv. Runs in: the command line.
+
+``.venv/bin/python scripts/other_spark.py 3.5 tests/spark`` takes the newest 3.5; the arguments
+after it are pytest's. That PySpark, and what it needs in other versions than .venv has them, go
+into ``build/spark-3.5``, a virtual environment that sees all other packages of .venv. To look for
+a newer release, remove the folder.
+"""
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SET_UP = ROOT / ".venv" / "set-up-for"
+# Packages that PYTHONPATH adds are not those of the environment.
+ENVIRON = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+OF_INTEREST = ("py4j", "pandas", "pyarrow", "numpy")
+# PySpark 3.5 asks for a NumPy before 2, which newer ones of these do not work with; these are the
+# oldest that setup.cfg allows.
+BESIDE_SPARK_3 = ("pandas==2.2.*", "pyarrow==15.*")
+WARNING_OF_SPARK_3 = "ignore:distutils Version classes are deprecated:DeprecationWarning"
+
+
+def main() -> None:
+    """Set the environment up if it is not yet, say what is in it, and become pytest."""
+    release, *arguments = sys.argv[1:]
+    environment = ROOT / "build" / f"spark-{release}"
+    python = environment / "bin" / "python"
+    stamp = environment / "set-up-for"
+    wanted = fingerprint()
+    if not (stamp.exists() and stamp.read_text() == wanted):
+        set_up(environment, python, release)
+        stamp.write_text(wanted)
+    versions = versions_in(python, "pyspark", *OF_INTEREST)
+    pyspark = versions["pyspark"]
+    if not f"{pyspark}.".startswith(f"{release}."):
+        sys.exit(f"error: {environment} finds pyspark {pyspark}: remove it and try again")
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    print(f"Testing with {named} ({environment.relative_to(ROOT)})", flush=True)
+    pytest = [str(python), "-m", "pytest"]
+    if is_spark_3(release):
+        pytest += ["-W", WARNING_OF_SPARK_3]
+    environ = {**os.environ, "TESTED_PYSPARK": pyspark}
+    os.execve(python, [*pytest, *arguments], environ)  # noqa: S606
+
+
+def fingerprint() -> str:
+    """Return a hash of what the environment was made from."""
+    digest = hashlib.sha256(SET_UP.read_bytes())
+    digest.update(Path(__file__).read_bytes())
+    return digest.hexdigest()
+
+
+def is_spark_3(release: str) -> bool:
+    """Tell whether that is one of Spark 3, of which only 3.5 is supported."""
+    return release.split(".", 1)[0] == "3"
+
+
+def set_up(environment: Path, python: Path, release: str) -> None:
+    """Make the environment, and install what .venv lacks into it."""
+    print(f"Setting up {environment.relative_to(ROOT)}: 1 to 3 minutes, about 400 MB.", flush=True)
+    run(sys.executable, "-m", "venv", "--without-pip", "--clear", str(environment))
+    own, others = site_packages(python), sysconfig.get_path("purelib")
+    # Added as a site, so that .venv's own .pth files count, and after the environment's packages.
+    (own / "packages-of-venv.pth").write_text(f"import site; site.addsitedir({others!r})\n")
+    beside = BESIDE_SPARK_3 if is_spark_3(release) else ()
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    run(*pip, f"pyspark[connect]=={release}.*", *beside)
+
+
+def run(*command: str) -> None:
+    """Run a command; show what it printed if it fails."""
+    done = subprocess.run(
+        command,
+        env=ENVIRON,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        sys.exit(f"{done.stdout}\nerror: {' '.join(command)}: exit code {done.returncode}")
+
+
+def site_packages(python: Path) -> Path:
+    """Return where an interpreter's packages are."""
+    script = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(subprocess.check_output([python, "-c", script], text=True).strip())
+
+
+def versions_in(python: Path, *packages: str) -> dict[str, str]:
+    """Return the versions of packages that an interpreter finds."""
+    script = "import importlib.metadata as m, sys; print(*map(m.version, sys.argv[1:]))"
+    shown = subprocess.check_output([python, "-c", script, *packages], text=True)
+    return dict(zip(packages, shown.split(), strict=True))
+
+
+if __name__ == "__main__":
+    main()
