@@ -33,7 +33,7 @@ from horovodrunner.task.checkpoints import Courier, LatestCopy, LatestDecision
 from horovodrunner.task.coordinator import Coordinator, DriverLink, RankEvents
 from horovodrunner.task.depot import Depot
 from horovodrunner.task.hub import Hub
-from horovodrunner.task.network import on_free_port
+from horovodrunner.task.network import LOOPBACK, REACH_EACH_OTHER, on_free_port
 from horovodrunner.task.process import GRACE_SECONDS, WorkerProcess
 from horovodrunner.task.supervisor import TEARDOWN_SECONDS, Supervisor, without_result
 
@@ -271,10 +271,10 @@ class Agent:
             link = await HubLink.open(leader.address, leader.hub_port, self._job.token, partition)
         except OSError as error:
             text = (
-                f"cannot reach rank 0's task at {leader.address}:{leader.hub_port} ({leader.host}) "
-                f"from {own[0].address} ({own[0].host}): {error}; check that executors reach each "
-                "other's ports"
+                f"{own[0].host} ({own[0].address}) cannot reach rank 0's task on {leader.host} "
+                f"({leader.address}:{leader.hub_port}): {error}; {REACH_EACH_OTHER}"
             )
+            self._surroundings.log(f"HorovodRunner: {text}\n".encode())
             return Outcome(failure=Failure(own[0].rank, own[0].host, text))
         resources.push_async_callback(link.close)
         self._latest = LatestCopy(
@@ -291,8 +291,9 @@ class Agent:
 
     def _refusal(self, members: Sequence[Member]) -> Outcome:
         """Say why nobody must run main; every task comes to the same answer."""
-        if (refusal := _refused(members)).failure is not None:
-            return refusal
+        for refusal in (_refused(members), _beyond_reach(members)):
+            if refusal.failure is not None:
+                return refusal
         found = self._differences(members)
         if not must_fail(found):
             return Outcome()
@@ -392,6 +393,21 @@ def _refused(members: Sequence[Member]) -> Outcome:
     for member in members:
         if member.problem:
             return Outcome(failure=Failure(None, member.host, member.problem))
+    return Outcome()
+
+
+def _beyond_reach(members: Sequence[Member]) -> Outcome:
+    """Name the first host that the others cannot reach for sure, or give an empty outcome."""
+    if len({member.host_id for member in members}) == 1:
+        return Outcome()
+    for member in members:
+        if member.address == LOOPBACK:
+            text = (
+                f"{member.host} has no IPv4 address but {LOOPBACK}, and the run has other hosts: "
+                "Horovod's rendezvous speaks no IPv6, so every host needs an IPv4 address that the "
+                "others reach; it may stand beside the IPv6 address that Spark uses"
+            )
+            return Outcome(failure=Failure(None, member.host, text))
     return Outcome()
 
 

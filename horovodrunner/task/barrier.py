@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from horovodrunner.task.agent import Agent, Surroundings
 from horovodrunner.task.channel import register_with_driver
 from horovodrunner.task.coordinator import DriverLink
 from horovodrunner.task.depot import Depot, DriverDepot, StoreDepot
-from horovodrunner.task.network import find_address, host_id
+from horovodrunner.task.network import HostAddress, find_address, host_id, loopback_address
 from horovodrunner.task.places import is_url
 from horovodrunner.task.store import CheckpointStore
 
@@ -27,6 +28,7 @@ ROW_SCHEMA = "partition int, chunk binary"
 
 CHUNK_BYTES = 16 * 1024 * 1024
 _LOG_FD = 2
+_INTERFACE_VARIABLE = "HOROVOD_GLOO_IFACE"
 _SCRATCH_VARIABLES = ("LOCAL_DIRS", "SPARK_EXECUTOR_DIRS", "SPARK_LOCAL_DIRS")
 """Set by YARN, by standalone workers, and by administrators."""
 
@@ -66,22 +68,20 @@ def barrier_task(job: JobSpec, batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def _surroundings(job: JobSpec, context: Any) -> Surroundings:
-    advertised = context.getTaskInfos()[context.partitionId()].address.rpartition(":")[0]
-    driver_host = job.driver_address[0] if job.driver_address else None
-    address, interface = find_address(advertised, driver_host)
     partition = context.partitionId()
     # One terminal for all needs every line once: from the driver, or else from partition 0.
     quiet = job.shares_terminal and (job.stream_output or partition != 0)
     log = _ignore if quiet else _log
-    gpus, problem = _gpus(context)
+    gpus, gpu_problem = _gpus(context)
+    (address, interface), address_problem = _address(job, context)
     member = Member(
         partition=partition,
         host_id=host_id(),
-        host=advertised or address,
+        host=socket.gethostname(),
         address=address,
         interface=interface,
         gpus=gpus,
-        problem=problem,
+        problem=gpu_problem or address_problem,
         versions=installed_versions(),
     )
 
@@ -98,6 +98,17 @@ def _surroundings(job: JobSpec, context: Any) -> Surroundings:
         cores_per_worker=context.cpus(),
         environ=_inherited_environment(),
     )
+
+
+def _address(job: JobSpec, context: Any) -> tuple[HostAddress, str]:
+    """Give the address at which the peers reach this task, or what is wrong with it."""
+    hosts = [info.address.rpartition(":")[0] for info in context.getTaskInfos()]
+    driver = job.driver_address[0] if job.driver_address else None
+    chosen = job.environment.get(_INTERFACE_VARIABLE) or os.environ.get(_INTERFACE_VARIABLE)
+    try:
+        return find_address(hosts[context.partitionId()], driver, hosts, chosen), ""
+    except ValueError as error:
+        return loopback_address(), f"{error} ({_INTERFACE_VARIABLE} names it)"
 
 
 def _gpus(context: Any) -> tuple[tuple[str, ...], str]:

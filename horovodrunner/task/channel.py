@@ -19,7 +19,9 @@ from horovodrunner.task.checkpoints import LatestAnswer
 
 __all__ = ["HubLink", "RemoteDriver", "SilentDriver", "register_with_driver"]
 
-HUB_CONNECT_SECONDS = 30.0
+HUB_CONNECT_SECONDS = 15.0
+"""Less than partition 0 waits (hub.py), so that this task's log has the reason."""
+
 DRIVER_CONNECT_SECONDS = 10.0
 
 

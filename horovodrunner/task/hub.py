@@ -13,11 +13,11 @@ from horovodrunner.core.job import FailureKind, Outcome
 from horovodrunner.core.topology import Slot
 from horovodrunner.task.checkpoints import LatestDecision
 from horovodrunner.task.coordinator import Coordinator, RankEvents
-from horovodrunner.task.network import on_free_port
+from horovodrunner.task.network import REACH_EACH_OTHER, on_free_port
 
 __all__ = ["Hub"]
 
-JOIN_SECONDS = 60.0
+JOIN_SECONDS = 20.0
 """How long partition 0 waits for its peers' tasks to connect after the gather step."""
 
 
@@ -40,6 +40,7 @@ class Hub:
         )
         self._coordinator: Coordinator | None = None
         self._latest: LatestDecision | None = None
+        self._port = 0
         self._slots: Sequence[Slot] = ()
         self._ready = asyncio.Event()
         self._joined: set[int] = set()
@@ -63,7 +64,8 @@ class Hub:
             The port.
         """
         bound = on_free_port(ports, lambda port: socket.create_server((host, port)))
-        return await self._server.start(host, bound)
+        self._port = await self._server.start(host, bound)
+        return self._port
 
     def begin(
         self, coordinator: Coordinator, slots: Sequence[Slot], latest: LatestDecision
@@ -95,9 +97,9 @@ class Hub:
                 if slot.partition in self._peers - self._joined:
                     self._coordinator.lost(
                         [slot.rank],
-                        f"its task on {slot.host} ({slot.address}) did not connect to rank 0's "
-                        f"task on {self._slots[0].host} ({self._slots[0].address}) within "
-                        f"{JOIN_SECONDS:g} s: check that executors reach each other's ports",
+                        f"{slot.host} ({slot.address}) did not reach rank 0's task on "
+                        f"{self._slots[0].host} ({self._slots[0].address}:{self._port}) within "
+                        f"{JOIN_SECONDS:g} s; {REACH_EACH_OTHER}",
                         kind=FailureKind.SETUP,
                     )
 

@@ -7,7 +7,7 @@ import hashlib
 import ipaddress
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,7 @@ import psutil
 
 __all__ = [
     "LOOPBACK",
+    "REACH_EACH_OTHER",
     "HostAddress",
     "find_address",
     "host_id",
@@ -29,6 +30,19 @@ HostAddress = tuple[str, str]
 """An IPv4 address of this machine and the name of the network interface that has it."""
 
 LOOPBACK = "127.0.0.1"
+
+REACH_EACH_OTHER = (
+    "executors must reach each other's ports: look for firewalls between the hosts "
+    "(spark.horovodrunner.ports limits the ports to a range) and for a wrong interface "
+    "(HOROVOD_GLOO_IFACE names the right one)"
+)
+"""What to do about an address that cannot be reached."""
+
+PEERS_ASKED = 3
+"""So many of the other executors' names are looked up; a name server may be slow to say no."""
+
+_ANYWHERE = "198.51.100.1"
+"""An address of documentation's own (RFC 5737): the way there is the default route."""
 
 
 def host_id() -> str:
@@ -58,61 +72,123 @@ def loopback_address() -> HostAddress:
     tuple of str and str
         ``("127.0.0.1", "lo")`` on Linux.
     """
-    return LOOPBACK, _interfaces().get(LOOPBACK, "lo")
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == LOOPBACK for entry in entries):
+            return LOOPBACK, name
+    return LOOPBACK, "lo"
 
 
-def find_address(advertised: str, peer: str | None) -> HostAddress:
+def find_address(
+    advertised: str,
+    driver: str | None,
+    peers: Sequence[str] = (),
+    interface: str | None = None,
+) -> HostAddress:
     """Find the address at which other machines reach this one.
+
+    Horovod speaks IPv4 only. Where Spark speaks IPv6, the IPv4 address beside it is taken.
 
     Parameters
     ----------
     advertised
-        The name or address that Spark advertises for this executor; used when one of this
-        machine's interfaces has it.
-    peer
-        Host that is known to be reachable (the driver); else the address that routing would
-        use towards it is taken. Nothing is sent.
+        The address that Spark has for this executor; taken when one of this machine's interfaces
+        has it. A name is believed less than routing is: Debian's /etc/hosts gives the machine's
+        own name a loopback address, which means nothing to others.
+    driver
+        Host of the driver.
+    peers
+        What Spark has for the other executors; where they are, the address is taken from which
+        routing would reach them. Nothing is sent.
+    interface
+        The user's choice; only its addresses are considered then.
 
     Returns
     -------
     tuple of str and str
         An IPv4 address and its interface; the loopback address when there is no other.
+
+    Raises
+    ------
+    ValueError
+        If the user's choice has no IPv4 address here.
     """
-    interfaces = _interfaces()
-    candidates = [_resolve(advertised), _route_source(peer) if peer else None]
-    for candidate in candidates:
-        if candidate in interfaces and not ipaddress.ip_address(candidate).is_loopback:
-            return candidate, interfaces[candidate]
-    for address, interface in interfaces.items():
-        if not ipaddress.ip_address(address).is_loopback:
-            return address, interface
-    return loopback_address()
+    usable = _usable_addresses(interface)
+    for candidate in _candidates(advertised, driver, peers):
+        if candidate in usable:
+            return usable[candidate]
+    if interface and not usable:
+        names = sorted({name for _, name in _usable_addresses().values()}) or ["none"]
+        raise ValueError(
+            f"{socket.gethostname()} has no network interface {interface!r} that is up and has an "
+            f"IPv4 address; those that do: {', '.join(names)}"
+        )
+    return next(iter(usable.values()), loopback_address())
 
 
-def _interfaces() -> dict[str, str]:
-    """Map this machine's IPv4 addresses to the interfaces that are up."""
+def _candidates(advertised: str, driver: str | None, peers: Sequence[str]) -> Iterator[str]:
+    """Give what may be the address, IPv4 or IPv6, most telling first."""
+    own = _bare(advertised)
+    if _is_address(own):
+        yield own
+    others = [name for name in dict.fromkeys(map(_bare, peers)) if name not in ("", own)]
+    for peer in others[:PEERS_ASKED]:
+        yield from _route_sources(peer)
+    if driver:
+        yield from _route_sources(_bare(driver))
+    yield from _resolve(own)
+    yield from _route_sources(_ANYWHERE)
+
+
+def _usable_addresses(interface: str | None = None) -> dict[str, HostAddress]:
+    """Map the addresses of the interfaces that are up to the IPv4 address to use for each."""
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
-    return {
-        entry.address: name
-        for name, entries in psutil.net_if_addrs().items()
-        if name in up
-        for entry in entries
-        if entry.family == socket.AF_INET
-    }
+    usable: dict[str, HostAddress] = {}
+    for name, entries in psutil.net_if_addrs().items():
+        device = name.partition(":")[0]  # "eth0:1" is another label of eth0
+        if device not in up or interface not in (None, name, device):
+            continue
+        of_version_4 = [
+            entry.address
+            for entry in entries
+            if entry.family == socket.AF_INET
+            and (interface or not ipaddress.ip_address(entry.address).is_loopback)
+        ]
+        usable.update((address, (address, name)) for address in of_version_4)
+        if of_version_4:
+            beside = (of_version_4[0], name)
+            usable.update(
+                (entry.address.partition("%")[0], beside)
+                for entry in entries
+                if entry.family == socket.AF_INET6
+            )
+    return usable
 
 
-def _resolve(name: str) -> str | None:
-    try:
-        return socket.gethostbyname(name)
-    except OSError:
-        return None
+def _bare(host: str) -> str:
+    """Take off the brackets that Spark puts around IPv6 addresses."""
+    return host.removeprefix("[").removesuffix("]")
 
 
-def _route_source(peer: str) -> str | None:
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((peer, 9))  # UDP: looks up the route, sends nothing
-        return str(probe.getsockname()[0])
-    return None
+def _is_address(text: str) -> bool:
+    with suppress(ValueError):
+        return bool(ipaddress.ip_address(text))
+    return False
+
+
+def _resolve(name: str) -> list[str]:
+    with suppress(OSError, UnicodeError):
+        found = socket.getaddrinfo(name or None, 9, type=socket.SOCK_DGRAM)
+        return list(dict.fromkeys(str(address[0]) for *_, address in found))
+    return []
+
+
+def _route_sources(host: str) -> Iterator[str]:
+    """Give the addresses from which this machine would send to another one."""
+    for address in _resolve(host):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # UDP: looks up the route, sends nothing
+            yield str(probe.getsockname()[0])
 
 
 def on_free_port(ports: tuple[int, int] | None, bind: Callable[[int], _Bound]) -> _Bound:

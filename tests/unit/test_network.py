@@ -20,6 +20,15 @@ def test_an_advertised_address_of_this_machine_is_taken() -> None:
     assert find_address(address, "127.0.0.1") == (address, interface)
 
 
+def test_an_interface_that_the_user_names_must_be_here() -> None:
+    address, interface = find_address("no-such-host.invalid", None)
+    assert find_address("127.0.0.1", None, interface=interface)[1] == interface
+    loopback = loopback_address()
+    assert find_address(address, None, interface=loopback[1]) == loopback
+    with pytest.raises(ValueError, match=rf"no network interface 'ib7' .* do: .*{interface}"):
+        find_address(address, None, interface="ib7")
+
+
 def test_loopback() -> None:
     address, interface = loopback_address()
     assert address == "127.0.0.1"
