@@ -31,8 +31,8 @@ FIRST_LOOK_SECONDS = 5.0
 """A stage that has not started by then is looked at."""
 
 LOOK_SECONDS = 1.0
-UNREACHED_SECONDS = DRIVER_CONNECT_SECONDS + 5.0
-"""Tasks that have run for so long without a word cannot reach the driver."""
+SILENT_SECONDS = DRIVER_CONNECT_SECONDS + 5.0
+"""Tasks that have run for so long without a word may be unable to reach the driver."""
 
 AFTER_FAILURE_SECONDS = 10.0
 """How long the stage may take to end once partition 0 has reported the run's failure."""
@@ -86,7 +86,7 @@ class BarrierRun:
         self._start_by = waiting_since + start_timeout
         self._next_note = time.monotonic() + FIRST_LOOK_SECONDS
         self._all_running_since: float | None = None
-        self._has_told_of_no_contact = False
+        self._has_told_of_silence = False
 
     def run(self) -> Outcome:
         """Launch the stage and wait for its end.
@@ -189,8 +189,8 @@ class BarrierRun:
         now = time.monotonic()
         if running == self._job.size:
             self._all_running_since = self._all_running_since or now
-            if now - self._all_running_since >= UNREACHED_SECONDS:
-                self._tell_of_no_contact()
+            if now - self._all_running_since >= SILENT_SECONDS:
+                self._tell_of_silence()
             return
         if self._all_running_since is not None:
             return  # some have ended
@@ -205,21 +205,30 @@ class BarrierRun:
             )
         if now >= self._next_note:
             self._next_note = now + NOTE_SECONDS
-            facts = f", {holders.in_words()}" if holders is not None else ""
-            self._console.note(f"waiting for {self._job.size} slots{facts}")
+            if holders is not None and holders.free >= self._job.size:
+                self._console.note(f"{holders.in_words()}; waiting for Spark to start the tasks")
+            else:
+                facts = f", {holders.in_words()}" if holders is not None else ""
+                self._console.note(f"waiting for {self._job.size} slots{facts}")
+
+    def _tell_of_silence(self) -> None:
+        """Say, once, why tasks that run may not have been heard of."""
+        if not self._has_told_of_silence:
+            self._has_told_of_silence = True
+            self._console.note(
+                f"nothing was heard of the run's tasks, which run for {SILENT_SECONDS:g} s now: "
+                "executors are still unpacking archives, or cannot reach this process at "
+                f"{addresses.advertised_host(self._spark)} (then the result comes all the same)"
+            )
 
     def _tell_of_no_contact(self) -> None:
-        """Say, once, what a driver misses that the tasks cannot reach."""
-        if self._has_told_of_no_contact:
-            return
-        self._has_told_of_no_contact = True
-        checkpoints = ", and checkpoints are not kept" if self._store is not None else ""
+        """Say what was missed by a driver that the tasks could not reach."""
+        checkpoints = ", and checkpoints were not kept" if self._store is not None else ""
         self._console.note(
-            "the run's tasks cannot reach this process at "
-            f"{addresses.advertised_host(self._spark)}: what the ranks print and their "
-            f"log_to_driver messages stay in the executors' logs{checkpoints}; the result comes "
-            f"back all the same. {addresses.HOST_CONF} and {addresses.PORT_CONF} say where "
-            "executors are to connect"
+            "the run's tasks could not reach this process at "
+            f"{addresses.advertised_host(self._spark)}: what the ranks printed and their "
+            f"log_to_driver messages are in the executors' logs{checkpoints}. "
+            f"{addresses.HOST_CONF} and {addresses.PORT_CONF} say where executors are to connect"
         )
 
     def _outcome(self, channel: DriverChannel) -> Outcome:

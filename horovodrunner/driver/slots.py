@@ -50,6 +50,11 @@ class Holders:
     total: int
     by_job: dict[int, int]
 
+    @property
+    def free(self) -> int:
+        """How many slots nobody holds."""
+        return max(0, self.total - sum(self.by_job.values()))
+
     def in_words(self) -> str:
         """Say how many are free, and which jobs hold the others.
 
@@ -65,9 +70,8 @@ class Holders:
         >>> Holders(4, {}).in_words()
         '4 free'
         """
-        free = max(0, self.total - sum(self.by_job.values()))
         held = [f"{count} held by job {job}" for job, count in sorted(self.by_job.items())]
-        return ", ".join([f"{free} free", *held])
+        return ", ".join([f"{self.free} free", *held])
 
 
 def total_slots(spark: SparkSession, request: TaskRequest | None = None) -> int | None:

@@ -173,8 +173,8 @@ def test_a_client_that_cannot_be_reached_gets_the_result_and_is_told(
     """
     shown = drive(server, script, tmp_path)
     assert "value: 2\n" in shown
-    assert "cannot reach this process at nowhere.invalid: " in shown
-    assert "checkpoints are not kept" in shown
+    assert "could not reach this process at nowhere.invalid: " in shown
+    assert "checkpoints were not kept" in shown
     assert "ZeroDivisionError" in shown
 
 
