@@ -395,13 +395,14 @@ def test_a_run_that_cannot_reach_the_driver_goes_on_and_says_so(
 ) -> None:
     monkeypatch.setattr(addresses, "bind_host", lambda spark: "127.0.0.1")
     monkeypatch.setattr(addresses, "advertised_host", lambda spark: "127.0.0.2")
+    monkeypatch.setattr(cluster, "SILENT_SECONDS", 2.0)
 
     def main() -> str:
         mains.log_things()
-        time.sleep(14)
+        time.sleep(10)
         return "done"
 
-    runner = HorovodRunner(np=2, driver_log_verbosity="all", start_timeout=10)
+    runner = HorovodRunner(np=2, driver_log_verbosity="all", start_timeout=6)
     assert runner.run(main) == "done"
     shown = capsys.readouterr().out
     assert "cannot reach this process at 127.0.0.2" in shown  # while it was not certain
