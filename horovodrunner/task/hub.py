@@ -102,6 +102,8 @@ class Hub:
                         f"{JOIN_SECONDS:g} s; {REACH_EACH_OTHER}",
                         kind=FailureKind.SETUP,
                     )
+            self._left |= self._peers - self._joined  # nobody needs to wait for them to leave
+            self._note_presence()
 
     async def wait_for_leaving(self, timeout: float) -> None:
         """Wait until every peer has sent all it had and left.
