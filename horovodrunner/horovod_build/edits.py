@@ -244,6 +244,67 @@ EDITS = (
         new="#include <algorithm>\n#include <atomic>\n#include <cstdio>\n",
     ),
     Edit(
+        name="gloo-process-set-interface",
+        why="every collective would go to what the host's own name resolves to",
+        file="horovod/common/gloo/gloo_context.cc",
+        old="""\
+  device_attr.iface = gloo_iface_;
+  device_attr.ai_family = AF_UNSPEC;
+  auto dev = CreateDevice(device_attr);
+
+  global_ctx = global_context.ctx;
+""",
+        new="""\
+  gloo_iface_ = global_context.gloo_iface_;
+  device_attr.iface = gloo_iface_;
+  device_attr.ai_family = AF_UNSPEC;
+  auto dev = CreateDevice(device_attr);
+
+  global_ctx = global_context.ctx;
+""",
+    ),
+    Edit(
+        name="gloo-refused-says-from-where",
+        why="an address that cannot be reached is found by both its ends",
+        file=f"{_GLOO_TCP}/pair.cc",
+        old='GLOO_ERROR_MSG("connect ", peer_.str(), ": ", strerror(optval))',
+        new=(
+            'GLOO_ERROR_MSG("connect from ", self_.str(), " to ", peer_.str(), ": ", '
+            "strerror(optval))"
+        ),
+    ),
+    Edit(
+        name="gloo-unreachable-says-from-where",
+        why="an address that cannot be reached is found by both its ends",
+        file=f"{_GLOO_TCP}/pair.cc",
+        old='GLOO_ERROR_MSG("connect: ", strerror(errno))',
+        new=(
+            'GLOO_ERROR_MSG("connect from ", self_.str(), " to ", peer_.str(), ": ", '
+            "strerror(errno))"
+        ),
+    ),
+    Edit(
+        name="gloo-timeout-says-from-where",
+        why="an address that cannot be reached is found by both its ends",
+        file=f"{_GLOO_TCP}/pair.h",
+        old='GLOO_ERROR_MSG("Connect timeout ", peer_.str())',
+        new='GLOO_ERROR_MSG("Connect timeout from ", self_.str(), " to ", peer_.str())',
+    ),
+    Edit(
+        name="gloo-port-in-words",
+        why="Gloo prints ports with their bytes swapped",
+        file=f"{_GLOO_TCP}/address.cc",
+        old="port = in->sin_port;",
+        new="port = ntohs(in->sin_port);",
+    ),
+    Edit(
+        name="gloo-port-in-words-ipv6",
+        why="Gloo prints ports with their bytes swapped",
+        file=f"{_GLOO_TCP}/address.cc",
+        old="port = in6->sin6_port;",
+        new="port = ntohs(in6->sin6_port);",
+    ),
+    Edit(
         name="no-distutils-jsrun",
         why=_DISTUTILS,
         file="horovod/runner/js_run.py",
