@@ -24,6 +24,7 @@ OF_INTEREST = ("py4j", "pandas", "pyarrow", "numpy")
 # PySpark 3.5 asks for a NumPy before 2, which newer ones of these do not work with; these are the
 # oldest that setup.cfg allows.
 BESIDE_SPARK_3 = ("pandas==2.2.*", "pyarrow==15.*")
+BESIDE_SPARK_4 = ("pandas<3",)  # PySpark 4.2 and 4.3 warn of newer ones
 WARNING_OF_SPARK_3 = "ignore:distutils Version classes are deprecated:DeprecationWarning"
 
 
@@ -69,7 +70,7 @@ def set_up(environment: Path, python: Path, release: str) -> None:
     own, others = site_packages(python), sysconfig.get_path("purelib")
     # Added as a site, so that .venv's own .pth files count, and after the environment's packages.
     (own / "packages-of-venv.pth").write_text(f"import site; site.addsitedir({others!r})\n")
-    beside = BESIDE_SPARK_3 if is_spark_3(release) else ()
+    beside = BESIDE_SPARK_3 if is_spark_3(release) else BESIDE_SPARK_4
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     run(*pip, f"pyspark[connect]=={release}.*", *beside)
 
