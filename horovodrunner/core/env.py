@@ -8,6 +8,7 @@ from horovodrunner.core.topology import Slot
 
 __all__ = [
     "FORWARDED_PREFIXES",
+    "GLOO_INTERFACE",
     "forwarded_environment",
     "slot_environment",
     "worker_base_environment",
@@ -16,12 +17,11 @@ __all__ = [
 FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "OMP_", "CUDA_", "TF_", "MLFLOW_")
 """Driver variables with these prefixes reach the workers when they are set before ``run()``."""
 
-_USER_WINS = {
-    "HOROVOD_GLOO_IFACE": ("HOROVOD_GLOO_IFACE", "HOROVOD_GLOO_ADDRESS"),
-    "HOROVOD_GLOO_PORTS": ("HOROVOD_GLOO_PORTS",),
-    "NCCL_SOCKET_IFNAME": ("NCCL_SOCKET_IFNAME",),
-}
-"""What the user may set on the driver, and what is not chosen for each host then."""
+GLOO_INTERFACE = "HOROVOD_GLOO_IFACE"
+"""Names the network interface that the ranks use."""
+
+_USER_WINS = frozenset({GLOO_INTERFACE, "HOROVOD_GLOO_PORTS", "NCCL_SOCKET_IFNAME"})
+"""Chosen for each host, unless the user set them on the driver."""
 
 _THREAD_COUNTS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 """What torch, MKL, OpenBLAS and NumPy read, and what TensorFlow reads. Without it every rank starts
@@ -126,7 +126,7 @@ def slot_environment(
         "HOROVOD_CROSS_SIZE": str(slot.cross_size),
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
-        "HOROVOD_GLOO_IFACE": slot.interface,
+        GLOO_INTERFACE: slot.interface,
         "HOROVOD_GLOO_ADDRESS": slot.address,
         "NCCL_SOCKET_IFNAME": slot.interface,
         "HOROVOD_GLOO_RENDEZVOUS_ADDR": rendezvous[0],
@@ -143,8 +143,10 @@ def slot_environment(
         variables["HOROVOD_GLOO_PORTS"] = f"{ports[0]}-{ports[1]}"
     if slot.devices is not None:
         variables["CUDA_VISIBLE_DEVICES"] = slot.devices
-    for name, chosen in _USER_WINS.items():
-        if name in forwarded:
-            for superseded in chosen:
-                variables.pop(superseded, None)
-    return variables
+    if forwarded.get(GLOO_INTERFACE, slot.interface) != slot.interface:
+        del variables["HOROVOD_GLOO_ADDRESS"]  # it belongs to another interface
+    return {
+        name: value
+        for name, value in variables.items()
+        if not (name in _USER_WINS and name in forwarded)
+    }

@@ -32,12 +32,13 @@ def bind_host(spark: SparkSession) -> str:
     Returns
     -------
     str
-        ``spark.driver.bindAddress`` where this process is Spark's driver, else all addresses.
+        ``spark.driver.bindAddress`` where this process is Spark's driver, else all addresses, IPv6
+        or IPv4 ones, whatever the executors are told.
     """
-    everywhere = "0.0.0.0"  # noqa: S104
+    everywhere = "::" if ":" in advertised_host(spark) else "0.0.0.0"  # noqa: S104
     if is_connect(spark):
         return everywhere  # that setting is the server's
-    return spark.conf.get("spark.driver.bindAddress", None) or everywhere
+    return _bare(spark.conf.get("spark.driver.bindAddress", None) or everywhere)
 
 
 def advertised_host(spark: SparkSession) -> str:
@@ -57,9 +58,9 @@ def advertised_host(spark: SparkSession) -> str:
     chosen = spark.conf.get(HOST_CONF, None)
     if not is_connect(spark):
         chosen = chosen or spark.conf.get("spark.driver.host", None)
-        return chosen or find_address(socket.gethostname(), None)[0]
+        return _bare(chosen or find_address(socket.gethostname(), None)[0])
     client: Any = spark.client
-    return chosen or find_address(socket.gethostname(), client.host)[0]
+    return _bare(chosen or find_address("", None, [client.host])[0])
 
 
 def channel_port(spark: SparkSession) -> int:
@@ -116,3 +117,8 @@ def task_ports(spark: SparkSession) -> tuple[int, int] | None:
             f"{PORTS_CONF}={value!r}: it must be a range of ports such as 40000-40099"
         )
     return int(match[1]), int(match[2])
+
+
+def _bare(host: str) -> str:
+    """Take off the brackets that Spark puts around IPv6 addresses."""
+    return host.removeprefix("[").removesuffix("]")

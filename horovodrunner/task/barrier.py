@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from horovodrunner.core.env import GLOO_INTERFACE
 from horovodrunner.core.job import JobSpec, split_chunks
 from horovodrunner.core.topology import Member, compose_devices
 from horovodrunner.core.versions import installed_versions
@@ -28,7 +29,6 @@ ROW_SCHEMA = "partition int, chunk binary"
 
 CHUNK_BYTES = 16 * 1024 * 1024
 _LOG_FD = 2
-_INTERFACE_VARIABLE = "HOROVOD_GLOO_IFACE"
 _SCRATCH_VARIABLES = ("LOCAL_DIRS", "SPARK_EXECUTOR_DIRS", "SPARK_LOCAL_DIRS")
 """Set by YARN, by standalone workers, and by administrators."""
 
@@ -104,11 +104,11 @@ def _address(job: JobSpec, context: Any) -> tuple[HostAddress, str]:
     """Give the address at which the peers reach this task, or what is wrong with it."""
     hosts = [info.address.rpartition(":")[0] for info in context.getTaskInfos()]
     driver = job.driver_address[0] if job.driver_address else None
-    chosen = job.environment.get(_INTERFACE_VARIABLE) or os.environ.get(_INTERFACE_VARIABLE)
+    chosen = job.environment.get(GLOO_INTERFACE) or os.environ.get(GLOO_INTERFACE)
     try:
         return find_address(hosts[context.partitionId()], driver, hosts, chosen), ""
     except ValueError as error:
-        return loopback_address(), f"{error} ({_INTERFACE_VARIABLE} names it)"
+        return loopback_address(), f"{error} ({GLOO_INTERFACE} names it)"
 
 
 def _gpus(context: Any) -> tuple[tuple[str, ...], str]:

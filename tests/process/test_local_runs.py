@@ -97,6 +97,8 @@ def test_a_failing_rank_ends_the_run_with_its_own_cause(
 
 def test_the_last_words_of_a_process_that_aborts_are_in_the_error() -> None:
     def main() -> None:
+        if mains.rank() == 0:
+            mains.wait_for_ever()
         lines = "".join(f"line {number} {'x' * 500}\n" for number in range(40))
         os.write(2, lines.encode() + b"terminate called: no memory for the tensor\n")
         os.abort()

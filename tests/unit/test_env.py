@@ -75,7 +75,8 @@ def test_gloo_listens_at_the_address_that_was_gathered_and_in_the_range() -> Non
     assert "HOROVOD_GLOO_PORTS" not in variables()
 
 
-def test_the_address_goes_with_an_interface_the_user_named() -> None:
+def test_the_address_goes_when_the_user_named_another_interface() -> None:
     given = variables({"HOROVOD_GLOO_IFACE": "ib0"})
     assert not {"HOROVOD_GLOO_IFACE", "HOROVOD_GLOO_ADDRESS"} & set(given)
     assert given["NCCL_SOCKET_IFNAME"] == "eth1"
+    assert variables({"HOROVOD_GLOO_IFACE": "eth1"})["HOROVOD_GLOO_ADDRESS"] == "10.0.0.2"
