@@ -64,6 +64,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     import pyspark
 
     home = Path(pyspark.__file__).parent
+    if not list((home / "jars").glob("spark-connect_*.jar")):
+        pytest.skip(f"pip's pyspark {pyspark.__version__} comes without Spark Connect's server")
     log = tmp_path_factory.mktemp("connect") / "server.log"
     confs = {
         "spark.ui.enabled": "false",
