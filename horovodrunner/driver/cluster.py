@@ -217,7 +217,7 @@ class BarrierRun:
             self._has_told_of_silence = True
             self._console.note(
                 f"nothing was heard of the run's tasks, which run for {SILENT_SECONDS:g} s now: "
-                "executors are still unpacking archives, or cannot reach this process at "
+                "executors are unpacking archives, or cannot reach each other or this process at "
                 f"{addresses.advertised_host(self._spark)} (then the result comes all the same)"
             )
 

@@ -25,7 +25,7 @@ INTERFACES = {"alpha": "lan0", "beta": "fabric7"}
 ADDRESSES = {"alpha": ALPHA, "beta": BETA}
 
 PROLOGUE = """
-import json, os, socket, subprocess, sys, threading
+import faulthandler, json, os, socket, subprocess, sys, threading
 from pathlib import Path
 
 import psutil
@@ -34,6 +34,7 @@ from pyspark.sql import SparkSession
 from horovodrunner import HorovodRunner, WorkerFailedError
 
 directory = Path(__file__).parent
+faulthandler.dump_traceback_later(120, file=(directory / "stacks").open("w"))
 
 class Listening(threading.Thread):
     '''Collects where this process, and the task that started it, listen meanwhile.'''
@@ -85,6 +86,9 @@ def session(**settings):
         "spark.ui.enabled": "false",
         "spark.log.level": "ERROR",
         "spark.executor.memory": "512m",
+        # An executor asks another one for a broadcast before it asks the driver.
+        "spark.shuffle.io.connectionCreationTimeout": "1s",
+        "spark.shuffle.io.retryWait": "100ms",
         **{name.replace("_", "."): value for name, value in settings.items()},
     }
     for name, value in settings.items():
