@@ -33,8 +33,9 @@ setup:
 demo: setup
 	@$(BIN)/python examples/digits.py
 
+# Tests wait for Spark more than they compute. A file's tests share a session and stay together.
 test: lint docs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-spark: setup
 	@set -e; for release in $(SPARK); do $(BIN)/python scripts/other_spark.py $$release $(TESTS); done
