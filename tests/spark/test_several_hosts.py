@@ -416,7 +416,11 @@ def version_6(tmp_path: Path) -> Iterator[Cluster]:
     spark = Standalone(tmp_path, PYSPARK_PYTHON=sys.executable, **prefer)
     with made_network() as joined:
         notebook, six, seven = (
-            joined.add_host(name, {"lan0": [f"fd77::{number}/64"]}, {name: f"fd77::{number}"})
+            joined.add_host(
+                name,
+                {"lan0": [f"fd77::{number}/64"]},
+                {name: f"fd77::{number}", "localhost": "::1"},  # Spark 3.5's barrier looks it up
+            )
             for number, name in enumerate(("notebook", "six", "seven"), start=1)
         )
         spark.start_master(notebook, "[fd77::1]")
