@@ -7,19 +7,21 @@ BIN := .venv/bin
 # What "make test-spark" runs, and with which releases of PySpark: the newest that begin so.
 SPARK ?= 3.5 4
 TESTS ?= tests/spark
+# Tests wait for Spark more than they compute. A file's tests share a session and stay together.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-spark lint docs clean
 
 help:
-	@echo "make demo    set everything up and train a small network on a two-executor Spark cluster"
-	@echo "make test    set everything up and run the linters, the documentation build and the tests"
-	@echo "make test-spark   run the Spark tests with the oldest and the newest PySpark; with SPARK=4.0"
-	@echo "             with another one, which gets its own environment in build/"
-	@echo "make setup   only set everything up: .venv, all dependencies, Horovod built for them"
-	@echo "make lint    ruff, mypy and the import contracts"
-	@echo "make docs    build the documentation, warnings are errors: docs/_build/html/index.html"
-	@echo "make clean   remove .venv and everything that is generated"
+	@echo "make demo        set everything up and train a small network on a two-executor Spark cluster"
+	@echo "make test        set everything up and run the linters, the documentation build and the tests"
+	@echo "make test-spark  run the Spark tests with the oldest and the newest PySpark; SPARK=4.0 names"
+	@echo "                 another one. Each has an environment of its own in build/"
+	@echo "make setup       only set everything up: .venv, all dependencies, Horovod built for them"
+	@echo "make lint        ruff, mypy and the import contracts"
+	@echo "make docs        build the documentation, warnings are errors: docs/_build/html/index.html"
+	@echo "make clean       remove .venv and everything that is generated"
 	@echo
 	@echo "Needs Python 3.10 or newer, Java 17 or newer, a C++17 compiler, cmake and make."
 	@echo "Another interpreter: make clean, then make demo PYTHON=python3.12"
@@ -33,12 +35,12 @@ setup:
 demo: setup
 	@$(BIN)/python examples/digits.py
 
-# Tests wait for Spark more than they compute. A file's tests share a session and stay together.
 test: lint docs
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-spark: setup
-	@set -e; for release in $(SPARK); do $(BIN)/python scripts/other_spark.py $$release $(TESTS); done
+	@set -e; for release in $(SPARK); do \
+	  $(BIN)/python scripts/other_spark.py $$release $(PARALLEL) $(TESTS); done
 
 lint: setup
 	$(BIN)/ruff check
