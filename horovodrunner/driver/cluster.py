@@ -131,9 +131,11 @@ class BarrierRun:
                 # Spark has given the stage up, but its tasks may not have noticed yet.
                 channel.stop_run()
                 channel.wait_for_leaving(CANCEL_SECONDS)
-            elif not channel.registered:
+            outcome = self._outcome(channel)
+            has_run = outcome.success is not None or _rank_of(outcome) is not None
+            if has_run and not channel.registered:
                 self._tell_of_no_contact()
-            return self._outcome(channel)
+            return outcome
 
     def _start_stage(self, job: JobSpec) -> Any:
         from pyspark import InheritableThread
@@ -261,6 +263,11 @@ class BarrierRun:
             return outcome
         summary = f"contact with its task was lost: {end.text}"
         return replace(outcome, failure=replace(failure, summary=summary))
+
+
+def _rank_of(outcome: Outcome) -> int | None:
+    """Give the rank that failed; None where the tasks refused to start."""
+    return None if outcome.failure is None else outcome.failure.rank
 
 
 def _collect(rows: Any) -> Any:

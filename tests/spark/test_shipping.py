@@ -325,6 +325,17 @@ def test_another_release_of_ours_on_the_executors_is_refused_with_the_table(
     assert lines[2].split()[:3] == ["horovodrunner", own, "99.0"]
 
 
+def test_executors_without_horovod_are_told_how_to_build_it(
+    spark: Any, changed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in changed.glob("lib/python*/site-packages/horovod"):
+        shutil.rmtree(package)
+    use_python(spark, changed / "bin/python", monkeypatch)
+    with pytest.raises(ConfigurationError, match=r"Horovod cannot be imported by .*build-horovod"):
+        HorovodRunner(np=2).run(lambda: sys.prefix)
+    assert "could not reach" not in capsys.readouterr().out  # the tasks did not even try
+
+
 def test_another_python_on_the_executors_is_said_in_one_sentence(
     spark: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
