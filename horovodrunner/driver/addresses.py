@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from horovodrunner.driver.session import is_connect
 from horovodrunner.errors import ConfigurationError
-from horovodrunner.task.network import find_address
+from horovodrunner.task.network import find_address, without_brackets
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -38,7 +38,7 @@ def bind_host(spark: SparkSession) -> str:
     everywhere = "::" if ":" in advertised_host(spark) else "0.0.0.0"  # noqa: S104
     if is_connect(spark):
         return everywhere  # that setting is the server's
-    return _bare(spark.conf.get("spark.driver.bindAddress", None) or everywhere)
+    return without_brackets(spark.conf.get("spark.driver.bindAddress", None) or everywhere)
 
 
 def advertised_host(spark: SparkSession) -> str:
@@ -58,9 +58,9 @@ def advertised_host(spark: SparkSession) -> str:
     chosen = spark.conf.get(HOST_CONF, None)
     if not is_connect(spark):
         chosen = chosen or spark.conf.get("spark.driver.host", None)
-        return _bare(chosen or find_address(socket.gethostname(), None)[0])
+        return without_brackets(chosen or find_address(socket.gethostname(), None)[0])
     client: Any = spark.client
-    return _bare(chosen or find_address("", None, [client.host])[0])
+    return without_brackets(chosen or find_address("", None, [client.host])[0])
 
 
 def channel_port(spark: SparkSession) -> int:
@@ -117,8 +117,3 @@ def task_ports(spark: SparkSession) -> tuple[int, int] | None:
             f"{PORTS_CONF}={value!r}: it must be a range of ports such as 40000-40099"
         )
     return int(match[1]), int(match[2])
-
-
-def _bare(host: str) -> str:
-    """Take off the brackets that Spark puts around IPv6 addresses."""
-    return host.removeprefix("[").removesuffix("]")

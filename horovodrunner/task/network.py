@@ -22,6 +22,7 @@ __all__ = [
     "host_id",
     "loopback_address",
     "on_free_port",
+    "without_brackets",
 ]
 
 _Bound = TypeVar("_Bound")
@@ -127,14 +128,14 @@ def find_address(
 
 def _candidates(advertised: str, driver: str | None, peers: Sequence[str]) -> Iterator[str]:
     """Give what may be the address, IPv4 or IPv6, most telling first."""
-    own = _bare(advertised)
+    own = without_brackets(advertised)
     if _is_address(own):
         yield own
-    others = [name for name in dict.fromkeys(map(_bare, peers)) if name not in ("", own)]
+    others = [name for name in dict.fromkeys(map(without_brackets, peers)) if name not in ("", own)]
     for peer in others[:PEERS_ASKED]:
         yield from _route_sources(peer)
     if driver:
-        yield from _route_sources(_bare(driver))
+        yield from _route_sources(without_brackets(driver))
     yield from _resolve(own)
     yield from _route_sources(_ANYWHERE)
 
@@ -164,8 +165,24 @@ def _usable_addresses(interface: str | None = None) -> dict[str, HostAddress]:
     return usable
 
 
-def _bare(host: str) -> str:
-    """Take off the brackets that Spark puts around IPv6 addresses."""
+def without_brackets(host: str) -> str:
+    """Take off the brackets that Spark puts around IPv6 addresses.
+
+    Parameters
+    ----------
+    host
+        A name or an address.
+
+    Returns
+    -------
+    str
+        The same without them.
+
+    Examples
+    --------
+    >>> without_brackets("[fd77::2]")
+    'fd77::2'
+    """
     return host.removeprefix("[").removesuffix("]")
 
 
