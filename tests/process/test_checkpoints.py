@@ -252,8 +252,10 @@ def test_saves_that_are_too_fast_take_bounded_space_and_the_newest_wins(
     kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put, has_saved = StoreDepot.put, kept.parent / "has saved"
+    is_storing = kept.parent / "is storing"
 
     def slow_put(self: StoreDepot, step: int, directory: Path) -> None:
+        is_storing.touch()
         wait_until(has_saved.exists, 60)
         put(self, step, directory)
 
@@ -261,6 +263,7 @@ def test_saves_that_are_too_fast_take_bounded_space_and_the_newest_wins(
 
     def main() -> None:
         scratch = save(1).parent
+        wait_until(is_storing.exists, 60)
         for step in range(2, 51):
             save(step)
             # one is on its way, one waits
