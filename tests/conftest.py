@@ -118,6 +118,8 @@ def spark() -> Iterator[Any]:
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
         .config("spark.log.level", "ERROR")
+        # Executors' logs lie below this name: not below that of another test process's session.
+        .config("spark.deploy.appIdPattern", f"app-%s-%04d-{os.getpid()}")
         .getOrCreate()
     )
     yield session

@@ -71,6 +71,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "spark.ui.enabled": "false",
         "spark.log.level": "INFO",  # tells the port and the application's name
         "spark.connect.grpc.binding.port": "0",
+        "spark.deploy.appIdPattern": f"app-%s-%04d-{os.getpid()}-connect",
         "spark.connect.execute.reattachable.senderMaxStreamDuration": "2s",
         "spark.connect.execute.manager.detachedTimeout": "2s",
         "spark.connect.execute.manager.maintenanceInterval": "1s",
@@ -92,7 +93,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         os.killpg(process.pid, signal.SIGTERM)  # lets it stop its executors
         process.wait(30)
-        if application := re.search(r"app-\d+-\d+", log.read_text()):
+        if application := re.search(r"app-\d+-\d+-\d+-connect", log.read_text()):
             shutil.rmtree(home / "work" / application[0], ignore_errors=True)
 
 
