@@ -105,8 +105,9 @@ class ClassicJob:
             if members is not None:  # a pool
                 waiting.extend(members.toArray())
                 continue
-            tags = schedulable.taskSet().properties().getProperty("spark.job.tags") or ""
-            yield int(schedulable.priority()), tags.split(","), int(schedulable.runningTasks())
+            properties = schedulable.taskSet().properties()  # a job from Scala may have none
+            tags = properties and properties.getProperty("spark.job.tags")
+            yield int(schedulable.priority()), (tags or "").split(","), schedulable.runningTasks()
 
 
 class ConnectJob:
@@ -134,7 +135,8 @@ class ConnectJob:
 
     def end(self) -> None:
         """Take the marks off."""
-        if remove := self._progress("remove"):
+        remove = self._progress("remove")
+        if remove and self._running is not None:  # otherwise begin() has failed
             remove(self._note_progress)
 
     def cancel(self) -> None:
