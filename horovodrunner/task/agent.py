@@ -9,10 +9,8 @@ import asyncio
 import contextlib
 import math
 import os
-import shutil
 import socket
 import sys
-import tempfile
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +33,7 @@ from horovodrunner.task.depot import Depot
 from horovodrunner.task.hub import Hub
 from horovodrunner.task.network import LOOPBACK, REACH_EACH_OTHER, on_free_port
 from horovodrunner.task.process import GRACE_SECONDS, WorkerProcess
+from horovodrunner.task.scratch import Scratch
 from horovodrunner.task.supervisor import TEARDOWN_SECONDS, Supervisor, without_result
 
 __all__ = ["Agent", "Surroundings"]
@@ -117,11 +116,8 @@ class Agent:
             Partition 0: rank 0's success or the run's failure. Others: their rank's success, a
             failure that partition 0 may not know of, or nothing of the two.
         """
-        self._scratch = Path(
-            tempfile.mkdtemp(
-                prefix=f"horovodrunner-{self._job.run_id}-", dir=self._surroundings.scratch_base
-            )
-        )
+        scratch = Scratch(self._job.run_id, self._surroundings.scratch_base)
+        self._scratch = scratch.path
         try:
             # The workers import what main needs while the tasks find each other.
             self._workers = [self._spawn() for _ in range(self._surroundings.member.workers)]
@@ -139,7 +135,7 @@ class Agent:
                 worker.kill()
             if self._surroundings.depot is not None:
                 self._surroundings.depot.abort()
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            scratch.delete()
 
     def _spawn(self) -> WorkerProcess:
         python_path = os.pathsep.join(entry for entry in sys.path if entry)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import queue
 import select
-import shutil
 import signal
 import threading
 import time
@@ -45,7 +44,6 @@ class ControlPipe:
         self._jobs: queue.SimpleQueue[tuple[WorkerSpec, _Bytes]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._asking = threading.Lock()
-        self._scratch = ""
         self._beat_seconds = SAMPLE_SECONDS
         self._next_beat = 0.0
         self._main_runs = False
@@ -101,7 +99,7 @@ class ControlPipe:
             fields = {name: value for name, value in frame.header.items() if name != "kind"}
             if frame.kind == "job":
                 spec = WorkerSpec.from_header(fields)
-                self._scratch, self._beat_seconds = spec.scratch, spec.beat_seconds
+                self._beat_seconds = spec.beat_seconds
                 self._jobs.put((spec, frame.body))
             else:
                 self._answers.put(fields)
@@ -118,8 +116,6 @@ class ControlPipe:
 
     def _end_everything(self) -> None:
         """End this process group: the task is gone, or wants us gone."""
-        if self._scratch:
-            shutil.rmtree(self._scratch, ignore_errors=True)
         if os.getpgrp() == os.getpid():  # so started by the task: our children go with us
             os.killpg(0, signal.SIGKILL)
         os._exit(1)

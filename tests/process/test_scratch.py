@@ -1,0 +1,58 @@
+"""A task's directory goes with it, however the task ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from horovodrunner.task.scratch import Scratch
+
+HOLD = """
+import sys, time
+from horovodrunner.task.scratch import Scratch
+print(Scratch("abc", sys.argv[1]).path, flush=True)
+time.sleep(600)
+"""
+
+
+def test_it_is_deleted_with_all_that_is_in_it(tmp_path: Path) -> None:
+    scratch = Scratch("abc", str(tmp_path))
+    assert scratch.path.name.startswith("horovodrunner-abc-")
+    (scratch.path / "latest-3").mkdir()
+    (scratch.path / "latest-3" / "weights").write_bytes(b"x")
+    scratch.delete()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_it_is_deleted_when_its_task_is_killed(tmp_path: Path, number: signal.Signals) -> None:
+    base = tmp_path / "a base $(with) 'quotes'"
+    base.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(base)], stdout=subprocess.PIPE, start_new_session=True
+    ) as task:
+        assert task.stdout is not None
+        path = Path(task.stdout.readline().decode().strip())
+        (path / "weights").write_bytes(b"x")
+        task.send_signal(number)
+    deadline = time.monotonic() + 10
+    while path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert list(base.iterdir()) == []
+
+
+def test_nothing_is_left_when_it_cannot_be_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_processes(*_args: object, **_options: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", no_processes)
+    with pytest.raises(BlockingIOError):
+        Scratch("abc", str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
