@@ -63,6 +63,9 @@ def main() -> None:
             "1 to 4 minutes (about 700 MB)",
             [*pip, "--no-build-isolation", "--use-pep517", "--editable", f".[{EXTRAS}]"],
         )
+        # Its own requirements would replace tensorflow-cpu by tensorflow.
+        legacy_keras = [*pip, "--no-deps", "tf-keras"]
+        step("installing legacy Keras (tf-keras), a few seconds", legacy_keras)
         # pip would do it too, on one core; and where Python is told to write no bytecode, every
         # process would compile torch anew.
         compileall = [str(PYTHON), "-m", "compileall", "-qq", "-j", "0", str(VENV / "lib")]
