@@ -9,6 +9,7 @@ from horovodrunner.core.topology import Slot
 __all__ = [
     "FORWARDED_PREFIXES",
     "GLOO_INTERFACE",
+    "KERAS_SWITCH",
     "forwarded_environment",
     "slot_environment",
     "worker_base_environment",
@@ -16,6 +17,12 @@ __all__ = [
 
 FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "OMP_", "CUDA_", "TF_", "MLFLOW_")
 """Driver variables with these prefixes reach the workers when they are set before ``run()``."""
+
+KERAS_SWITCH = "HOROVODRUNNER_KERAS"
+"""Set to ``horovod``: with Keras 3, too, Horovod's own code for Keras is used."""
+
+_FORWARDED_NAMES = frozenset({KERAS_SWITCH, "KERAS_BACKEND"})
+"""Reach the workers as well: a model that was made for one backend is not trained on another."""
 
 GLOO_INTERFACE = "HOROVOD_GLOO_IFACE"
 """Names the network interface that the ranks use."""
@@ -42,14 +49,18 @@ def forwarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
     Returns
     -------
     dict of str
-        The variables whose names start with one of `FORWARDED_PREFIXES`.
+        The variables whose names start with one of `FORWARDED_PREFIXES`, and two more.
 
     Examples
     --------
     >>> forwarded_environment({"NCCL_DEBUG": "INFO", "HOME": "/root"})
     {'NCCL_DEBUG': 'INFO'}
     """
-    return {name: value for name, value in environ.items() if name.startswith(FORWARDED_PREFIXES)}
+    return {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(FORWARDED_PREFIXES) or name in _FORWARDED_NAMES
+    }
 
 
 def worker_base_environment(

@@ -29,6 +29,7 @@ from horovodrunner.core.job import (
     WorkerSpec,
 )
 from horovodrunner.errors import PayloadError
+from horovodrunner.worker import horovod_keras
 from horovodrunner.worker.context import TaskLink, WorkerContext, set_context
 from horovodrunner.worker.control import ControlPipe
 from horovodrunner.worker.watch import collective_of
@@ -63,6 +64,7 @@ def main() -> int:
     _prepare_process(arguments.control, arguments.report, arguments.stacks)
     faulthandler.register(STACK_SIGNAL, file=arguments.stacks, all_threads=True)
     link.send("ready")
+    horovod_keras.install()
     for module in arguments.early_imports:
         _import_early(module)
     spec, call = control.wait_for_job()
@@ -99,6 +101,7 @@ def run(
         function, kwargs = payload.load(call)
     except BaseException as error:  # noqa: BLE001 - unpickling runs arbitrary code
         return _failed(spec, error, "main could not be unpickled: ", hint=_import_hint(error)), 1
+    horovod_keras.announce()  # what was imported early had nobody to tell
     control.main_begins()
     try:
         result = function(**kwargs)
