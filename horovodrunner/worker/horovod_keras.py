@@ -74,7 +74,7 @@ class _Loader(importlib.abc.Loader):
         name = module.__name__
         if name == _OF_TENSORFLOW:
             self._horovods.exec_module(module)
-            _let_tapes_take_keras_variables(module)
+            _take_keras_variables(module)
         elif os.environ.get(KERAS_SWITCH, "").lower() == "horovod":
             self._horovods.exec_module(module)
         elif _uses_keras_2():
@@ -114,18 +114,34 @@ def _take_names(module: ModuleType, source: ModuleType) -> None:
             setattr(module, name, value)
 
 
-def _let_tapes_take_keras_variables(hvd: Any) -> None:
-    """Let hvd.DistributedGradientTape's gradient() take variables of Keras 3."""
+def _take_keras_variables(hvd: Any) -> None:
+    """Let what a training loop calls take variables of Keras 3, which are none of TensorFlow's."""
     for name in ("DistributedGradientTape", "PartialDistributedGradientTape"):
-        setattr(hvd, name, _knowing_keras_variables(getattr(hvd, name)))
+        setattr(hvd, name, _whose_variables_have_ref(getattr(hvd, name)))
+    broadcast: Callable[..., Any] = hvd.broadcast_variables
+
+    @functools.wraps(broadcast)
+    def broadcast_variables(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        kind = _keras_variable()
+        return broadcast(
+            [v.value if isinstance(v, kind) else v for v in variables], *args, **kwargs
+        )
+
+    hvd.broadcast_variables = broadcast_variables
 
 
-def _knowing_keras_variables(make_tape: Callable[..., Any]) -> Callable[..., Any]:
+def _whose_variables_have_ref(make_tape: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(make_tape)
     def make(*args: Any, **kwargs: Any) -> Any:
-        variable: Any = getattr(sys.modules.get("keras"), "Variable", None)
-        if variable is not None and not hasattr(variable, "ref"):
-            variable.ref = lambda self: self.value.ref()
+        for kind in _keras_variable():
+            if not hasattr(kind, "ref"):
+                kind.ref = lambda self: self.value.ref()
         return make_tape(*args, **kwargs)
 
     return make
+
+
+def _keras_variable() -> tuple[Any, ...]:
+    """Give Keras 3's class of variables, if it has been imported."""
+    kind = getattr(sys.modules.get("keras"), "Variable", None)
+    return () if kind is None else (kind,)

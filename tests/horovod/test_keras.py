@@ -1,139 +1,223 @@
-"""Keras 3 with Horovod: ranks on different data are one training on all of it."""
+"""Keras with Horovod: ranks on different data are one training on all of it.
+
+A fixture is one run of two ranks that train many models, one after the other.
+"""
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from horovodrunner import HorovodRunner
+from horovodrunner import ConfigurationError, HorovodRunner, WorkerFailedError
+from tests.horovod import keras_cases
+from tests.horovod.keras_cases import (
+    CASES,
+    EPOCHS,
+    OF_HOROVOD_ITSELF,
+    OF_LEGACY_KERAS,
+    OF_TENSORFLOW,
+)
 
 pytest.importorskip("keras", minversion="3.0")
-pytestmark = [pytest.mark.horovod, pytest.mark.spark, pytest.mark.usefixtures("spark")]
+pytestmark = [pytest.mark.horovod, pytest.mark.timeout(600)]
 
-EPOCHS = 3
-
-
-def train(rank: int, size: int, case: dict[str, Any]) -> list[list[float]]:
-    """Train on this rank's share of each batch and give the weights after every epoch."""
-    import keras
-    import numpy as np
-
-    if case.get("policy"):
-        keras.config.set_dtype_policy(case["policy"])
-    callbacks: list[Any] = []
-    broadcasts = case.get("by") != "horovod"  # whose callback fails with Keras 3
-    keras.utils.set_random_seed(7 + rank if broadcasts else 7)
-    if case.get("sparse"):
-        inputs = np.random.default_rng(1).integers(0, 12, (16, 3))
-        if case.get("distinct"):
-            inputs = np.tile(np.arange(12).reshape(4, 3), (4, 1))
-        layers = [keras.layers.Embedding(12, 4), keras.layers.Flatten()]
-    else:
-        inputs = np.random.default_rng(1).normal(size=(16, 3)).astype("float32")
-        layers = [keras.layers.Dense(4, activation="tanh")]
-    targets = np.random.default_rng(2).normal(size=(16, 1)).astype("float32")
-    if case.get("overflows"):
-        targets[1] *= 1e6  # its gradients, in float16 and on the second rank only
-    model = keras.Sequential([keras.Input(inputs.shape[1:]), *layers, keras.layers.Dense(1)])
-    optimizer = getattr(keras.optimizers, case.get("optimizer", "SGD"))(
-        0.05, **case.get("settings", {})
-    )
-    if case.get("loss_scale"):
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-    if size > 1:
-        name = "horovodrunner.keras" if broadcasts else "horovod.tensorflow.keras"
-        of_keras = importlib.import_module(name)
-        if broadcasts:
-            callbacks = [of_keras.BroadcastGlobalVariablesCallback(0)]
-        optimizer = of_keras.DistributedOptimizer(optimizer, **case.get("distributed", {}))
-    compiled = {"run_eagerly": case["mode"] == "eager", "jit_compile": case["mode"] == "xla"}
-    model.compile(optimizer, "mse", **compiled)
-    weights: list[list[float]] = []
-
-    class Weights(keras.callbacks.Callback):  # type: ignore[misc]
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            weights.append([x for w in model.get_weights() for x in w.flatten().tolist()])
-
-    passes = case.get("distributed", {}).get("backward_passes_per_step", 1)
-    batch_size = 2 if size > 1 else 4 * passes
-    model.fit(
-        inputs[rank::size],
-        targets[rank::size],
-        batch_size=batch_size,
-        epochs=EPOCHS,
-        shuffle=False,
-        verbose=0,
-        callbacks=[*callbacks, Weights()],
-    )
-    return weights
+ANNOUNCED = (
+    "hvd.DistributedOptimizer, load_model and the callbacks are those of horovodrunner.keras"
+)
 
 
-def of_two_ranks(case: dict[str, Any]) -> list[list[list[float]]]:
-    def main(case: dict[str, Any]) -> Any:
-        import horovod.tensorflow as hvd
-
-        hvd.init()
-        return hvd.allgather_object(train(hvd.rank(), hvd.size(), case))
-
-    return list(HorovodRunner(np=-2).run(main, case=case))
+def main(module: str, cases: dict[str, dict[str, Any]], directory: str) -> dict[str, Any]:
+    """Train every case, then use the rest of the module."""
+    results = keras_cases.results_of_cases(module, cases)
+    facts = keras_cases.facts_about(module, directory) if directory else {}
+    return {"cases": results, "facts": facts}
 
 
-def of_one_process(case: dict[str, Any]) -> list[list[float]]:
-    """Train in a process of its own: this one is to stay free of TensorFlow."""
-
-    def main(case: dict[str, Any]) -> Any:
-        return train(0, 1, case)
-
-    return list(HorovodRunner(np=-1).run(main, case=case))
-
-
-TWO_PASSES = {"backward_passes_per_step": 2, "average_aggregated_gradients": True}
-CASES: dict[str, dict[str, Any]] = {
-    "graph": {"mode": "graph"},
-    "eager": {"mode": "eager"},
-    "jit_compile": {"mode": "xla"},
-    "adam": {"mode": "graph", "optimizer": "Adam"},
-    "clipped": {"mode": "graph", "settings": {"clipnorm": 0.1}},
-    "two passes": {"mode": "graph", "settings": {"momentum": 0.9}, "distributed": TWO_PASSES},
-    "two passes of adam": {"mode": "eager", "optimizer": "Adam", "distributed": TWO_PASSES},
-    "keras' own passes": {"mode": "graph", "settings": {"gradient_accumulation_steps": 2}},
-    "groups": {"mode": "graph", "distributed": {"groups": 2}},
-    "predivided": {"mode": "graph", "distributed": {"gradient_predivide_factor": 2.0}},
-    "sparse": {"mode": "graph", "sparse": True},
-    "sparse, eager": {"mode": "eager", "sparse": True, "settings": {"momentum": 0.9}},
-    "sparse as dense": {"mode": "graph", "sparse": True, "distributed": {"sparse_as_dense": True}},
-    # Alone, Keras squares the parts of a row's gradient one by one if a row is in a batch twice.
-    "sparse adam": {"mode": "graph", "optimizer": "Adam", "sparse": True, "distinct": True},
-    "float16": {"mode": "graph", "policy": "mixed_float16", "tolerance": 1e-3},
-}
+def run(
+    module: str, cases: dict[str, dict[str, Any]], directory: Path | None = None, **variables: str
+) -> dict[str, Any]:
+    """Run main on two ranks; what the driver showed is added."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        arguments = {"module": module, "cases": cases, "directory": str(directory or "")}
+        results = HorovodRunner(np=-2).run(main, **arguments)
+    return {**results, "shown": shown.getvalue()}
 
 
-def check(case: dict[str, Any]) -> None:
-    first, second = of_two_ranks(case)
-    alone = of_one_process(case)
-    assert len(alone) == EPOCHS
+def check(result: Any, tolerance: float = 1e-5) -> None:
+    """Compare two ranks after every epoch, with each other and with a training alone."""
+    assert isinstance(result, dict), result
+    first, second = result["ranks"]
+    assert len(first) == EPOCHS
     assert first == second
-    tolerance = case.get("tolerance", 1e-5)
-    for ours, theirs in zip(first, alone, strict=True):
-        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+    if result["alone"] is not None:
+        for ours, alone in zip(first, result["alone"], strict=True):
+            assert ours == pytest.approx(alone, rel=tolerance, abs=tolerance)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_two_ranks_are_one_training_on_the_combined_batch(case: dict[str, Any]) -> None:
-    check(case)
+@pytest.fixture(scope="module")
+def keras_3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Give what came out on each backend; each takes another one of Horovod's two modules."""
+    of_tensorflow = run(
+        "horovod.tensorflow.keras",
+        {**CASES, **OF_TENSORFLOW},
+        tmp_path_factory.mktemp("saved"),
+        HOROVOD_DYNAMIC_PROCESS_SETS="1",
+    )
+    of_torch = run(
+        "horovod.keras",
+        CASES,
+        tmp_path_factory.mktemp("saved"),
+        HOROVOD_DYNAMIC_PROCESS_SETS="1",
+        KERAS_BACKEND="torch",
+    )
+    return {"tensorflow": of_tensorflow, "torch": of_torch}
 
 
-@pytest.mark.parametrize("mode", ["graph", "eager"])
-def test_horovods_own_optimizer_does_not_average(mode: str) -> None:
-    with pytest.raises(AssertionError):
-        check({"mode": mode, "by": "horovod"})
+@pytest.fixture(scope="module", params=["tensorflow", "torch"])
+def facts(request: pytest.FixtureRequest, keras_3: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Give what is known of everything beside plain training, on each backend."""
+    found: dict[str, Any] = keras_3[request.param]["facts"]
+    errors = [value for value in found.values() if str(value).startswith("Traceback")]
+    assert errors == []
+    return found
 
 
-@pytest.mark.parametrize("loss_scale", [True, False], ids=["wrapped", "wraps"])
-def test_a_gradient_that_overflows_on_one_rank_is_skipped_by_both(loss_scale: bool) -> None:
-    case = {"mode": "graph", "policy": "mixed_float16", "overflows": True, "loss_scale": loss_scale}
-    first, second = of_two_ranks(case)
-    assert first == second
-    assert all(abs(weight) < 10 for weight in first[-1])
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [("tensorflow", name) for name in (*CASES, *OF_TENSORFLOW)]
+    + [("torch", name) for name in CASES],
+)
+def test_two_ranks_are_one_training_on_the_combined_batch(
+    keras_3: dict[str, dict[str, Any]], backend: str, name: str
+) -> None:
+    case = {**CASES, **OF_TENSORFLOW}[name]
+    check(keras_3[backend]["cases"].get(name, "not reached"), case.get("tolerance", 1e-5))
+
+
+def test_a_gradient_that_overflows_on_one_rank_is_skipped_by_both(
+    keras_3: dict[str, dict[str, Any]],
+) -> None:
+    for name in ("overflow on one rank", "overflow, loss scale inside"):
+        first, _ = keras_3["tensorflow"]["cases"][name]["ranks"]
+        assert all(abs(weight) < 10 for weight in first[-1])
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
+def test_the_driver_is_told_once_what_was_replaced_and_what_is_not_compiled(
+    keras_3: dict[str, dict[str, Any]], backend: str
+) -> None:
+    shown = keras_3[backend]["shown"]
+    assert shown.count(ANNOUNCED) == 1
+    assert f" on {backend}, {ANNOUNCED}" in shown
+    assert "HOROVODRUNNER_KERAS=horovod brings them back" in shown
+    assert shown.count("are trained without jit_compile") == 1
+
+
+def test_metrics_are_averaged(facts: dict[str, Any]) -> None:
+    (before, after), (before_there, after_there) = facts["averaged_metrics"]
+    assert before != before_there
+    assert after == after_there
+    means = [(one + other) / 2 for one, other in zip(before, before_there, strict=True)]
+    assert after == pytest.approx(means, rel=1e-6)
+
+
+def test_the_learning_rate_warms_up_and_follows_its_schedule(facts: dict[str, Any]) -> None:
+    found = facts["learning_rates"]
+    # two batches an epoch, from 0.08 / 2 ranks to 0.08 in two epochs
+    warmup = [0.05, 0.06, 0.07, 0.08]
+    assert found["rates"] == pytest.approx([*warmup, 0.08, 0.08, 0.04, 0.04])
+    assert found["logged"] == pytest.approx([0.06, 0.08, 0.08, 0.04])
+    assert found["velocity"] == pytest.approx(0.5)
+
+
+def test_a_model_that_was_saved_trains_on_as_if_it_had_not_been(facts: dict[str, Any]) -> None:
+    found = facts["saved_models"]
+    (trained, loaded), (trained_there, loaded_there) = found["weights"]
+    assert trained == loaded == trained_there == loaded_there
+    # Keras alone loads a plain optimizer of the same class.
+    assert found["classes"] == ["Adam", "Adam", "Adam"]
+    assert found["distributed"] == [True, True, False]
+    assert "set its filepath before fit()" in found["errors"][0]
+
+
+def test_the_states_of_all_optimizers_are_broadcast(facts: dict[str, Any]) -> None:
+    (states, weights), (states_there, weights_there) = facts["state_of_two_optimizers"]
+    assert states == states_there == [12.0, 4.0, 4.0, 2.0]  # twos, as on the root
+    assert weights == weights_there
+
+
+def test_copies_are_distributed_too(facts: dict[str, Any]) -> None:
+    assert facts["copies"] == [(True, 0.9)] * 4
+
+
+def test_a_local_variable_stays_local(facts: dict[str, Any]) -> None:
+    here, there = facts["a_local_variable"]
+    assert here[0] != there[0]
+    assert here[1:] == there[1:]
+
+
+def test_ranks_outside_the_process_set_do_not_count(facts: dict[str, Any]) -> None:
+    here, there = facts["a_process_set_of_one"]
+    assert here != there
+
+
+def test_what_cannot_work_is_refused(facts: dict[str, Any]) -> None:
+    expected = {
+        "adasum": "takes Average and Sum only",
+        "twice": "this SGD is distributed already",
+        "scaled twice": "this LossScaleOptimizer is distributed already",
+        "no groups": "groups=0: it must be at least 1",
+        "no passes": "backward_passes_per_step=0: it must be at least 1",
+        "predivided sum": "gradient_predivide_factor=2.0: it is for op=Average",
+        "a name": "got 'sgd': it takes an optimizer of Keras 3.",
+        "legacy": "Keras 3 has no legacy optimizers",
+        "no rate": "initial_lr=None: give the learning rate",
+        "no model": "MetricAverageCallback is for models of Keras 3.",
+    }
+    texts = facts["refusals"]
+    assert texts.keys() == expected.keys()
+    assert [name for name, text in expected.items() if text not in texts[name]] == []
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
+def test_an_optimizer_that_was_not_wrapped_is_warned_of(
+    keras_3: dict[str, dict[str, Any]], backend: str
+) -> None:
+    shown = keras_3[backend]["shown"]
+    assert shown.count("the model's optimizer (SGD) is not distributed: ") == 1
+
+
+def test_horovods_own_optimizer_does_not_average() -> None:
+    """Shows that the comparison above fails when it should; and that the switch works."""
+    found = run("horovod.tensorflow.keras", OF_HOROVOD_ITSELF, HOROVODRUNNER_KERAS="horovod")
+    for result in found["cases"].values():
+        with pytest.raises(AssertionError, match="=="):
+            check(result)
+    assert ANNOUNCED not in found["shown"]
+
+
+def test_legacy_keras_keeps_horovods_own_code() -> None:
+    pytest.importorskip("tf_keras")
+    found = run("horovod.keras", OF_LEGACY_KERAS, TF_USE_LEGACY_KERAS="1")
+    assert found["cases"].keys() == OF_LEGACY_KERAS.keys()
+    for result in found["cases"].values():
+        check(result)
+    assert ANNOUNCED not in found["shown"]
+
+
+def test_a_backend_without_horovod_is_refused() -> None:
+    def main() -> None:
+        import keras
+
+        keras.backend.backend = lambda: "jax"  # which is not installed here
+        import horovod.keras  # noqa: F401
+
+    with pytest.raises(WorkerFailedError, match=r"backend 'jax'.*set KERAS_BACKEND to") as caught:
+        HorovodRunner(np=-1).run(main)
+    assert isinstance(caught.value.__cause__, ConfigurationError)
