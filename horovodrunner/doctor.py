@@ -84,7 +84,6 @@ def examine() -> Iterator[Finding]:
         yield from _spark()
         for name, (version, probe) in probes.items():
             yield _framework(name, version, probe)
-        yield from _keras()
         yield _horovod()
         yield from _gpus()
         yield from _network()
@@ -220,22 +219,6 @@ def _framework(name: str, version: str, probe: subprocess.Popen[str]) -> Finding
         f"{version} is installed but cannot be imported: {last[:160]}",
         f"pip install --force-reinstall {name}=={version}",
     )
-
-
-def _keras() -> Iterator[Finding]:
-    """Point at the trap of Keras 3 under Horovod, which no error message shows."""
-    try:
-        version = importlib.metadata.version("keras")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    legacy = os.environ.get("TF_USE_LEGACY_KERAS") == "1"
-    if int(version.split(".")[0]) >= 3 and not legacy:
-        yield Finding(
-            "note",
-            "keras",
-            f"{version}: horovod.tensorflow.keras does not average the gradients of Keras 3",
-            "train with tf_keras and TF_USE_LEGACY_KERAS=1 (pip install --no-deps tf-keras)",
-        )
 
 
 def _horovod() -> Finding:

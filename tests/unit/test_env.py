@@ -20,7 +20,8 @@ def variables(forwarded: dict[str, str] | None = None, slot: Slot = SLOT) -> dic
 
 def test_the_documented_prefixes_travel_and_nothing_else() -> None:
     names = ["HOROVOD_X", "NCCL_X", "OMP_X", "CUDA_X", "TF_X", "MLFLOW_X"]
-    others = ["HOME", "AWS_SECRET_ACCESS_KEY", "XHOROVOD_", "SPARK_X"]
+    names += ["KERAS_BACKEND", "HOROVODRUNNER_KERAS"]
+    others = ["KERAS_HOME", "HOME", "AWS_SECRET_ACCESS_KEY", "XHOROVOD_", "SPARK_X"]
     assert forwarded_environment(dict.fromkeys(names + others, "1")) == dict.fromkeys(names, "1")
 
 
