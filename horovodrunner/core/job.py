@@ -72,6 +72,9 @@ class JobSpec:
         How many of them are kept.
     fail_on_checkpoint_error
         Whether a checkpoint that cannot be stored ends the run.
+    brought_files
+        Variables of Horovod's that name a file which it writes on rank 0's host and which the
+        driver gets.
     ports
         First and last port that tasks may listen on, or None for any that is free.
     versions
@@ -94,6 +97,7 @@ class JobSpec:
     checkpoint_location: str | None = None
     keep_checkpoints: int = 3
     fail_on_checkpoint_error: bool = False
+    brought_files: tuple[str, ...] = ()
     ports: tuple[int, int] | None = None
     versions: dict[str, str] = field(default_factory=dict, repr=False)
 

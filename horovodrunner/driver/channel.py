@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 from horovodrunner.core.connection import Connection, FrameServer
 from horovodrunner.core.job import Outcome
@@ -16,6 +15,7 @@ from horovodrunner.core.transfer import BulkConnection
 from horovodrunner.driver.console import Console
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.depot import SILENCE_SECONDS, serve_depot
+from horovodrunner.task.files import BroughtFiles, serve_files
 from horovodrunner.task.store import CheckpointStore
 
 __all__ = ["RETRY_REFUSED", "DriverChannel"]
@@ -26,7 +26,7 @@ RETRY_REFUSED = (
 )
 CLOSE_SECONDS = 10.0
 STORING_SECONDS = 10.0
-"""How long the word that a checkpoint is still on its way holds good."""
+"""How long the word that a file is still on its way holds good."""
 
 
 class DriverChannel:
@@ -44,6 +44,8 @@ class DriverChannel:
         Called, in the channel's thread, when the run registered or reported its failure.
     store
         Where checkpoints that come through the channel are kept, if they do.
+    files
+        Where the files go that Horovod writes, if any are wanted.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class DriverChannel:
         console: Console,
         on_event: Callable[[], None],
         store: CheckpointStore | None = None,
+        *,
+        files: BroughtFiles | None = None,
     ) -> None:
         self._run_id = run_id
         self._console = console
@@ -63,6 +67,7 @@ class DriverChannel:
         )
         self._server = FrameServer(token, self._serve, console.note)
         self._store = store
+        self._files = files
         self._transfers: dict[BulkConnection, threading.Thread] = {}
         self._leader: Connection | None = None
         self._left = threading.Event()
@@ -76,7 +81,9 @@ class DriverChannel:
         self.placement: list[tuple[int, int, str]] = []
         """Partition, rank and host of every rank, once they are placed."""
         self.storing_until = 0.0
-        """Until then (monotonic clock) a checkpoint may be on its way after the ranks' end."""
+        """Until then (monotonic clock) a file may be on its way after the ranks' end."""
+        self.has_taken_leave = False
+        """Whether partition 0 came to its end, and so has told about everything."""
 
     def open(self, host: str, port: int) -> int:
         """Start to listen.
@@ -158,8 +165,11 @@ class DriverChannel:
         frame = await connection.receive()
         if frame is None or frame.header.get("run_id") != self._run_id:
             return
-        if frame.kind == "checkpoint" and self._store is not None:
-            await self._serve_checkpoints(connection, frame.header, self._store)
+        note, header = self._console.note, frame.header
+        if frame.kind == "checkpoint" and (store := self._store) is not None:
+            await self._serve_transfer(connection, lambda t: serve_depot(t, header, store, note))
+        if frame.kind == "file" and (files := self._files) is not None:
+            await self._serve_transfer(connection, lambda t: serve_files(t, header, files, note))
         if frame.kind != "register":
             return
         if self.registered:
@@ -172,25 +182,25 @@ class DriverChannel:
         connection.send("accepted")
         self._on_event()
         try:
-            has_left = await self._show(connection)
+            self.has_taken_leave = await self._show(connection)
         finally:
             self._leader = None
             self._left.set()
-        if not has_left and self.failure is None:
+        if not self.has_taken_leave and self.failure is None:
             self._console.note(
                 f"the connection to rank 0's task at {connection.peer} is lost; if the run goes "
                 "on, its output stays in the executor's log"
             )
 
-    async def _serve_checkpoints(
-        self, connection: Connection, request: dict[str, Any], store: CheckpointStore
+    async def _serve_transfer(
+        self, connection: Connection, serve_peer: Callable[[BulkConnection], None]
     ) -> None:
         transfer = BulkConnection(connection.detach(), SILENCE_SECONDS)
         ended = asyncio.Event()
 
         def serve() -> None:
             try:
-                serve_depot(transfer, request, store, self._console.note)
+                serve_peer(transfer)
             finally:
                 transfer.close()
                 with contextlib.suppress(RuntimeError):  # the channel is closed

@@ -5,12 +5,22 @@ from __future__ import annotations
 import inspect
 import operator
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 
-__all__ = ["choice", "exception_types", "integer", "main", "path", "resources", "seconds"]
+__all__ = [
+    "choice",
+    "command_line",
+    "exception_types",
+    "integer",
+    "main",
+    "path",
+    "resources",
+    "seconds",
+]
 
 
 def integer(name: str, value: Any, at_least: int | None = None) -> int:
@@ -104,6 +114,42 @@ def choice(name: str, value: Any, choices: tuple[str, str]) -> str:
     if value not in choices:
         raise ArgumentValueError(f"{name}={value!r}: it must be {choices[0]!r} or {choices[1]!r}")
     return str(value)
+
+
+def command_line(name: str, value: Any) -> list[str]:
+    """Check words of a command line.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given: the words, or text that is split as a shell does it.
+
+    Returns
+    -------
+    list of str
+        The words.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is neither.
+    ArgumentValueError
+        If the text cannot be split.
+    """
+    if isinstance(value, str):
+        try:
+            return shlex.split(value)
+        except ValueError as error:
+            raise ArgumentValueError(f"{name}={value!r}: {error}") from None
+    example = f"give words, such as {name}=['--cycle-time-ms', '2'], or one str"
+    if not isinstance(value, (list, tuple)):
+        raise ArgumentTypeError(f"{name}={value!r}: {example}")
+    for word in value:
+        if not isinstance(word, str):
+            raise ArgumentTypeError(f"{name}: {word!r} is no str; {example}")
+    return list(value)
 
 
 def path(name: str, value: Any) -> str:

@@ -19,6 +19,7 @@ from horovodrunner.driver.stage_end import stage_end
 from horovodrunner.errors import BarrierStageError, StartTimeoutError
 from horovodrunner.task.barrier import ROW_SCHEMA, barrier_task
 from horovodrunner.task.channel import DRIVER_CONNECT_SECONDS
+from horovodrunner.task.files import BroughtFiles
 from horovodrunner.task.store import CheckpointStore
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class BarrierRun:
         What each of its tasks takes.
     console
         Shows what the run prints.
+    files
+        Where the files go that Horovod writes.
     start_timeout
         Seconds the stage's tasks may take to start.
     waiting_since
@@ -65,6 +68,7 @@ class BarrierRun:
         job: JobSpec,
         request: TaskRequest,
         console: Console,
+        files: BroughtFiles,
         *,
         start_timeout: float,
         waiting_since: float,
@@ -74,6 +78,7 @@ class BarrierRun:
         self._job = job
         self._request = request
         self._console = console
+        self._files = files
         self._start_timeout = start_timeout
         self._store = store
         self._tag = f"horovodrunner-{job.run_id}"
@@ -109,7 +114,12 @@ class BarrierRun:
         """
         job, spark, console = self._job, self._spark, self._console
         with DriverChannel(
-            job.run_id, job.token, console, on_event=console.wake, store=self._store
+            job.run_id,
+            job.token,
+            console,
+            on_event=console.wake,
+            store=self._store,
+            files=self._files,
         ) as channel:
             port = channel.open(addresses.bind_host(spark), addresses.channel_port(spark))
             job = replace(
@@ -125,12 +135,14 @@ class BarrierRun:
                 self._spark_job.cancel()
                 thread.join(CANCEL_SECONDS)
                 channel.wait_for_leaving(CANCEL_SECONDS)
+                self._tell_of_lost_files(channel)
                 raise
             thread.join()
             if self._error is not None:
                 # Spark has given the stage up, but its tasks may not have noticed yet.
                 channel.stop_run()
                 channel.wait_for_leaving(CANCEL_SECONDS)
+            self._tell_of_lost_files(channel)
             outcome = self._outcome(channel)
             has_run = outcome.success is not None or _rank_of(outcome) is not None
             if has_run and not channel.registered:
@@ -223,13 +235,26 @@ class BarrierRun:
                 f"{addresses.advertised_host(self._spark)} (then the result comes all the same)"
             )
 
+    def _tell_of_lost_files(self, channel: DriverChannel) -> None:
+        """Say which files will not come, when nobody could say it who has them."""
+        if not (channel.placement and self._files.missing()):
+            return
+        channel.wait_for_leaving(CANCEL_SECONDS)
+        missing = self._files.missing()
+        if missing and not channel.has_taken_leave:
+            self._console.note(
+                f"{missing}: nothing came, because rank 0's task ended before it could send it"
+            )
+
     def _tell_of_no_contact(self) -> None:
         """Say what was missed by a driver that the tasks could not reach."""
-        checkpoints = ", and checkpoints were not kept" if self._store is not None else ""
+        lost = ", and checkpoints were not kept" if self._store is not None else ""
+        if missing := self._files.missing():
+            lost += f"; nothing came of {missing}"
         self._console.note(
             "the run's tasks could not reach this process at "
             f"{addresses.advertised_host(self._spark)}: what the ranks printed and their "
-            f"log_to_driver messages are in the executors' logs{checkpoints}. "
+            f"log_to_driver messages are in the executors' logs{lost}. "
             f"{addresses.HOST_CONF} and {addresses.PORT_CONF} say where executors are to connect"
         )
 

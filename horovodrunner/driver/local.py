@@ -17,13 +17,14 @@ from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.agent import Agent, Surroundings
 from horovodrunner.task.coordinator import DriverLink
 from horovodrunner.task.depot import StoreDepot
+from horovodrunner.task.files import BroughtFiles, LocalFiles
 from horovodrunner.task.network import host_id, loopback_address
 from horovodrunner.task.store import CheckpointStore
 
 __all__ = ["run_locally"]
 
 
-def run_locally(job: JobSpec, console: Console) -> Outcome:
+def run_locally(job: JobSpec, console: Console, files: BroughtFiles) -> Outcome:
     """Run all ranks as processes of this machine.
 
     Parameters
@@ -32,6 +33,8 @@ def run_locally(job: JobSpec, console: Console) -> Outcome:
         The run.
     console
         Shows what the ranks print.
+    files
+        Where the files go that Horovod writes.
 
     Returns
     -------
@@ -73,6 +76,7 @@ def run_locally(job: JobSpec, console: Console) -> Outcome:
             if job.checkpoint_location is not None
             else None
         ),
+        files=LocalFiles(files, console.note),
         cores_per_worker=len(os.sched_getaffinity(0)) // job.size,
     )
     results: list[Outcome] = []

@@ -7,7 +7,7 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -19,6 +19,8 @@ from horovodrunner.core.versions import installed_versions
 from horovodrunner.driver import checked, interrupt
 from horovodrunner.driver.attempts import run_attempts
 from horovodrunner.driver.console import Console
+from horovodrunner.errors import ConfigurationError
+from horovodrunner.task.files import BroughtFiles
 from horovodrunner.task.places import is_url
 from horovodrunner.task.store import CheckpointStore
 
@@ -66,6 +68,12 @@ class HorovodRunner:
         ``"log_callback_only"``: only what :func:`horovodrunner.log_to_driver` is given is shown
         here. ``"all"``: everything the ranks print is, while it happens. A negative np always
         shows all.
+    horovodrun_args
+        Options of the ``horovodrun`` command, as a list or as one would type them:
+        ``["--fusion-threshold-mb", "32", "--autotune"]``. They win over the driver's ``HOROVOD_``
+        variables. The file of ``--timeline-filename``, or of the variable ``HOROVOD_TIMELINE``,
+        is written here, on the driver, at the end of the run, also of one that fails. Options
+        about hosts, ssh, MPI and elastic runs are refused.
     resources
         What each task takes of its executor in this run, when that is not what the session's
         settings say: ``{"cpus": 4, "gpu": 1}``. Needs pyspark 4.0 and a cluster (standalone, YARN
@@ -96,6 +104,8 @@ class HorovodRunner:
         If np is not an int (a bool is not), or another argument has the wrong type.
     ArgumentValueError
         If an argument has a value that cannot work.
+    ConfigurationError
+        If ``horovodrun_args`` is given where Horovod is not installed.
 
     Examples
     --------
@@ -113,6 +123,7 @@ class HorovodRunner:
         *,
         np: int,
         driver_log_verbosity: str = "log_callback_only",
+        horovodrun_args: str | Sequence[str] | None = None,
         resources: Mapping[str, float] | None = None,
         start_timeout: float = 600.0,
         stall_timeout: float | None = None,
@@ -124,6 +135,11 @@ class HorovodRunner:
     ) -> None:
         self._np = checked.integer("np", np)
         self._verbosity = checked.choice("driver_log_verbosity", driver_log_verbosity, VERBOSITIES)
+        self._options = (
+            {}
+            if horovodrun_args is None
+            else _environment_of(checked.command_line("horovodrun_args", horovodrun_args))
+        )
         self._resources = None if resources is None else checked.resources("resources", resources)
         self._start_timeout = checked.seconds("start_timeout", start_timeout)
         self._stall_timeout = (
@@ -196,6 +212,8 @@ class HorovodRunner:
         checked.main(main, kwargs)
         if self._store is not None:
             self._store.check()
+        environment = {**forwarded_environment(os.environ), **self._options}
+        files = BroughtFiles(environment)
         call = payload.dump_call(main, kwargs)
         console = Console()
         self._announce(console, main, kwargs, call)
@@ -205,16 +223,18 @@ class HorovodRunner:
             payload=call,
             token=secrets.token_bytes(TOKEN_BYTES),
             early_imports=payload.early_imports(main, call),
-            environment=forwarded_environment(os.environ),
+            environment={k: v for k, v in environment.items() if k not in files.variables},
             sys_path=tuple(os.path.abspath(entry) for entry in sys.path),  # noqa: PTH100
             stream_output=self._verbosity == "all" or self._np < 0,
             stall_timeout=self._stall_timeout,
             checkpoint_location=None if self._store is None else self._store.location,
             keep_checkpoints=self._keep_checkpoints,
             fail_on_checkpoint_error=self._checkpoint_errors == "raise",
+            brought_files=files.variables,
         )
 
         def launch(attempt: int) -> Outcome:
+            files.begin(attempt)
             # Each attempt has its own secret: nobody of an earlier one gets in.
             this = replace(
                 job,
@@ -223,8 +243,8 @@ class HorovodRunner:
                 token=secrets.token_bytes(TOKEN_BYTES),
             )
             if self._np < 0:
-                return self._run_locally(this, console)
-            return self._run_on_spark(this, console)
+                return self._run_locally(this, console, files)
+            return self._run_on_spark(this, console, files)
 
         try:
             return run_attempts(launch, self._max_restarts, self._restart_on, self._store, console)
@@ -234,12 +254,12 @@ class HorovodRunner:
                 self._store.prune()
             console.show(0)
 
-    def _run_locally(self, job: JobSpec, console: Console) -> Outcome:
+    def _run_locally(self, job: JobSpec, console: Console, files: BroughtFiles) -> Outcome:
         from horovodrunner.driver.local import run_locally
 
-        return run_locally(job, console)
+        return run_locally(job, console, files)
 
-    def _run_on_spark(self, job: JobSpec, console: Console) -> Outcome:
+    def _run_on_spark(self, job: JobSpec, console: Console, files: BroughtFiles) -> Outcome:
         from horovodrunner.driver import session, slots
         from horovodrunner.driver.cluster import BarrierRun
         from horovodrunner.driver.resources import task_request
@@ -267,6 +287,7 @@ class HorovodRunner:
                 job,
                 request,
                 console,
+                files,
                 start_timeout=self._start_timeout,
                 waiting_since=waiting_since,
                 store=store,
@@ -310,3 +331,16 @@ class HorovodRunner:
                 + ". Load large data inside main instead",
                 stacklevel=3,
             )
+
+
+def _environment_of(options: Sequence[str]) -> dict[str, str]:
+    """Give the variables that options of ``horovodrun`` stand for."""
+    try:
+        from horovodrunner.task.options import environment_of
+    except ImportError as error:
+        raise ConfigurationError(
+            f"horovodrun_args={options!r}: Horovod's own parser reads them, and it cannot be "
+            f"imported here: {error}. Install Horovod on the driver, too (`{sys.executable} -m "
+            "horovodrunner build-horovod`), or set the HOROVOD_... variables instead"
+        ) from error
+    return environment_of(options)

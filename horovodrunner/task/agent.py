@@ -27,9 +27,10 @@ from horovodrunner.core.versions import (
     must_fail,
 )
 from horovodrunner.task.channel import HubLink
-from horovodrunner.task.checkpoints import Courier, LatestCopy, LatestDecision
+from horovodrunner.task.checkpoints import Courier, LatestCopy, LatestDecision, in_thread
 from horovodrunner.task.coordinator import Coordinator, DriverLink, RankEvents
 from horovodrunner.task.depot import Depot
+from horovodrunner.task.files import FileTaker
 from horovodrunner.task.hub import Hub
 from horovodrunner.task.network import LOOPBACK, REACH_EACH_OTHER, on_free_port
 from horovodrunner.task.process import GRACE_SECONDS, WorkerProcess
@@ -66,6 +67,8 @@ class Surroundings:
         Takes whole lines for this task's own log.
     depot
         Where checkpoints are kept, or None when the run keeps none.
+    files
+        Takes the files that Horovod writes on rank 0's host, or None when nobody wants any.
     scratch_base
         Directory below which this task may have one of its own.
     cores_per_worker
@@ -79,6 +82,7 @@ class Surroundings:
     open_driver: Callable[[Callable[[], None]], Awaitable[DriverLink | str]]
     log: Callable[[bytes], None]
     depot: Depot | None = None
+    files: FileTaker | None = None
     scratch_base: str | None = None
     cores_per_worker: int = 1
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
@@ -133,8 +137,9 @@ class Agent:
         finally:
             for worker in self._workers:
                 worker.kill()
-            if self._surroundings.depot is not None:
-                self._surroundings.depot.abort()
+            for taker in (self._surroundings.depot, self._surroundings.files):
+                if taker is not None:
+                    taker.abort()
             scratch.delete()
 
     def _spawn(self) -> WorkerProcess:
@@ -220,10 +225,12 @@ class Agent:
             await asyncio.wait([run], timeout=STOP_SECONDS)
             await hub.wait_for_leaving(STOP_SECONDS)
             await self._finish_storing(driver)
+            await self._bring_files(driver)
             return verdict
         outcomes = await run
         await hub.wait_for_leaving(TEARDOWN_SECONDS + STOP_SECONDS)
         await self._finish_storing(driver)
+        await self._bring_files(driver)
         if (verdict := coordinator.verdict()) is not None:
             return verdict  # the last checkpoint could not be stored
         return outcomes[0] if coordinator.all_ended.is_set() else Outcome()
@@ -236,6 +243,25 @@ class Agent:
         driver.note("the ranks have ended; the last checkpoint is still being stored")
         while not self._stop_requested.is_set() and not await courier.drain(STORING_SECONDS):
             driver.storing()
+
+    async def _bring_files(self, driver: DriverLink) -> None:
+        """Hand over what Horovod wrote, as far as it got."""
+        taker = self._surroundings.files
+        for variable, path in self._written_files().items():
+            if taker is None:
+                continue
+            bringing = asyncio.create_task(in_thread(taker.put, variable, path))
+            while not bringing.done():
+                await asyncio.wait([bringing], timeout=STORING_SECONDS)
+                driver.storing()
+            if (error := bringing.exception()) is not None:
+                text = f"{variable}: the file is lost: {type(error).__name__}: {error}"
+                driver.note(text)
+                self._surroundings.log(f"HorovodRunner: {text}\n".encode())
+
+    def _written_files(self) -> dict[str, Path]:
+        """Say where Horovod writes, by variable, what the driver wants."""
+        return {variable: self._scratch / variable.lower() for variable in self._job.brought_files}
 
     def _checkpoint_failed(
         self, text: str, slot: Slot, driver: DriverLink, coordinator: Coordinator
@@ -364,6 +390,7 @@ class Agent:
             forwarded=self._job.environment,
             ports=self._job.ports,
         )
+        environment.update({name: str(path) for name, path in self._written_files().items()})
         return WorkerSpec(
             rank=slot.rank,
             host=slot.host,

@@ -18,6 +18,7 @@ from horovodrunner.task.agent import Agent, Surroundings
 from horovodrunner.task.channel import register_with_driver
 from horovodrunner.task.coordinator import DriverLink
 from horovodrunner.task.depot import Depot, DriverDepot, StoreDepot
+from horovodrunner.task.files import DriverFiles
 from horovodrunner.task.network import HostAddress, find_address, host_id, loopback_address
 from horovodrunner.task.places import is_url
 from horovodrunner.task.store import CheckpointStore
@@ -94,6 +95,7 @@ def _surroundings(job: JobSpec, context: Any) -> Surroundings:
         open_driver=open_driver,
         log=log,
         depot=_depot(job),
+        files=DriverFiles(job),
         scratch_base=_scratch_base(),
         cores_per_worker=context.cpus(),
         environ=_inherited_environment(),

@@ -15,7 +15,7 @@ from horovodrunner.core.manifest import Manifest
 from horovodrunner.core.topology import Member
 from horovodrunner.task.depot import Depot
 
-__all__ = ["Courier", "LatestAnswer", "LatestCopy", "LatestDecision"]
+__all__ = ["Courier", "LatestAnswer", "LatestCopy", "LatestDecision", "in_thread"]
 
 PUT_ATTEMPTS = 3
 RETRY_SECONDS = 2.0
@@ -26,8 +26,21 @@ LatestAnswer = dict[str, Any]
 _Result = TypeVar("_Result")
 
 
-async def _in_thread(function: Callable[..., _Result], *arguments: Any) -> _Result:
-    """Call a blocking function; a thread that never returns does not keep the process."""
+async def in_thread(function: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Call a blocking function; a thread that never returns does not keep the process.
+
+    Parameters
+    ----------
+    function
+        The function.
+    *arguments
+        Its arguments.
+
+    Returns
+    -------
+    object
+        What it returns.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_Result] = loop.create_future()
 
@@ -49,7 +62,7 @@ async def _in_thread(function: Callable[..., _Result], *arguments: Any) -> _Resu
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(deliver, result, problem)
 
-    threading.Thread(target=work, name="horovodrunner-checkpoint", daemon=True).start()
+    threading.Thread(target=work, name="horovodrunner-transfer", daemon=True).start()
     return await future
 
 
@@ -115,7 +128,7 @@ class Courier:
             while self._waiting is not None:
                 (step, directory), self._waiting = self._waiting, None
                 await self._put(step, directory)
-                await _in_thread(_delete_tree, directory)
+                await in_thread(_delete_tree, directory)
             self._idle.set()
 
     async def drain(self, timeout: float) -> bool:
@@ -137,14 +150,14 @@ class Courier:
 
     def _delete(self, directory: Path) -> None:
         """Delete gigabytes elsewhere than in the event loop."""
-        deletion = asyncio.create_task(_in_thread(_delete_tree, directory))
+        deletion = asyncio.create_task(in_thread(_delete_tree, directory))
         self._deletions.add(deletion)
         deletion.add_done_callback(self._deletions.discard)
 
     async def _put(self, step: int, directory: Path) -> None:
         for attempt in range(1, PUT_ATTEMPTS + 1):
             try:
-                await _in_thread(self._depot.put, step, directory)
+                await in_thread(self._depot.put, step, directory)
             except (ConnectionError, TimeoutError) as error:
                 if attempt < PUT_ATTEMPTS and self._waiting is None:
                     await asyncio.sleep(RETRY_SECONDS)  # the network may come back
@@ -234,7 +247,7 @@ class LatestDecision:
         if self._depot is None:
             return answer
         try:
-            manifest, damaged = await _in_thread(self._depot.find_latest)
+            manifest, damaged = await in_thread(self._depot.find_latest)
         except Exception as error:  # noqa: BLE001 - starting anew would lose work: main must know
             return {**answer, "error": f"{type(error).__name__}: {error}"}
         for sentence in damaged:
@@ -292,9 +305,9 @@ class LatestCopy:
         manifest = Manifest.from_json(answer["manifest"])
         directory = self._scratch / f"latest-{manifest.step}"
         try:
-            if not await _in_thread(_link_copy, manifest, answer["copy_from"], directory):
+            if not await in_thread(_link_copy, manifest, answer["copy_from"], directory):
                 directory.mkdir()
-                await _in_thread(self._depot.fetch, manifest, directory)
+                await in_thread(self._depot.fetch, manifest, directory)
         except Exception as error:  # noqa: BLE001 - starting anew would lose work: main must know
             self._tell("")
             return {"error": f"{type(error).__name__}: {error}"}

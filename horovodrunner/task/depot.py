@@ -25,7 +25,7 @@ from horovodrunner.core.manifest import Manifest
 from horovodrunner.core.transfer import BulkConnection
 from horovodrunner.task.store import CheckpointStore, list_tree
 
-__all__ = ["Depot", "DriverDepot", "StoreDepot", "serve_depot"]
+__all__ = ["Depot", "DriverDepot", "DriverLine", "StoreDepot", "serve_depot"]
 
 SILENCE_SECONDS = 30.0
 """A transfer that makes no progress for so long is given up."""
@@ -86,8 +86,8 @@ class StoreDepot:
         """Do nothing: what a file system does cannot be interrupted."""
 
 
-class DriverDepot:
-    """A directory on the driver, reached through the driver channel's port.
+class DriverLine:
+    """Connections to the driver channel's port, each for one transfer.
 
     Parameters
     ----------
@@ -100,34 +100,6 @@ class DriverDepot:
         self._open: set[BulkConnection] = set()
         self._aborted = False
 
-    def put(self, step: int, directory: Path) -> None:
-        """Send the files to the driver."""
-        files, empty_directories = list_tree(directory)
-        with self._connection("put", step=step) as connection:
-            try:
-                digests = _send_files(connection, files, empty_directories)
-                connection.send_bytes("end", json.dumps(digests).encode())
-            except ConnectionError:
-                connection.expect("stored")  # the driver may have said why it hung up
-                raise
-            connection.expect("stored")
-
-    def find_latest(self) -> tuple[Manifest | None, Sequence[str]]:
-        """Ask the driver, which verifies its newest ones until one is whole."""
-        with self._connection("latest") as connection:
-            header, size = connection.expect("latest")
-            text = connection.whole_body(size).decode()
-        return (Manifest.from_json(text) if text else None), header["damaged"]
-
-    def fetch(self, manifest: Manifest, directory: Path) -> None:
-        """Receive the files from the driver."""
-        with self._connection("fetch", step=manifest.step) as connection:
-            for file in manifest.files:
-                _, size = connection.expect("file")
-                _write_checked(manifest, file.path, connection.body(size), directory)
-            connection.expect("end")
-        _make_directories(manifest, directory)
-
     def abort(self) -> None:
         """Close the connections that are in use."""
         self._aborted = True
@@ -135,7 +107,8 @@ class DriverDepot:
             connection.close()
 
     @contextlib.contextmanager
-    def _connection(self, operation: str, **fields: Any) -> Iterator[BulkConnection]:
+    def _connection(self, kind: str, **fields: Any) -> Iterator[BulkConnection]:
+        """Open a connection whose first frame is `kind`; the driver is ready for what follows."""
         if self._aborted or self._job.driver_address is None:
             raise ConnectionAbortedError("the run has ended")
         host, port = self._job.driver_address
@@ -147,7 +120,7 @@ class DriverDepot:
         try:
             if self._aborted:
                 raise ConnectionAbortedError("the run has ended")
-            connection.send("checkpoint", run_id=self._job.run_id, operation=operation, **fields)
+            connection.send(kind, run_id=self._job.run_id, **fields)
             connection.expect("go")
             yield connection
         except FrameError as error:
@@ -155,6 +128,39 @@ class DriverDepot:
         finally:
             self._open.discard(connection)
             connection.close()
+
+
+class DriverDepot(DriverLine):
+    """A directory on the driver, reached through the driver channel's port."""
+
+    def put(self, step: int, directory: Path) -> None:
+        """Send the files to the driver."""
+        files, empty_directories = list_tree(directory)
+        with self._connection("checkpoint", operation="put", step=step) as connection:
+            try:
+                digests = _send_files(connection, files, empty_directories)
+                connection.send_bytes("end", json.dumps(digests).encode())
+            except ConnectionError:
+                connection.expect("stored")  # the driver may have said why it hung up
+                raise
+            connection.expect("stored")
+
+    def find_latest(self) -> tuple[Manifest | None, Sequence[str]]:
+        """Ask the driver, which verifies its newest ones until one is whole."""
+        with self._connection("checkpoint", operation="latest") as connection:
+            header, size = connection.expect("latest")
+            text = connection.whole_body(size).decode()
+        return (Manifest.from_json(text) if text else None), header["damaged"]
+
+    def fetch(self, manifest: Manifest, directory: Path) -> None:
+        """Receive the files from the driver."""
+        step = manifest.step
+        with self._connection("checkpoint", operation="fetch", step=step) as connection:
+            for file in manifest.files:
+                _, size = connection.expect("file")
+                _write_checked(manifest, file.path, connection.body(size), directory)
+            connection.expect("end")
+        _make_directories(manifest, directory)
 
 
 def serve_depot(
