@@ -27,7 +27,7 @@ def module_names() -> list[str]:
 
 @pytest.mark.parametrize("name", [name for name in module_names() if OF_KERAS not in name])
 def test_examples(name: str) -> None:
-    if name.endswith((".task.horovodrun", ".horovod_build.allreduce")):
+    if name.endswith((".task.horovodrun", ".task.options", ".horovod_build.allreduce")):
         pytest.importorskip("horovod")
     module = importlib.import_module(name)
     result = doctest.testmod(module)

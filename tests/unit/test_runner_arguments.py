@@ -91,6 +91,10 @@ def test_a_wrong_timeout_is_refused(timeout: Any, kind: type[Exception]) -> None
         ({"restart_on": ValueError("x")}, TypeError, "restart_on: ValueError"),
         ({"restart_on": "OSError"}, TypeError, "restart_on: 'O' is not a type of exception"),
         ({"restart_on": None}, TypeError, "restart_on: None is not a type of exception"),
+        ({"horovodrun_args": 3}, TypeError, "horovodrun_args=3: give words, such as"),
+        ({"horovodrun_args": {"--x": 1}}, TypeError, "horovodrun_args=.*: give words"),
+        ({"horovodrun_args": ["--cycle-time-ms", 2]}, TypeError, "horovodrun_args: 2 is no str"),
+        ({"horovodrun_args": "'"}, ValueError, "horovodrun_args=.*No closing quotation"),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(
@@ -122,6 +126,15 @@ def test_a_directory_is_not_made_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="launched"):
         runner.run(train, lr=1.0)
     assert list((tmp_path / "not" / "yet").iterdir()) == []
+
+
+@pytest.mark.parametrize("np", [-1, 1])
+def test_a_timeline_that_cannot_be_written_is_refused_before_anything_is_launched(
+    np: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOROVOD_TIMELINE", str(tmp_path / "no" / "t.json"))
+    with pytest.raises(ConfigurationError, match=r"HOROVOD_TIMELINE=.*there is no directory"):
+        HorovodRunner(np=np).run(train, lr=1.0)
 
 
 def test_calling_main_instead_of_passing_it_is_explained() -> None:
