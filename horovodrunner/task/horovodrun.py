@@ -1,6 +1,6 @@
 """What `horovodrun` does, with Horovod's own launcher code. Runs in: the task.
 
-The only file that imports ``horovod.runner``.
+Beside :mod:`horovodrunner.task.options` the only file that imports ``horovod.runner``.
 """
 
 from __future__ import annotations
