@@ -195,7 +195,8 @@ class HorovodRunner:
         PayloadError
             If main, an argument or the result cannot be pickled.
         ConfigurationError
-            If the executors or this machine lack Horovod, or Spark's settings rule the run out.
+            If the executors or this machine lack Horovod, Spark's settings rule the run out, or a
+            file such as the timeline cannot be written where it should.
         ClusterCapacityError
             If the cluster has fewer slots than np.
         StartTimeoutError

@@ -391,8 +391,12 @@ def test_a_cluster_that_asks_for_encryption_is_refused_unless_allowed(
 
 
 def test_a_run_that_cannot_reach_the_driver_goes_on_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], executor_logs: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    executor_logs: Path,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.setenv("HOROVOD_TIMELINE", str(tmp_path / "t.json"))
     monkeypatch.setattr(addresses, "bind_host", lambda spark: "127.0.0.1")
     monkeypatch.setattr(addresses, "advertised_host", lambda spark: "127.0.0.2")
     monkeypatch.setattr(cluster, "SILENT_SECONDS", 2.0)
@@ -407,6 +411,7 @@ def test_a_run_that_cannot_reach_the_driver_goes_on_and_says_so(
     shown = capsys.readouterr().out
     assert "cannot reach each other or this process at 127.0.0.2" in shown  # not certain yet
     assert "could not reach this process at 127.0.0.2: what the ranks printed" in shown
+    assert f"nothing came of HOROVOD_TIMELINE={tmp_path}/t.json" in shown
     logged = "\n".join(line for lines in executor_stderr(executor_logs).values() for line in lines)
     assert "cannot be reached from here" in logged
     assert "[1]<log_to_driver>:from rank 1" in logged

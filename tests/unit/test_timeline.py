@@ -91,10 +91,11 @@ def test_bytes_that_are_no_utf8_are_replaced_and_characters_may_be_cut_in_two() 
     assert [event["name"] for event in found if event["ph"] == "B"] == ["gradé�"]
 
 
-def test_memory_is_bounded_on_one_long_line() -> None:
+def test_memory_is_bounded_on_one_long_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeline, "MAX_EVENT_CHARACTERS", 10_000)
     line = (",".join([BEGIN, READY, END]) + ",").encode()
     piece = line * 1000
-    count = 100
+    count = 30
 
     def pieces() -> Iterator[bytes]:
         yield HEAD.encode() + TENSOR.encode()
@@ -110,4 +111,4 @@ def test_memory_is_bounded_on_one_long_line() -> None:
         tracemalloc.stop()
     assert written > count * len(piece)
     assert repair.collectives == 3000 * count
-    assert peak < count * len(piece) * 0.75
+    assert peak < count * len(piece) / 2
