@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 
 from horovodrunner.core.topology import Slot
 
@@ -10,8 +11,11 @@ __all__ = [
     "FORWARDED_PREFIXES",
     "GLOO_INTERFACE",
     "KERAS_SWITCH",
+    "TF_CONFIG",
     "forwarded_environment",
     "slot_environment",
+    "tf_config",
+    "torchrun_environment",
     "worker_base_environment",
 ]
 
@@ -21,13 +25,21 @@ FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "OMP_", "CUDA_", "TF_", "MLFLOW_")
 KERAS_SWITCH = "HOROVODRUNNER_KERAS"
 """Set to ``horovod``: with Keras 3, too, Horovod's own code for Keras is used."""
 
-_FORWARDED_NAMES = frozenset({KERAS_SWITCH, "KERAS_BACKEND"})
-"""Reach the workers as well: a model that was made for one backend is not trained on another."""
-
 GLOO_INTERFACE = "HOROVOD_GLOO_IFACE"
 """Names the network interface that the ranks use."""
 
-_USER_WINS = frozenset({GLOO_INTERFACE, "HOROVOD_GLOO_PORTS", "NCCL_SOCKET_IFNAME"})
+TF_CONFIG = "TF_CONFIG"
+"""Tells TensorFlow about all its workers, and which one the process is: different on every rank."""
+
+_TORCH_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+"""The same as `GLOO_INTERFACE` for ``torch.distributed``, which goes by the host's name without."""
+
+_FORWARDED_NAMES = frozenset({"KERAS_BACKEND", KERAS_SWITCH, _TORCH_GLOO_INTERFACE})
+"""Reach the workers as well; a model made for one backend of Keras is not trained on another."""
+
+_USER_WINS = frozenset(
+    {GLOO_INTERFACE, "HOROVOD_GLOO_PORTS", "NCCL_SOCKET_IFNAME", _TORCH_GLOO_INTERFACE}
+)
 """Chosen for each host, unless the user set them on the driver."""
 
 _THREAD_COUNTS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
@@ -36,6 +48,8 @@ a thread for each core of the machine, and the ranks on one machine get in each 
 
 _SPARK_SECRETS = frozenset({"PYTHON_WORKER_FACTORY_SECRET", "PYSPARK_GATEWAY_SECRET"})
 """Secrets of Spark's own sockets, which user code has no business with."""
+
+_NOT_INHERITED = _SPARK_SECRETS | {TF_CONFIG}
 
 
 def forwarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -49,7 +63,8 @@ def forwarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
     Returns
     -------
     dict of str
-        The variables whose names start with one of `FORWARDED_PREFIXES`, and two more.
+        The variables whose names start with one of `FORWARDED_PREFIXES`, and a few more; without
+        ``TF_CONFIG``, which describes a single process.
 
     Examples
     --------
@@ -59,7 +74,8 @@ def forwarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environ.items()
-        if name.startswith(FORWARDED_PREFIXES) or name in _FORWARDED_NAMES
+        if name in _FORWARDED_NAMES
+        or (name.startswith(FORWARDED_PREFIXES) and name != TF_CONFIG)
     }
 
 
@@ -82,7 +98,7 @@ def worker_base_environment(
     Returns
     -------
     dict of str
-        The environment, without Spark's secrets.
+        The environment, without Spark's secrets and another process's ``TF_CONFIG``.
 
     Examples
     --------
@@ -90,7 +106,7 @@ def worker_base_environment(
     >>> given["OMP_NUM_THREADS"], given["TF_NUM_INTRAOP_THREADS"]
     ('3', '3')
     """
-    kept = {name: value for name, value in environ.items() if name not in _SPARK_SECRETS}
+    kept = {name: value for name, value in environ.items() if name not in _NOT_INHERITED}
     chosen = {**kept, **forwarded}
     threads = chosen.get("OMP_NUM_THREADS") or str(max(1, cores))
     return {**dict.fromkeys(_THREAD_COUNTS, threads), **chosen, "PYTHONPATH": python_path}
@@ -140,6 +156,7 @@ def slot_environment(
         GLOO_INTERFACE: slot.interface,
         "HOROVOD_GLOO_ADDRESS": slot.address,
         "NCCL_SOCKET_IFNAME": slot.interface,
+        _TORCH_GLOO_INTERFACE: forwarded.get(GLOO_INTERFACE, slot.interface),
         "HOROVOD_GLOO_RENDEZVOUS_ADDR": rendezvous[0],
         "HOROVOD_GLOO_RENDEZVOUS_PORT": str(rendezvous[1]),
         "RANK": str(slot.rank),
@@ -161,3 +178,64 @@ def slot_environment(
         for name, value in variables.items()
         if not (name in _USER_WINS and name in forwarded)
     }
+
+
+def torchrun_environment(slot: Slot, hosts: int, run_id: str, attempt: int) -> dict[str, str]:
+    """Say what else torchrun tells its processes, so that others see that somebody started them.
+
+    ``TORCHELASTIC_RUN_ID`` alone makes Lightning take its ranks from the environment, whatever
+    scheduler the machine has, and check the number of devices (docs/adr/0008). The store of
+    torchrun's agent is not claimed: rank 0 makes its own.
+
+    Parameters
+    ----------
+    slot
+        The worker's position.
+    hosts
+        How many hosts the run has.
+    run_id
+        Names the run.
+    attempt
+        1 for the first launch, one more for each restart.
+
+    Returns
+    -------
+    dict of str
+        Variables to set before ``main`` runs.
+    """
+    return {
+        "GROUP_WORLD_SIZE": str(hosts),
+        "ROLE_NAME": "default",
+        "ROLE_RANK": str(slot.rank),
+        "ROLE_WORLD_SIZE": str(slot.size),
+        "TORCHELASTIC_RUN_ID": run_id,
+        "TORCHELASTIC_RESTART_COUNT": str(attempt - 1),
+    }
+
+
+def tf_config(workers: Sequence[str], rank: int) -> dict[str, str]:
+    """Say a worker's place in TensorFlow's variable.
+
+    Parameters
+    ----------
+    workers
+        ``host:port`` of every rank, in rank order; empty when the run is not to have it.
+    rank
+        The worker's rank.
+
+    Returns
+    -------
+    dict of str
+        ``TF_CONFIG``, or nothing.
+
+    Examples
+    --------
+    >>> tf_config(["10.0.0.1:4000"], 0)["TF_CONFIG"]
+    '{"cluster": {"worker": ["10.0.0.1:4000"]}, "task": {"type": "worker", "index": 0}}'
+    >>> tf_config([], 0)
+    {}
+    """
+    if not workers:
+        return {}
+    task = {"type": "worker", "index": rank}
+    return {TF_CONFIG: json.dumps({"cluster": {"worker": list(workers)}, "task": task})}

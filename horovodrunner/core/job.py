@@ -77,6 +77,8 @@ class JobSpec:
         driver gets.
     ports
         First and last port that tasks may listen on, or None for any that is free.
+    tf_config
+        Whether every rank gets ``TF_CONFIG``.
     versions
         What is installed on the driver, by name.
     """
@@ -99,6 +101,7 @@ class JobSpec:
     fail_on_checkpoint_error: bool = False
     brought_files: tuple[str, ...] = ()
     ports: tuple[int, int] | None = None
+    tf_config: bool = False
     versions: dict[str, str] = field(default_factory=dict, repr=False)
 
 

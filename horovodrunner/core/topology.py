@@ -16,6 +16,7 @@ __all__ = [
     "Slot",
     "compose_devices",
     "group_by_host",
+    "tf_workers",
     "visible_devices",
 ]
 
@@ -42,6 +43,8 @@ class Member:
         GPU addresses this task owns (indices or UUIDs); empty when tasks own none.
     hub_port, rendezvous_port, master_port
         Set by partition 0: where its peers, Horovod's workers and torch.distributed connect.
+    tf_ports
+        Reserved for TensorFlow's servers, one for each worker, when the run has ``TF_CONFIG``.
     problem
         Set when this task cannot go on; nobody runs ``main`` then.
     versions
@@ -58,6 +61,7 @@ class Member:
     hub_port: int = 0
     rendezvous_port: int = 0
     master_port: int = 0
+    tf_ports: tuple[int, ...] = ()
     problem: str = ""
     versions: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -86,7 +90,8 @@ class Member:
             An equal object.
         """
         fields = json.loads(text)
-        return cls(**{**fields, "gpus": tuple(fields["gpus"])})
+        sequences = {name: tuple(fields[name]) for name in ("gpus", "tf_ports")}
+        return cls(**{**fields, **sequences})
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,34 @@ def group_by_host(members: Sequence[Member]) -> list[HostGroup]:
     for member in sorted(members, key=lambda m: m.partition):
         hosts.setdefault(member.host_id, []).extend([member] * member.workers)
     return [HostGroup(host_id, tuple(group)) for host_id, group in hosts.items()]
+
+
+def tf_workers(members: Sequence[Member]) -> tuple[str, ...]:
+    """List where TensorFlow's servers listen.
+
+    Parameters
+    ----------
+    members
+        The gathered messages, in any order.
+
+    Returns
+    -------
+    tuple of str
+        ``host:port`` of every rank, in rank order; empty when no ports were reserved.
+
+    Examples
+    --------
+    >>> task = dict(host_id="a", host="a", address="10.0.0.1", interface="eth0")
+    >>> tf_workers([Member(0, workers=2, tf_ports=(4000, 4001), **task)])
+    ('10.0.0.1:4000', '10.0.0.1:4001')
+    """
+    ports = {member.partition: iter(member.tf_ports) for member in members}
+    return tuple(
+        f"{member.address}:{port}"
+        for group in group_by_host(members)
+        for member in group.members
+        if (port := next(ports[member.partition], None)) is not None
+    )
 
 
 def compose_devices(addresses: Sequence[str], already_visible: str | None) -> tuple[str, ...]:

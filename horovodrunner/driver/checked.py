@@ -12,6 +12,7 @@ from typing import Any
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = [
+    "boolean",
     "choice",
     "command_line",
     "exception_types",
@@ -21,6 +22,33 @@ __all__ = [
     "resources",
     "seconds",
 ]
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Check a yes or no.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given.
+
+    Returns
+    -------
+    bool
+        The same.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not a bool.
+    """
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(
+            f"{name}={value!r}: it must be True or False, got {type(value).__name__}"
+        )
+    return value
 
 
 def integer(name: str, value: Any, at_least: int | None = None) -> int:

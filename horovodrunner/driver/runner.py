@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from horovodrunner.core import payload
-from horovodrunner.core.env import forwarded_environment
+from horovodrunner.core.env import TF_CONFIG, forwarded_environment
 from horovodrunner.core.job import JobSpec, Outcome
 from horovodrunner.core.versions import installed_versions
 from horovodrunner.driver import checked, interrupt
@@ -97,6 +97,9 @@ class HorovodRunner:
         How many times the run is launched again when a worker process or an executor is lost.
     restart_on
         Types of exceptions of main, or of this package, after which it is launched again, too.
+    tf_config
+        Whether every rank gets ``TF_CONFIG`` with all ranks as workers, for
+        ``tf.distribute.MultiWorkerMirroredStrategy``. Without it no rank has the variable.
 
     Raises
     ------
@@ -132,6 +135,7 @@ class HorovodRunner:
         checkpoint_errors: str = "warn",
         max_restarts: int = 0,
         restart_on: tuple[type[BaseException], ...] = (),
+        tf_config: bool = False,
     ) -> None:
         self._np = checked.integer("np", np)
         self._verbosity = checked.choice("driver_log_verbosity", driver_log_verbosity, VERBOSITIES)
@@ -157,6 +161,7 @@ class HorovodRunner:
         )
         self._max_restarts = checked.integer("max_restarts", max_restarts, at_least=0)
         self._restart_on = checked.exception_types("restart_on", restart_on)
+        self._tf_config = checked.boolean("tf_config", tf_config)
 
     @property
     def checkpoints(self) -> tuple[SavedCheckpoint, ...]:
@@ -232,6 +237,7 @@ class HorovodRunner:
             keep_checkpoints=self._keep_checkpoints,
             fail_on_checkpoint_error=self._checkpoint_errors == "raise",
             brought_files=files.variables,
+            tf_config=self._tf_config,
         )
 
         def launch(attempt: int) -> Outcome:
@@ -320,6 +326,11 @@ class HorovodRunner:
                 "np=0 (all slots) is deprecated: give the number of ranks",
                 DeprecationWarning,
                 stacklevel=3,
+            )
+        if TF_CONFIG in os.environ:
+            console.note(
+                "the driver's TF_CONFIG describes one process and is not given to the ranks; "
+                + ("each gets its own" if self._tf_config else "tf_config=True gives each its own")
             )
         console.note(f"the pickled main and its arguments have {payload.format_bytes(len(call))}")
         if len(call) > payload.WARN_BYTES:

@@ -17,9 +17,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from horovodrunner.core.env import slot_environment, worker_base_environment
+from horovodrunner.core.env import (
+    slot_environment,
+    tf_config,
+    torchrun_environment,
+    worker_base_environment,
+)
 from horovodrunner.core.job import Failure, FailureKind, JobSpec, Outcome, WorkerSpec
-from horovodrunner.core.topology import Member, Slot
+from horovodrunner.core.topology import Member, Slot, tf_workers
 from horovodrunner.core.versions import (
     Difference,
     differences,
@@ -155,7 +160,7 @@ class Agent:
     async def _lead(self, resources: contextlib.AsyncExitStack) -> Outcome:
         from horovodrunner.task.horovodrun import Rendezvous, assign_slots
 
-        member = self._surroundings.member
+        member = self._member(resources)
         ports = self._job.ports
         rendezvous = on_free_port(ports, lambda port: Rendezvous(member.address, port))
         resources.callback(rendezvous.close)
@@ -283,8 +288,9 @@ class Agent:
     async def _follow(self, resources: contextlib.AsyncExitStack) -> Outcome:
         from horovodrunner.task.horovodrun import assign_slots
 
-        partition = self._surroundings.member.partition
-        members = await self._gather(self._surroundings.member)
+        member = self._member(resources)
+        partition = member.partition
+        members = await self._gather(member)
         if (refusal := self._refusal(members)).failure is not None:
             return refusal
         leader = members[0]
@@ -358,7 +364,7 @@ class Agent:
             Supervisor(worker, slot, events, log=self._log_of_rank, services=self)
             for worker, slot in zip(self._workers, slots, strict=True)
         ]
-        jobs = [self._spec(slot, members[0]) for slot in slots]
+        jobs = [self._spec(slot, members) for slot in slots]
         return list(
             await asyncio.gather(
                 *(
@@ -382,7 +388,17 @@ class Agent:
         if self._courier is not None:
             self._courier.saved(step, directory)
 
-    def _spec(self, slot: Slot, leader: Member) -> WorkerSpec:
+    def _member(self, resources: contextlib.AsyncExitStack) -> Member:
+        """Say where this task is, with ports for TensorFlow's servers if the run wants them."""
+        member = self._surroundings.member
+        if not self._job.tf_config:
+            return member
+        ports = [_reserve_port(resources, self._job.ports) for _ in range(member.workers)]
+        return replace(member, tf_ports=tuple(ports))
+
+    def _spec(self, slot: Slot, members: Sequence[Member]) -> WorkerSpec:
+        leader = members[0]
+        hosts = len({member.host_id for member in members})
         environment = slot_environment(
             slot,
             rendezvous=(leader.address, leader.rendezvous_port),
@@ -391,6 +407,8 @@ class Agent:
             ports=self._job.ports,
         )
         environment.update({name: str(path) for name, path in self._written_files().items()})
+        environment |= torchrun_environment(slot, hosts, self._job.run_id, self._job.attempt)
+        environment |= tf_config(tf_workers(members), slot.rank)
         return WorkerSpec(
             rank=slot.rank,
             host=slot.host,
@@ -449,8 +467,8 @@ def _launcher_problem() -> str:
 def _reserve_port(resources: contextlib.AsyncExitStack, ports: tuple[int, int] | None) -> int:
     """Keep a port from others until the run ends: bound, not listened on.
 
-    torch.distributed's store binds it with SO_REUSEADDR, which Linux allows beside a socket that
-    has the same option and does not listen.
+    torch.distributed's store and TensorFlow's server bind it with SO_REUSEADDR, which Linux allows
+    beside a socket that has the same option and does not listen.
     """
     keeper = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     resources.callback(keeper.close)

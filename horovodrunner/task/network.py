@@ -241,5 +241,6 @@ def on_free_port(ports: tuple[int, int] | None, bind: Callable[[int], _Bound]) -
                 raise
     raise OSError(
         f"no port from {first} to {last} is free on {socket.gethostname()}: widen the range of "
-        "spark.horovodrunner.ports; a run takes three on rank 0's machine"
+        "spark.horovodrunner.ports; a run takes three on rank 0's machine, and with "
+        "tf_config=True one more for each rank"
     )
