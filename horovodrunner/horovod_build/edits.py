@@ -145,6 +145,26 @@ _GLOO_LISTENS_IN_RANGE = """\
   fd_ = fd;
 """
 
+_STATE_BY_A_STEP = """\
+        if optimizer.__module__ == DistributedOptimizer.__module__:
+            super(optimizer.__class__, optimizer).step()
+        else:
+            optimizer.step()
+        state_dict = optimizer.state_dict()
+"""
+
+_STATE_BY_A_STEP_THAT_CHANGES_NO_WEIGHT = """\
+        weights = [(p, p.detach().clone()) for g in optimizer.param_groups for p in g['params']]
+        if optimizer.__module__ == DistributedOptimizer.__module__:
+            super(optimizer.__class__, optimizer).step()
+        else:
+            optimizer.step()
+        with torch.no_grad():
+            for p, weight in weights:
+                p.copy_(weight)
+        state_dict = optimizer.state_dict()
+"""
+
 EDITS = (
     Edit(
         name="cxx17-core",
@@ -317,6 +337,14 @@ EDITS = (
         file="horovod/torch/CMakeLists.txt",
         old="from distutils.sysconfig import get_python_inc; print(get_python_inc())",
         new="import sysconfig; print(sysconfig.get_path('include', 'posix_prefix'))",
+    ),
+    Edit(
+        name="broadcast-optimizer-keeps-weights",
+        why="ranks without optimizer state make it by a step, whose weight decay would set them "
+        "apart from the rank that has some",
+        file="horovod/torch/functions.py",
+        old=_STATE_BY_A_STEP,
+        new=_STATE_BY_A_STEP_THAT_CHANGES_NO_WEIGHT,
     ),
     Edit(
         name="build-record",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -91,6 +94,53 @@ class TestEdits:
     def test_the_fingerprint_ignores_how_an_edit_is_explained(self) -> None:
         changed = dataclasses.replace(EDITS[0], why="better words")
         assert fingerprint([changed, *EDITS[1:]]) == fingerprint(EDITS)
+
+
+class Stepper:
+    """An optimizer that decays its weight when it makes its state."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.param_groups = [{"params": [weight]}]
+        self.state: dict[str, float] = {}
+
+    def step(self) -> None:
+        self.param_groups[0]["params"][0].value *= 0.9
+        self.state = {"momentum": 0.0}
+
+    def state_dict(self) -> dict[str, float]:
+        return self.state
+
+
+class Weight:
+    """What the edit needs of a tensor."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def detach(self) -> Weight:
+        return self
+
+    def clone(self) -> Weight:
+        return Weight(self.value)
+
+    def copy_(self, other: Weight) -> None:
+        self.value = other.value
+
+
+def test_making_an_optimizers_state_changes_no_weight() -> None:
+    edit = next(e for e in EDITS if e.name == "broadcast-optimizer-keeps-weights")
+    values = {}
+    for code in (edit.old, edit.new):
+        optimizer = Stepper(Weight(1.0))
+        names: dict[str, object] = {
+            "optimizer": optimizer,
+            "DistributedOptimizer": int,
+            "torch": SimpleNamespace(no_grad=contextlib.nullcontext),
+        }
+        exec(textwrap.dedent(code), names)
+        assert names["state_dict"] == {"momentum": 0.0}
+        values[code] = optimizer.param_groups[0]["params"][0].value
+    assert values == {edit.old: 0.9, edit.new: 1.0}
 
 
 class TestRecipe:
