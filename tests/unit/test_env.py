@@ -1,8 +1,12 @@
 """Environment variables."""
 
+import json
+
 from horovodrunner.core.env import (
     forwarded_environment,
     slot_environment,
+    tf_config,
+    torchrun_environment,
     worker_base_environment,
 )
 from horovodrunner.core.topology import Slot
@@ -48,6 +52,34 @@ def test_without_gpus_the_variable_is_left_alone() -> None:
     from dataclasses import replace
 
     assert "CUDA_VISIBLE_DEVICES" not in variables(slot=replace(SLOT, devices=None))
+
+
+def test_torchs_gloo_takes_the_same_interface_unless_the_user_names_another() -> None:
+    assert variables()["GLOO_SOCKET_IFNAME"] == "eth1"
+    assert variables({"HOROVOD_GLOO_IFACE": "ib0"})["GLOO_SOCKET_IFNAME"] == "ib0"
+    own = forwarded_environment({"GLOO_SOCKET_IFNAME": "ib1", "GLOO_X": "1"})
+    assert own == {"GLOO_SOCKET_IFNAME": "ib1"}
+    assert "GLOO_SOCKET_IFNAME" not in variables(own)
+
+
+def test_a_process_that_torchrun_started() -> None:
+    given = torchrun_environment(SLOT, hosts=3, run_id="ab-2", attempt=2)
+    assert given == {
+        "GROUP_WORLD_SIZE": "3", "ROLE_NAME": "default", "ROLE_RANK": "5", "ROLE_WORLD_SIZE": "8",
+        "TORCHELASTIC_RUN_ID": "ab-2", "TORCHELASTIC_RESTART_COUNT": "1",
+    }  # fmt: skip
+
+
+def test_tensorflows_variable_is_every_ranks_own() -> None:
+    config = json.loads(tf_config(["10.0.0.1:4000", "10.0.0.2:4000"], 1)["TF_CONFIG"])
+    assert config["cluster"] == {"worker": ["10.0.0.1:4000", "10.0.0.2:4000"]}
+    assert config["task"] == {"type": "worker", "index": 1}
+    assert tf_config([], 1) == {}
+
+
+def test_another_processs_tf_config_does_not_reach_the_workers() -> None:
+    assert forwarded_environment({"TF_CONFIG": "{}", "TF_X": "1"}) == {"TF_X": "1"}
+    assert "TF_CONFIG" not in worker_base_environment({"TF_CONFIG": "{}"}, {}, "", cores=1)
 
 
 def test_workers_do_not_get_sparks_secrets() -> None:
