@@ -195,14 +195,20 @@ def report(cluster: Cluster) -> Report:
         def reduce():
             import horovod.torch as hvd
             import torch
+            import torch.distributed as dist
             with Listening() as listening:
                 hvd.init()
                 total = hvd.allreduce(torch.tensor(float(2 ** hvd.rank())), op=hvd.Sum).item()
+            dist.init_process_group("gloo")
+            of_torch = torch.tensor(float(2 ** dist.get_rank()))
+            dist.all_reduce(of_torch)
+            dist.destroy_process_group()
             tell(
                 "horovod",
                 ranks=[hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(),
                        hvd.cross_rank(), hvd.cross_size()],
                 total=total,
+                total_of_torch=of_torch.item(),
                 listening=sorted(listening.found),
             )
 
@@ -306,7 +312,7 @@ def test_an_interface_that_one_host_lacks_is_refused_there(report: Report) -> No
 
 
 @pytest.mark.horovod
-def test_horovod_reduces_over_two_hosts(report: Report) -> None:
+def test_horovod_and_torch_reduce_over_two_hosts(report: Report) -> None:
     assert report.ended("horovod") == {"result": None}
     ranks = report.ranks("horovod")
     # rank, size, local rank, local size, cross rank, cross size
@@ -317,6 +323,9 @@ def test_horovod_reduces_over_two_hosts(report: Report) -> None:
         [3, 4, 1, 2, 1, 2],
     ]
     assert [rank["total"] for rank in ranks] == [15.0] * 4
+    assert [rank["total_of_torch"] for rank in ranks] == [15.0] * 4
+    groups = [(r["environment"]["GROUP_RANK"], r["environment"]["GROUP_WORLD_SIZE"]) for r in ranks]
+    assert groups == [("0", "2"), ("0", "2"), ("1", "2"), ("1", "2")]
     assert len({rank["host"] for rank in ranks[:2]}) == len({rank["host"] for rank in ranks[2:]})
 
 

@@ -7,6 +7,7 @@ from horovodrunner.core.topology import (
     Member,
     compose_devices,
     group_by_host,
+    tf_workers,
     visible_devices,
 )
 
@@ -72,5 +73,16 @@ def test_a_gpu_that_the_executor_does_not_see_is_told() -> None:
 
 
 def test_a_member_travels_as_json() -> None:
-    original = member(1, "a", gpus=("GPU-uuid",))
+    original = member(1, "a", gpus=("GPU-uuid",), tf_ports=(4000,))
     assert Member.from_json(original.to_json()) == original
+
+
+def test_tensorflows_servers_are_in_rank_order_with_each_ones_own_port() -> None:
+    scattered = [
+        member(0, "a", tf_ports=(10,)),
+        member(1, "b", tf_ports=(20,)),
+        member(2, "a", workers=2, tf_ports=(30, 31)),
+    ]
+    ports = [int(worker.rpartition(":")[2]) for worker in tf_workers(scattered)]
+    assert ports == [10, 30, 31, 20]
+    assert tf_workers([member(0, "a"), member(1, "b")]) == ()
