@@ -12,8 +12,16 @@ from horovodrunner.core.topology import (
 )
 
 
-def member(partition: int, host: str, workers: int = 1, gpus: tuple[str, ...] = ()) -> Member:
-    return Member(partition, host, host, "10.0.0.1", "eth0", workers=workers, gpus=gpus)
+def member(
+    partition: int,
+    host: str,
+    workers: int = 1,
+    gpus: tuple[str, ...] = (),
+    tf_ports: tuple[int, ...] = (),
+) -> Member:
+    return Member(
+        partition, host, host, "10.0.0.1", "eth0", workers=workers, gpus=gpus, tf_ports=tf_ports
+    )
 
 
 def places(members: list[Member]) -> list[tuple[str, list[int]]]:
