@@ -196,7 +196,11 @@ def lightning() -> dict[str, Any]:
         torch.manual_seed(3)
         dataset = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.randn(8, 1))
         loader = torch.utils.data.DataLoader(dataset, batch_size=8 // options.get("devices", 1))
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        quiet: dict[str, Any] = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+        }
         trainer = Trainer(
             accelerator="cpu", max_epochs=2, enable_model_summary=False, **quiet, **options
         )
