@@ -184,7 +184,7 @@ def torchrun_environment(slot: Slot, hosts: int, run_id: str, attempt: int) -> d
     """Say what else torchrun tells its processes, so that others see that somebody started them.
 
     ``TORCHELASTIC_RUN_ID`` alone makes Lightning take its ranks from the environment, whatever
-    scheduler the machine has, and check the number of devices (docs/adr/0008). The store of
+    scheduler the machine has, and check the number of devices (docs/adr/0010). The store of
     torchrun's agent is not claimed: rank 0 makes its own.
 
     Parameters
