@@ -74,8 +74,7 @@ def forwarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environ.items()
-        if name in _FORWARDED_NAMES
-        or (name.startswith(FORWARDED_PREFIXES) and name != TF_CONFIG)
+        if name in _FORWARDED_NAMES or (name.startswith(FORWARDED_PREFIXES) and name != TF_CONFIG)
     }
 
 
