@@ -22,7 +22,7 @@ from typing import Literal
 
 import psutil
 
-from horovodrunner import prerequisites
+from horovodrunner import drop_in, prerequisites
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.horovod_build import check_horovod
 from horovodrunner.horovod_build.recipe import cuda_home, framework_versions, torch_cuda
@@ -85,6 +85,7 @@ def examine() -> Iterator[Finding]:
         for name, (version, probe) in probes.items():
             yield _framework(name, version, probe)
         yield _horovod()
+        yield from _sparkdl()
         yield from _gpus()
         yield from _network()
     finally:
@@ -234,6 +235,30 @@ def _horovod() -> Finding:
     if not status.fits:
         return Finding("problem", "Horovod", status.text, _BUILD)
     return Finding("ok", "Horovod", status.text)
+
+
+def _sparkdl() -> Iterator[Finding]:
+    """Say which of several packages of that name ``from sparkdl import HorovodRunner`` gets."""
+    found = drop_in.find_sparkdl()
+    if found is None:
+        return
+    others = drop_in.other_sparkdls(found.path)
+    if not found.is_ours:
+        yield Finding(
+            "note",
+            "sparkdl",
+            f"{found.path} is what gets imported; that is not horovodrunner's",
+            drop_in.REMEDY,
+        )
+    elif others:
+        yield Finding(
+            "note",
+            "sparkdl",
+            f"horovodrunner's is imported ({found.path}); it hides {', '.join(others)}",
+            drop_in.REMEDY,
+        )
+    else:
+        yield Finding("ok", "sparkdl", f"horovodrunner's ({found.path})")
 
 
 def _gpus() -> Iterator[Finding]:

@@ -121,6 +121,9 @@ class HorovodRunner:
     'Hello from rank 0 of 2'
     """
 
+    _frames_to_user = 3
+    """From a warning of run() to the line that called it; a subclass with its own run() adds 1."""
+
     def __init__(
         self,
         *,
@@ -325,7 +328,7 @@ class HorovodRunner:
             warnings.warn(
                 "np=0 (all slots) is deprecated: give the number of ranks",
                 DeprecationWarning,
-                stacklevel=3,
+                stacklevel=self._frames_to_user,
             )
         if TF_CONFIG in os.environ:
             console.note(
@@ -341,7 +344,7 @@ class HorovodRunner:
                 "which every executor has to fetch"
                 + (f". Largest: {named}" if named else "")
                 + ". Load large data inside main instead",
-                stacklevel=3,
+                stacklevel=self._frames_to_user,
             )
 
 

@@ -1,0 +1,87 @@
+"""LogCallback for Keras 3, with any backend, and for tf_keras. Runs in: the worker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from horovodrunner.callbacks.bases import base_classes
+from horovodrunner.worker.training_log import TrainingLog
+
+__all__ = ["LogCallback"]
+
+
+class LogCallback:
+    """Tells the driver when epochs begin and end, with the losses and metrics that Keras logs.
+
+    Give it to ``model.fit(..., callbacks=[LogCallback()])``, after callbacks that change the logs
+    (such as Horovod's ``MetricAverageCallback``). Every rank that has it sends lines::
+
+        rank 0: epoch 3 of 10 begins
+        rank 0: epoch 3 of 10: loss 0.2512, accuracy 0.9100 (1.2 s)
+
+    An instance is a ``keras.callbacks.Callback`` of the Keras that is imported, Keras 3 or
+    tf_keras; where none is yet, ``TF_USE_LEGACY_KERAS`` decides.
+
+    Parameters
+    ----------
+    per_batch_log
+        A line after each batch, too.
+    """
+
+    def __new__(cls, per_batch_log: bool = False) -> LogCallback:
+        """Make an instance whose class has Keras's own base class."""
+        made = _complete(cls, per_batch_log, base_classes(_packages(), "callbacks.Callback"))
+        instance: LogCallback = object.__new__(made)
+        return instance
+
+    def __init__(self, per_batch_log: bool = False) -> None:
+        super().__init__()
+        self._per_batch_log = per_batch_log
+        self._log = TrainingLog()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to the workers as a new one, of the Keras there."""
+        return type(self)._chosen_class, (self._per_batch_log,)  # type: ignore[attr-defined]
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Say that an epoch begins; Keras calls it."""
+        self._log.epoch_begins(epoch, _of(self, "epochs"))
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Say how an epoch went; Keras calls it."""
+        self._log.epoch_ends(logs)
+
+
+class _BatchHook:
+    """Stands beside the rest because Keras is faster when no callback looks at batches."""
+
+    _log: TrainingLog
+
+    def on_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._log.batch_ends(batch, _of(self, "steps"), logs)
+
+
+class _OfTfKeras:
+    """What tf_keras's own base class sets when it is made; beside Keras 3's, it is not called."""
+
+    validation_data = None
+    _chief_worker_only = None
+    _supports_tf_logs = False
+
+
+def _complete(chosen: type, per_batch_log: bool, bases: tuple[type, ...]) -> type:
+    hooks = (_BatchHook,) if per_batch_log else ()
+    beside = (_OfTfKeras,) if len(bases) > 1 else ()
+    return type(chosen.__name__, (chosen, *hooks, *beside, *bases), {"_chosen_class": chosen})
+
+
+def _packages() -> tuple[str, str]:
+    legacy = os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true")
+    return ("tf_keras", "keras") if legacy else ("keras", "tf_keras")
+
+
+def _of(callback: Any, name: str) -> int | None:
+    number = (callback.params or {}).get(name)
+    return number if isinstance(number, int) and number > 0 else None

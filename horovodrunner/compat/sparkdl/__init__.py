@@ -1,0 +1,12 @@
+"""The drop-in: Databricks' names for what horovodrunner has. Runs in: every process.
+
+Installed as the top-level package ``sparkdl``.
+"""
+
+from horovodrunner.drop_in import warn_of_others
+
+from .runner import HorovodRunner
+
+__all__ = ["HorovodRunner"]
+
+warn_of_others(__file__)

@@ -1,0 +1,1 @@
+"""For TensorFlow. Runs in: the worker."""

@@ -1,0 +1,42 @@
+"""HorovodRunner with exactly the documented signatures. Runs in: the driver."""
+
+import horovodrunner
+
+__all__ = ["HorovodRunner"]
+
+
+class HorovodRunner(horovodrunner.HorovodRunner):
+    """Runs a training function on every rank of a Horovod job, on Spark or on this machine.
+
+    As :class:`horovodrunner.HorovodRunner`, which has more options.
+
+    Parameters
+    ----------
+    np
+        Number of ranks: positive on Spark, negative on this machine, 0 for all slots.
+    driver_log_verbosity
+        ``"log_callback_only"`` or ``"all"``.
+    """
+
+    _frames_to_user = horovodrunner.HorovodRunner._frames_to_user + 1
+
+    # Code looks at these signatures: they have no annotations.
+    def __init__(self, *, np, driver_log_verbosity="log_callback_only"):  # type: ignore[no-untyped-def]
+        super().__init__(np=np, driver_log_verbosity=driver_log_verbosity)
+
+    def run(self, main, **kwargs):  # type: ignore[no-untyped-def]
+        """Run ``main(**kwargs)`` once on every rank and give back what rank 0 returned.
+
+        Parameters
+        ----------
+        main
+            The training function; it and its arguments travel by cloudpickle.
+        **kwargs
+            Its keyword arguments.
+
+        Returns
+        -------
+        object
+            Rank 0's return value; the other ranks' are dropped.
+        """
+        return super().run(main, **kwargs)

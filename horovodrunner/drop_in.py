@@ -1,0 +1,86 @@
+"""Tells this package's ``sparkdl`` from others of that name. Runs in: every process."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import warnings
+from importlib.machinery import ModuleSpec, PathFinder
+from typing import NamedTuple
+
+__all__ = ["REMEDY", "Found", "find_sparkdl", "other_sparkdls", "warn_of_others"]
+
+REMEDY = (
+    "pip uninstall sparkdl, then pip install --force-reinstall --no-deps horovodrunner; or import "
+    "HorovodRunner from horovodrunner"
+)
+
+
+class Found(NamedTuple):
+    """The ``sparkdl`` that an import statement would get."""
+
+    path: str
+    is_ours: bool
+
+
+def find_sparkdl() -> Found | None:
+    """Find the ``sparkdl`` that gets imported, without importing it.
+
+    Returns
+    -------
+    Found or None
+        None if there is no such module.
+    """
+    spec = importlib.util.find_spec("sparkdl")
+    if spec is None or spec.origin is None:
+        return None
+    return Found(spec.origin, "horovodrunner" in _source(spec))
+
+
+def other_sparkdls(own: str) -> list[str]:
+    """List what else is called ``sparkdl``: on Python's path, or as an installed distribution.
+
+    A distribution of that name may have put its files among ours, or ours may have replaced its.
+
+    Parameters
+    ----------
+    own
+        Path of the ``__init__.py`` that is imported.
+
+    Returns
+    -------
+    list of str
+        Paths, and the distribution's name with its version.
+    """
+    specs = [PathFinder.find_spec("sparkdl", [entry]) for entry in sys.path]
+    origins = dict.fromkeys(spec.origin for spec in specs if spec is not None and spec.origin)
+    real = os.path.realpath(own)
+    found = [origin for origin in origins if os.path.realpath(origin) != real]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found.append(f"the distribution sparkdl {importlib.metadata.version('sparkdl')}")
+    return found
+
+
+def warn_of_others(own: str) -> None:
+    """Warn, at the line that imports ``sparkdl``, when others of that name are hidden by ours.
+
+    Parameters
+    ----------
+    own
+        Path of the ``__init__.py`` that is being imported.
+    """
+    others = other_sparkdls(own)
+    if others:
+        warnings.warn(
+            f"this is the sparkdl of horovodrunner ({own}), and there is another one, which it "
+            f"hides: {', '.join(others)}. Keep one of them: {REMEDY}",
+            stacklevel=3,
+        )
+
+
+def _source(spec: ModuleSpec) -> str:
+    get_source = getattr(spec.loader, "get_source", None)
+    return (get_source(spec.name) or "") if get_source is not None else ""
