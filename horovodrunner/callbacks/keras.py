@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from horovodrunner.callbacks.bases import base_classes
@@ -32,7 +32,8 @@ class LogCallback:
 
     def __new__(cls, per_batch_log: bool = False) -> LogCallback:
         """Make an instance whose class has Keras's own base class."""
-        made = _complete(cls, per_batch_log, base_classes(_packages(), "callbacks.Callback"))
+        bases = base_classes(_packages(), "callbacks.Callback")
+        made = _complete(cls, per_batch_log, sorted(bases, key=_is_of_tf_keras))
         instance: LogCallback = object.__new__(made)
         return instance
 
@@ -64,14 +65,21 @@ class _BatchHook:
 
 
 class _OfTfKeras:
-    """What tf_keras's own base class sets when it is made; beside Keras 3's, it is not called."""
+    """What tf_keras's own base class sets when it is made.
+
+    Beside Keras 3's it stands last and is not called: there, `model` is a property.
+    """
 
     validation_data = None
     _chief_worker_only = None
     _supports_tf_logs = False
 
 
-def _complete(chosen: type, per_batch_log: bool, bases: tuple[type, ...]) -> type:
+def _is_of_tf_keras(base: type) -> bool:
+    return base.__module__.startswith("tf_keras")
+
+
+def _complete(chosen: type, per_batch_log: bool, bases: Sequence[type]) -> type:
     hooks = (_BatchHook,) if per_batch_log else ()
     beside = (_OfTfKeras,) if len(bases) > 1 else ()
     return type(chosen.__name__, (chosen, *hooks, *beside, *bases), {"_chosen_class": chosen})

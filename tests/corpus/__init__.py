@@ -1,0 +1,1 @@
+"""Notebooks as people have them, run as a notebook runs them."""
