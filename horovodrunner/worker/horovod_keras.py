@@ -79,7 +79,10 @@ class _Loader(importlib.abc.Loader):
             self._horovods.exec_module(module)
         elif _uses_keras_2():
             self._horovods.exec_module(module)
-            if not name.startswith(_OF_TENSORFLOW):
+            if name.startswith(_OF_TENSORFLOW):
+                # What Horovod took is Keras 3's, which lacks most of what its callbacks call.
+                module.K = importlib.import_module("tensorflow").keras.backend  # type: ignore[attr-defined]
+            else:
                 # There "keras" is Keras 3, even when TensorFlow's is not.
                 right = name.replace("horovod", _OF_TENSORFLOW)
                 _take_names(module, importlib.import_module(right))

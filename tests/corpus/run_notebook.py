@@ -28,7 +28,9 @@ def code_cells(text: str) -> list[str]:
     found = []
     for cell in rest.split(BETWEEN):
         lines = [line.removeprefix(MAGIC.rstrip()) for line in cell.strip().splitlines()]
-        lines = [line.removeprefix(" ") if cell.strip().startswith(MAGIC) else line for line in lines]
+        lines = [
+            line.removeprefix(" ") if cell.strip().startswith(MAGIC) else line for line in lines
+        ]
         if lines and lines[0].startswith("%"):
             magic, _, _ = lines[0].partition(" ")
             if magic == "%md":

@@ -1,0 +1,123 @@
+"""Notebooks in the style of public ones run from top to bottom and print what they promise."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.corpus.run_notebook import code_cells
+
+pytestmark = [pytest.mark.spark, pytest.mark.horovod, pytest.mark.timeout(400)]
+
+FOLDER = Path(__file__).parent
+NOTEBOOK_SECONDS = 300
+
+
+def run(name: str, scratch: Path) -> str:
+    """Run one notebook in a process of its own; give what its cells show, stderr included."""
+    with subprocess.Popen(
+        [sys.executable, str(FOLDER / "run_notebook.py"), str(FOLDER / "notebooks" / name)],
+        cwd=scratch,
+        env={**os.environ, "TMPDIR": str(scratch)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=NOTEBOOK_SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+def test_torch_pieces_in_many_cells_on_the_driver_and_then_on_the_cluster(tmp_path: Path) -> None:
+    lines = run("torch_digits.py", tmp_path).splitlines()
+    assert "single node: 2 epochs" in lines
+    assert "driver: 1 rank, 6 batches" in lines
+    assert "cluster: 2 ranks, 3 batches" in lines
+    assert "same weights: True losses: (2,) Namespace" in lines
+    assert "prediction: (3, 2)" in lines
+    assert "folders: ['1/rank_0', '2/rank_0', '2/rank_1', 'single']" in lines
+    # np=-1 shows everything, np=2 what log_to_driver is given
+    assert sum(line.startswith("[0]<stdout>:Train Epoch: ") for line in lines) == 4
+    assert not [line for line in lines if line.startswith("[1]<stdout>:")]
+    assert lines.count("rank 0: epoch 2 done") == 2
+    assert lines.count("rank 1: epoch 2 done") == 1
+
+
+def test_keras_history_comes_back_and_a_large_closure_is_named(tmp_path: Path) -> None:
+    output = run("keras_history.py", tmp_path)
+    lines = output.splitlines()
+    assert "ranks: 2" in lines
+    assert "history: {'accuracy': 2, 'loss': 2}" in lines
+    assert "equal weights: True centred: True" in lines
+    assert "loaded: (256, 4)" in lines
+    epochs = re.findall(
+        r"^rank (\d): epoch (\d) of 2: loss (\d\.\d{4}), accuracy \d\.\d{4} \(\d+\.\d s\)$",
+        output,
+        re.MULTILINE,
+    )
+    assert sorted((rank, epoch) for rank, epoch, _ in epochs) == [
+        (rank, epoch) for rank in "01" for epoch in "12"
+    ]
+    # MetricAverageCallback comes before LogCallback: both ranks say the mean
+    assert len({(epoch, loss) for _, epoch, loss in epochs}) == 2
+    assert "UserWarning: the pickled main and its arguments have 10.3 MiB" in output
+    assert "Largest: the global 'images' used by train_hvd (10.3 MiB)" in output
+    assert "<cell 7 of keras_history.py>:3: UserWarning" in output
+
+
+def test_mlflow_on_rank_0_logs_into_the_run_of_the_driver(tmp_path: Path) -> None:
+    lines = run("mlflow_search.py", tmp_path).splitlines()
+    assert "losses: tuple ['float64', 'float64']" in lines
+    assert "back: (28, 28, 1) float32 [0.0, 0.5]" in lines
+    assert "tracked: ['loss_0.0', 'loss_0.5'] 2 [0, 1, 2]" in lines
+    assert "the last is the same: True" in lines
+
+
+def test_lightning_trains_alone_and_together(tmp_path: Path) -> None:
+    lines = run("lightning_trainer.py", tmp_path).splitlines()
+    assert "alone: {'hidden': 4, 'lr': 0.01} 16 steps" in lines
+    assert "together: {'hidden': 4, 'lr': 0.01} 8 steps" in lines
+    assert "loss: True prediction: (2, 1)" in lines
+    for rank in (0, 1):
+        [line] = [line for line in lines if line.startswith(f"rank {rank}: epoch 2 of 2: ")]
+        assert re.search(r"2: train_loss \d\.\d{4} \(\d+\.\d s\)$", line), line
+
+
+class TestCells:
+    def test_text_is_left_out_and_magic_python_is_code(self) -> None:
+        text = "\n".join(
+            [
+                "# Databricks notebook source",
+                "# MAGIC %md",
+                "# MAGIC # A title",
+                "",
+                "# COMMAND ----------",
+                "",
+                "x = 1  # a comment",
+                "",
+                "# COMMAND ----------",
+                "",
+                "# MAGIC %python",
+                "# MAGIC if x:",
+                "# MAGIC",
+                "# MAGIC     x = 2",
+            ]
+        )
+        assert code_cells(text) == ["x = 1  # a comment\n", "if x:\n\n    x = 2\n"]
+
+    def test_other_magics_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="%sh"):
+            code_cells("# Databricks notebook source\n# MAGIC %sh ls")
