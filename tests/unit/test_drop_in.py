@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +115,18 @@ class TestHorovodRunner:
         assert "from the worker" in capfd.readouterr().out.splitlines()
         assert issubclass(HorovodRunner, horovodrunner.HorovodRunner)
         assert log_to_driver is horovodrunner.log_to_driver
+
+
+def test_it_is_installed_as_a_top_level_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: given.update(arguments))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    packages = set(given["packages"])
+    assert packages >= {"horovodrunner", "horovodrunner.worker", "horovodrunner.callbacks"}
+    assert packages >= {"sparkdl", "sparkdl.horovod", "sparkdl.horovod.tensorflow"}
+    assert not [name for name in packages if name.startswith("horovodrunner.compat")]
+    assert given["package_dir"] == {"sparkdl": "horovodrunner/compat/sparkdl"}
 
 
 class TestImport:
