@@ -179,7 +179,7 @@ def lightning() -> dict[str, Any]:
 
     warnings.simplefilter("ignore")
 
-    class Model(LightningModule):
+    class Model(LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(7)
