@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
-import runpy
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -117,11 +116,14 @@ class TestHorovodRunner:
         assert log_to_driver is horovodrunner.log_to_driver
 
 
-def test_it_is_installed_as_a_top_level_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr("setuptools.setup", lambda **arguments: given.update(arguments))
-    monkeypatch.chdir(ROOT)
-    runpy.run_path(str(ROOT / "setup.py"))
+def test_it_is_installed_as_a_top_level_package() -> None:
+    script = f"""
+        import json, os, runpy, setuptools
+        os.chdir({str(ROOT)!r})
+        setuptools.setup = lambda **arguments: print(json.dumps(arguments))
+        runpy.run_path("setup.py")
+    """
+    given = json.loads(python(script))
     packages = set(given["packages"])
     assert packages >= {"horovodrunner", "horovodrunner.worker", "horovodrunner.callbacks"}
     assert packages >= {"sparkdl", "sparkdl.horovod", "sparkdl.horovod.tensorflow"}
