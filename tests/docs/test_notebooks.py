@@ -119,7 +119,7 @@ def text_of(cells: list[Cell], sign: str) -> str:
 
 
 def accuracy_in(text: str) -> float:
-    found = re.search(r"accuracy (\d\.\d+)", text)
+    found = re.search(r": accuracy (\d\.\d+)", text)
     assert found is not None, text
     return float(found[1])
 
@@ -209,7 +209,7 @@ def test_tutorial(name: str, scratch: Path) -> None:
     lines = "".join(cell.text for cell in cells).splitlines()
     for line in tutorial.shown:
         assert lines.count(line) == 1, line
-    # Keras 2 keeps Horovod's own optimizer; Keras 3 cannot, here as well as on Spark.
+    # Said once in each of two runs. Keras 2 keeps Horovod's own optimizer.
     replaced = sum("are those of horovodrunner.keras" in line for line in lines)
     assert replaced == (2 if name == "03_keras.ipynb" else 0)
 
