@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -23,6 +24,9 @@ os.environ[LEAK_MARK] = uuid.uuid4().hex
 
 os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 """The JVMs of tests live for seconds: what they save in compiling is a third of their time."""
+
+# A shell that starts the tests in the background has SIGINT ignored, by all their children, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # output must be shown at once without it
 
