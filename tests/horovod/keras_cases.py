@@ -25,7 +25,6 @@ CASES: dict[str, dict[str, Any]] = {
         "distributed": TWO_PASSES,
     },
     "keras' own passes": {"settings": {"gradient_accumulation_steps": 2}},
-    "one group": {"distributed": {"groups": 1}},
     "three groups": {"distributed": {"groups": 3}},
     "predivided": {"distributed": {"gradient_predivide_factor": 2.0}},
     "sum": {"distributed": {"op": "Sum"}, "rate_alone": 0.1},

@@ -69,7 +69,6 @@ def data_parallel(late: int) -> None:
 @pytest.mark.parametrize(
     ("np", "late", "main", "collective"),
     [
-        (-2, 1, horovod_torch, "allreduce"),
         (2, 0, horovod_torch, "allreduce"),
         (2, 1, horovod_tensorflow, "a TensorFlow step"),
         (-2, 0, torch_distributed, "all_reduce"),

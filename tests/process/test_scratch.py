@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,8 +31,10 @@ def test_it_is_deleted_with_all_that_is_in_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
-def test_it_is_deleted_when_its_task_is_killed(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])
+def test_it_is_deleted_when_its_task_is_killed(
+    tmp_path: Path, kill: Callable[[int, int], None]
+) -> None:
     base = tmp_path / "a base $(with) 'quotes'"
     base.mkdir()
     with subprocess.Popen(
@@ -39,7 +43,7 @@ def test_it_is_deleted_when_its_task_is_killed(tmp_path: Path, number: signal.Si
         assert task.stdout is not None
         path = Path(task.stdout.readline().decode().strip())
         (path / "weights").write_bytes(b"x")
-        task.send_signal(number)
+        kill(task.pid, signal.SIGKILL)
     deadline = time.monotonic() + 10
     while path.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
