@@ -37,10 +37,13 @@ os.environ["TMPDIR"] = os.environ["SPARK_LOCAL_DIRS"] = tempfile.tempdir = TEMPO
 
 LEAVING_SECONDS = 5.0
 _ALLOWED = ("java", "pyspark.daemon", "pyspark/daemon", "resource_tracker", "ipykernel")
+_JANITOR = "horovodrunner-scratch"
+"""Outlives a task that was killed, to delete its files."""
 
 
-def marked_processes() -> list[str]:
+def marked_processes(*, with_janitors: bool = False) -> list[str]:
     """List what this test session started, directly or through Spark, and what is ours."""
+    allowed = _ALLOWED if with_janitors else (*_ALLOWED, _JANITOR)
     found = []
     for process in psutil.process_iter():
         if process.pid == os.getpid():
@@ -52,7 +55,7 @@ def marked_processes() -> list[str]:
                 continue
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
-        if marked and not any(word in command for word in _ALLOWED):
+        if marked and not any(word in command for word in allowed):
             found.append(f"process {process.pid}: {command}")
     return found
 
@@ -90,7 +93,12 @@ def temporary_files() -> set[str]:
 
 
 def _present() -> set[str]:
-    return {*marked_processes(), *own_threads(), *listening_sockets(), *temporary_files()}
+    return {
+        *marked_processes(with_janitors=True),
+        *own_threads(),
+        *listening_sockets(),
+        *temporary_files(),
+    }
 
 
 @pytest.fixture(autouse=True)

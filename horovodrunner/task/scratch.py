@@ -14,7 +14,7 @@ from pathlib import Path
 __all__ = ["Scratch"]
 
 _DELETE_WHEN_STDIN_ENDS = """
-cat > /dev/null
+read -r nothing
 for attempt in 1 2 3 4 5 6 7 8 9 10; do
     rm -rf -- "$1" && exit
     sleep 0.2  # workers that have yet to notice wrote into it

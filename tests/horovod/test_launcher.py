@@ -199,7 +199,8 @@ def test_thousands_of_strangers_do_not_keep_a_worker_out(planned: Rendezvous, se
             assert request(planned.port, "GET") == (200, b"address")
             waited.append(time.monotonic() - started)
             most = [max(most[0], process.num_fds()), max(most[1], threading.active_count())]
-        assert max(waited) < 8  # seconds; a SYN that finds the queue full comes again after one
+        # A SYN that finds the queue full comes again after a second; Gloo waits for 30.
+        assert max(waited) < 20
         assert 200 < most[0] - fds < 256 + 50
         assert 200 < most[1] - threads < 256 + 50
         assert process.memory_info().rss - rss < 100 * 1024 * 1024
