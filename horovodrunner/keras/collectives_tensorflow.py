@@ -17,7 +17,6 @@ from horovodrunner.errors import ConfigurationError
 from horovodrunner.keras.options import Options, groups_of
 
 __all__ = [
-    "NO_DEVICE",
     "Passes",
     "average",
     "broadcast",
@@ -27,8 +26,6 @@ __all__ = [
     "reduce",
     "refuse_compiled_graph",
 ]
-
-NO_DEVICE = ""
 
 
 def key(variable: Any) -> Hashable:

@@ -13,7 +13,6 @@ from horovodrunner.errors import ArgumentValueError
 from horovodrunner.keras.options import Options, groups_of
 
 __all__ = [
-    "NO_DEVICE",
     "Passes",
     "average",
     "broadcast",
@@ -23,8 +22,6 @@ __all__ = [
     "reduce",
     "refuse_compiled_graph",
 ]
-
-NO_DEVICE = ""
 
 
 def key(variable: Any) -> Hashable:
@@ -52,7 +49,7 @@ def refuse_compiled_graph() -> None:
 
 
 def _require_no_device(name: str, device: str) -> None:
-    if device != NO_DEVICE:
+    if device:
         raise ArgumentValueError(
             f"{name}={device!r}: Keras uses torch, where a tensor is reduced on its own device"
         )

@@ -72,11 +72,11 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
-        if name == _OF_TENSORFLOW:
+        if os.environ.get(KERAS_SWITCH, "").lower() == "horovod":
+            self._horovods.exec_module(module)
+        elif name == _OF_TENSORFLOW:
             self._horovods.exec_module(module)
             _take_keras_variables(module)
-        elif os.environ.get(KERAS_SWITCH, "").lower() == "horovod":
-            self._horovods.exec_module(module)
         elif _uses_keras_2():
             self._horovods.exec_module(module)
             if name.startswith(_OF_TENSORFLOW):
