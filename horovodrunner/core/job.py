@@ -25,6 +25,7 @@ __all__ = [
     "Success",
     "WorkerSpec",
     "join_chunks",
+    "speaks_of_peer_loss",
     "split_chunks",
 ]
 
@@ -32,6 +33,14 @@ STACK_SIGNAL = int(getattr(signal, "SIGRTMIN", signal.SIGUSR1)) + 1
 """Makes a worker write its Python stacks; a number that training code has no habit of using."""
 
 _HEADER_LENGTH = struct.Struct(">Q")
+
+_PEER_LOSS_TEXTS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Horovod has been shut down",
+)
 
 
 @dataclass(frozen=True)
@@ -233,6 +242,29 @@ class Failure:
     collective: str = ""
     stacks: dict[str, str] = field(default_factory=dict, repr=False)
     last_lines: str = ""
+
+
+def speaks_of_peer_loss(text: str) -> bool:
+    """Tell whether an error's text says that a peer went away, which has a cause elsewhere.
+
+    Parameters
+    ----------
+    text
+        What an exception says, or what a process wrote last to standard error.
+
+    Returns
+    -------
+    bool
+        True if Horovod, Gloo, NCCL or the system is known to say so in these words.
+
+    Examples
+    --------
+    >>> speaks_of_peer_loss("[pair.cc:617] Connection closed by peer [10.0.0.4]:57596")
+    True
+    >>> speaks_of_peer_loss("connect to [10.0.0.4]:57596: No route to host")
+    False
+    """
+    return any(words in text for words in _PEER_LOSS_TEXTS)
 
 
 @dataclass(frozen=True)

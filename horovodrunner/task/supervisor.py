@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from horovodrunner.core.frames import Frame
-from horovodrunner.core.job import Failure, FailureKind, Outcome, Success, WorkerSpec
+from horovodrunner.core.job import (
+    Failure,
+    FailureKind,
+    Outcome,
+    Success,
+    WorkerSpec,
+    speaks_of_peer_loss,
+)
 from horovodrunner.core.lines import prefix_lines
 from horovodrunner.core.topology import Slot
 from horovodrunner.task.coordinator import RankEvents
@@ -150,6 +157,7 @@ class Supervisor:
 
     def _silent_end(self, status: ExitStatus) -> Failure:
         text, exit_code, signal_name = describe_exit(status, self._worker.killed_by_kernel())
+        last_lines = self._last_lines()
         return Failure(
             rank=self._slot.rank,
             host=self._slot.host,
@@ -158,8 +166,9 @@ class Supervisor:
             exit_code=exit_code,
             signal=signal_name,
             # Horovod's background thread aborts the process when a peer's connection breaks.
-            after_peer_loss=signal_name == "SIGABRT",
-            last_lines=self._last_lines(),
+            after_peer_loss=signal_name == "SIGABRT"
+            and (not last_lines or speaks_of_peer_loss(last_lines)),
+            last_lines=last_lines,
         )
 
     def _last_lines(self) -> str:

@@ -27,6 +27,7 @@ from horovodrunner.core.job import (
     Outcome,
     Success,
     WorkerSpec,
+    speaks_of_peer_loss,
 )
 from horovodrunner.errors import PayloadError
 from horovodrunner.worker import horovod_keras
@@ -41,13 +42,6 @@ _OF_A_PYTHON = re.compile(r"/lib(?:64)?/python[\d.]*(?:/|$)")
 """In the path of every directory in which an installed Python keeps modules and packages."""
 
 _PEER_LOSS_TYPES = ("HorovodInternalError", "HorovodShutdownError", "DistBackendError")
-_PEER_LOSS_TEXTS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection refused",
-    "Broken pipe",
-    "Horovod has been shut down",
-)
 
 
 def main() -> int:
@@ -160,7 +154,7 @@ def _failed(
         sys.stderr.write(text)
     name = type(error).__qualname__
     message = str(error) or "(no message)"
-    after_peer_loss = name in _PEER_LOSS_TYPES or any(t in message for t in _PEER_LOSS_TEXTS)
+    after_peer_loss = name in _PEER_LOSS_TYPES or speaks_of_peer_loss(message)
     failure = Failure(
         rank=spec.rank,
         host=spec.host,

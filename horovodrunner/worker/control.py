@@ -8,6 +8,7 @@ import select
 import signal
 import threading
 import time
+import traceback
 from typing import Any
 
 from horovodrunner.core.frames import PREFIX_BYTES, Frame, parse_header, parse_prefix
@@ -86,6 +87,15 @@ class ControlPipe:
             return self._answers.get()
 
     def _serve(self) -> None:
+        try:
+            self._take_what_comes()
+        except OSError:
+            pass  # the task went just while it was being told something
+        except BaseException:  # noqa: BLE001 - nobody would end this process any more
+            traceback.print_exc()
+        self._end_everything()
+
+    def _take_what_comes(self) -> None:
         incoming = select.poll()  # select() takes no descriptor from 1024 on
         incoming.register(self._control_fd, select.POLLIN)
         while True:
@@ -95,7 +105,7 @@ class ControlPipe:
                 continue
             frame = self._receive()
             if frame is None:
-                break
+                return
             fields = {name: value for name, value in frame.header.items() if name != "kind"}
             if frame.kind == "job":
                 spec = WorkerSpec.from_header(fields)
@@ -104,7 +114,6 @@ class ControlPipe:
             else:
                 self._answers.put(fields)
             del frame
-        self._end_everything()
 
     def _look_at_main(self) -> None:
         if not self._main_runs:

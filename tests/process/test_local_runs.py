@@ -112,6 +112,34 @@ def test_the_last_words_of_a_process_that_aborts_are_in_the_error() -> None:
     assert str(error).endswith(f"What it wrote last to standard error:\n{error.last_lines}")
 
 
+def test_of_two_processes_that_abort_the_one_that_blames_no_peer_is_the_cause(
+    tmp_path: Path,
+) -> None:
+    """A rank may be seen to have ended before the one whose end it died of."""
+
+    def main(directory: str) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        first, second = Path(directory, "first"), Path(directory, "second")
+        if mains.rank() == 0:
+            while not second.exists():
+                time.sleep(0.01)
+            os.write(2, b"  what():  [pair.cc:617] Connection closed by peer [10.0.0.4]:57596\n")
+            first.touch()
+        else:
+            second.touch()
+            while not first.exists():
+                time.sleep(0.01)
+            time.sleep(0.3)
+            os.write(2, b"  what():  [pair.cc:144] connect to [10.0.0.3]: No route to host\n")
+        os.abort()
+
+    error = failure(main, directory=str(tmp_path))
+    assert error.rank == 1
+    assert "No route to host" in error.last_lines
+    (consequence,) = error.consequences
+    assert consequence.startswith("rank 0 ")
+
+
 def test_the_ranks_own_exception_is_the_cause_and_its_traceback_the_users() -> None:
     error = failure(mains.fail, how="exception", on_rank=1)
     assert isinstance(error.__cause__, ValueError)

@@ -7,14 +7,17 @@ import contextlib
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from horovodrunner import HorovodRunner
+from horovodrunner.core import payload
 from horovodrunner.core.job import WorkerSpec
 from horovodrunner.task.process import WorkerProcess, describe_exit
+from tests.process import mains
 
 
 def end_of_a_worker(
@@ -77,6 +80,26 @@ def test_a_worker_without_a_job_ends_when_its_pipe_does() -> None:
         try:
             os.close(worker._control_write)
             worker._control_write = -1
+            return await asyncio.wait_for(worker.wait(), 20)
+        finally:
+            worker.kill()
+
+    assert asyncio.run(scenario()) == -signal.SIGKILL
+
+
+def test_a_worker_ends_when_it_can_tell_its_task_nothing_more() -> None:
+    """The task may go just between the look at the control pipe and the report on main."""
+
+    async def scenario() -> int:
+        worker = WorkerProcess([], os.environ)
+        try:
+            call = payload.dump_call(mains.wait_for_ever, {})
+            spec = WorkerSpec(0, "h", {}, sys_path=tuple(sys.path), beat_seconds=0.1)
+            await worker.send_job(call, spec.to_header())
+            reported = b""
+            while b"started" not in reported:
+                reported += await asyncio.to_thread(worker._report.read, 1000)
+            worker._report.close()
             return await asyncio.wait_for(worker.wait(), 20)
         finally:
             worker.kill()
