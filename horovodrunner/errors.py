@@ -13,6 +13,7 @@
     │   └── StallTimeoutError       ranks waited for others longer than stall_timeout (TimeoutError)
     ├── BarrierStageError           Spark lost or cancelled the stage that carried the run
     ├── CheckpointError             a checkpoint could not be fetched, or stored where it had to be
+    ├── DataError                   a DataFrame, or what was written of it, cannot feed the ranks
     └── HorovodBuildError           Horovod could not be built for the installed frameworks
 
 Every one of them survives pickling, so it can cross a process border, and its text says what
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "ClusterCapacityError",
     "ConfigurationError",
+    "DataError",
     "HorovodBuildError",
     "HorovodRunnerError",
     "PayloadError",
@@ -194,6 +196,10 @@ class BarrierStageError(HorovodRunnerError):
     """
 
     executor_was_lost: bool = False
+
+
+class DataError(HorovodRunnerError):
+    """A DataFrame, or what was written of it, cannot feed the ranks."""
 
 
 class HorovodBuildError(HorovodRunnerError):

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from horovodrunner.core import payload
+from horovodrunner.core import checked, payload
 from horovodrunner.core.env import TF_CONFIG, forwarded_environment
 from horovodrunner.core.job import JobSpec, Outcome
+from horovodrunner.core.places import is_url
 from horovodrunner.core.versions import installed_versions
-from horovodrunner.driver import checked, interrupt
+from horovodrunner.driver import interrupt
 from horovodrunner.driver.attempts import run_attempts
 from horovodrunner.driver.console import Console
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.files import BroughtFiles
-from horovodrunner.task.places import is_url
 from horovodrunner.task.store import CheckpointStore
 
 __all__ = ["HorovodRunner", "SavedCheckpoint"]

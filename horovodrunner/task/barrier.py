@@ -12,6 +12,7 @@ from typing import Any
 
 from horovodrunner.core.env import GLOO_INTERFACE
 from horovodrunner.core.job import JobSpec, split_chunks
+from horovodrunner.core.places import is_url
 from horovodrunner.core.topology import Member, compose_devices
 from horovodrunner.core.versions import installed_versions
 from horovodrunner.task.agent import Agent, Surroundings
@@ -20,7 +21,6 @@ from horovodrunner.task.coordinator import DriverLink
 from horovodrunner.task.depot import Depot, DriverDepot, StoreDepot
 from horovodrunner.task.files import DriverFiles
 from horovodrunner.task.network import HostAddress, find_address, host_id, loopback_address
-from horovodrunner.task.places import is_url
 from horovodrunner.task.store import CheckpointStore
 
 __all__ = ["ROW_SCHEMA", "barrier_task"]

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from horovodrunner.core.frames import FrameError
+from horovodrunner.core.places import is_url
 from horovodrunner.core.timeline import TimelineRepair
 from horovodrunner.core.transfer import BulkConnection
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.depot import HANG_UP_SECONDS, DriverLine
-from horovodrunner.task.places import is_url
 
 __all__ = ["BroughtFiles", "DriverFiles", "FileTaker", "LocalFiles", "serve_files"]
 

@@ -29,8 +29,8 @@ from types import TracebackType
 from typing import BinaryIO
 
 from horovodrunner.core.manifest import MANIFEST_NAME, Manifest, StoredFile, safe_path
+from horovodrunner.core.places import as_os_error, open_place
 from horovodrunner.errors import ArgumentValueError, ConfigurationError
-from horovodrunner.task.places import as_os_error, open_place
 
 __all__ = [
     "CheckpointStore",

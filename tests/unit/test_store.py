@@ -16,8 +16,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from horovodrunner.core.manifest import Manifest
+from horovodrunner.core.places import is_url
 from horovodrunner.errors import ArgumentValueError, ConfigurationError
-from horovodrunner.task.places import is_url
 from horovodrunner.task.store import CheckpointStore, IncomingCheckpoint, list_tree
 
 CONTENT = {"model.pt": b"weights" * 1000, "variables/deep/index": b"", "optimizer.pt": b"\0" * 99}

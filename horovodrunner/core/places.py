@@ -1,4 +1,4 @@
-"""A directory, or an fsspec file system, that keeps checkpoints. Runs in: the driver and the task.
+"""A directory, or an fsspec file system, with checkpoints or data sets. Runs in: every process.
 
 Nothing is forced to the disk. What a power failure tears, the hashes in the manifest show.
 """
@@ -229,6 +229,11 @@ class RemotePlace:
         """Open a file for reading."""
         with as_os_error(self.url(path)):
             return cast(BinaryIO, self._fs.open(self._path(path), "rb"))
+
+    def read(self, path: str, start: int, end: int) -> bytes:
+        """Read a part of a file."""
+        with as_os_error(self.url(path)):
+            return cast(bytes, self._fs.cat_file(self._path(path), start=start, end=end))
 
     def create(self, path: str) -> BinaryIO:
         """Open a new file for writing, with the directories above it."""

@@ -1,4 +1,4 @@
-"""Arguments are refused before anything is launched. Runs in: the driver."""
+"""Arguments are refused before anything is launched. Runs in: every process."""
 
 from __future__ import annotations
 

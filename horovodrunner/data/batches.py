@@ -1,0 +1,412 @@
+"""One rank's batches of an epoch. Runs in: the worker."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from horovodrunner.core import checked
+from horovodrunner.data.formats import Format
+from horovodrunner.data.order import EpochOrder, EpochSteps, Remainder
+from horovodrunner.data.stored import Block, BlockReader
+from horovodrunner.errors import ArgumentValueError
+from horovodrunner.worker.context import current_context, log_to_driver
+
+__all__ = ["Batches", "ReadOptions", "own_rank_and_size"]
+
+_Batch = TypeVar("_Batch")
+_Item = TypeVar("_Item")
+
+PIECE_BYTES = 2 * 2**20
+"""About so much is gathered at once when rows come in random order: what fits in a core's cache."""
+
+_PIECES_AHEAD = 2
+_STEPS_AT_ONCE = 2**16
+_told: set[str] = set()
+"""What was said in the log already."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Which rows a rank reads, and in what order.
+
+    Parameters
+    ----------
+    rank, size
+        This rank, and how many there are.
+    batch_size
+        Rows a batch of this rank has.
+    shuffle
+        Whether the rows come in random order.
+    seed
+        Chooses the random order, together with the epoch.
+    epoch
+        The epoch to begin with.
+    remainder
+        What becomes of the rows that fill no global batch: ``"drop"``, ``"pad"`` or ``"join"``.
+    window_bytes
+        Rows are mixed within about so many consecutive bytes.
+
+    Raises
+    ------
+    ConfigurationError
+        If one has no valid value.
+    """
+
+    rank: int
+    size: int
+    batch_size: int
+    shuffle: bool
+    seed: int
+    epoch: int
+    remainder: Remainder
+    window_bytes: int
+
+    def __post_init__(self) -> None:
+        checked.integer("batch_size", self.batch_size, at_least=1)
+        checked.boolean("shuffle", self.shuffle)
+        checked.integer("seed", self.seed)
+        checked.integer("epoch", self.epoch, at_least=0)
+        checked.integer("shuffle_window", self.window_bytes, at_least=1)
+        if self.remainder not in get_args(Remainder):
+            raise ArgumentValueError(
+                f"remainder={self.remainder!r}: it is one of 'drop', 'pad' and 'join'"
+            )
+
+
+def own_rank_and_size() -> tuple[int, int]:
+    """Give this process's rank and how many there are, from its environment.
+
+    Returns
+    -------
+    tuple of int and int
+        0 and 1 outside a run.
+    """
+    for prefix, size in (("HOROVOD_RANK", "HOROVOD_SIZE"), ("RANK", "WORLD_SIZE")):
+        if prefix in os.environ and size in os.environ:
+            return int(os.environ[prefix]), int(os.environ[size])
+    return 0, 1
+
+
+class Batches(Generic[_Batch]):
+    """Iterates over one rank's batches, an epoch at a time.
+
+    Each iteration is one epoch; the next one has another order when rows are shuffled. All ranks
+    that iterate in the same way get rows that no other rank gets, and the same number of batches.
+
+    Parameters
+    ----------
+    reader
+        Opens the blocks.
+    options
+        Which rows, and in what order.
+    make
+        Makes batches of the wanted kind.
+    transform
+        Is called with each batch; its result is the batch then.
+    threads
+        How many threads call it, each with another batch; 0: it is called when a batch is taken.
+    """
+
+    def __init__(
+        self,
+        reader: BlockReader,
+        options: ReadOptions,
+        make: Format,
+        *,
+        transform: Callable[[Any], Any] | None = None,
+        threads: int = 0,
+    ) -> None:
+        self._reader = reader
+        self._options = options
+        self._make = make
+        self._transform = transform
+        self._threads = threads
+        checked.integer("threads", threads, at_least=0)
+        self.epoch = options.epoch
+        """The epoch that the next iteration, or the one that is going on, is in."""
+        self._position = 0
+        self._start = 0
+        self._steps(0)  # what cannot work is refused before anything is read
+
+    def __len__(self) -> int:
+        """Count this rank's batches of a whole epoch."""
+        return len(self._steps(0))
+
+    def __iter__(self) -> Iterator[_Batch]:
+        """Iterate over an epoch, or over the rest of it after :meth:`load_state_dict`."""
+        start, self._start = self._start, 0
+        self._position = start
+        steps = self._steps(start)
+        self._tell(steps)
+        for number, batch in enumerate(self._batches(steps, 0, 1), 1):
+            self._position = steps.position_after(number)
+            yield batch
+        self.epoch += 1
+        self._position = 0
+
+    @property
+    def rows_of_every_batch(self) -> int | None:
+        """How many rows every batch has; None when the last one may have fewer."""
+        has_rest = self._options.remainder == "join" and self._steps(0).left_over
+        return None if has_rest else self._options.batch_size
+
+    def first(self) -> _Batch:
+        """Give the first batch of this epoch, without beginning it.
+
+        Returns
+        -------
+        object
+            The batch.
+        """
+        batches = self._batches(self._steps(0), 0, len(self))
+        try:
+            return next(batches)
+        finally:
+            batches.close()
+
+    def state_dict(self) -> dict[str, int]:
+        """Say how far the iteration has come.
+
+        Returns
+        -------
+        dict
+            ``epoch``, and ``position``: how many rows of it all ranks together have taken. The same
+            on every rank, and all that :meth:`load_state_dict` needs, whatever the world's size.
+        """
+        return {"epoch": self.epoch, "position": self._position or self._start}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where another iteration was: the next one gives what is left of that epoch.
+
+        Parameters
+        ----------
+        state
+            What :meth:`state_dict` gave, in this run or another, with any number of ranks.
+
+        Raises
+        ------
+        ArgumentValueError
+            If it is not such a state, or of a larger data set.
+        """
+        rows = int(self._reader.block_rows.sum())
+        try:
+            epoch, position = int(state["epoch"]), int(state["position"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArgumentValueError(
+                f"{state!r} is not what state_dict() gives: {{'epoch': 0, 'position': 0}}"
+            ) from error
+        if epoch < 0 or not 0 <= position <= rows:
+            raise ArgumentValueError(
+                f"{state!r} cannot be gone on from: the data set has {rows} rows, so it is the "
+                "state of another one"
+            )
+        self.epoch = epoch
+        self._start = position
+        self._position = 0
+
+    def _steps(self, start: int) -> EpochSteps:
+        options = self._options
+        return EpochSteps(
+            int(self._reader.block_rows.sum()),
+            options.batch_size,
+            options.rank,
+            options.size,
+            options.remainder,
+            start,
+        )
+
+    def _tell(self, steps: EpochSteps) -> None:
+        """Log once how the rows are shared out."""
+        text = f"horovodrunner.data: {steps.in_words()}"
+        if self._options.rank == 0 and current_context() is not None and text not in _told:
+            _told.add(text)
+            log_to_driver(text)
+
+    def _batches(self, steps: EpochSteps, first: int, stride: int) -> Generator[_Batch, None, None]:
+        """Iterate over every `stride`-th batch from the `first` one on."""
+        batches = self._untransformed(steps, range(first, len(steps), stride))
+        if self._transform is None:
+            return batches
+        return _mapped(self._transform, batches, self._threads)
+
+    def _untransformed(self, steps: EpochSteps, numbers: range) -> Generator[_Batch, None, None]:
+        options, reader = self._options, self._reader
+        window_rows = max(1, options.window_bytes // reader.row_bytes)
+        order = EpochOrder(
+            reader.block_rows,
+            shuffle=options.shuffle,
+            seed=options.seed,
+            epoch=self.epoch,
+            window_rows=window_rows,
+        )
+        if not options.shuffle:
+            for block, bounds in _in_stored_order(reader, order, steps, numbers):
+                yield from self._make.batches(block, bounds)
+            return
+        pieces = _in_random_order(reader, order, steps, numbers)
+        for block, bounds in _made_ahead(pieces, _PIECES_AHEAD):
+            yield from self._make.batches(block, bounds)
+
+
+_Piece = tuple[Block, Sequence[tuple[int, int]]]
+
+
+def _bounds_of(steps: EpochSteps, numbers: range) -> Iterator[tuple[Any, Any]]:
+    """Give where batches begin and end, as positions of the epoch, many at once."""
+    for at in range(0, len(numbers), _STEPS_AT_ONCE):
+        chosen = np.array(numbers[at : at + _STEPS_AT_ONCE], np.int64)
+        starts = steps.start + chosen * steps.global_batch + steps.rank * steps.batch_size
+        ends = starts + steps.batch_size
+        if chosen[-1] >= steps.whole:
+            starts[-1], ends[-1] = steps.positions(int(chosen[-1]))
+        yield starts, ends
+
+
+def _in_stored_order(
+    reader: BlockReader, order: EpochOrder, steps: EpochSteps, numbers: range
+) -> Iterator[_Piece]:
+    """Give blocks and the batches that lie within them; nothing is copied but at their borders."""
+    block_starts = np.concatenate([[0], np.cumsum(reader.block_rows)])
+    opened, block = -1, None
+    for starts, ends in _bounds_of(steps, numbers):
+        first = np.searchsorted(block_starts, starts, side="right") - 1
+        last = np.searchsorted(block_starts, ends - 1, side="right") - 1
+        within = (first == last) & (ends <= order.rows)
+        # a group is a row of batches within the same block, or one batch that crosses a border
+        after_one = np.append(False, ~within[:-1])
+        group = np.flatnonzero((np.diff(first, prepend=-1) != 0) | ~within | after_one)
+        for begin, end in itertools.pairwise([*group.tolist(), len(first)]):
+            if within[begin]:
+                index = int(first[begin])
+                if index != opened or block is None:
+                    opened, block = index, reader.open(index)
+                shift = block_starts[index]
+                own = (starts[begin:end] - shift).tolist(), (ends[begin:end] - shift).tolist()
+                yield block, list(zip(*own, strict=True))
+                continue
+            parts = []
+            for index, row, row_end in _runs(order, int(starts[begin]), int(ends[begin])):
+                if index != opened or block is None:
+                    opened, block = index, reader.open(index)
+                parts.append(block.slice(row, row_end))
+            joined = Block.joined(parts)
+            yield joined, [(0, joined.count)]
+
+
+def _runs(order: EpochOrder, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Say where positions are stored; those beyond the last row mean the beginning again."""
+    while start < end:
+        turn = start - start % order.rows
+        until = min(end, turn + order.rows)
+        yield from order.runs(start - turn, until - turn)
+        start = until
+
+
+def _in_random_order(
+    reader: BlockReader, order: EpochOrder, steps: EpochSteps, numbers: range
+) -> Iterator[_Piece]:
+    """Gather the rows of a few batches at a time."""
+    opened: collections.OrderedDict[int, Block] = collections.OrderedDict()
+    most_opened = 2 * order.most_blocks_in_a_window
+    batches = max(1, PIECE_BYTES // (reader.row_bytes * steps.batch_size))
+    for all_starts, all_ends in _bounds_of(steps, numbers):
+        for at in range(0, len(all_starts), batches):
+            starts, ends = all_starts[at : at + batches], all_ends[at : at + batches]
+            bounds = np.concatenate([[0], np.cumsum(ends - starts)])
+            positions = np.repeat(starts - bounds[:-1], ends - starts) + np.arange(bounds[-1])
+            blocks, rows = _located(order, positions)
+            piece = _gathered(reader, blocks, rows, opened)
+            while len(opened) > most_opened:
+                opened.popitem(last=False)
+            limits = bounds.tolist()
+            yield piece, list(itertools.pairwise(limits))
+
+
+def _located(order: EpochOrder, positions: Any) -> tuple[Any, Any]:
+    if positions[-1] < order.rows:
+        return order.locate(positions)
+    positions = positions % order.rows  # padding: the epoch's beginning again
+    ascending = np.argsort(positions, kind="stable")
+    blocks, rows = np.empty_like(positions), np.empty_like(positions)
+    blocks[ascending], rows[ascending] = order.locate(positions[ascending])
+    return blocks, rows
+
+
+def _gathered(
+    reader: BlockReader,
+    blocks: Any,
+    rows: Any,
+    opened: collections.OrderedDict[int, Block],
+) -> Block:
+    """Copy rows from all over the data set, block by block, and then into their order."""
+    by_block = np.argsort(
+        blocks.astype(np.uint16) if blocks.max() < 2**16 else blocks, kind="stable"
+    )
+    sorted_blocks, sorted_rows = blocks[by_block], rows[by_block]
+    borders = np.flatnonzero(np.diff(sorted_blocks, prepend=-1, append=-1)).tolist()
+    back = np.empty_like(by_block)
+    back[by_block] = np.arange(len(by_block))
+    dense: dict[str, Any] = {}
+    others: dict[str, list[Any]] = {}
+    for start, end in itertools.pairwise(borders):
+        index = int(sorted_blocks[start])
+        block = opened.get(index)
+        if block is None:
+            block = opened[index] = reader.open(index)
+        opened.move_to_end(index)
+        chosen = sorted_rows[start:end]
+        for name, array in block.dense.items():
+            if name not in dense:
+                dense[name] = np.empty((len(rows), *array.shape[1:]), array.dtype)
+            array.take(chosen, axis=0, out=dense[name][start:end], mode="clip")
+        for name, array in block.others.items():
+            others.setdefault(name, []).append(array.take(pa.array(chosen)))
+    return Block(
+        len(rows),
+        {name: array.take(back, axis=0) for name, array in dense.items()},
+        {name: pa.concat_arrays(parts).take(pa.array(back)) for name, parts in others.items()},
+    )
+
+
+_END: Any = object()
+
+
+def _made_ahead(items: Iterator[_Item], count: int) -> Iterator[_Item]:
+    """Let a thread make the next few items while one is used."""
+    with ThreadPoolExecutor(1, "horovodrunner-data") as thread:
+        waiting = collections.deque(thread.submit(next, items, _END) for _ in range(count))
+        try:
+            while (item := waiting.popleft().result()) is not _END:
+                waiting.append(thread.submit(next, items, _END))
+                yield item
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
+def _mapped(
+    function: Callable[[Any], _Item], items: Iterator[Any], threads: int
+) -> Generator[_Item, None, None]:
+    """Call a function with each item, in threads if there are any, and keep the order."""
+    if not threads:
+        yield from map(function, items)
+        return
+    waiting: collections.deque[Future[_Item]] = collections.deque()
+    with ThreadPoolExecutor(threads, "horovodrunner-data") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,0 +1,288 @@
+"""Stores a DataFrame where the ranks can read it. Runs in: the driver."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from horovodrunner.core.places import is_url, open_place
+from horovodrunner.data.cache import cache, remove
+from horovodrunner.data.columns import (
+    Column,
+    Lengths,
+    NullPolicy,
+    check_policies,
+    with_masks,
+)
+from horovodrunner.data.dataset import DataSet
+from horovodrunner.data.stored import MANIFEST, Manifest, StoredFile
+from horovodrunner.data.writing import REPORT_SCHEMA, WriteJob, write_rows
+from horovodrunner.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    ConfigurationError,
+    DataError,
+)
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+__all__ = ["CACHE_DIR_CONF", "CACHE_LIMIT_CONF", "from_arrow", "from_dataframe"]
+
+CACHE_DIR_CONF = "spark.horovodrunner.data.cacheDir"
+CACHE_LIMIT_CONF = "spark.horovodrunner.data.cacheLimit"
+
+_ERROR_LINE = re.compile(r"^(?:[\w.]*(?:Error|Exception)): .+", re.MULTILINE)
+
+
+def from_dataframe(
+    df: DataFrame,
+    cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str | None = None,
+    nulls: Mapping[str, NullPolicy] | None = None,
+    reuse: bool = True,
+) -> DataSet:
+    """Store the rows of a DataFrame for training.
+
+    The executors compute the DataFrame once and write it as Arrow files. Calling this again with a
+    DataFrame of the same plan, over the same input files, gives the data set that is there already.
+    It is deleted by ``delete()``, at the end of a ``with`` block, and when this process ends.
+
+    Parameters
+    ----------
+    df
+        The DataFrame; docs/data.md says what becomes of each type.
+    cache_dir
+        A directory, or a URL that fsspec knows, which the executors and this process reach. By
+        default what the conf ``spark.horovodrunner.data.cacheDir`` says, and on a local master a
+        temporary directory.
+    dtype
+        ``"float32"`` or ``"float64"``: what all floating-point numbers, also in arrays and vectors,
+        become. By default they stay what they are.
+    nulls
+        What becomes of null values, by column name: :func:`fill` or :func:`mask`. A null in
+        another column is an error.
+    reuse
+        Whether a data set of the same plan is good enough. Spark cannot see all that a plan depends
+        on, a JDBC table's rows say.
+
+    Returns
+    -------
+    DataSet
+        A small handle: pass it to training code, or let it be in a closure.
+
+    Raises
+    ------
+    ConfigurationError
+        If an argument has no valid value, or no place is known that executors reach.
+    DataError
+        If a column cannot be stored, or not all that was written is seen from here.
+    """
+    if not hasattr(df, "mapInArrow"):
+        raise ArgumentTypeError(f"df={df!r}: give a Spark DataFrame, not {type(df).__name__}")
+    if dtype not in (None, "float32", "float64"):
+        raise ArgumentValueError(f"dtype={dtype!r}: it is 'float32', 'float64' or None")
+    from horovodrunner.data.schema import prepared
+
+    spark = df.sparkSession
+    base = _base(spark, cache_dir)
+    limit = _limit(spark)
+    source, columns = prepared(df, dtype)
+    nulls = dict(nulls or {})
+    check_policies(nulls, columns)
+    columns = with_masks(columns, nulls)
+    settings = (base, tuple(columns), tuple(sorted(nulls.items(), key=lambda each: each[0])))
+    if reuse and (found := cache.find(df, settings)) is not None:
+        return found
+
+    is_of = _same_plan(df, settings)
+
+    def write(location: str) -> Iterable[str]:
+        job = WriteJob(location, tuple(columns), nulls)
+        rows = source.mapInArrow(functools.partial(write_rows, job), REPORT_SCHEMA).collect()
+        return [row["report"] for row in rows]
+
+    return _stored(base, columns, write, is_of, limit)
+
+
+def from_arrow(
+    table: pa.Table,
+    cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    nulls: Mapping[str, NullPolicy] | None = None,
+) -> DataSet:
+    """Store an Arrow table in the same way, without Spark: for tests of training code.
+
+    Parameters
+    ----------
+    table
+        The rows.
+    cache_dir
+        A directory, or a URL that fsspec knows; by default a temporary directory.
+    nulls
+        What becomes of null values, by column name.
+
+    Returns
+    -------
+    DataSet
+        As :func:`from_dataframe` gives.
+
+    Raises
+    ------
+    DataError
+        If a column cannot be stored.
+
+    Examples
+    --------
+    >>> import pyarrow as pa
+    >>> with from_arrow(pa.table({"x": [1.0, 2.0]})) as rows:
+    ...     len(rows)
+    2
+    """
+    from horovodrunner.data.schema import arrow_columns
+
+    columns = arrow_columns(table.schema)
+    nulls = dict(nulls or {})
+    check_policies(nulls, columns)
+    columns = with_masks(columns, nulls)
+    base = os.fspath(cache_dir) if cache_dir is not None else tempfile.gettempdir()
+
+    def write(location: str) -> Iterable[str]:
+        job = WriteJob(location, tuple(columns), nulls)
+        reports = write_rows(job, iter(table.to_batches()))
+        return [text for report in reports for text in report.column("report").to_pylist()]
+
+    return _stored(base, columns, write, lambda df, settings: False, None)
+
+
+def _stored(
+    base: str,
+    columns: Sequence[Column],
+    write: Callable[[str], Iterable[str]],
+    is_of: Callable[[Any, Any], bool],
+    limit: int | None,
+) -> DataSet:
+    identity = uuid.uuid4().hex
+    location = f"{base.rstrip('/')}/horovodrunner-data-{identity}"
+    place = open_place(location)
+    try:
+        place.make("")
+        reports = sorted((json.loads(text) for text in write(location)), key=lambda r: r["part"])
+        manifest = _manifest(columns, reports)
+        _check_all_there(location, manifest)
+        stream = place.create(MANIFEST)
+        stream.write(manifest.to_json().encode())
+        place.close(stream)
+    except BaseException as error:
+        remove(location)
+        if isinstance(error, Exception) and (text := _cause_in_a_task(error)):
+            raise DataError(
+                f"the rows could not be written to {location}: {text}. The Spark error above has "
+                "the whole story"
+            ) from error
+        raise
+    return cache.add(identity, location, manifest, is_of, limit)
+
+
+def _cause_in_a_task(error: Exception) -> str:
+    """Give what a Python task of Spark failed of, if that is what happened."""
+    if type(error).__module__.partition(".")[0] != "pyspark":
+        return ""
+    text = str(error)
+    return found.group() if "write_rows" in text and (found := _ERROR_LINE.search(text)) else ""
+
+
+def _manifest(columns: Sequence[Column], reports: Sequence[Mapping[str, Any]]) -> Manifest:
+    for report in reports:
+        if problem := report.get("problem"):
+            raise DataError(str(problem))
+    files = tuple(
+        StoredFile(
+            report["file"],
+            report["bytes"],
+            *(tuple(report[name]) for name in ("rows", "offsets", "ends")),
+        )
+        for report in reports
+    )
+    lengths: list[list[list[Lengths]]] = [report["lengths"] for report in reports]
+    sized = []
+    for number, column in enumerate(columns):
+        levels = [[each[number][level] for each in lengths] for level in range(len(column.dims))]
+        dims = tuple(_common_length(level) for level in levels)
+        sized.append(replace(column, dims=dims))
+    return Manifest(tuple(sized), files)
+
+
+def _common_length(lengths: Sequence[Lengths]) -> int | None:
+    """Give the length that all arrays of one level have, if they do."""
+    least = min((each[0] for each in lengths), default=1)
+    greatest = max((each[1] for each in lengths), default=0)
+    return greatest if least == greatest else None
+
+
+def _check_all_there(location: str, manifest: Manifest) -> None:
+    place = open_place(location)
+    place.refresh()
+    for file in manifest.files:
+        try:
+            size = place.size(file.name)
+        except FileNotFoundError:
+            size = -1
+        if size != file.size:
+            seen = "is not there" if size < 0 else f"has {size:,} bytes instead of {file.size:,}"
+            raise DataError(
+                f"the executors wrote {len(manifest.files)} files to {location}, but from here "
+                f"{file.name} {seen}: that directory is not the same on all hosts. Give a "
+                "cache_dir that all of them share (a mounted file system, or a URL such as "
+                "s3://bucket/tmp), or shared=False"
+            )
+
+
+def _base(spark: SparkSession, cache_dir: str | os.PathLike[str] | None) -> str:
+    chosen = cache_dir if cache_dir is not None else spark.conf.get(CACHE_DIR_CONF, None)
+    if chosen is not None:
+        text = os.fspath(chosen)
+        return text if is_url(text) else os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111
+    master = str(spark.conf.get("spark.master", ""))
+    if master.startswith("local"):
+        return tempfile.gettempdir()
+    raise ConfigurationError(
+        f"from_dataframe needs a place that the executors of {master or 'this cluster'} and this "
+        "process reach: give cache_dir (a shared directory, or a URL such as s3://bucket/tmp), set "
+        f"the conf {CACHE_DIR_CONF}, or let the rows travel with the run: shared=False"
+    )
+
+
+def _limit(spark: SparkSession) -> int | None:
+    text = spark.conf.get(CACHE_LIMIT_CONF, None)
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{CACHE_LIMIT_CONF}={text!r}: give a number of bytes") from error
+
+
+def _same_plan(df: DataFrame, settings: Any) -> Callable[[Any, Any], bool]:
+    """Tell whether another DataFrame has the same rows, as far as Spark knows."""
+    files = sorted(df.inputFiles())
+
+    def is_of(other: Any, other_settings: Any) -> bool:
+        return (
+            other_settings == settings
+            and other.sparkSession is df.sparkSession
+            and other.sameSemantics(df)
+            and sorted(other.inputFiles()) == files
+        )
+
+    return is_of

@@ -1,0 +1,180 @@
+"""What a DataFrame's schema becomes. Runs in: the driver."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from horovodrunner.data.columns import Column
+from horovodrunner.errors import DataError
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+__all__ = ["arrow_columns", "prepared"]
+
+_NUMBERS = {
+    "ByteType": "int8",
+    "ShortType": "int16",
+    "IntegerType": "int32",
+    "LongType": "int64",
+    "FloatType": "float32",
+    "DoubleType": "float64",
+    "DecimalType": "float64",
+    "BooleanType": "bool",
+    "DateType": "datetime64[D]",
+    "TimestampType": "datetime64[us]",
+    "TimestampNTZType": "datetime64[us]",
+    "DayTimeIntervalType": "timedelta64[us]",
+}
+_ARROW_NUMBERS = (
+    (pa.types.is_integer, ""),
+    (pa.types.is_float32, ""),
+    (pa.types.is_float64, ""),
+    (pa.types.is_boolean, "bool"),
+    (pa.types.is_decimal, "float64"),
+    (pa.types.is_date32, "datetime64[D]"),
+    (pa.types.is_timestamp, "datetime64[us]"),
+    (pa.types.is_duration, "timedelta64[us]"),
+)
+_TEXTS = {"StringType", "CharType", "VarcharType"}
+_REMEDIES = {
+    "MapType": "select the keys you need (df.m['key']), or map_values(...) as an array",
+    "NullType": "cast it to the type it should have, or leave it out",
+    "VariantType": "take out what you need with variant_get(...)",
+    "YearMonthIntervalType": "cast it to a number of months",
+    "CalendarIntervalType": "cast it to an interval of days to seconds, or to a number",
+    "TimeType": "cast it to a string, or to a number of seconds",
+    "StructType": "in an array it cannot be a batch: make an array of each field "
+    "(df.points.x is one of all x), or explode it",
+    "MatrixUDT": "make an array of its values",
+}
+
+
+def prepared(df: DataFrame, floats: str | None) -> tuple[DataFrame, list[Column]]:
+    """Say how a DataFrame is stored, and make it what Arrow can carry.
+
+    Parameters
+    ----------
+    df
+        The DataFrame.
+    floats
+        ``"float32"`` or ``"float64"``: what floating-point numbers become; None leaves them.
+
+    Returns
+    -------
+    tuple of DataFrame and list of Column
+        The same rows, with arrays instead of ML vectors, and what is stored of them.
+
+    Raises
+    ------
+    DataError
+        If a column has a type that cannot be stored, or two have the same name.
+    """
+    fields = df.schema.fields
+    if not fields:
+        raise DataError("the DataFrame has no columns: select at least one")
+    for name, count in Counter(field.name for field in fields).items():
+        if count > 1:
+            raise DataError(
+                f"{count} columns have the name {name!r}: rename them (withColumnRenamed) or "
+                "leave some out, so that a batch can have them all"
+            )
+    columns: list[Column] = []
+    for field in fields:
+        if type(field.dataType).__name__ == "VectorUDT":
+            df, column = _vector(df, field.name, floats)
+            columns.append(column)
+        else:
+            columns += _columns_of((field.name,), field.dataType, floats)
+    return df, columns
+
+
+def _vector(df: DataFrame, name: str, floats: str | None) -> tuple[DataFrame, Column]:
+    from pyspark.ml.functions import vector_to_array
+
+    dtype = floats or "float64"
+    quoted = "`" + name.replace("`", "``") + "`"
+    return df.withColumn(name, vector_to_array(df[quoted], dtype)), Column(
+        (name,), "number", dtype, (None,)
+    )
+
+
+def _columns_of(path: tuple[str, ...], spark_type: Any, floats: str | None) -> list[Column]:
+    name = type(spark_type).__name__
+    if name == "StructType" and not spark_type.fields:
+        raise DataError(f"column {'.'.join(path)!r} is a struct without fields: leave it out")
+    if name == "StructType":
+        return [
+            column
+            for field in spark_type.fields
+            for column in _columns_of((*path, field.name), field.dataType, floats)
+        ]
+    levels = 0
+    while name == "ArrayType":
+        levels += 1
+        spark_type = spark_type.elementType
+        name = type(spark_type).__name__
+    dims = (None,) * levels
+    if name in _TEXTS:
+        return [Column(path, "string", dims=dims)]
+    if name == "BinaryType":
+        return [Column(path, "binary", dims=dims)]
+    if name in _NUMBERS:
+        dtype = _NUMBERS[name]
+        if floats and dtype.startswith("float"):
+            dtype = floats
+        return [Column(path, "number", dtype, dims)]
+    raise DataError(
+        f"column {'.'.join(path)!r} has {'arrays of ' if levels else ''}the type "
+        f"{spark_type.simpleString()}, which cannot be fed to the ranks: "
+        + _REMEDIES.get(name, "convert it to numbers, strings, binary or arrays of these")
+    )
+
+
+def arrow_columns(schema: pa.Schema) -> list[Column]:
+    """Say how an Arrow table is stored.
+
+    Parameters
+    ----------
+    schema
+        Its schema.
+
+    Returns
+    -------
+    list of Column
+        What is stored of it.
+
+    Raises
+    ------
+    DataError
+        If a column has a type that cannot be stored.
+    """
+    return [column for field in schema for column in _of_arrow((field.name,), field.type)]
+
+
+def _of_arrow(path: tuple[str, ...], arrow_type: pa.DataType) -> list[Column]:
+    if pa.types.is_struct(arrow_type):
+        return [
+            column for field in arrow_type for column in _of_arrow((*path, field.name), field.type)
+        ]
+    levels = 0
+    while pa.types.is_list(arrow_type) or pa.types.is_fixed_size_list(arrow_type):
+        levels += 1
+        arrow_type = arrow_type.value_type
+    dims = (None,) * levels
+    if pa.types.is_string(arrow_type):
+        return [Column(path, "string", dims=dims)]
+    if pa.types.is_binary(arrow_type):
+        return [Column(path, "binary", dims=dims)]
+    for is_of, dtype in _ARROW_NUMBERS:
+        if is_of(arrow_type):
+            return [
+                Column(path, "number", dtype or str(arrow_type.to_pandas_dtype().__name__), dims)
+            ]
+    raise DataError(
+        f"column {'.'.join(path)!r} has the type {arrow_type}, which cannot be stored: convert it "
+        "to numbers, strings, binary or lists of these"
+    )

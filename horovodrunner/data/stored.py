@@ -1,0 +1,371 @@
+"""A data set as it is stored: the manifest, and blocks mapped into memory. Runs in: every process.
+
+::
+
+    <location>/manifest.json                    written last: without it there is no data set
+              /part-000003-1f0c….arrow ...      Arrow IPC streams, one record batch per block
+
+A block is mapped copy-on-write and only while it is used: what is done to a batch in place stays
+with that batch, and memory holds pages that the kernel may drop. Behind a URL, blocks are first
+copied to a directory of this host, which its processes share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import json
+import math
+import mmap
+import os
+import shutil
+import socket
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from horovodrunner.core.places import LocalPlace, open_place
+from horovodrunner.data.columns import Column
+from horovodrunner.data.writing import stored_schema
+from horovodrunner.errors import DataError
+
+__all__ = ["MANIFEST", "Block", "BlockReader", "Manifest", "StoredFile"]
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file and its blocks.
+
+    Parameters
+    ----------
+    name
+        Its name in the data set's directory.
+    size
+        In bytes.
+    rows
+        How many rows each block has.
+    offsets, ends
+        Where each block begins and ends in the file, in bytes.
+    """
+
+    name: str
+    size: int
+    rows: tuple[int, ...]
+    offsets: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a data set consists of.
+
+    Parameters
+    ----------
+    columns
+        Its columns.
+    files
+        Its files, in the order of their rows.
+    """
+
+    columns: tuple[Column, ...]
+    files: tuple[StoredFile, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return sum(sum(each.rows) for each in self.files)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(each.size for each in self.files)
+
+    def to_json(self) -> str:
+        """Give it as text.
+
+        Returns
+        -------
+        str
+            What :meth:`from_json` takes.
+        """
+        files = [vars(each) for each in self.files]
+        columns = [each.to_json() for each in self.columns]
+        return json.dumps({"format": _FORMAT, "columns": columns, "files": files})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """Read it back.
+
+        Parameters
+        ----------
+        text
+            What :meth:`to_json` gave.
+
+        Returns
+        -------
+        Manifest
+            The same.
+
+        Raises
+        ------
+        DataError
+            If it was written in a newer format.
+        """
+        fields = json.loads(text)
+        if fields["format"] != _FORMAT:
+            raise DataError(
+                f"the data set has format {fields['format']}, and this release of horovodrunner "
+                f"reads format {_FORMAT}: use the release that wrote it"
+            )
+        return cls(
+            tuple(Column.from_json(each) for each in fields["columns"]),
+            tuple(_file_from(each) for each in fields["files"]),
+        )
+
+
+def _file_from(fields: Mapping[str, Any]) -> StoredFile:
+    tuples = {name: tuple(fields[name]) for name in ("rows", "offsets", "ends")}
+    return StoredFile(fields["name"], fields["size"], **tuples)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rows of one block, or of a part of some.
+
+    Parameters
+    ----------
+    count
+        How many rows.
+    dense
+        NumPy arrays, shaped ``(count, ...)``, by column name.
+    others
+        Arrow arrays of the columns that are not dense, by column name.
+    """
+
+    count: int
+    dense: Mapping[str, Any]
+    others: Mapping[str, pa.Array]
+
+    def slice(self, start: int, end: int) -> Block:
+        """Give some consecutive rows, without copying.
+
+        Parameters
+        ----------
+        start, end
+            The rows, without the end.
+
+        Returns
+        -------
+        Block
+            Views of this one.
+        """
+        return Block(
+            end - start,
+            {name: array[start:end] for name, array in self.dense.items()},
+            {name: array.slice(start, end - start) for name, array in self.others.items()},
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Block]) -> Block:
+        """Copy some parts one after the other.
+
+        Parameters
+        ----------
+        parts
+            At least one.
+
+        Returns
+        -------
+        Block
+            All their rows.
+        """
+        first = parts[0]
+        return Block(
+            sum(part.count for part in parts),
+            {name: np.concatenate([part.dense[name] for part in parts]) for name in first.dense},
+            {name: pa.concat_arrays([p.others[name] for p in parts]) for name in first.others},
+        )
+
+
+class BlockReader:
+    """Opens the blocks of a data set.
+
+    Parameters
+    ----------
+    identity
+        Names the data set among all there are.
+    location
+        Its directory or URL.
+    names
+        The columns to read; None: all.
+
+    Raises
+    ------
+    DataError
+        If this process cannot find the data set.
+    """
+
+    def __init__(self, identity: str, location: str, names: Sequence[str] | None = None) -> None:
+        self._identity = identity
+        self._location = location
+        self._place = open_place(location)
+        self.manifest = self._read_manifest()
+        columns = self.manifest.columns
+        self.columns = tuple(each for each in columns if names is None or each.name in names)
+        self._schema = stored_schema(columns)
+        files = self.manifest.files
+        self._file = np.repeat(np.arange(len(files)), [len(each.rows) for each in files])
+        self._offsets = np.array([start for each in files for start in each.offsets], np.int64)
+        self._ends = np.array([end for each in files for end in each.ends], np.int64)
+        self.block_rows = np.array([count for each in files for count in each.rows], np.int64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        names = [each.name for each in self.columns]
+        return BlockReader, (self._identity, self._location, names)
+
+    @property
+    def row_bytes(self) -> int:
+        """About how large a row is, with all its columns."""
+        rows = int(self.block_rows.sum())
+        return max(1, int((self._ends - self._offsets).sum()) // max(1, rows))
+
+    def open(self, index: int) -> Block:
+        """Map a block into memory.
+
+        Parameters
+        ----------
+        index
+            Its number, in stored order.
+
+        Returns
+        -------
+        Block
+            Its rows; writing into its dense arrays changes nothing but this mapping.
+
+        Raises
+        ------
+        DataError
+            If the file is gone, or cannot be read.
+        """
+        start, end = int(self._offsets[index]), int(self._ends[index])
+        file = self.manifest.files[int(self._file[index])]
+        try:
+            if isinstance(self._place, LocalPlace):
+                return self._mapped(self._place.root / file.name, start, end)
+            path = self._host_copy.path(f"{index}.block")
+            if not path.exists():
+                self._host_copy.put(path, self._place.read(file.name, start, end))
+            return self._mapped(path, 0, end - start)
+        except (OSError, ValueError, pa.ArrowInvalid) as error:
+            raise self._lost(f"{file.name}: {error}") from error
+
+    def _mapped(self, path: Path, start: int, end: int) -> Block:
+        page_start = start - start % mmap.ALLOCATIONGRANULARITY
+        with path.open("rb") as file:
+            mapping = mmap.mmap(
+                file.fileno(), end - page_start, access=mmap.ACCESS_COPY, offset=page_start
+            )
+        mapping.madvise(mmap.MADV_WILLNEED)
+        whole = pa.py_buffer(mapping)
+        rows = pa.ipc.read_record_batch(whole.slice(start - page_start), self._schema)
+        dense: dict[str, Any] = {}
+        others: dict[str, pa.Array] = {}
+        for column in self.columns:
+            array = rows.column(self._schema.get_field_index(column.name))
+            if column.is_dense:
+                dense[column.name] = _numbers_in(mapping, whole.address, array, column)
+            else:
+                others[column.name] = array
+        return Block(rows.num_rows, dense, others)
+
+    @cached_property
+    def _host_copy(self) -> _HostCopy:
+        return _HostCopy(self._identity)
+
+    def _read_manifest(self) -> Manifest:
+        try:
+            with contextlib.closing(self._place.open(MANIFEST)) as file:
+                return Manifest.from_json(file.read())
+        except OSError as error:
+            raise self._lost(str(error)) from error
+
+    def _lost(self, why: str) -> DataError:
+        return DataError(
+            f"{socket.gethostname()} cannot read the data set at {self._location}: {why}. Either "
+            "it was deleted (delete(), the end of the driver or of a with block), or this host "
+            "does not see what others wrote there: give from_dataframe a cache_dir that every "
+            "host reaches, or shared=False"
+        )
+
+
+def _numbers_in(mapping: mmap.mmap, address: int, array: pa.Array, column: Column) -> Any:
+    """Give the numbers of a dense column as a view of the mapping."""
+    shape = (len(array), *(length or 0 for length in column.dims))
+    for _ in column.dims:
+        array = array.values
+    if 0 in shape:
+        return np.empty(shape, column.dtype)
+    offset = array.buffers()[1].address - address
+    numbers = np.frombuffer(mapping, array.type.to_pandas_dtype(), math.prod(shape), offset)
+    if column.dtype == "datetime64[D]":
+        numbers = numbers.astype(column.dtype)  # days are stored in half of NumPy's width
+    return numbers.view(column.dtype).reshape(shape)
+
+
+class _HostCopy:
+    """A directory with blocks that were read from a URL, for all processes of this host.
+
+    Each of them holds a shared lock; the last one that leaves deletes it.
+    """
+
+    def __init__(self, identity: str) -> None:
+        name = f"horovodrunner-data-{identity}-{getpass.getuser()}"
+        self._directory = Path(tempfile.gettempdir(), name)
+        lock = self._locked()
+        weakref.finalize(self, _leave, self._directory, lock, os.getpid())
+
+    def _locked(self) -> int:
+        while True:
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            try:
+                lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            except FileNotFoundError:
+                continue  # somebody is just deleting it
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), (self._directory / "lock").stat()):
+                    return lock
+            os.close(lock)
+
+    def path(self, name: str) -> Path:
+        return self._directory / name
+
+    def put(self, path: Path, data: bytes) -> None:
+        handle, temporary = tempfile.mkstemp(dir=self._directory)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def _leave(directory: Path, lock: int, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a forked process shares its parent's lock
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(directory, ignore_errors=True)
+    os.close(lock)
