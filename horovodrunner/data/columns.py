@@ -257,7 +257,7 @@ def _stored_column(
     if source is not None:
         return _values_at(batch, source).is_null().cast(pa.uint8()), []
     array = _values_at(batch, column.path)
-    if policy is None and array.null_count:
+    if policy is None and array.null_count and not column.dims:
         raise _Refused(
             f"has {array.null_count} nulls among {len(array)} rows. Say what they are to become: "
             f"nulls={{{column.name!r}: data.fill(...)}} or data.mask(), or drop those rows "

@@ -29,6 +29,8 @@ class Ragged:
     >>> tokens = Ragged(np.array([5, 6, 7]), np.array([0, 2, 2, 3]))
     >>> len(tokens), tokens[0].tolist()
     (3, [5, 6])
+    >>> tokens[1:].lengths.tolist()
+    [0, 1]
     >>> tokens.padded().tolist()
     [[5, 6], [0, 0], [7, 0]]
     """
@@ -39,7 +41,13 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            start, end, step = index.indices(len(self))
+            if step != 1:
+                raise ArgumentValueError(f"a Ragged has no slices with a step, got {step}")
+            offsets = self.offsets[start : max(start, end) + 1]
+            return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
