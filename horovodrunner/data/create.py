@@ -227,7 +227,7 @@ def _common_length(lengths: Sequence[Lengths]) -> int | None:
     """Give the length that all arrays of one level have, if they do."""
     least = min((each[0] for each in lengths), default=1)
     greatest = max((each[1] for each in lengths), default=0)
-    return greatest if least == greatest else None
+    return greatest if least == greatest > 0 else None
 
 
 def _check_all_there(location: str, manifest: Manifest) -> None:

@@ -314,8 +314,6 @@ def _numbers_in(mapping: mmap.mmap, address: int, array: pa.Array, column: Colum
     shape = (len(array), *(length or 0 for length in column.dims))
     for _ in column.dims:
         array = array.values
-    if 0 in shape:
-        return np.empty(shape, column.dtype)
     offset = array.buffers()[1].address - address
     numbers = np.frombuffer(mapping, array.type.to_pandas_dtype(), math.prod(shape), offset)
     if column.dtype == "datetime64[D]":

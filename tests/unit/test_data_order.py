@@ -147,7 +147,7 @@ def test_what_was_seen_is_not_seen_again_with_another_number_of_ranks() -> None:
 
 def test_nothing_is_left_at_the_end() -> None:
     for remainder in ("drop", "pad", "join"):
-        assert len(EpochSteps(100, 5, 0, 2, remainder, start=100)) == 0  # type: ignore[arg-type]
+        assert len(EpochSteps(100, 5, 0, 2, remainder, start=100)) == 0
 
 
 def test_too_few_rows_are_refused_with_the_numbers() -> None:

@@ -287,7 +287,7 @@ def test_types(tmp_path: Path) -> None:
             assert batch["point"]["where"]["y"].tolist() == ["north"] * 3
             assert batch["points"].values.shape == (3, 2)
             assert batch["points"].lengths[order].tolist() == [1, 2, 0]
-            assert batch["nothing"].shape == (3, 0)
+            assert batch["nothing"].lengths.tolist() == [0, 0, 0]
         (tensors,) = rows.torch(3)
         assert tensors["day"].tolist() == [19782] * 3
         assert tensors["moment"].tolist() == [int(moment.timestamp()) * 1_000_000] * 3
