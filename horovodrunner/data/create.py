@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -41,7 +42,9 @@ __all__ = ["CACHE_DIR_CONF", "CACHE_LIMIT_CONF", "from_arrow", "from_dataframe"]
 CACHE_DIR_CONF = "spark.horovodrunner.data.cacheDir"
 CACHE_LIMIT_CONF = "spark.horovodrunner.data.cacheLimit"
 
-_ERROR_LINE = re.compile(r"^(?:[\w.]*(?:Error|Exception)): .+", re.MULTILINE)
+_OS_ERROR = re.compile(
+    r"^(?:OSError|PermissionError|FileNotFoundError|NotADirectoryError): .+", re.M
+)
 
 
 def from_dataframe(
@@ -184,22 +187,24 @@ def _stored(
         stream.write(manifest.to_json().encode())
         place.close(stream)
     except BaseException as error:
-        remove(location)
-        if isinstance(error, Exception) and (text := _cause_in_a_task(error)):
+        with contextlib.suppress(OSError):
+            remove(location)
+        if isinstance(error, Exception) and (text := _cause_of_writing(error)):
             raise DataError(
-                f"the rows could not be written to {location}: {text}. The Spark error above has "
-                "the whole story"
+                f"the rows cannot be written to {location}: {text}. Give a cache_dir that the "
+                "executors and this process can write to, with room for the rows"
             ) from error
         raise
     return cache.add(identity, location, manifest, is_of, limit)
 
 
-def _cause_in_a_task(error: Exception) -> str:
-    """Give what a Python task of Spark failed of, if that is what happened."""
-    if type(error).__module__.partition(".")[0] != "pyspark":
-        return ""
+def _cause_of_writing(error: Exception) -> str:
+    """Say why a file could not be written, if that is what happened: here, or in a Spark task."""
+    if isinstance(error, OSError):
+        return str(error)
     text = str(error)
-    return found.group() if "write_rows" in text and (found := _ERROR_LINE.search(text)) else ""
+    is_of_task = type(error).__module__.startswith("pyspark.") and "_write_file" in text
+    return found.group() if is_of_task and (found := _OS_ERROR.search(text)) else ""
 
 
 def _manifest(columns: Sequence[Column], reports: Sequence[Mapping[str, Any]]) -> Manifest:
