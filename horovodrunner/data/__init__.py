@@ -20,6 +20,7 @@ from horovodrunner.data.batches import Batches
 from horovodrunner.data.columns import NullPolicy, fill, mask
 from horovodrunner.data.create import from_arrow, from_dataframe
 from horovodrunner.data.dataset import DataSet
+from horovodrunner.data.images import decode_images
 from horovodrunner.data.ragged import Ragged
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "DataSet",
     "NullPolicy",
     "Ragged",
+    "decode_images",
     "fill",
     "from_arrow",
     "from_dataframe",

@@ -438,3 +438,44 @@ def test_behind_a_url_blocks_are_copied_to_this_host_and_deleted(
         del other
         assert not copy.exists()
     assert list((tmp_path / "remote").iterdir()) == []
+
+
+def encoded(kind: str, shade: int, height: int = 10, width: int = 20) -> bytes:
+    import io
+
+    import PIL.Image
+
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (width, height), (shade, 0, 255 - shade)).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("options", [{}, {"threads": 2}, {"num_workers": 2}])
+def test_images_are_decoded_in_threads_and_processes(options: dict[str, Any]) -> None:
+    images = [encoded("PNG" if shade % 2 else "JPEG", shade) for shade in range(0, 200, 5)]
+    with data.from_arrow(pa.table({"image": images, "shade": range(0, 200, 5)})) as rows:
+        decode = data.decode_images("image", size=(8, 16))
+        batches = rows.torch(10, shuffle=True, batch_transform=decode, **options)
+        found = list(batches)
+    assert len(found) == 4
+    for batch in found:
+        assert batch["image"].shape == (10, 8, 16, 3)
+        difference = batch["image"][:, 3, 5, 0].int() - batch["shade"]
+        assert int(difference.abs().max()) <= 3  # JPEG rounds
+
+
+def test_what_is_no_image_is_named() -> None:
+    images = [encoded("PNG", 0), b"nothing"]
+    with data.from_arrow(pa.table({"image": images})) as rows:
+        with pytest.raises(DataError, match=r"row 1 of the batch has no image in 'image'"):
+            list(rows.numpy(2, batch_transform=data.decode_images("image")))
+        with pytest.raises(DataError, match="no column 'picture' to decode; there are image"):
+            list(rows.numpy(2, batch_transform=data.decode_images("picture")))
+    sizes = [encoded("PNG", 0), encoded("PNG", 0, height=11)]
+    with (
+        data.from_arrow(pa.table({"image": sizes})) as rows,
+        pytest.raises(DataError, match=r"different sizes.*give decode_images a size"),
+    ):
+        list(rows.numpy(2, batch_transform=data.decode_images("image", mode="L")))
+    with pytest.raises(ArgumentValueError, match="height and width"):
+        data.decode_images("image", size=(0, 5))
