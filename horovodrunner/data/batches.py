@@ -227,7 +227,8 @@ class Batches(Generic[_Batch]):
     def _tell(self, steps: EpochSteps) -> None:
         """Log once how the rows are shared out."""
         text = f"horovodrunner.data: {steps.in_words()}"
-        if self._options.rank == 0 and current_context() is not None and text not in _told:
+        is_rank_0 = own_rank_and_size()[0] == 0
+        if is_rank_0 and current_context() is not None and text not in _told:
             _told.add(text)
             log_to_driver(text)
 

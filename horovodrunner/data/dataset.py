@@ -233,6 +233,8 @@ class DataSet:
     ) -> TorchBatches:
         """Read batches of torch tensors.
 
+        The parameters of every way to read (:class:`DataSet`), and:
+
         Parameters
         ----------
         num_workers
@@ -243,8 +245,6 @@ class DataSet:
             Called with each batch, a dict of tensors.
         **loader
             Further arguments of ``torch.utils.data.DataLoader``, ``prefetch_factor`` say.
-
-        The others are those of every way to read, see :class:`DataSet`.
 
         Returns
         -------
@@ -295,14 +295,14 @@ class DataSet:
     ) -> tf.data.Dataset:
         """Read batches as a TensorFlow dataset, which Keras takes on any backend.
 
+        The parameters of every way to read (:class:`DataSet`), and:
+
         Parameters
         ----------
         prefetch
             How many batches are made ahead.
         state
             ``{"epoch": ..., "position": ...}`` to go on from: rows that all ranks have taken.
-
-        The others are those of every way to read, see :class:`DataSet`.
 
         Returns
         -------

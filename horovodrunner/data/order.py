@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -324,8 +324,8 @@ class EpochSteps:
         """
         ranks = "1 rank" if self.size == 1 else f"{self.size:,} ranks"
         text = f"{self.rows:,} rows for {ranks} in batches of {self.batch_size:,}"
-        whole: Any = EpochSteps(self.rows, self.batch_size, 0, self.size, self.remainder)
-        text += f": {len(whole):,} batches a rank and epoch"
+        whole = EpochSteps(self.rows, self.batch_size, 0, self.size, self.remainder)
+        text += f": {len(whole):,} batch{'es' if len(whole) > 1 else ''} a rank and epoch"
         if not whole.left_over:
             return text
         rest = f"{whole.left_over:,} row{'s are' if whole.left_over > 1 else ' is'}"

@@ -178,8 +178,24 @@ def test_quickstart(scratch: Path) -> None:
     assert "rank 1: ValueError('no data for rank 1')" in bad.splitlines()
 
 
+@pytest.mark.spark
+@pytest.mark.horovod
+@pytest.mark.timeout(3 * CELL_SECONDS)
+def test_spark_dataframes(scratch: Path) -> None:
+    pytest.importorskip("keras")
+    [path] = [path for path in NOTEBOOKS if path.name == "06_spark_dataframes.ipynb"]
+    text = "".join(cell.text for cell in execute(path, scratch))
+    assert "414 rows to train on, 143 to test with" in text
+    assert "'features': ('float32', (4, 31))" in text
+    assert "414 rows for 2 ranks in batches of 16: 12 batches a rank and epoch; 30 rows are" in text
+    assert "192 patients on rank 0, 192 on rank 1, 0 on both" in text
+    for framework in ("PyTorch", "Keras"):
+        assert accuracy_in(text[text.index(f"{framework}: accuracy") :]) >= ENOUGH
+
+
 def test_every_notebook_is_executed() -> None:
-    assert {path.name for path in NOTEBOOKS} == {"01_quickstart.ipynb", *TUTORIALS}
+    others = {"01_quickstart.ipynb", "06_spark_dataframes.ipynb"}
+    assert {path.name for path in NOTEBOOKS} == {*others, *TUTORIALS}
 
 
 @pytest.mark.spark
