@@ -241,3 +241,25 @@ def test_the_server_ends_the_run_of_a_client_that_died(server: str, tmp_path: Pa
     while marked_processes() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert marked_processes() == []
+
+
+def test_a_dataframe_feeds_the_ranks(server: str, tmp_path: Path) -> None:
+    script = """
+        from horovodrunner import data
+
+        def table():
+            return spark.range(101).selectExpr("id", "array(id, -id) AS features")
+
+        with data.from_dataframe(table(), directory) as rows:
+            print("reused:", data.from_dataframe(table(), directory) is rows)
+
+            def main():
+                (batch,) = rows.numpy(batch_size=50)
+                return batch["id"].tolist(), batch["features"].shape
+
+            ids, shape = HorovodRunner(np=2).run(main)
+            print("read:", ids == list(range(50)), shape)
+        print("left:", os.listdir(directory))
+    """
+    shown = drive(server, script, tmp_path).splitlines()
+    assert {"reused: True", "read: True (50, 2)", "left: []"} <= set(shown)
