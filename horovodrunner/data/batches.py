@@ -79,8 +79,7 @@ class ReadOptions:
         checked.integer("shuffle_window", self.window_bytes, at_least=1)
         if self.remainder not in get_args(Remainder):
             raise ArgumentValueError(
-                f"remainder={self.remainder!r}: it is one of 'drop', 'pad', 'share' and "
-                "'join'"
+                f"remainder={self.remainder!r}: it is one of 'drop', 'pad', 'share' and 'join'"
             )
 
 

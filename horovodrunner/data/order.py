@@ -340,5 +340,5 @@ class EpochSteps:
         fewer = self.size - whole.left_over
         last = f"{text}; the last one is shorter"
         if self.remainder == "share":
-            return last + (f", and {fewer:,} ranks repeat a row in it" if fewer > 0 else "")
+            return last + (", and some ranks repeat a row in it" if fewer > 0 else "")
         return last + (f", and {fewer:,} ranks have none" if fewer > 0 else "")
