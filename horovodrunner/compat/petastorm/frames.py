@@ -144,7 +144,7 @@ def _array(column: Any, field: Field) -> Any:
         return _stacked([np.asarray(each, dtype) for each in column], field)
     if field.numpy_dtype in (np.str_, str):
         return np.array(column.tolist(), dtype=str)
-    return column.to_numpy() if dtype in (None, bytes, np.bytes_) else column.to_numpy(dtype)
+    return column.to_numpy(None if dtype in (bytes, np.bytes_) else dtype, copy=True)
 
 
 def _stacked(rows: list[Any], field: Field) -> Any:
