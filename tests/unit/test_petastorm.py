@@ -423,11 +423,11 @@ class TestBatchReader:
                 make_batch_reader(parquet.as_uri(), ["label"]), batch_size=8, transform_fn=list
             ) as loader,
         ):
-            batches = iter(loader)
-            assert isinstance(next(batches)["label"], list)
+            running: Any = iter(loader)
+            assert isinstance(next(running)["label"], list)
             with pytest.raises(DataError, match="being iterated"):
                 next(iter(loader))
-            batches.close()
+            running.close()
         with (
             DataLoader(make_batch_reader(parquet.as_uri())) as loader,
             pytest.raises(DataError, match="column 'name'"),
@@ -473,7 +473,7 @@ class TestArguments:
 
     def test_make_spark_converter_checks_before_spark_is_asked(self) -> None:
         with pytest.raises(ConfigurationError, match="compression_codec='zip'"):
-            make_spark_converter(None, compression_codec="zip")  # type: ignore[arg-type]
+            make_spark_converter(None, compression_codec="zip")
         with pytest.raises(ConfigurationError, match="give a Spark DataFrame"):
             make_spark_converter(table())
 

@@ -83,7 +83,9 @@ def make_spark_converter(
     nulls = {name: data.fill(math.nan) for name in _floats(df)}
     try:
         stored = data.from_dataframe(df, place, dtype=dtype, nulls=nulls)
-    except PermissionError as error:
+    except OSError as error:
+        if url is None:
+            raise
         raise DataError(
             f"{SparkDatasetConverter.PARENT_CACHE_DIR_URL_CONF}={url!r}: {error}. Set a directory "
             "that this process may write to and all hosts share. /dbfs is one on Databricks only"

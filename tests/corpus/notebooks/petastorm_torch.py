@@ -45,8 +45,6 @@ def picture(bright, number):
 rows = [(bytearray(picture(n % 2, n)), "bright" if n % 2 else "dark") for n in range(90)]
 df = spark.createDataFrame(rows, "content binary, label string").repartition(3)
 
-labels = sorted(row.label for row in df.select("label").distinct().collect())
-label_to_idx = {label: index for index, label in enumerate(labels)}
 df = df.withColumn("label_index", (col("label") == "dark").cast("long")).select("content", "label_index")
 df_train, df_val = df.randomSplit([0.8, 0.2], seed=12345)
 
