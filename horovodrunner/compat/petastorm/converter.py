@@ -17,7 +17,7 @@ from horovodrunner.compat.petastorm.frames import FrameTransform
 from horovodrunner.compat.petastorm.options import ReaderOptions
 from horovodrunner.compat.petastorm.schema import Field, Schema
 from horovodrunner.compat.petastorm.urls import without_file_scheme
-from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
+from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -81,16 +81,7 @@ def make_spark_converter(
     url = df.sparkSession.conf.get(SparkDatasetConverter.PARENT_CACHE_DIR_URL_CONF, None)
     place = None if url is None else without_file_scheme(url)
     nulls = {name: data.fill(math.nan) for name in _floats(df)}
-    try:
-        stored = data.from_dataframe(df, place, dtype=dtype, nulls=nulls)
-    except OSError as error:
-        if url is None:
-            raise
-        raise DataError(
-            f"{SparkDatasetConverter.PARENT_CACHE_DIR_URL_CONF}={url!r}: {error}. Set a directory "
-            "that this process may write to and all hosts share. /dbfs is one on Databricks only"
-        ) from error
-    return SparkDatasetConverter(stored)
+    return SparkDatasetConverter(data.from_dataframe(df, place, dtype=dtype, nulls=nulls))
 
 
 def _floats(df: DataFrame) -> Iterator[str]:
