@@ -1,4 +1,4 @@
-"""Tells this package's ``sparkdl`` from others of that name. Runs in: every process."""
+"""Tells this package's ``sparkdl`` and ``petastorm`` from others. Runs in: every process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import warnings
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import NamedTuple
 
-__all__ = ["REMEDY", "Found", "find_sparkdl", "other_sparkdls", "warn_of_others"]
+__all__ = [
+    "REMEDY",
+    "Found",
+    "find_sparkdl",
+    "import_package_instead",
+    "other_sparkdls",
+    "warn_of_others",
+]
 
 REMEDY = (
     "pip uninstall sparkdl, then pip install --force-reinstall --no-deps horovodrunner; or import "
@@ -79,6 +86,30 @@ def warn_of_others(own: str) -> None:
             f"hides: {', '.join(others)}. Keep one of them: {REMEDY}",
             stacklevel=3,
         )
+
+
+def import_package_instead(name: str) -> bool:
+    """Put a package in the place of our module of the same name, which is being imported.
+
+    Parameters
+    ----------
+    name
+        The module's name.
+
+    Returns
+    -------
+    bool
+        False if there is no such package on Python's path.
+    """
+    for entry in sys.path:
+        spec = PathFinder.find_spec(name, [entry])
+        if spec is None or spec.loader is None or not spec.submodule_search_locations:
+            continue
+        if spec.origin is not None and "horovodrunner" not in _source(spec):
+            sys.modules[name] = package = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(package)
+            return True
+    return False
 
 
 def _source(spec: ModuleSpec) -> str:

@@ -51,7 +51,8 @@ class ReadOptions:
     epoch
         The epoch to begin with.
     remainder
-        What becomes of the rows that fill no global batch: ``"drop"``, ``"pad"`` or ``"join"``.
+        What becomes of the rows that fill no global batch: ``"drop"``, ``"pad"``,
+        ``"share"`` or ``"join"``.
     window_bytes
         Rows are mixed within about so many consecutive bytes.
 
@@ -78,7 +79,7 @@ class ReadOptions:
         checked.integer("shuffle_window", self.window_bytes, at_least=1)
         if self.remainder not in get_args(Remainder):
             raise ArgumentValueError(
-                f"remainder={self.remainder!r}: it is one of 'drop', 'pad' and 'join'"
+                f"remainder={self.remainder!r}: it is one of 'drop', 'pad', 'share' and 'join'"
             )
 
 
@@ -156,7 +157,7 @@ class Batches(Generic[_Batch]):
     @property
     def rows_of_every_batch(self) -> int | None:
         """How many rows every batch has; None when the last one may have fewer."""
-        has_rest = self._options.remainder == "join" and self._steps(0).left_over
+        has_rest = self._options.remainder in ("share", "join") and self._steps(0).left_over
         return None if has_rest else self._options.batch_size
 
     def first(self) -> _Batch:

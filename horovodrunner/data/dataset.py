@@ -41,10 +41,12 @@ class DataSet:
         default is the DataFrame's order.
     seed, epoch : int
         Choose the random order.
-    remainder : {"drop", "pad", "join"}
+    remainder : {"drop", "pad", "share", "join"}
         What becomes of rows that fill no whole batch of all ranks. They are left out, or the last
         batch is filled up with rows from the epoch's beginning, or they are shared out in a shorter
-        last batch, which some ranks may not get (they call ``hvd.join()``).
+        last batch. When fewer of them are left than there are ranks, ``"share"`` gives the same row
+        to several ranks, and with ``"join"`` some ranks have no last batch (they call
+        ``hvd.join()``).
     columns : sequence of str, optional
         Read these columns only.
     rank, size : int, optional

@@ -26,7 +26,7 @@ from horovodrunner.errors import DataError
 
 __all__ = ["EpochOrder", "EpochSteps", "Remainder", "permuted"]
 
-Remainder = Literal["drop", "pad", "join"]
+Remainder = Literal["drop", "pad", "share", "join"]
 
 _Integers = NDArray[np.int64]
 _HALF_ROUNDS = 6
@@ -217,9 +217,10 @@ class EpochSteps:
         This rank, and how many there are.
     remainder
         What becomes of the rows that fill no global batch. ``"drop"``: they are left out.
-        ``"pad"``: the last batch is filled up with rows from the epoch's beginning. ``"join"``:
-        they are shared out evenly in a last, shorter batch; ranks that get none have one batch
-        less and call ``hvd.join()``.
+        ``"pad"``: the last batch is filled up with rows from the epoch's beginning. ``"share"``:
+        they are shared out evenly in a last, shorter batch; where there are fewer of them than
+        ranks, several ranks get the same row. ``"join"``: the same, but ranks that get no row of
+        their own have one batch less and call ``hvd.join()``.
     start
         Position at which this epoch goes on.
 
@@ -273,7 +274,7 @@ class EpochSteps:
     def __len__(self) -> int:
         if self.remainder == "drop" or not self.left_over:
             return self.whole
-        if self.remainder == "pad":
+        if self.remainder in ("pad", "share"):
             return self.whole + 1
         return self.whole + (self.left_over > self.rank)
 
@@ -296,6 +297,9 @@ class EpochSteps:
             first = base + self.rank * self.batch_size
             return first, first + self.batch_size
         share, extra = divmod(self.left_over, self.size)
+        if not share and self.remainder == "share":
+            first = base + self.rank % extra
+            return first, first + 1
         first = base + self.rank * share + min(self.rank, extra)
         return first, first + share + (self.rank < extra)
 
@@ -335,4 +339,6 @@ class EpochSteps:
             return f"{text}; {whole.global_batch - whole.left_over:,} rows come twice"
         fewer = self.size - whole.left_over
         last = f"{text}; the last one is shorter"
+        if self.remainder == "share":
+            return last + (", and some ranks repeat a row in it" if fewer > 0 else "")
         return last + (f", and {fewer:,} ranks have none" if fewer > 0 else "")

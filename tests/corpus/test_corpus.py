@@ -96,6 +96,27 @@ def test_lightning_trains_alone_and_together(tmp_path: Path) -> None:
         assert re.search(r"2: train_loss \d\.\d{4} \(\d+\.\d s\)$", line), line
 
 
+def test_petastorm_feeds_images_to_torch(tmp_path: Path) -> None:
+    lines = run("petastorm_torch.py", tmp_path).splitlines()
+    [sizes] = [line for line in lines if line.startswith("train: ")]
+    train, val = map(int, re.findall(r"\d+", sizes)[:2])
+    assert train + val == 90
+    assert sizes.endswith("cached: 2")
+    assert "one node: accurate: True" in lines
+    assert "distributed: accurate: True batches: True" in lines
+    assert "rows: True" in lines
+    assert "left: []" in lines
+
+
+def test_petastorm_feeds_vectors_to_keras_and_reads_parquet(tmp_path: Path) -> None:
+    lines = run("petastorm_keras.py", tmp_path).splitlines()
+    assert "dtype: float32 epochs: 4 falls: True" in lines
+    assert "rows: True accurate: True" in lines
+    assert "parquet: 203 float64" in lines
+    assert "converted: 203" in lines
+    assert "left: []" in lines
+
+
 class TestCells:
     def test_text_is_left_out_and_magic_python_is_code(self) -> None:
         text = "\n".join(

@@ -98,7 +98,7 @@ def all_steps(remainder: Remainder, rows: int, size: int, batch_size: int = 4) -
 
 @pytest.mark.parametrize("rows", [12, 13, 23, 24, 25, 96, 101])
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("remainder", ["drop", "pad", "join"])
+@pytest.mark.parametrize("remainder", ["drop", "pad", "share", "join"])
 def test_ranks_take_every_row_once_in_equal_steps(
     remainder: Remainder, rows: int, size: int
 ) -> None:
@@ -112,6 +112,9 @@ def test_ranks_take_every_row_once_in_equal_steps(
         assert taken == Counter(range(rows))
         assert max(counts) - min(counts) <= 1
         return
+    elif remainder == "share":
+        assert set(taken) == set(range(rows))
+        assert taken.total() < rows + size
     else:
         assert taken == Counter(range(-(-rows // (4 * size)) * 4 * size))  # then from the beginning
     assert len(counts) == 1
@@ -121,6 +124,13 @@ def test_the_last_batch_is_shared_out_evenly_and_ranks_without_rows_have_none() 
     assert [rank[-1] for rank in all_steps("join", 8 * 3 + 11, 2)] == [(32, 34), (34, 35)]
     assert [rank[-1] for rank in all_steps("join", 12 + 5, 3)] == [(12, 14), (14, 16), (16, 17)]
     assert [len(rank) for rank in all_steps("join", 12 + 2, 3)] == [2, 2, 1]
+
+
+def test_or_ranks_without_rows_have_another_ones() -> None:
+    assert all_steps("share", 8 * 3 + 11, 2) == all_steps("join", 8 * 3 + 11, 2)
+    assert [rank[-1] for rank in all_steps("share", 12 + 2, 3)] == [(12, 13), (13, 14), (12, 13)]
+    assert EpochSteps(14, 4, 0, 3, "share").in_words().endswith("some ranks repeat a row in it")
+    assert EpochSteps(15, 4, 0, 3, "share").in_words().endswith("the last one is shorter")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])

@@ -397,7 +397,7 @@ def test_reading_what_is_deleted_says_so(table: pa.Table, tmp_path: Path) -> Non
         ({"batch_size": 2.5}, "batch_size=2.5"),
         ({"shuffle": "yes"}, "shuffle='yes'"),
         ({"epoch": -1}, "epoch=-1"),
-        ({"remainder": "keep"}, "'drop', 'pad' and 'join'"),
+        ({"remainder": "keep"}, "'drop', 'pad', 'share' and 'join'"),
         ({"rank": 0}, "give both"),
         ({"rank": 2, "size": 2}, "from 0 to 1"),
         ({"threads": -1}, "threads=-1"),

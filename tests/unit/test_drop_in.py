@@ -127,8 +127,11 @@ def test_it_is_installed_as_a_top_level_package() -> None:
     packages = set(given["packages"])
     assert packages >= {"horovodrunner", "horovodrunner.worker", "horovodrunner.callbacks"}
     assert packages >= {"sparkdl", "sparkdl.horovod", "sparkdl.horovod.tensorflow"}
-    assert not [name for name in packages if name.startswith("horovodrunner.compat")]
+    assert not [name for name in packages if name.startswith("horovodrunner.compat.sparkdl")]
     assert given["package_dir"] == {"sparkdl": "horovodrunner/compat/sparkdl"}
+    # the other one is a module: its files cannot be those of the package that it stands in for
+    assert packages >= {"horovodrunner.compat.petastorm", "horovodrunner.compat.petastorm.spark"}
+    assert given["py_modules"] == ["petastorm"]
 
 
 class TestImport:

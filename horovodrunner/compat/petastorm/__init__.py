@@ -1,0 +1,9 @@
+"""Petastorm's names, for what horovodrunner has. Runs in: every process.
+
+Importable as ``petastorm``, too, where Petastorm itself is not installed; see docs/petastorm.md.
+"""
+
+from horovodrunner.compat.petastorm.reader import make_batch_reader, make_reader
+from horovodrunner.compat.petastorm.transform import TransformSpec
+
+__all__ = ["TransformSpec", "make_batch_reader", "make_reader"]

@@ -1,0 +1,423 @@
+"""Petastorm's converter, on top of horovodrunner.data. Runs in: the driver and the worker."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import logging
+import math
+import os
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from horovodrunner import data
+from horovodrunner.compat.petastorm.frames import FrameTransform
+from horovodrunner.compat.petastorm.options import ReaderOptions
+from horovodrunner.compat.petastorm.schema import Field, Schema
+from horovodrunner.compat.petastorm.urls import without_file_scheme
+from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+    from pyspark.sql import DataFrame
+
+__all__ = ["SparkDatasetConverter", "make_spark_converter"]
+
+_log = logging.getLogger(__name__)
+_CODECS = ("uncompressed", "bzip2", "gzip", "lz4", "snappy", "deflate")
+_DEFAULT_THREADS = 4
+_RANKS = (
+    ("HOROVOD_RANK", "HOROVOD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+)
+
+
+def make_spark_converter(
+    df: DataFrame | str,
+    parquet_row_group_size_bytes: int = 32 * 2**20,
+    compression_codec: str | None = None,
+    dtype: str | None = "float32",
+) -> SparkDatasetConverter:
+    """Store a DataFrame for training.
+
+    It is stored below what the conf ``petastorm.spark.converter.parentCacheDirUrl`` names, or else
+    where :func:`horovodrunner.data.from_dataframe` does. Null floating-point numbers become NaN;
+    nulls in other columns are an error.
+
+    Parameters
+    ----------
+    df
+        The DataFrame, or the URL of a directory with Parquet files.
+    parquet_row_group_size_bytes, compression_codec
+        Have no effect.
+    dtype
+        ``"float32"``, ``"float64"`` or None: what floating-point numbers become.
+
+    Returns
+    -------
+    SparkDatasetConverter
+        A small handle, for the closure of training code.
+
+    Raises
+    ------
+    ConfigurationError
+        If an argument has no valid value, or no place is known that executors reach.
+    DataError
+        If a column cannot be stored.
+    """
+    if compression_codec is not None and compression_codec.lower() not in _CODECS:
+        raise ArgumentValueError(
+            f"compression_codec={compression_codec!r}: it is None or one of {', '.join(_CODECS)}"
+        )
+    if isinstance(df, str):
+        from pyspark.sql import SparkSession
+
+        df = SparkSession.builder.getOrCreate().read.parquet(df)
+    if not hasattr(df, "mapInArrow"):
+        raise ArgumentTypeError(f"df={df!r}: give a Spark DataFrame, or a URL as a string")
+    url = df.sparkSession.conf.get(SparkDatasetConverter.PARENT_CACHE_DIR_URL_CONF, None)
+    place = None if url is None else without_file_scheme(url)
+    nulls = {name: data.fill(math.nan) for name in _floats(df)}
+    return SparkDatasetConverter(data.from_dataframe(df, place, dtype=dtype, nulls=nulls))
+
+
+def _floats(df: DataFrame) -> Iterator[str]:
+    """Name the columns of floating-point numbers, and of arrays of these."""
+    for field in df.schema.fields:
+        found: Any = field.dataType
+        while hasattr(found, "elementType"):
+            found = found.elementType
+        if found.typeName() in ("float", "double"):
+            yield field.name
+
+
+class SparkDatasetConverter:
+    """A stored DataFrame; made by :func:`make_spark_converter`.
+
+    It is small when pickled. Both ways to read take Petastorm's arguments:
+
+    batch_size : int
+        Rows a batch of one shard has; 32 by default.
+    num_epochs : int, optional
+        How many times the rows come. None: without end, and every batch is full; the last one of
+        each pass over the data is filled up with rows from its beginning. With a number each pass
+        ends with a shorter batch of the rows that are left.
+    cur_shard, shard_count : int, optional
+        Which part to read, of how many: ``hvd.rank()`` and ``hvd.size()``. Everything by default.
+        All shards have the same number of batches, at least
+        ``len(converter) // (batch_size * shard_count)`` a pass. Where fewer rows are left for the
+        last batch than there are shards, some shards get the same row.
+    workers_count : int, optional
+        How many threads transform batches; 4 by default.
+    transform_spec : TransformSpec, optional
+        Is given each batch as a pandas DataFrame.
+    shuffle_row_groups, shuffle_rows : bool
+    shuffling_queue_capacity : int
+        Rows come in random order, unless these are False, False and 0.
+    seed : int, optional
+        Chooses the order. Without it each call gives another one, the same on all shards that call
+        equally often.
+    schema_fields : list of str, optional
+        Regular expressions for the columns to read.
+
+    docs/petastorm.md lists the arguments that have no effect, and those that are refused.
+
+    Parameters
+    ----------
+    stored
+        What :func:`horovodrunner.data.from_dataframe` gave.
+    """
+
+    PARENT_CACHE_DIR_URL_CONF = "petastorm.spark.converter.parentCacheDirUrl"
+
+    def __init__(self, stored: data.DataSet) -> None:
+        self._stored = stored
+        self._calls: collections.Counter[int | None] = collections.Counter()
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self._stored)
+
+    def __repr__(self) -> str:
+        return f"SparkDatasetConverter({self._stored!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SparkDatasetConverter, (self._stored,)
+
+    @property
+    def dataset_size(self) -> int:
+        """How many rows there are."""
+        return len(self)
+
+    @property
+    def cache_dir_url(self) -> str:
+        """Where it is stored, not as Parquet."""
+        location = self._stored.location
+        return f"file://{location}" if location.startswith("/") else location
+
+    def delete(self) -> None:
+        """Delete what was stored; twice does nothing.
+
+        Raises
+        ------
+        DataError
+            In another process than the driver.
+        """
+        self._stored.delete()
+
+    def make_tf_dataset(
+        self,
+        batch_size: int | None = None,
+        prefetch: int | None = None,
+        num_epochs: int | None = None,
+        workers_count: int | None = None,
+        shuffling_queue_capacity: int | None = None,
+        **petastorm_reader_kwargs: Any,
+    ) -> AbstractContextManager[tf.data.Dataset]:
+        """Read batches as a TensorFlow dataset.
+
+        Parameters
+        ----------
+        batch_size
+            Rows a batch of one shard has; None: 32.
+        prefetch
+            How many batches are made ahead; None: TensorFlow decides.
+        num_epochs
+            How many times the rows come; None: without end.
+        workers_count
+            How many threads transform batches; None: 4.
+        shuffling_queue_capacity
+            If not 0, the order is random even with ``shuffle_row_groups=False``.
+        **petastorm_reader_kwargs
+            See :class:`SparkDatasetConverter`.
+
+        Returns
+        -------
+        context manager
+            For a ``with`` statement, which gives the dataset: its elements are namedtuples of
+            tensors by column name.
+
+        Raises
+        ------
+        ConfigurationError
+            If an argument has no valid value.
+        DataError
+            If there are too few rows for the shards.
+        """
+        options = self._options(num_epochs, workers_count, petastorm_reader_kwargs)
+        reading = self._reading(options, batch_size, shuffling_queue_capacity)
+        return _tf_dataset(self._stored, reading, num_epochs, self._schema(options), prefetch)
+
+    def make_torch_dataloader(
+        self,
+        batch_size: int | None = 32,
+        num_epochs: int | None = None,
+        workers_count: int | None = None,
+        shuffling_queue_capacity: int = 0,
+        data_loader_fn: Callable[..., Any] | None = None,
+        **petastorm_reader_kwargs: Any,
+    ) -> AbstractContextManager[Any]:
+        """Read batches of torch tensors.
+
+        Parameters
+        ----------
+        batch_size
+            Rows a batch of one shard has; None: 32.
+        num_epochs
+            How many times the rows come; None: without end.
+        workers_count
+            How many threads transform batches; None: 4.
+        shuffling_queue_capacity
+            If not 0, the order is random even with ``shuffle_row_groups=False``.
+        data_loader_fn
+            Is called with ``reader``, ``batch_size`` and ``shuffling_queue_capacity`` to make
+            another loader. Each pass then ends with a full batch.
+        **petastorm_reader_kwargs
+            See :class:`SparkDatasetConverter`.
+
+        Returns
+        -------
+        context manager
+            For a ``with`` statement, which gives the loader: an iterable of dicts of tensors by
+            column name.
+
+        Raises
+        ------
+        ConfigurationError
+            If an argument has no valid value.
+        DataError
+            If there are too few rows for the shards.
+        """
+        options = self._options(num_epochs, workers_count, petastorm_reader_kwargs)
+        reading = self._reading(options, batch_size, shuffling_queue_capacity)
+        if data_loader_fn is None:
+            return _torch_loader(self._stored, reading, num_epochs)
+        reading["remainder"] = "pad"
+        reader = _BatchReader(self._stored.numpy(**reading), num_epochs, self._schema(options))
+        return _own_loader(reader, data_loader_fn, batch_size or 32, shuffling_queue_capacity)
+
+    def _options(
+        self, num_epochs: int | None, workers_count: int | None, others: dict[str, Any]
+    ) -> ReaderOptions:
+        threads = _DEFAULT_THREADS if workers_count is None else workers_count
+        for name in ("filesystem", "storage_options"):
+            others.pop(name, None)
+        options = ReaderOptions.checked(
+            {**others, "num_epochs": num_epochs, "workers_count": threads}
+        )
+        _warn_of_another_shard(options)
+        return options
+
+    def _columns(self, options: ReaderOptions) -> Schema:
+        """Give the columns to read; a struct is one."""
+        found: dict[str, Field] = {}
+        for name, field in Schema.of_arrow(self._stored.schema).fields.items():
+            top = name.partition(".")[0]
+            found.setdefault(top, field._replace(name=top))
+        return Schema(found.values()).matching(options.schema_fields)
+
+    def _schema(self, options: ReaderOptions) -> Schema:
+        columns = self._columns(options)
+        spec = options.transform_spec
+        return columns if spec is None else columns.transformed(spec)
+
+    def _reading(
+        self, options: ReaderOptions, batch_size: int | None, capacity: int | None
+    ) -> dict[str, Any]:
+        """Say all this in the words of horovodrunner.data."""
+        rank, size = options.shard
+        columns = self._columns(options)
+        reading: dict[str, Any] = {
+            "batch_size": 32 if batch_size is None else batch_size,
+            "shuffle": bool(options.shuffle_row_groups or options.shuffle_rows or capacity),
+            "seed": self._calls[options.shard_count] if options.seed is None else options.seed,
+            "remainder": "pad" if options.num_epochs is None else "share",
+            "columns": list(columns.fields),
+            "rank": rank,
+            "size": size,
+        }
+        self._calls[options.shard_count] += 1
+        if options.transform_spec is not None:
+            reading["batch_transform"] = FrameTransform(options.transform_spec, columns)
+            reading["threads"] = options.threads
+        return reading
+
+
+def _warn_of_another_shard(options: ReaderOptions) -> None:
+    for rank_name, size_name in _RANKS:
+        rank, size = os.environ.get(rank_name), os.environ.get(size_name)
+        if rank is None and size is None:
+            continue
+        if (str(options.cur_shard), str(options.shard_count)) != (rank, size):
+            _log.warning(
+                "cur_shard=%s and shard_count=%s are not this process's rank %s and the number of "
+                "ranks, %s: for a part of the rows on each rank give cur_shard=hvd.rank(), "
+                "shard_count=hvd.size()",
+                options.cur_shard,
+                options.shard_count,
+                rank,
+                size,
+            )
+        return
+
+
+def _epochs(num_epochs: int | None) -> Any:
+    return itertools.count() if num_epochs is None else range(num_epochs)
+
+
+@contextmanager
+def _tf_dataset(
+    stored: data.DataSet,
+    reading: dict[str, Any],
+    num_epochs: int | None,
+    schema: Schema,
+    prefetch: int | None,
+) -> Iterator[tf.data.Dataset]:
+    import tensorflow as tf
+
+    row = schema.row_class
+    ahead = tf.data.AUTOTUNE if prefetch is None else prefetch
+    rows = stored.tf(**reading, prefetch=ahead)
+    yield rows.map(lambda batch: row(*(batch[name] for name in row._fields))).repeat(num_epochs)
+
+
+@contextmanager
+def _torch_loader(
+    stored: data.DataSet, reading: dict[str, Any], num_epochs: int | None
+) -> Iterator[_Loader]:
+    loader = _Loader(stored.torch(**reading), num_epochs)
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+class _Loader:
+    """Iterates over the batches of some epochs."""
+
+    def __init__(self, epoch: Any, num_epochs: int | None) -> None:
+        self._epoch = epoch
+        self._num_epochs = num_epochs
+        self._running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self._batches()
+        self._running.add(batches)
+        return batches
+
+    def _batches(self) -> Generator[Any, None, None]:
+        for _ in _epochs(self._num_epochs):
+            yield from self._epoch
+
+    def close(self) -> None:
+        """End all iterations, and their threads."""
+        for batches in list(self._running):
+            batches.close()
+
+
+@contextmanager
+def _own_loader(
+    reader: _BatchReader, make: Callable[..., Any], batch_size: int, capacity: int
+) -> Iterator[Any]:
+    try:
+        yield make(reader=reader, batch_size=batch_size, shuffling_queue_capacity=capacity)
+    finally:
+        reader.stop()
+
+
+class _BatchReader:
+    """What loaders take as ``reader``: iterates over namedtuples of NumPy arrays."""
+
+    batched_output = True
+    ngram = None
+
+    def __init__(self, epoch: Any, num_epochs: int | None, schema: Schema) -> None:
+        self._loader = _Loader(epoch, num_epochs)
+        self.schema = schema
+        self.num_epochs = num_epochs
+        self.last_row_consumed = False
+        self._batches = iter(self._loader)
+
+    def __iter__(self) -> _BatchReader:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            self.last_row_consumed = True
+            raise
+        return self.schema.row_class(**batch)
+
+    def reset(self) -> None:
+        self.last_row_consumed = False
+        self._batches = iter(self._loader)
+
+    def stop(self) -> None:
+        self._loader.close()
+
+    def join(self) -> None:
+        pass

@@ -1,0 +1,150 @@
+"""The arguments that all ways to read take. Runs in: the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from horovodrunner.compat.petastorm.transform import TransformSpec
+from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
+
+__all__ = ["ReaderOptions"]
+
+_WITHOUT_EFFECT = frozenset(
+    {
+        "cache_extra_settings",
+        "cache_location",
+        "cache_row_size_estimate",
+        "cache_size_limit",
+        "cache_type",
+        "convert_early_to_numpy",
+        "hdfs_driver",
+        "pyarrow_serialize",
+        "results_queue_size",
+        "shuffle_row_drop_partitions",
+        "zmq_copy_buffers",
+    }
+)
+_CHOOSES_ROWS = ("predicate", "filters", "rowgroup_selector")
+
+
+@dataclass(frozen=True)
+class ReaderOptions:
+    """What to read, and how: Petastorm's names.
+
+    Parameters
+    ----------
+    schema_fields
+        Regular expressions for the columns to read; None: all.
+    reader_pool_type
+        ``"thread"``, or ``"dummy"`` for none; ``"process"`` means threads, too.
+    workers_count
+        How many threads.
+    seed
+        Makes the random order the same for every reader.
+    shuffle_rows, shuffle_row_groups
+        Whether the order is random.
+    num_epochs
+        How many times the rows come; None: without end.
+    cur_shard, shard_count
+        Which part to read, of how many; both None: everything.
+    transform_spec
+        What is done to the rows.
+
+    Raises
+    ------
+    ConfigurationError
+        If one has no valid value.
+    """
+
+    schema_fields: Sequence[str] | None = None
+    reader_pool_type: str = "thread"
+    workers_count: int = 10
+    seed: int | None = None
+    shuffle_rows: bool = False
+    shuffle_row_groups: bool = True
+    num_epochs: int | None = 1
+    cur_shard: int | None = None
+    shard_count: int | None = None
+    transform_spec: TransformSpec | None = None
+
+    @classmethod
+    def checked(cls, arguments: Mapping[str, Any]) -> ReaderOptions:
+        """Sort out arguments that are known but mean nothing here.
+
+        Parameters
+        ----------
+        arguments
+            By name.
+
+        Returns
+        -------
+        ReaderOptions
+            The others.
+
+        Raises
+        ------
+        ConfigurationError
+            If one is unknown, cannot be followed, or has no valid value.
+        """
+        own = dict(arguments)
+        for name in _CHOOSES_ROWS:
+            if own.pop(name, None) is not None:
+                raise ArgumentValueError(
+                    f"{name}=...: choosing rows while reading is not supported, since the ranks "
+                    "would have different numbers of them. Filter them in Spark: df.filter(...)"
+                )
+        if "shard_seed" in own:
+            own["seed"] = own.pop("shard_seed") or own.get("seed")
+        own = {name: value for name, value in own.items() if name not in _WITHOUT_EFFECT}
+        unknown = sorted(own.keys() - cls.__dataclass_fields__.keys())
+        if unknown:
+            raise ArgumentTypeError(
+                f"{', '.join(unknown)}: there is no such argument; there are "
+                + ", ".join(cls.__dataclass_fields__)
+            )
+        return cls(**own)
+
+    def __post_init__(self) -> None:
+        if self.reader_pool_type not in ("thread", "process", "dummy"):
+            raise ArgumentValueError(
+                f"reader_pool_type={self.reader_pool_type!r}: it is 'thread', 'process' or 'dummy'"
+            )
+        if self.num_epochs is not None:
+            _check_integer("num_epochs", self.num_epochs, 1)
+        _check_integer("workers_count", self.workers_count, 1)
+        if self.transform_spec is not None and not isinstance(self.transform_spec, TransformSpec):
+            raise ArgumentTypeError(
+                f"transform_spec={self.transform_spec!r}: give a TransformSpec(function, ...)"
+            )
+        if (self.cur_shard is None) != (self.shard_count is None):
+            raise ArgumentValueError(
+                f"cur_shard={self.cur_shard!r}, shard_count={self.shard_count!r}: give both, "
+                "hvd.rank() and hvd.size() say, or none to read everything"
+            )
+        if self.cur_shard is not None and self.shard_count is not None:
+            _check_integer("shard_count", self.shard_count, 1)
+            _check_integer("cur_shard", self.cur_shard, 0)
+            if self.cur_shard >= self.shard_count:
+                raise ArgumentValueError(
+                    f"cur_shard={self.cur_shard}: with shard_count={self.shard_count} shards go "
+                    f"from 0 to {self.shard_count - 1}"
+                )
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """Which part is read, of how many."""
+        return self.cur_shard or 0, self.shard_count or 1
+
+    @property
+    def threads(self) -> int:
+        """How many threads read or transform."""
+        return 0 if self.reader_pool_type == "dummy" else self.workers_count
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name}={value!r}: give an integer")
+    if value < least:
+        raise ArgumentValueError(f"{name}={value!r}: it is at least {least}")

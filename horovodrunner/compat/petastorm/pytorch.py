@@ -1,0 +1,177 @@
+"""Loaders of torch tensors over a reader. Runs in: the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from horovodrunner.errors import DataError
+
+__all__ = ["BatchedDataLoader", "DataLoader"]
+
+_Rows = dict[str, Any]
+_PROMOTED = {"uint16": "int32", "uint32": "int64", "bool": "uint8"}
+
+
+class _Loader:
+    """Cuts what a reader gives into batches.
+
+    Parameters
+    ----------
+    reader
+        What ``make_batch_reader`` gave; it says how many epochs there are.
+    batch_size
+        Rows a batch has; the last one may have fewer.
+    shuffling_queue_capacity
+        If not 0, rows are mixed among about so many; all shards have the same number of batches
+        either way.
+    """
+
+    def __init__(self, reader: Any, batch_size: int, shuffling_queue_capacity: int) -> None:
+        self.reader = reader
+        self.batch_size = batch_size
+        self.shuffling_queue_capacity = shuffling_queue_capacity
+        self._is_running = False
+        self._was_iterated = False
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._is_running:
+            raise DataError(
+                "this loader is being iterated over: end that, or make another reader and loader"
+            )
+        if self._was_iterated:
+            self.reader.reset()
+        self._was_iterated = self._is_running = True
+        try:
+            for rows in _batches(self.reader, self.batch_size, self.shuffling_queue_capacity):
+                yield self._collated(rows)
+        finally:
+            self._is_running = False
+
+    def _collated(self, rows: _Rows) -> Any:
+        raise NotImplementedError
+
+    def __enter__(self) -> _Loader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.reader.stop()
+        self.reader.join()
+
+
+class DataLoader(_Loader):
+    """Batches of a reader as dicts of tensors.
+
+    Parameters
+    ----------
+    reader
+        What ``make_batch_reader`` gave; it says how many epochs there are.
+    batch_size
+        Rows a batch has; the last one may have fewer.
+    collate_fn
+        Makes a batch of a list of rows, which are dicts; by default tensors by column name.
+    shuffling_queue_capacity
+        If not 0, rows are mixed among about so many.
+    """
+
+    def __init__(
+        self,
+        reader: Any,
+        batch_size: int = 1,
+        collate_fn: Callable[[list[_Rows]], Any] | None = None,
+        shuffling_queue_capacity: int = 0,
+    ) -> None:
+        super().__init__(reader, batch_size, shuffling_queue_capacity)
+        self.collate_fn = collate_fn
+
+    def _collated(self, rows: _Rows) -> Any:
+        import torch
+
+        if self.collate_fn is None:
+            return {name: torch.as_tensor(values) for name, values in rows.items()}
+        count = len(next(iter(rows.values())))
+        return self.collate_fn(
+            [{name: values[index] for name, values in rows.items()} for index in range(count)]
+        )
+
+
+class BatchedDataLoader(_Loader):
+    """Batches of a reader as dicts of tensors, made a column at a time.
+
+    Parameters
+    ----------
+    reader
+        What ``make_batch_reader`` gave; it says how many epochs there are.
+    batch_size
+        Rows a batch has; the last one may have fewer.
+    transform_fn
+        Makes something else than a tensor of each column's array.
+    shuffling_queue_capacity
+        If not 0, rows are mixed among about so many.
+    """
+
+    def __init__(
+        self,
+        reader: Any,
+        batch_size: int = 1,
+        transform_fn: Callable[[Any], Any] | None = None,
+        shuffling_queue_capacity: int = 0,
+    ) -> None:
+        super().__init__(reader, batch_size, shuffling_queue_capacity)
+        self.transform_fn = transform_fn
+
+    def _collated(self, rows: _Rows) -> Any:
+        import torch
+
+        make = self.transform_fn or torch.as_tensor
+        return {name: make(values) for name, values in rows.items()}
+
+
+def _batches(reader: Any, batch_size: int, capacity: int) -> Generator[_Rows, None, None]:
+    generator = np.random.default_rng()
+    kept: _Rows = {}
+    at_least = max(0, capacity - 1)
+    for row_group in reader:
+        kept = _joined(kept, {name: _promoted(name, v) for name, v in row_group._asdict().items()})
+        if capacity:
+            kept = _taken(kept, generator.permutation(_count(kept)))
+        first = 0
+        while _count(kept) - first - at_least >= batch_size:
+            yield _taken(kept, slice(first, first + batch_size))
+            first += batch_size
+        kept = _taken(kept, slice(first, None))
+    for first in range(0, _count(kept), batch_size):
+        yield _taken(kept, slice(first, first + batch_size))
+
+
+def _count(rows: _Rows) -> int:
+    return len(next(iter(rows.values()))) if rows else 0
+
+
+def _joined(first: _Rows, second: _Rows) -> _Rows:
+    if not _count(first):
+        return second
+    return {name: np.concatenate([first[name], second[name]]) for name in second}
+
+
+def _taken(rows: _Rows, chosen: Any) -> _Rows:
+    return {name: values[chosen] for name, values in rows.items()}
+
+
+def _promoted(name: str, values: Any) -> Any:
+    """Give numbers that torch has."""
+    values = np.asarray(values)
+    if values.dtype.kind in "OUSmM":
+        raise DataError(
+            f"column {name!r} has values of the type {values.dtype}, of which torch has no "
+            "tensors: leave it out (schema_fields), or make numbers of it (TransformSpec)"
+        )
+    return values.astype(_PROMOTED.get(values.dtype.name, values.dtype), copy=False)

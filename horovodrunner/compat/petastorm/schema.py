@@ -1,0 +1,173 @@
+"""Which columns rows have, before and after a TransformSpec. Runs in: every process."""
+
+from __future__ import annotations
+
+import re
+from collections import namedtuple
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from horovodrunner.compat.petastorm.transform import TransformSpec
+
+__all__ = ["Field", "Schema"]
+
+
+class Field(NamedTuple):
+    """One column."""
+
+    name: str
+    numpy_dtype: Any
+    """What its values, or the elements of its arrays, are."""
+    shape: tuple[int | None, ...]
+    """Shape of one row's value; None where it differs or is not known."""
+    codec: None = None
+    nullable: bool = True
+    is_edited: bool = False
+    """Whether a TransformSpec says so."""
+
+
+class Schema:
+    """The columns of some rows.
+
+    Parameters
+    ----------
+    fields
+        In their order.
+    """
+
+    def __init__(self, fields: Iterable[Field]) -> None:
+        self.fields = {field.name: field for field in fields}
+
+    @classmethod
+    def of_arrow(cls, schema: pa.Schema) -> Schema:
+        """Take over an Arrow table's schema.
+
+        Parameters
+        ----------
+        schema
+            The table's.
+
+        Returns
+        -------
+        Schema
+            With all its columns.
+        """
+        return cls(_field(each.name, each.type, each.nullable) for each in schema)
+
+    def matching(self, patterns: Sequence[str] | None) -> Schema:
+        """Choose columns.
+
+        Parameters
+        ----------
+        patterns
+            Regular expressions that match whole names; None chooses all.
+
+        Returns
+        -------
+        Schema
+            Columns that at least one of them matches.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If these are no strings.
+        ArgumentValueError
+            If no column matches.
+        """
+        if patterns is None:
+            return self
+        if isinstance(patterns, str) or not all(isinstance(each, str) for each in patterns):
+            raise ArgumentTypeError(
+                f"schema_fields={patterns!r}: give a list of column names or regular expressions"
+            )
+        found = [
+            field
+            for name, field in self.fields.items()
+            if any(re.fullmatch(each, name) for each in patterns)
+        ]
+        if not found:
+            raise ArgumentValueError(
+                f"schema_fields={patterns!r} matches no column; there are {', '.join(self.fields)}"
+            )
+        return Schema(found)
+
+    def transformed(self, spec: TransformSpec) -> Schema:
+        """Give the columns there are after a transformation.
+
+        Parameters
+        ----------
+        spec
+            What it says about columns.
+
+        Returns
+        -------
+        Schema
+            The others unchanged, then those it edits; or its selected ones, in their order.
+
+        Raises
+        ------
+        ArgumentValueError
+            If it selects a column that does not exist.
+        """
+        edited = [
+            Field(name, dtype, tuple(shape), nullable=nullable, is_edited=True)
+            for name, dtype, shape, nullable in spec.edit_fields
+        ]
+        names = {each.name for each in edited}
+        fields = {each.name: each for each in self.fields.values() if each.name not in names}
+        fields |= {each.name: each for each in edited}
+        if spec.selected_fields is not None:
+            unknown = [name for name in spec.selected_fields if name not in fields]
+            if unknown:
+                raise ArgumentValueError(
+                    f"selected_fields has {', '.join(map(repr, unknown))}, and there is no such "
+                    f"column: there are {', '.join(fields)}"
+                )
+            return Schema(fields[name] for name in spec.selected_fields)
+        return Schema(each for name, each in fields.items() if name not in spec.removed_fields)
+
+    @cached_property
+    def row_class(self) -> Any:
+        """The namedtuple that has these columns.
+
+        Raises
+        ------
+        DataError
+            If a column has a name that none of its fields can have.
+        """
+        try:
+            return namedtuple("Row", self.fields)
+        except ValueError as error:
+            raise DataError(
+                f"the columns {', '.join(self.fields)} cannot be fields of a namedtuple: {error}. "
+                "Rename them with withColumnRenamed"
+            ) from None
+
+
+def _field(name: str, arrow_type: pa.DataType, nullable: bool) -> Field:
+    from pyarrow import types
+
+    shape: list[int | None] = []
+    while types.is_list(arrow_type) or types.is_fixed_size_list(arrow_type):
+        shape.append(arrow_type.list_size if types.is_fixed_size_list(arrow_type) else None)
+        arrow_type = arrow_type.value_type
+    if types.is_string(arrow_type) or types.is_large_string(arrow_type):
+        dtype: Any = np.str_
+    elif types.is_binary(arrow_type) or types.is_large_binary(arrow_type):
+        dtype = np.bytes_
+    elif types.is_decimal(arrow_type):
+        dtype = Decimal
+    elif types.is_date(arrow_type) or types.is_timestamp(arrow_type):
+        dtype = np.datetime64
+    else:
+        dtype = arrow_type.to_pandas_dtype()
+    return Field(name, dtype, tuple(shape), nullable=nullable)
