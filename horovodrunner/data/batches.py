@@ -323,57 +323,40 @@ def _in_random_order(
             starts, ends = all_starts[at : at + batches], all_ends[at : at + batches]
             bounds = np.concatenate([[0], np.cumsum(ends - starts)])
             positions = np.repeat(starts - bounds[:-1], ends - starts) + np.arange(bounds[-1])
-            blocks, rows = _located(order, positions)
-            piece = _gathered(reader, blocks, rows, opened)
+            piece = _gathered(reader, *order.by_block(positions), opened)
             while len(opened) > most_opened:
                 opened.popitem(last=False)
             limits = bounds.tolist()
             yield piece, list(itertools.pairwise(limits))
 
 
-def _located(order: EpochOrder, positions: Any) -> tuple[Any, Any]:
-    if positions[-1] < order.rows:
-        return order.locate(positions)
-    positions = positions % order.rows  # padding: the epoch's beginning again
-    ascending = np.argsort(positions, kind="stable")
-    blocks, rows = np.empty_like(positions), np.empty_like(positions)
-    blocks[ascending], rows[ascending] = order.locate(positions[ascending])
-    return blocks, rows
-
-
 def _gathered(
     reader: BlockReader,
-    blocks: Any,
-    rows: Any,
+    blocks: Sequence[tuple[int, Any]],
+    chosen: Any,
     opened: collections.OrderedDict[int, Block],
 ) -> Block:
     """Copy rows from all over the data set, block by block, and then into their order."""
-    by_block = np.argsort(
-        blocks.astype(np.uint16) if blocks.max() < 2**16 else blocks, kind="stable"
-    )
-    sorted_blocks, sorted_rows = blocks[by_block], rows[by_block]
-    borders = np.flatnonzero(np.diff(sorted_blocks, prepend=-1, append=-1)).tolist()
-    back = np.empty_like(by_block)
-    back[by_block] = np.arange(len(by_block))
     dense: dict[str, Any] = {}
     others: dict[str, list[Any]] = {}
-    for start, end in itertools.pairwise(borders):
-        index = int(sorted_blocks[start])
+    start = 0
+    for index, rows in blocks:
         block = opened.get(index)
         if block is None:
             block = opened[index] = reader.open(index)
         opened.move_to_end(index)
-        chosen = sorted_rows[start:end]
+        end = start + len(rows)
         for name, array in block.dense.items():
             if name not in dense:
-                dense[name] = np.empty((len(rows), *array.shape[1:]), array.dtype)
-            array.take(chosen, axis=0, out=dense[name][start:end], mode="clip")
+                dense[name] = np.empty((len(chosen), *array.shape[1:]), array.dtype)
+            array.take(rows, axis=0, out=dense[name][start:end], mode="clip")
         for name, array in block.others.items():
-            others.setdefault(name, []).append(array.take(pa.array(chosen)))
+            others.setdefault(name, []).append(array.take(pa.array(rows)))
+        start = end
     return Block(
-        len(rows),
-        {name: array.take(back, axis=0) for name, array in dense.items()},
-        {name: pa.concat_arrays(parts).take(pa.array(back)) for name, parts in others.items()},
+        len(chosen),
+        {name: array.take(chosen, axis=0) for name, array in dense.items()},
+        {name: pa.concat_arrays(parts).take(pa.array(chosen)) for name, parts in others.items()},
     )
 
 
