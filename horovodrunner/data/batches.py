@@ -133,9 +133,9 @@ class Batches(Generic[_Batch]):
         checked.integer("threads", threads, at_least=0)
         self.epoch = options.epoch
         """The epoch that the next iteration, or the one that is going on, is in."""
-        self._position = 0
         self._start = 0
-        self._steps(0)  # what cannot work is refused before anything is read
+        self._current = self._steps(0)  # what cannot work is refused before anything is read
+        self._taken = 0
 
     def __len__(self) -> int:
         """Count this rank's batches of a whole epoch."""
@@ -144,14 +144,13 @@ class Batches(Generic[_Batch]):
     def __iter__(self) -> Iterator[_Batch]:
         """Iterate over an epoch, or over the rest of it after :meth:`load_state_dict`."""
         start, self._start = self._start, 0
-        self._position = start
-        steps = self._steps(start)
+        steps = self._current = self._steps(start)
+        self._taken = 0
         self._tell(steps)
-        for number, batch in enumerate(self._batches(steps, 0, 1), 1):
-            self._position = steps.position_after(number)
+        for self._taken, batch in enumerate(self._batches(steps, 0, 1), 1):
             yield batch
         self.epoch += 1
-        self._position = 0
+        self._current, self._taken = self._steps(0), 0
 
     @property
     def rows_of_every_batch(self) -> int | None:
@@ -182,7 +181,7 @@ class Batches(Generic[_Batch]):
             ``epoch``, and ``position``: how many rows of it all ranks together have taken. The same
             on every rank, and all that :meth:`load_state_dict` needs, whatever the world's size.
         """
-        return {"epoch": self.epoch, "position": self._position or self._start}
+        return {"epoch": self.epoch, "position": self._current.position_after(self._taken)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where another iteration was: the next one gives what is left of that epoch.
@@ -211,7 +210,7 @@ class Batches(Generic[_Batch]):
             )
         self.epoch = epoch
         self._start = position
-        self._position = 0
+        self._current, self._taken = self._steps(position), 0
 
     def _steps(self, start: int) -> EpochSteps:
         options = self._options
