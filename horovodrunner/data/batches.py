@@ -147,7 +147,8 @@ class Batches(Generic[_Batch]):
         steps = self._current = self._steps(start)
         self._taken = 0
         self._tell(steps)
-        for self._taken, batch in enumerate(self._batches(steps, 0, 1), 1):
+        for number, batch in enumerate(self._batches(steps, 0, 1), 1):
+            self._taken = number
             yield batch
         self.epoch += 1
         self._current, self._taken = self._steps(0), 0
@@ -315,6 +316,7 @@ def _in_random_order(
 ) -> Iterator[_Piece]:
     """Gather the rows of a few batches at a time."""
     opened: collections.OrderedDict[int, Block] = collections.OrderedDict()
+    scratch: dict[str, Any] = {}
     most_opened = 2 * order.most_blocks_in_a_window
     batches = max(1, PIECE_BYTES // (reader.row_bytes * steps.batch_size))
     for all_starts, all_ends in _bounds_of(steps, numbers):
@@ -322,7 +324,7 @@ def _in_random_order(
             starts, ends = all_starts[at : at + batches], all_ends[at : at + batches]
             bounds = np.concatenate([[0], np.cumsum(ends - starts)])
             positions = np.repeat(starts - bounds[:-1], ends - starts) + np.arange(bounds[-1])
-            piece = _gathered(reader, *order.by_block(positions), opened)
+            piece = _gathered(reader, *order.by_block(positions), opened, scratch)
             while len(opened) > most_opened:
                 opened.popitem(last=False)
             limits = bounds.tolist()
@@ -334,9 +336,9 @@ def _gathered(
     blocks: Sequence[tuple[int, Any]],
     chosen: Any,
     opened: collections.OrderedDict[int, Block],
+    scratch: dict[str, Any],
 ) -> Block:
     """Copy rows from all over the data set, block by block, and then into their order."""
-    dense: dict[str, Any] = {}
     others: dict[str, list[Any]] = {}
     start = 0
     for index, rows in blocks:
@@ -346,15 +348,15 @@ def _gathered(
         opened.move_to_end(index)
         end = start + len(rows)
         for name, array in block.dense.items():
-            if name not in dense:
-                dense[name] = np.empty((len(chosen), *array.shape[1:]), array.dtype)
-            array.take(rows, axis=0, out=dense[name][start:end], mode="clip")
+            if name not in scratch or len(scratch[name]) < len(chosen):
+                scratch[name] = np.empty((len(chosen), *array.shape[1:]), array.dtype)
+            array.take(rows, axis=0, out=scratch[name][start:end], mode="clip")
         for name, array in block.others.items():
             others.setdefault(name, []).append(array.take(pa.array(rows)))
         start = end
     return Block(
         len(chosen),
-        {name: array.take(chosen, axis=0) for name, array in dense.items()},
+        {name: array.take(chosen, axis=0) for name, array in scratch.items()},
         {name: pa.concat_arrays(parts).take(pa.array(chosen)) for name, parts in others.items()},
     )
 
