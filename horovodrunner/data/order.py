@@ -186,8 +186,10 @@ class EpochOrder:
             all these rows it has.
         """
         turns = np.searchsorted(positions, np.arange(0, positions[-1] + 1, self.rows)).tolist()
-        parts = [each % self.rows for each in np.split(positions, turns[1:])]
-        places = np.concatenate([self._mixed_in_windows(each) for each in parts])
+        parts = enumerate(np.split(positions, turns[1:]))
+        places = np.concatenate(
+            [self._mixed_in_windows(each - turn * self.rows) for turn, each in parts]
+        )
         # sorting numbers that carry their index is several times faster than argsort
         count = len(places)
         bits = count.bit_length()
