@@ -160,16 +160,16 @@ class EpochOrder:
         Parameters
         ----------
         positions
-            Positions of this epoch, ascending.
+            At least one, as :meth:`by_block` takes them.
 
         Returns
         -------
         tuple of ndarray and ndarray
             The block of each row, and its place in it.
         """
-        places = self._mixed_in_windows(positions) if self._shuffle else positions
-        index = np.searchsorted(self._starts, places, side="right") - 1
-        return self._blocks[index], places - self._starts[index]
+        found, chosen = self.by_block(positions)
+        blocks = np.repeat([block for block, _ in found], [len(rows) for _, rows in found])
+        return blocks[chosen], np.concatenate([rows for _, rows in found])[chosen]
 
     def by_block(self, positions: _Integers) -> tuple[list[tuple[int, _Integers]], _Integers]:
         """Say where the rows of some positions are stored, those of a block together.
@@ -207,6 +207,8 @@ class EpochOrder:
         return found, chosen
 
     def _mixed_in_windows(self, positions: _Integers) -> _Integers:
+        if not self._shuffle:
+            return positions
         mixed = np.empty_like(positions)
         bounds = np.searchsorted(positions, self._window_starts)
         for window in np.flatnonzero(np.diff(bounds)).tolist():
