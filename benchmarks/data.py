@@ -550,12 +550,12 @@ def spark(options: argparse.Namespace, directory: Path) -> Figures:
     from horovodrunner.data.schema import prepared
 
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ["SPARK_LOCAL_DIRS"] = str(directory)
     session = (
         SparkSession.builder.master("local-cluster[2,1,1024]")
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
         .config("spark.log.level", "ERROR")
-        .config("spark.local.dir", str(directory / "spark"))
         .getOrCreate()
     )
     try:
