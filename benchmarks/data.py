@@ -303,7 +303,7 @@ def make_mosaic() -> None:
     if not (MOSAIC / "bin" / "python").exists():
         subprocess.run([sys.executable, "-m", "venv", str(MOSAIC)], check=True)
     torch = version("torch").partition("+")[0]
-    packages = [f"torch=={torch}", "mosaicml-streaming>=0.13,<0.14", "setuptools<81"]
+    packages = [f"torch=={torch}", "mosaicml-streaming==0.13.0", "numpy<2.2"]
     pip = [str(MOSAIC / "bin" / "python"), "-m", "pip", "install", "-q", *packages]
     subprocess.run(pip, check=True)
 
