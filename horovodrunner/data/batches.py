@@ -134,9 +134,9 @@ class Batches(Generic[_Batch]):
         checked.integer("threads", threads, at_least=0)
         self.epoch = options.epoch
         """The epoch that the next iteration, or the one that is going on, is in."""
-        self._position = 0
         self._start = 0
-        self._steps(0)  # what cannot work is refused before anything is read
+        self._current = self._steps(0)  # what cannot work is refused before anything is read
+        self._taken = 0
 
     def __len__(self) -> int:
         """Count this rank's batches of a whole epoch."""
@@ -145,14 +145,14 @@ class Batches(Generic[_Batch]):
     def __iter__(self) -> Iterator[_Batch]:
         """Iterate over an epoch, or over the rest of it after :meth:`load_state_dict`."""
         start, self._start = self._start, 0
-        self._position = start
-        steps = self._steps(start)
+        steps = self._current = self._steps(start)
+        self._taken = 0
         self._tell(steps)
         for number, batch in enumerate(self._batches(steps, 0, 1), 1):
-            self._position = steps.position_after(number)
+            self._taken = number
             yield batch
         self.epoch += 1
-        self._position = 0
+        self._current, self._taken = self._steps(0), 0
 
     @property
     def rows_of_every_batch(self) -> int | None:
@@ -183,7 +183,7 @@ class Batches(Generic[_Batch]):
             ``epoch``, and ``position``: how many rows of it all ranks together have taken. The same
             on every rank, and all that :meth:`load_state_dict` needs, whatever the world's size.
         """
-        return {"epoch": self.epoch, "position": self._position or self._start}
+        return {"epoch": self.epoch, "position": self._current.position_after(self._taken)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where another iteration was: the next one gives what is left of that epoch.
@@ -212,7 +212,7 @@ class Batches(Generic[_Batch]):
             )
         self.epoch = epoch
         self._start = position
-        self._position = 0
+        self._current, self._taken = self._steps(position), 0
 
     def _steps(self, start: int) -> EpochSteps:
         options = self._options
@@ -318,6 +318,7 @@ def _in_random_order(
 ) -> Iterator[_Piece]:
     """Gather the rows of a few batches at a time."""
     opened: collections.OrderedDict[int, Block] = collections.OrderedDict()
+    scratch: dict[str, Any] = {}
     most_opened = 2 * order.most_blocks_in_a_window
     batches = max(1, PIECE_BYTES // (reader.row_bytes * steps.batch_size))
     for all_starts, all_ends in _bounds_of(steps, numbers):
@@ -325,57 +326,40 @@ def _in_random_order(
             starts, ends = all_starts[at : at + batches], all_ends[at : at + batches]
             bounds = np.concatenate([[0], np.cumsum(ends - starts)])
             positions = np.repeat(starts - bounds[:-1], ends - starts) + np.arange(bounds[-1])
-            blocks, rows = _located(order, positions)
-            piece = _gathered(reader, blocks, rows, opened)
+            piece = _gathered(reader, *order.by_block(positions), opened, scratch)
             while len(opened) > most_opened:
                 opened.popitem(last=False)
             limits = bounds.tolist()
             yield piece, list(itertools.pairwise(limits))
 
 
-def _located(order: EpochOrder, positions: Any) -> tuple[Any, Any]:
-    if positions[-1] < order.rows:
-        return order.locate(positions)
-    positions = positions % order.rows  # padding: the epoch's beginning again
-    ascending = np.argsort(positions, kind="stable")
-    blocks, rows = np.empty_like(positions), np.empty_like(positions)
-    blocks[ascending], rows[ascending] = order.locate(positions[ascending])
-    return blocks, rows
-
-
 def _gathered(
     reader: BlockReader,
-    blocks: Any,
-    rows: Any,
+    blocks: Sequence[tuple[int, Any]],
+    chosen: Any,
     opened: collections.OrderedDict[int, Block],
+    scratch: dict[str, Any],
 ) -> Block:
     """Copy rows from all over the data set, block by block, and then into their order."""
-    by_block = np.argsort(
-        blocks.astype(np.uint16) if blocks.max() < 2**16 else blocks, kind="stable"
-    )
-    sorted_blocks, sorted_rows = blocks[by_block], rows[by_block]
-    borders = np.flatnonzero(np.diff(sorted_blocks, prepend=-1, append=-1)).tolist()
-    back = np.empty_like(by_block)
-    back[by_block] = np.arange(len(by_block))
-    dense: dict[str, Any] = {}
     others: dict[str, list[Any]] = {}
-    for start, end in itertools.pairwise(borders):
-        index = int(sorted_blocks[start])
+    start = 0
+    for index, rows in blocks:
         block = opened.get(index)
         if block is None:
             block = opened[index] = reader.open(index)
         opened.move_to_end(index)
-        chosen = sorted_rows[start:end]
+        end = start + len(rows)
         for name, array in block.dense.items():
-            if name not in dense:
-                dense[name] = np.empty((len(rows), *array.shape[1:]), array.dtype)
-            array.take(chosen, axis=0, out=dense[name][start:end], mode="clip")
+            if name not in scratch or len(scratch[name]) < len(chosen):
+                scratch[name] = np.empty((len(chosen), *array.shape[1:]), array.dtype)
+            array.take(rows, axis=0, out=scratch[name][start:end], mode="clip")
         for name, array in block.others.items():
-            others.setdefault(name, []).append(array.take(pa.array(chosen)))
+            others.setdefault(name, []).append(array.take(pa.array(rows)))
+        start = end
     return Block(
-        len(rows),
-        {name: array.take(back, axis=0) for name, array in dense.items()},
-        {name: pa.concat_arrays(parts).take(pa.array(back)) for name, parts in others.items()},
+        len(chosen),
+        {name: array.take(chosen, axis=0) for name, array in scratch.items()},
+        {name: pa.concat_arrays(parts).take(pa.array(chosen)) for name, parts in others.items()},
     )
 
 

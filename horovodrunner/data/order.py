@@ -15,6 +15,7 @@ Domains" (CT-RSA 2002).
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -159,19 +160,55 @@ class EpochOrder:
         Parameters
         ----------
         positions
-            Positions of this epoch, ascending.
+            At least one, as :meth:`by_block` takes them.
 
         Returns
         -------
         tuple of ndarray and ndarray
             The block of each row, and its place in it.
         """
-        if self._shuffle:
-            positions = self._mixed_in_windows(positions)
-        index = np.searchsorted(self._starts, positions, side="right") - 1
-        return self._blocks[index], positions - self._starts[index]
+        found, chosen = self.by_block(positions)
+        blocks = np.repeat([block for block, _ in found], [len(rows) for _, rows in found])
+        return blocks[chosen], np.concatenate([rows for _, rows in found])[chosen]
+
+    def by_block(self, positions: _Integers) -> tuple[list[tuple[int, _Integers]], _Integers]:
+        """Say where the rows of some positions are stored, those of a block together.
+
+        Parameters
+        ----------
+        positions
+            Positions of this epoch, ascending; those from ``rows`` on mean its beginning again.
+
+        Returns
+        -------
+        tuple of list and ndarray
+            Blocks, each with the places of its rows, ascending; and for each position which one of
+            all these rows it has.
+        """
+        turns = np.searchsorted(positions, np.arange(0, positions[-1] + 1, self.rows)).tolist()
+        parts = enumerate(np.split(positions, turns[1:]))
+        places = np.concatenate(
+            [self._mixed_in_windows(each - turn * self.rows) for turn, each in parts]
+        )
+        # sorting numbers that carry their index is several times faster than argsort
+        count = len(places)
+        bits = count.bit_length()
+        carrying = np.sort((places << bits) | np.arange(count))
+        chosen = np.empty_like(places)
+        chosen[carrying & ((1 << bits) - 1)] = np.arange(count)
+        places = carrying >> bits
+        first, end = np.searchsorted(self._starts, places[[0, -1]], side="right").tolist()
+        borders = np.searchsorted(places, self._starts[first - 1 : end + 1]).tolist()
+        found = []
+        for index, (start, stop) in enumerate(itertools.pairwise(borders), first - 1):
+            if start < stop:
+                rows = places[start:stop] - self._starts[index]
+                found.append((int(self._blocks[index]), rows))
+        return found, chosen
 
     def _mixed_in_windows(self, positions: _Integers) -> _Integers:
+        if not self._shuffle:
+            return positions
         mixed = np.empty_like(positions)
         bounds = np.searchsorted(positions, self._window_starts)
         for window in np.flatnonzero(np.diff(bounds)).tolist():
