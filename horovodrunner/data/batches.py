@@ -16,6 +16,7 @@ import pyarrow as pa
 from horovodrunner.core import checked
 from horovodrunner.data.formats import Format
 from horovodrunner.data.order import EpochOrder, EpochSteps, Remainder
+from horovodrunner.data.shares import OwnRowsSteps
 from horovodrunner.data.stored import Block, BlockReader
 from horovodrunner.errors import ArgumentValueError
 from horovodrunner.worker.context import current_context, log_to_driver
@@ -181,8 +182,12 @@ class Batches(Generic[_Batch]):
         dict
             ``epoch``, and ``position``: how many rows of it all ranks together have taken. The same
             on every rank, and all that :meth:`load_state_dict` needs, whatever the world's size.
+            Of rows that travelled with the run, ``position`` counts each rank's own, and ``ranks``
+            says how many ranks they were dealt out to.
         """
-        return {"epoch": self.epoch, "position": self._position or self._start}
+        state = {"epoch": self.epoch, "position": self._position or self._start}
+        ranks = len(self._reader.manifest.shares)
+        return {**state, "ranks": ranks} if ranks else state
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where another iteration was: the next one gives what is left of that epoch.
@@ -190,14 +195,17 @@ class Batches(Generic[_Batch]):
         Parameters
         ----------
         state
-            What :meth:`state_dict` gave, in this run or another, with any number of ranks.
+            What :meth:`state_dict` gave, in this run or another, with any number of ranks; with
+            the same number when the rows travel with the run.
 
         Raises
         ------
         ArgumentValueError
-            If it is not such a state, or of a larger data set.
+            If it is not such a state, or of a larger data set, or of rows that were dealt out in
+            another way.
         """
-        rows = int(self._reader.block_rows.sum())
+        shares = self._reader.manifest.shares
+        rows = max(shares, default=int(self._reader.block_rows.sum()))
         try:
             epoch, position = int(state["epoch"]), int(state["position"])
         except (KeyError, TypeError, ValueError) as error:
@@ -209,12 +217,25 @@ class Batches(Generic[_Batch]):
                 f"{state!r} cannot be gone on from: the data set has {rows} rows, so it is the "
                 "state of another one"
             )
+        if state.get("ranks", 0) != len(shares):
+            ways = [
+                f"dealt out to {ranks} ranks" if ranks else "read from storage that all ranks share"
+                for ranks in (state.get("ranks", 0), len(shares))
+            ]
+            raise ArgumentValueError(
+                f"{state!r} cannot be gone on from: it is of rows that were {ways[0]}, and here "
+                f"they are {ways[1]}, so that every rank has other rows. Begin the epoch anew: "
+                f"epoch={epoch}"
+            )
         self.epoch = epoch
         self._start = position
         self._position = 0
 
     def _steps(self, start: int) -> EpochSteps:
         options = self._options
+        if shares := self._reader.manifest.shares:
+            rows = self._reader.manifest.rows
+            return OwnRowsSteps(rows, options.batch_size, 0, 1, options.remainder, start, shares)
         return EpochSteps(
             int(self._reader.block_rows.sum()),
             options.batch_size,

@@ -9,7 +9,6 @@ import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ from horovodrunner.data.columns import (
     Lengths,
     NullPolicy,
     check_policies,
+    sized,
     with_masks,
 )
 from horovodrunner.data.dataset import DataSet
@@ -215,19 +215,7 @@ def _manifest(columns: Sequence[Column], reports: Sequence[Mapping[str, Any]]) -
         for report in reports
     )
     lengths: list[list[list[Lengths]]] = [report["lengths"] for report in reports]
-    sized = []
-    for number, column in enumerate(columns):
-        levels = [[each[number][level] for each in lengths] for level in range(len(column.dims))]
-        dims = tuple(_common_length(level) for level in levels)
-        sized.append(replace(column, dims=dims))
-    return Manifest(tuple(sized), files)
-
-
-def _common_length(lengths: Sequence[Lengths]) -> int | None:
-    """Give the length that all arrays of one level have, if they do."""
-    least = min((each[0] for each in lengths), default=1)
-    greatest = max((each[1] for each in lengths), default=0)
-    return greatest if least == greatest else None
+    return Manifest(sized(columns, lengths), files)
 
 
 def _check_all_there(location: str, manifest: Manifest) -> None:
