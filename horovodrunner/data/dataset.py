@@ -168,7 +168,13 @@ class DataSet:
         [[0, 1], [2, 3]]
         """
         options = ReadOptions(
-            *self._rank_and_size(rank, size), batch_size, shuffle, seed, epoch, remainder, shuffle_window
+            *self._rank_and_size(rank, size),
+            batch_size,
+            shuffle,
+            seed,
+            epoch,
+            remainder,
+            shuffle_window,
         )
         reader = self._reader(columns)
         make = NumpyFormat(reader.columns)
@@ -206,7 +212,13 @@ class DataSet:
             If there are too few rows for the ranks, or the data set cannot be read.
         """
         options = ReadOptions(
-            *self._rank_and_size(rank, size), batch_size, shuffle, seed, epoch, remainder, shuffle_window
+            *self._rank_and_size(rank, size),
+            batch_size,
+            shuffle,
+            seed,
+            epoch,
+            remainder,
+            shuffle_window,
         )
         reader = self._reader(columns)
         make = ArrowFormat(reader.columns)
@@ -263,7 +275,13 @@ class DataSet:
         from horovodrunner.data.torch_batches import TorchBatches
 
         options = ReadOptions(
-            *self._rank_and_size(rank, size), batch_size, shuffle, seed, epoch, remainder, shuffle_window
+            *self._rank_and_size(rank, size),
+            batch_size,
+            shuffle,
+            seed,
+            epoch,
+            remainder,
+            shuffle_window,
         )
         if num_workers or pin_memory or loader:
             loader = {"num_workers": num_workers, "pin_memory": pin_memory, **loader}
@@ -321,7 +339,13 @@ class DataSet:
         from horovodrunner.data.tf_dataset import tf_dataset
 
         options = ReadOptions(
-            *self._rank_and_size(rank, size), batch_size, shuffle, seed, epoch, remainder, shuffle_window
+            *self._rank_and_size(rank, size),
+            batch_size,
+            shuffle,
+            seed,
+            epoch,
+            remainder,
+            shuffle_window,
         )
         reader = self._reader(columns)
         make = NumpyFormat(reader.columns)

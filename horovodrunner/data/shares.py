@@ -1,10 +1,11 @@
-"""Rows dealt out to the ranks beforehand: how many each gets, and equal steps. Runs in: every process.
+"""Rows dealt out to the ranks beforehand: who gets how many, and equal steps.
 
-Pure functions and plain data, without Spark.
+Runs in: every process.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from horovodrunner.data.order import EpochSteps
@@ -114,7 +115,7 @@ class OwnRowsSteps(EpochSteps):
         if self.remainder == "drop":
             return self.whole
         rows = max(self.shares) if self.remainder == "pad" else self.rows
-        return -(-max(0, rows - self.start) // self.batch_size)
+        return math.ceil(max(0, rows - self.start) / self.batch_size)
 
     def positions(self, step: int) -> tuple[int, int]:
         """Give the positions of one batch of this rank.

@@ -25,6 +25,7 @@ __all__ = [
     "REPORT_SCHEMA",
     "BlockBuilder",
     "WriteJob",
+    "no_lengths",
     "stored_schema",
     "write_rows",
 ]
@@ -71,6 +72,22 @@ def stored_schema(columns: Sequence[Column]) -> pa.Schema:
     return pa.schema([pa.field(each.name, each.stored_type(), nullable=False) for each in columns])
 
 
+def no_lengths(columns: Sequence[Column]) -> list[list[Lengths]]:
+    """Give the lengths that the arrays of no rows at all have.
+
+    Parameters
+    ----------
+    columns
+        What is stored.
+
+    Returns
+    -------
+    list of list
+        Of each column, at each level.
+    """
+    return [[NO_ARRAYS] * len(each.dims) for each in columns]
+
+
 class BlockBuilder:
     """Collects rows until they make a block.
 
@@ -91,7 +108,7 @@ class BlockBuilder:
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
         self.schema = stored_schema(columns)
-        self.lengths: list[list[Lengths]] = [[NO_ARRAYS] * len(each.dims) for each in columns]
+        self.lengths = no_lengths(columns)
         self._columns = columns
         self._nulls = nulls
         self._block_bytes = block_bytes

@@ -14,7 +14,7 @@ from horovodrunner.core.job import JobSpec, Outcome
 from horovodrunner.core.topology import Member, compose_devices
 from horovodrunner.driver.console import Console
 from horovodrunner.errors import ConfigurationError
-from horovodrunner.task.agent import Agent, Surroundings
+from horovodrunner.task.agent import Agent, RowsTaker, Surroundings
 from horovodrunner.task.coordinator import DriverLink
 from horovodrunner.task.depot import StoreDepot
 from horovodrunner.task.files import BroughtFiles, LocalFiles
@@ -24,7 +24,9 @@ from horovodrunner.task.store import CheckpointStore
 __all__ = ["run_locally"]
 
 
-def run_locally(job: JobSpec, console: Console, files: BroughtFiles) -> Outcome:
+def run_locally(
+    job: JobSpec, console: Console, files: BroughtFiles, rows: RowsTaker | None = None
+) -> Outcome:
     """Run all ranks as processes of this machine.
 
     Parameters
@@ -35,6 +37,8 @@ def run_locally(job: JobSpec, console: Console, files: BroughtFiles) -> Outcome:
         Shows what the ranks print.
     files
         Where the files go that Horovod writes.
+    rows
+        The data sets that travel with the run, or None when there are none.
 
     Returns
     -------
@@ -77,6 +81,7 @@ def run_locally(job: JobSpec, console: Console, files: BroughtFiles) -> Outcome:
             else None
         ),
         files=LocalFiles(files, console.note),
+        rows=rows,
         cores_per_worker=len(os.sched_getaffinity(0)) // job.size,
     )
     results: list[Outcome] = []

@@ -15,22 +15,24 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from horovodrunner.core.env import (
+    DATA_DIRECTORY,
     slot_environment,
     tf_config,
     torchrun_environment,
     worker_base_environment,
 )
 from horovodrunner.core.job import Failure, FailureKind, JobSpec, Outcome, WorkerSpec
-from horovodrunner.core.topology import Member, Slot, tf_workers
+from horovodrunner.core.topology import Member, Slot, group_by_host, tf_workers
 from horovodrunner.core.versions import (
     Difference,
     differences,
     differences_in_words,
     must_fail,
 )
+from horovodrunner.errors import DataError
 from horovodrunner.task.channel import HubLink
 from horovodrunner.task.checkpoints import Courier, LatestCopy, LatestDecision, in_thread
 from horovodrunner.task.coordinator import Coordinator, DriverLink, RankEvents
@@ -42,7 +44,7 @@ from horovodrunner.task.process import GRACE_SECONDS, WorkerProcess
 from horovodrunner.task.scratch import Scratch
 from horovodrunner.task.supervisor import TEARDOWN_SECONDS, Supervisor, without_result
 
-__all__ = ["Agent", "Surroundings"]
+__all__ = ["Agent", "RowsTaker", "Surroundings"]
 
 BEAT_SECONDS = 5.0
 """How often a worker tells where its main is."""
@@ -52,6 +54,16 @@ STORING_SECONDS = 2.0
 
 STOP_SECONDS = GRACE_SECONDS + 2.0
 """How long partition 0 waits, once everything is to end, to hear that it has ended."""
+
+
+class RowsTaker(Protocol):
+    """Takes in this task's rows of the data sets that travel with the run."""
+
+    def take(self, scratch: Path) -> str:
+        """Write them below a directory, and give what the peers have to know of them."""
+
+    def finish(self, told: Sequence[str]) -> Path:
+        """Give the directory of the data sets, once all tasks, by rank, have told what they got."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,8 @@ class Surroundings:
         Where checkpoints are kept, or None when the run keeps none.
     files
         Takes the files that Horovod writes on rank 0's host, or None when nobody wants any.
+    rows
+        Takes the rows that travel with the run, or None when there are none.
     scratch_base
         Directory below which this task may have one of its own.
     cores_per_worker
@@ -88,6 +102,7 @@ class Surroundings:
     log: Callable[[bytes], None]
     depot: Depot | None = None
     files: FileTaker | None = None
+    rows: RowsTaker | None = None
     scratch_base: str | None = None
     cores_per_worker: int = 1
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
@@ -345,6 +360,12 @@ class Agent:
         return Outcome(failure=Failure(None, member.host, summary, traceback=text))
 
     async def _gather(self, member: Member) -> list[Member]:
+        if not member.problem and self._surroundings.rows is not None:
+            try:
+                rows = await in_thread(self._surroundings.rows.take, self._scratch)
+                member = replace(member, rows=rows)
+            except DataError as error:
+                member = replace(member, problem=str(error), problem_kind=FailureKind.DATA)
         self._has_gathered = True
         texts = await asyncio.to_thread(self._surroundings.gather, member.to_json())
         return sorted((Member.from_json(text) for text in texts), key=lambda m: m.partition)
@@ -409,6 +430,9 @@ class Agent:
         environment.update({name: str(path) for name, path in self._written_files().items()})
         environment |= torchrun_environment(slot, hosts, self._job.run_id, self._job.attempt)
         environment |= tf_config(tf_workers(members), slot.rank)
+        if self._surroundings.rows is not None:
+            told = [m.rows for group in group_by_host(members) for m in group.members]
+            environment[DATA_DIRECTORY] = str(self._surroundings.rows.finish(told))
         return WorkerSpec(
             rank=slot.rank,
             host=slot.host,
@@ -433,7 +457,8 @@ def _refused(members: Sequence[Member]) -> Outcome:
     """Give the first problem that a task gathered, or an empty outcome."""
     for member in members:
         if member.problem:
-            return Outcome(failure=Failure(None, member.host, member.problem))
+            kind = member.problem_kind
+            return Outcome(failure=Failure(None, member.host, member.problem, kind))
     return Outcome()
 
 
