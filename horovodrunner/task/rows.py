@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import socket
@@ -90,13 +91,12 @@ class TaskRows:
         """
         self._directory = scratch / "data"
         try:
-            self._files = [
-                _BlockFile(self._directory / each.identity, each.columns) for each in self._data
-            ]
-            for batch in self._batches:
-                self._take(batch)
-            for file in self._files:
-                file.close()
+            with contextlib.ExitStack() as opened:
+                for each in self._data:
+                    file = _BlockFile(self._directory / each.identity, each.columns)
+                    self._files.append(opened.enter_context(contextlib.closing(file)))
+                for batch in self._batches:
+                    self._take(batch)
         except OSError as error:
             raise DataError(
                 f"{socket.gethostname()} cannot write its ranks' rows to {scratch}: {error}. Every "
@@ -184,8 +184,8 @@ class _BlockFile:
         self._end_of_blocks += size
 
     def close(self) -> None:
-        self._file.write(END_OF_STREAM)
-        self._file.close()
+        with self._file:
+            self._file.write(END_OF_STREAM)
 
     def described(self) -> StoredFile:
         ends = [*self._offsets, self._end_of_blocks][1:]
