@@ -114,7 +114,7 @@ def test_the_log_tells_what_each_rank_has(remainder: Remainder, words: str) -> N
 def table(start: int, rows: int) -> pa.Table:
     x = list(range(start, start + rows))
     # One row of all has three tags: it is on one rank, and every rank has to know it.
-    tags = [["a", str(i)] + ["c"] * (i == 17) for i in x]
+    tags = [["a", str(i)] + ["c"] * (i == 60) for i in x]
     pairs = pa.array([[i, -i] for i in x], pa.list_(pa.float32()))
     return pa.table({"x": x, "pair": pairs, "tags": tags})
 
@@ -169,7 +169,7 @@ def test_every_row_comes_to_one_rank_and_lengths_are_those_of_all(
         batches = list(mine.arrow(batch_size=8, remainder="join"))
         seen.append([x for batch in batches for x in batch["x"].to_pylist()])
         assert [t for b in batches for t in b["tags"].to_pylist()] == [
-            ["a", str(x)] + ["c"] * (x == 17) for x in seen[-1]
+            ["a", str(x)] + ["c"] * (x == 60) for x in seen[-1]
         ]
         assert [p for b in batches for p in b["pair"].to_pylist()] == [[x, -x] for x in seen[-1]]
         assert len(mine.numpy(batch_size=8)) == 4
@@ -287,14 +287,15 @@ def test_the_start_timeout_begins_when_the_data_sets_are_computed(
         TaskRequest(1, 0, ""),
         console,
         BroughtFiles({}),
-        start_timeout=0.01,
-        waiting_since=time.monotonic() - 100,
+        start_timeout=1000,
+        waiting_since=time.monotonic() - 2000,
         data=(UnsharedDataSet(IDENTITY, COLUMNS),),
     )
     run._look_whether_it_starts()
     console.show(0)
     assert "computing the data sets that travel with the run: 3 tasks" in capsys.readouterr().out
     job.computing = 0
-    time.sleep(0.02)
+    run._look_whether_it_starts()  # has 1000 seconds from now on
+    run._start_by -= 1000
     with pytest.raises(StartTimeoutError):
         run._look_whether_it_starts()
