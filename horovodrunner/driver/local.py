@@ -14,12 +14,13 @@ from horovodrunner.core.job import JobSpec, Outcome
 from horovodrunner.core.topology import Member, compose_devices
 from horovodrunner.driver.console import Console
 from horovodrunner.errors import ConfigurationError
-from horovodrunner.task.agent import Agent, RowsTaker, Surroundings
+from horovodrunner.task.agent import Agent, Surroundings
 from horovodrunner.task.coordinator import DriverLink
 from horovodrunner.task.depot import StoreDepot
 from horovodrunner.task.files import BroughtFiles, LocalFiles
 from horovodrunner.task.network import host_id, loopback_address
 from horovodrunner.task.store import CheckpointStore
+from horovodrunner.task.taking import RowsTaker
 
 __all__ = ["run_locally"]
 

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from horovodrunner.core.env import (
     DATA_DIRECTORY,
@@ -25,14 +25,13 @@ from horovodrunner.core.env import (
     worker_base_environment,
 )
 from horovodrunner.core.job import Failure, FailureKind, JobSpec, Outcome, WorkerSpec
-from horovodrunner.core.topology import Member, Slot, group_by_host, tf_workers
+from horovodrunner.core.topology import Member, Slot, tf_workers
 from horovodrunner.core.versions import (
     Difference,
     differences,
     differences_in_words,
     must_fail,
 )
-from horovodrunner.errors import DataError
 from horovodrunner.task.channel import HubLink
 from horovodrunner.task.checkpoints import Courier, LatestCopy, LatestDecision, in_thread
 from horovodrunner.task.coordinator import Coordinator, DriverLink, RankEvents
@@ -43,8 +42,9 @@ from horovodrunner.task.network import LOOPBACK, REACH_EACH_OTHER, on_free_port
 from horovodrunner.task.process import GRACE_SECONDS, WorkerProcess
 from horovodrunner.task.scratch import Scratch
 from horovodrunner.task.supervisor import TEARDOWN_SECONDS, Supervisor, without_result
+from horovodrunner.task.taking import RowsTaker, data_directory, with_rows
 
-__all__ = ["Agent", "RowsTaker", "Surroundings"]
+__all__ = ["Agent", "Surroundings"]
 
 BEAT_SECONDS = 5.0
 """How often a worker tells where its main is."""
@@ -54,16 +54,6 @@ STORING_SECONDS = 2.0
 
 STOP_SECONDS = GRACE_SECONDS + 2.0
 """How long partition 0 waits, once everything is to end, to hear that it has ended."""
-
-
-class RowsTaker(Protocol):
-    """Takes in this task's rows of the data sets that travel with the run."""
-
-    def take(self, scratch: Path) -> str:
-        """Write them below a directory, and give what the peers have to know of them."""
-
-    def finish(self, told: Sequence[str]) -> Path:
-        """Give the directory of the data sets, once all tasks, by rank, have told what they got."""
 
 
 @dataclass(frozen=True)
@@ -360,12 +350,7 @@ class Agent:
         return Outcome(failure=Failure(None, member.host, summary, traceback=text))
 
     async def _gather(self, member: Member) -> list[Member]:
-        if not member.problem and self._surroundings.rows is not None:
-            try:
-                rows = await in_thread(self._surroundings.rows.take, self._scratch)
-                member = replace(member, rows=rows)
-            except DataError as error:
-                member = replace(member, problem=str(error), problem_kind=FailureKind.DATA)
+        member = await with_rows(self._surroundings.rows, member, self._scratch)
         self._has_gathered = True
         texts = await asyncio.to_thread(self._surroundings.gather, member.to_json())
         return sorted((Member.from_json(text) for text in texts), key=lambda m: m.partition)
@@ -431,8 +416,7 @@ class Agent:
         environment |= torchrun_environment(slot, hosts, self._job.run_id, self._job.attempt)
         environment |= tf_config(tf_workers(members), slot.rank)
         if self._surroundings.rows is not None:
-            told = [m.rows for group in group_by_host(members) for m in group.members]
-            environment[DATA_DIRECTORY] = str(self._surroundings.rows.finish(told))
+            environment[DATA_DIRECTORY] = data_directory(self._surroundings.rows, members)
         return WorkerSpec(
             rank=slot.rank,
             host=slot.host,

@@ -241,7 +241,7 @@ def test_rows_of_another_task_and_a_full_disk_are_told(
 
 
 def test_the_handle_comes_along_with_the_call_and_is_of_no_use_elsewhere() -> None:
-    handles = [UnsharedDataSet(name, COLUMNS, source=object()) for name in ("a", "b")]  # type: ignore[arg-type]
+    handles = [UnsharedDataSet(name, COLUMNS, source=object()) for name in ("a", "b")]
 
     def main(valid: Any) -> Any:
         return handles[0], valid
@@ -258,7 +258,7 @@ def test_the_handle_comes_along_with_the_call_and_is_of_no_use_elsewhere() -> No
     assert handles[0]
     handles[0].delete()
     with pytest.raises(ArgumentTypeError):
-        data.from_dataframe([1], shared=False)  # type: ignore[arg-type]
+        data.from_dataframe([1], shared=False)
 
 
 class _Job:
@@ -282,7 +282,7 @@ def test_the_start_timeout_begins_when_the_data_sets_are_computed(
     monkeypatch.setattr(cluster, "FIRST_LOOK_SECONDS", 0)
     console = Console()
     run = cluster.BarrierRun(
-        None,  # type: ignore[arg-type]
+        None,
         JobSpec("r1", 2, b"", b""),
         TaskRequest(1, 0, ""),
         console,
