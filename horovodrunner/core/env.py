@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from horovodrunner.core.topology import Slot
 
 __all__ = [
+    "DATA_DIRECTORY",
     "FORWARDED_PREFIXES",
     "GLOO_INTERFACE",
     "KERAS_SWITCH",
@@ -24,6 +25,9 @@ FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "OMP_", "CUDA_", "TF_", "MLFLOW_")
 
 KERAS_SWITCH = "HOROVODRUNNER_KERAS"
 """Set to ``horovod``: with Keras 3, too, Horovod's own code for Keras is used."""
+
+DATA_DIRECTORY = "HOROVODRUNNER_DATA"
+"""Where a rank, and any process it starts, finds the rows that travelled with the run."""
 
 GLOO_INTERFACE = "HOROVOD_GLOO_IFACE"
 """Names the network interface that the ranks use."""

@@ -191,6 +191,8 @@ class FailureKind(str, enum.Enum):
     """The ranks waited for each other for too long."""
     STORAGE = "storage"
     """A checkpoint could not be stored, and the user asked that this ends the run."""
+    DATA = "data"
+    """The rows that were to travel with the run cannot feed the ranks."""
     SETUP = "setup"
     """The run's own machinery failed, or refused to start."""
 

@@ -11,6 +11,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import cloudpickle
@@ -19,12 +20,14 @@ from horovodrunner.errors import PayloadError
 
 __all__ = [
     "WARN_BYTES",
+    "companions",
     "dump_call",
     "dump_result",
     "early_imports",
     "format_bytes",
     "largest_parts",
     "load",
+    "travels_along",
 ]
 
 WARN_BYTES = 10 * 1024 * 1024
@@ -47,6 +50,40 @@ _CHANGES_IMPORTS = re.compile(
     rb"|sys\.path|importlib|set_start_method"
 )
 """What in a pickled main says that the way frameworks are imported may matter to it."""
+
+
+_companions: ContextVar[dict[str, Any] | None] = ContextVar("companions", default=None)
+
+
+@contextlib.contextmanager
+def companions() -> Iterator[dict[str, Any]]:
+    """Collect what has to come along with what is pickled meanwhile.
+
+    Yields
+    ------
+    dict
+        What :func:`travels_along` is told, by name.
+    """
+    found: dict[str, Any] = {}
+    token = _companions.set(found)
+    try:
+        yield found
+    finally:
+        _companions.reset(token)
+
+
+def travels_along(name: str, thing: object) -> None:
+    """Say, in a ``__reduce__``, that the pickle holds a mere name of something.
+
+    Parameters
+    ----------
+    name
+        The name, which nothing else has.
+    thing
+        What it stands for, and what has to reach the ranks by another way.
+    """
+    if (found := _companions.get()) is not None:
+        found[name] = thing
 
 
 def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:

@@ -10,6 +10,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+from horovodrunner.core.job import FailureKind
+
 __all__ = [
     "HostGroup",
     "Member",
@@ -47,6 +49,10 @@ class Member:
         Reserved for TensorFlow's servers, one for each worker, when the run has ``TF_CONFIG``.
     problem
         Set when this task cannot go on; nobody runs ``main`` then.
+    problem_kind
+        What kind of failure that is.
+    rows
+        What this task got of the data sets that travel with the run, as JSON text.
     versions
         What is installed for this task's Python, by name.
     """
@@ -63,6 +69,8 @@ class Member:
     master_port: int = 0
     tf_ports: tuple[int, ...] = ()
     problem: str = ""
+    problem_kind: FailureKind = FailureKind.SETUP
+    rows: str = ""
     versions: dict[str, str] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> str:
@@ -91,7 +99,8 @@ class Member:
         """
         fields = json.loads(text)
         sequences = {name: tuple(fields[name]) for name in ("gpus", "tf_ports")}
-        return cls(**{**fields, **sequences})
+        kind = FailureKind(fields["problem_kind"])
+        return cls(**{**fields, **sequences, "problem_kind": kind})
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import pyarrow as pa
 from horovodrunner.core import checked
 from horovodrunner.data.formats import Format
 from horovodrunner.data.order import EpochOrder, EpochSteps, Remainder
+from horovodrunner.data.shares import OwnRowsSteps
 from horovodrunner.data.stored import Block, BlockReader
 from horovodrunner.errors import ArgumentValueError
 from horovodrunner.worker.context import current_context, log_to_driver
@@ -157,8 +158,10 @@ class Batches(Generic[_Batch]):
     @property
     def rows_of_every_batch(self) -> int | None:
         """How many rows every batch has; None when the last one may have fewer."""
-        has_rest = self._options.remainder in ("share", "join") and self._steps(0).left_over
-        return None if has_rest else self._options.batch_size
+        may_be_short = self._steps(0).left_over or self._reader.manifest.shares
+        if self._options.remainder in ("share", "join") and may_be_short:
+            return None
+        return self._options.batch_size
 
     def first(self) -> _Batch:
         """Give the first batch of this epoch, without beginning it.
@@ -182,8 +185,12 @@ class Batches(Generic[_Batch]):
         dict
             ``epoch``, and ``position``: how many rows of it all ranks together have taken. The same
             on every rank, and all that :meth:`load_state_dict` needs, whatever the world's size.
+            Of rows that travelled with the run, ``position`` counts each rank's own, and ``ranks``
+            says how many ranks they were dealt out to.
         """
-        return {"epoch": self.epoch, "position": self._current.position_after(self._taken)}
+        state = {"epoch": self.epoch, "position": self._current.position_after(self._taken)}
+        ranks = len(self._reader.manifest.shares)
+        return {**state, "ranks": ranks} if ranks else state
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where another iteration was: the next one gives what is left of that epoch.
@@ -191,14 +198,17 @@ class Batches(Generic[_Batch]):
         Parameters
         ----------
         state
-            What :meth:`state_dict` gave, in this run or another, with any number of ranks.
+            What :meth:`state_dict` gave, in this run or another, with any number of ranks; with
+            the same number when the rows travel with the run.
 
         Raises
         ------
         ArgumentValueError
-            If it is not such a state, or of a larger data set.
+            If it is not such a state, or of a larger data set, or of rows that were dealt out in
+            another way.
         """
-        rows = int(self._reader.block_rows.sum())
+        shares = self._reader.manifest.shares
+        rows = max(shares, default=int(self._reader.block_rows.sum()))
         try:
             epoch, position = int(state["epoch"]), int(state["position"])
         except (KeyError, TypeError, ValueError) as error:
@@ -210,12 +220,25 @@ class Batches(Generic[_Batch]):
                 f"{state!r} cannot be gone on from: the data set has {rows} rows, so it is the "
                 "state of another one"
             )
+        if state.get("ranks", 0) != len(shares):
+            ways = [
+                f"dealt out to {ranks} ranks" if ranks else "read from storage that all ranks share"
+                for ranks in (state.get("ranks", 0), len(shares))
+            ]
+            raise ArgumentValueError(
+                f"{state!r} cannot be gone on from: it is of rows that were {ways[0]}, and here "
+                f"they are {ways[1]}, so that every rank has other rows. Begin the epoch anew: "
+                f"epoch={epoch}"
+            )
         self.epoch = epoch
         self._start = position
         self._current, self._taken = self._steps(position), 0
 
     def _steps(self, start: int) -> EpochSteps:
         options = self._options
+        if shares := self._reader.manifest.shares:
+            rows = self._reader.manifest.rows
+            return OwnRowsSteps(rows, options.batch_size, 0, 1, options.remainder, start, shares)
         return EpochSteps(
             int(self._reader.block_rows.sum()),
             options.batch_size,
@@ -268,8 +291,8 @@ def _bounds_of(steps: EpochSteps, numbers: range) -> Iterator[tuple[Any, Any]]:
         chosen = np.array(numbers[at : at + _STEPS_AT_ONCE], np.int64)
         starts = steps.start + chosen * steps.global_batch + steps.rank * steps.batch_size
         ends = starts + steps.batch_size
-        if chosen[-1] >= steps.whole:
-            starts[-1], ends[-1] = steps.positions(int(chosen[-1]))
+        for place in np.flatnonzero(chosen >= steps.whole).tolist():
+            starts[place], ends[place] = steps.positions(int(chosen[place]))
         yield starts, ends
 
 

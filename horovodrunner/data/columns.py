@@ -9,7 +9,7 @@ stored is ever null.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +27,8 @@ __all__ = [
     "fill",
     "logical_type",
     "mask",
+    "merged",
+    "sized",
     "stored",
     "with_masks",
 ]
@@ -207,6 +209,55 @@ def logical_type(column: Column) -> pa.DataType:
     for length in reversed(column.dims):
         found = pa.list_(found) if length is None else pa.list_(found, length)
     return found
+
+
+def merged(known: list[list[Lengths]], new: list[list[Lengths]]) -> list[list[Lengths]]:
+    """Put together what was found of two parts of the rows.
+
+    Parameters
+    ----------
+    known, new
+        The lengths of each column's arrays at each level.
+
+    Returns
+    -------
+    list of list
+        Those of both.
+    """
+    return [
+        [(min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(one, other, strict=True)]
+        for one, other in zip(known, new, strict=True)
+    ]
+
+
+def sized(columns: Sequence[Column], lengths: Sequence[list[list[Lengths]]]) -> tuple[Column, ...]:
+    """Say of each column which length its arrays have, where they all have the same.
+
+    Parameters
+    ----------
+    columns
+        The columns.
+    lengths
+        What :func:`stored` found, of each column at each level, in every part of the rows.
+
+    Returns
+    -------
+    tuple of Column
+        The same columns with their `dims`.
+    """
+    found = []
+    for number, column in enumerate(columns):
+        levels = [[each[number][level] for each in lengths] for level in range(len(column.dims))]
+        found.append(replace(column, dims=tuple(_common_length(level) for level in levels)))
+    return tuple(found)
+
+
+def _common_length(lengths: Sequence[Lengths]) -> int | None:
+    """Give the length that all arrays of one level have, if they do."""
+    least = min((each[0] for each in lengths), default=1)
+    greatest = max((each[1] for each in lengths), default=0)
+    # Arrow has no fixed-size list of size 0
+    return greatest if least == greatest > 0 else None
 
 
 class _Refused(Exception):  # noqa: N818 - becomes a DataError that names the column

@@ -10,7 +10,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -22,10 +22,12 @@ from horovodrunner.data.columns import (
     Lengths,
     NullPolicy,
     check_policies,
+    sized,
     with_masks,
 )
 from horovodrunner.data.dataset import DataSet
 from horovodrunner.data.stored import MANIFEST, Manifest, StoredFile
+from horovodrunner.data.unshared import UnsharedDataSet
 from horovodrunner.data.writing import REPORT_SCHEMA, WriteJob, write_rows
 from horovodrunner.errors import (
     ArgumentTypeError,
@@ -37,7 +39,7 @@ from horovodrunner.errors import (
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-__all__ = ["CACHE_DIR_CONF", "CACHE_LIMIT_CONF", "from_arrow", "from_dataframe"]
+__all__ = ["CACHE_DIR_CONF", "CACHE_LIMIT_CONF", "from_arrow", "from_dataframe", "store_here"]
 
 CACHE_DIR_CONF = "spark.horovodrunner.data.cacheDir"
 CACHE_LIMIT_CONF = "spark.horovodrunner.data.cacheLimit"
@@ -54,6 +56,7 @@ def from_dataframe(
     dtype: str | None = None,
     nulls: Mapping[str, NullPolicy] | None = None,
     reuse: bool = True,
+    shared: bool = True,
 ) -> DataSet:
     """Store the rows of a DataFrame for training.
 
@@ -78,6 +81,10 @@ def from_dataframe(
     reuse
         Whether a data set of the same plan is good enough. Spark cannot see all that a plan depends
         on, a JDBC table's rows say.
+    shared
+        False: nothing is stored now. Each run that the data set is given to computes the DataFrame,
+        deals its rows out to the ranks, and every task writes those of its rank to a file of its
+        own, so no storage has to be shared.
 
     Returns
     -------
@@ -95,27 +102,67 @@ def from_dataframe(
         raise ArgumentTypeError(f"df={df!r}: give a Spark DataFrame, not {type(df).__name__}")
     if dtype not in (None, "float32", "float64"):
         raise ArgumentValueError(f"dtype={dtype!r}: it is 'float32', 'float64' or None")
+    if cache_dir is not None and not shared:
+        raise ArgumentValueError(
+            f"cache_dir={os.fspath(cache_dir)!r}: with shared=False nothing is stored there; leave "
+            "one of the two out"
+        )
     from horovodrunner.data.schema import prepared
 
     spark = df.sparkSession
-    base = _base(spark, cache_dir)
+    base = _base(spark, cache_dir) if shared else ""
     limit = _limit(spark)
     source, columns = prepared(df, dtype)
     nulls = dict(nulls or {})
     check_policies(nulls, columns)
     columns = with_masks(columns, nulls)
+    if not shared:
+        return UnsharedDataSet(uuid.uuid4().hex, tuple(columns), source, nulls)
     settings = (base, tuple(columns), tuple(sorted(nulls.items(), key=lambda each: each[0])))
     if reuse and (found := cache.find(df, settings)) is not None:
         return found
 
     is_of = _same_plan(df, settings)
+    return _stored(base, columns, _writer(source, columns, nulls), is_of, limit)
 
+
+def store_here(data: UnsharedDataSet, directory: Path) -> None:
+    """Store a data set that travels with runs for one whose ranks are all on this machine.
+
+    Parameters
+    ----------
+    data
+        The data set.
+    directory
+        Where to create its directory, which has its identity for a name.
+
+    Raises
+    ------
+    ConfigurationError
+        If the session's executors are on other machines.
+    DataError
+        If a column cannot be stored.
+    """
+    source: Any = data.source
+    master = str(source.sparkSession.conf.get("spark.master", ""))
+    if not master.startswith("local"):
+        raise ConfigurationError(
+            f"np < 0 runs on this machine, and the executors of {master or 'this cluster'}, which "
+            "compute the data set, cannot write here: use np > 0, or give from_dataframe a "
+            "cache_dir that both reach instead of shared=False"
+        )
+    _write(str(directory / data.identity), data.columns, _writer(source, data.columns, data.nulls))
+
+
+def _writer(
+    source: DataFrame, columns: Sequence[Column], nulls: Mapping[str, NullPolicy]
+) -> Callable[[str], Iterable[str]]:
     def write(location: str) -> Iterable[str]:
         job = WriteJob(location, tuple(columns), nulls)
         rows = source.mapInArrow(functools.partial(write_rows, job), REPORT_SCHEMA).collect()
         return [row["report"] for row in rows]
 
-    return _stored(base, columns, write, is_of, limit)
+    return write
 
 
 def from_arrow(
@@ -177,6 +224,13 @@ def _stored(
 ) -> DataSet:
     identity = uuid.uuid4().hex
     location = f"{base.rstrip('/')}/horovodrunner-data-{identity}"
+    return cache.add(identity, location, _write(location, columns, write), is_of, limit)
+
+
+def _write(
+    location: str, columns: Sequence[Column], write: Callable[[str], Iterable[str]]
+) -> Manifest:
+    """Let the rows be written to a new directory; it is complete then, or gone."""
     place = open_place(location)
     try:
         place.make("")
@@ -195,7 +249,7 @@ def _stored(
                 "executors and this process can write to, with room for the rows"
             ) from error
         raise
-    return cache.add(identity, location, manifest, is_of, limit)
+    return manifest
 
 
 def _cause_of_writing(error: Exception) -> str:
@@ -220,19 +274,7 @@ def _manifest(columns: Sequence[Column], reports: Sequence[Mapping[str, Any]]) -
         for report in reports
     )
     lengths: list[list[list[Lengths]]] = [report["lengths"] for report in reports]
-    sized = []
-    for number, column in enumerate(columns):
-        levels = [[each[number][level] for each in lengths] for level in range(len(column.dims))]
-        dims = tuple(_common_length(level) for level in levels)
-        sized.append(replace(column, dims=dims))
-    return Manifest(tuple(sized), files)
-
-
-def _common_length(lengths: Sequence[Lengths]) -> int | None:
-    """Give the length that all arrays of one level have, if they do."""
-    least = min((each[0] for each in lengths), default=1)
-    greatest = max((each[1] for each in lengths), default=0)
-    return greatest if least == greatest > 0 else None
+    return Manifest(sized(columns, lengths), files)
 
 
 def _check_all_there(location: str, manifest: Manifest) -> None:

@@ -170,7 +170,13 @@ class DataSet:
         [[0, 1], [2, 3]]
         """
         options = ReadOptions(
-            *_checked_rank(rank, size), batch_size, shuffle, seed, epoch, remainder, shuffle_window
+            *self._rank_and_size(rank, size),
+            batch_size,
+            shuffle,
+            seed,
+            epoch,
+            remainder,
+            shuffle_window,
         )
         reader = self._reader(columns)
         make = NumpyFormat(reader.columns)
@@ -208,7 +214,13 @@ class DataSet:
             If there are too few rows for the ranks, or the data set cannot be read.
         """
         options = ReadOptions(
-            *_checked_rank(rank, size), batch_size, shuffle, seed, epoch, remainder, shuffle_window
+            *self._rank_and_size(rank, size),
+            batch_size,
+            shuffle,
+            seed,
+            epoch,
+            remainder,
+            shuffle_window,
         )
         reader = self._reader(columns)
         make = ArrowFormat(reader.columns)
@@ -265,7 +277,13 @@ class DataSet:
         from horovodrunner.data.torch_batches import TorchBatches
 
         options = ReadOptions(
-            *_checked_rank(rank, size), batch_size, shuffle, seed, epoch, remainder, shuffle_window
+            *self._rank_and_size(rank, size),
+            batch_size,
+            shuffle,
+            seed,
+            epoch,
+            remainder,
+            shuffle_window,
         )
         if num_workers or pin_memory or loader:
             loader = {"num_workers": num_workers, "pin_memory": pin_memory, **loader}
@@ -323,7 +341,13 @@ class DataSet:
         from horovodrunner.data.tf_dataset import tf_dataset
 
         options = ReadOptions(
-            *_checked_rank(rank, size), batch_size, shuffle, seed, epoch, remainder, shuffle_window
+            *self._rank_and_size(rank, size),
+            batch_size,
+            shuffle,
+            seed,
+            epoch,
+            remainder,
+            shuffle_window,
         )
         reader = self._reader(columns)
         make = NumpyFormat(reader.columns)
@@ -335,9 +359,22 @@ class DataSet:
         has_transform = batch_transform is not None
         return tf_dataset(batches, None if has_transform else reader.columns, prefetch)
 
+    def _rank_and_size(self, rank: int | None, size: int | None) -> tuple[int, int]:
+        if (rank is None) != (size is None):
+            raise ArgumentValueError(
+                f"rank={rank!r}, size={size!r}: give both, or none for this process's own"
+            )
+        if rank is None or size is None:
+            return own_rank_and_size()
+        size = checked.integer("size", size, at_least=1)
+        rank = checked.integer("rank", rank, at_least=0)
+        if rank >= size:
+            raise ArgumentValueError(f"rank={rank}: with size={size} ranks go from 0 to {size - 1}")
+        return rank, size
+
     def _reader(self, columns: Sequence[str] | None) -> BlockReader:
         if columns is None:
-            return BlockReader(self._identity, self._location)
+            return BlockReader(self._identity, self.location)
         names = [each.name for each in self._columns]
         tops = {each.path[0] for each in self._columns}
         if isinstance(columns, str) or not columns:
@@ -349,22 +386,8 @@ class DataSet:
                     f"there are {', '.join(names)}"
                 )
         wanted = [c.name for c in self._columns if c.name in columns or c.path[0] in columns]
-        return BlockReader(self._identity, self._location, wanted)
+        return BlockReader(self._identity, self.location, wanted)
 
 
 def _handle(identity: str, location: str, rows: int, columns: tuple[Column, ...]) -> DataSet:
     return DataSet(identity, location, rows, columns)
-
-
-def _checked_rank(rank: int | None, size: int | None) -> tuple[int, int]:
-    if (rank is None) != (size is None):
-        raise ArgumentValueError(
-            f"rank={rank!r}, size={size!r}: give both, or none for this process's own"
-        )
-    if rank is None or size is None:
-        return own_rank_and_size()
-    size = checked.integer("size", size, at_least=1)
-    rank = checked.integer("rank", rank, at_least=0)
-    if rank >= size:
-        raise ArgumentValueError(f"rank={rank}: with size={size} ranks go from 0 to {size - 1}")
-    return rank, size

@@ -76,10 +76,13 @@ class Manifest:
         Its columns.
     files
         Its files, in the order of their rows.
+    shares
+        How many rows each rank has, when these are one rank's own; empty when they are all rows.
     """
 
     columns: tuple[Column, ...]
     files: tuple[StoredFile, ...]
+    shares: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -101,7 +104,8 @@ class Manifest:
         """
         files = [vars(each) for each in self.files]
         columns = [each.to_json() for each in self.columns]
-        return json.dumps({"format": _FORMAT, "columns": columns, "files": files})
+        fields = {"columns": columns, "files": files, "shares": self.shares}
+        return json.dumps({"format": _FORMAT, **fields})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
@@ -131,6 +135,7 @@ class Manifest:
         return cls(
             tuple(Column.from_json(each) for each in fields["columns"]),
             tuple(_file_from(each) for each in fields["files"]),
+            tuple(fields["shares"]),
         )
 
 

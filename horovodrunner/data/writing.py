@@ -16,14 +16,16 @@ from typing import Any
 import pyarrow as pa
 
 from horovodrunner.core.places import open_place
-from horovodrunner.data.columns import NO_ARRAYS, Column, Lengths, NullPolicy, stored
+from horovodrunner.data.columns import NO_ARRAYS, Column, Lengths, NullPolicy, merged, stored
 from horovodrunner.errors import DataError
 
 __all__ = [
     "BLOCK_BYTES",
+    "END_OF_STREAM",
     "REPORT_SCHEMA",
     "BlockBuilder",
     "WriteJob",
+    "no_lengths",
     "stored_schema",
     "write_rows",
 ]
@@ -32,7 +34,7 @@ BLOCK_BYTES = 8 * 2**20
 """About so large is a block; one row is at least one."""
 
 REPORT_SCHEMA = "report string"
-_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,22 @@ def stored_schema(columns: Sequence[Column]) -> pa.Schema:
     return pa.schema([pa.field(each.name, each.stored_type(), nullable=False) for each in columns])
 
 
+def no_lengths(columns: Sequence[Column]) -> list[list[Lengths]]:
+    """Give the lengths that the arrays of no rows at all have.
+
+    Parameters
+    ----------
+    columns
+        What is stored.
+
+    Returns
+    -------
+    list of list
+        Of each column, at each level.
+    """
+    return [[NO_ARRAYS] * len(each.dims) for each in columns]
+
+
 class BlockBuilder:
     """Collects rows until they make a block.
 
@@ -90,7 +108,7 @@ class BlockBuilder:
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
         self.schema = stored_schema(columns)
-        self.lengths: list[list[Lengths]] = [[NO_ARRAYS] * len(each.dims) for each in columns]
+        self.lengths = no_lengths(columns)
         self._columns = columns
         self._nulls = nulls
         self._block_bytes = block_bytes
@@ -118,10 +136,7 @@ class BlockBuilder:
         if not batch.num_rows:
             return
         arrays, lengths = stored(batch, self._columns, self._nulls)
-        self.lengths = [
-            [(min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(known, new, strict=True)]
-            for known, new in zip(self.lengths, lengths, strict=True)
-        ]
+        self.lengths = merged(self.lengths, lengths)
         rows = pa.RecordBatch.from_arrays(arrays, schema=self.schema)
         row_bytes = max(1, rows.nbytes // rows.num_rows)
         start = 0
@@ -201,8 +216,8 @@ def _write_file(job: WriteJob, name: str, batches: Iterator[pa.RecordBatch]) -> 
             ends.append(position)
         if sink is None:
             return {}
-        sink.write(_END_OF_STREAM)
-        position += len(_END_OF_STREAM)
+        sink.write(END_OF_STREAM)
+        position += len(END_OF_STREAM)
         place.close(sink)
     except BaseException:
         if sink is not None:

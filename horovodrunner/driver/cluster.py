@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,10 @@ from horovodrunner.driver.channel import RETRY_REFUSED, DriverChannel
 from horovodrunner.driver.console import Console
 from horovodrunner.driver.jobs import spark_job
 from horovodrunner.driver.resources import TaskRequest
+from horovodrunner.driver.rows import stage_input
 from horovodrunner.driver.slots import NOTE_SECONDS, slot_holders
-from horovodrunner.driver.stage_end import stage_end
-from horovodrunner.errors import BarrierStageError, StartTimeoutError
+from horovodrunner.driver.stage_end import data_problem, stage_end
+from horovodrunner.errors import BarrierStageError, DataError, StartTimeoutError
 from horovodrunner.task.barrier import ROW_SCHEMA, barrier_task
 from horovodrunner.task.channel import DRIVER_CONNECT_SECONDS
 from horovodrunner.task.files import BroughtFiles
@@ -24,6 +26,9 @@ from horovodrunner.task.store import CheckpointStore
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+    from horovodrunner.data.unshared import UnsharedDataSet
+    from horovodrunner.task.rows import Travelling
 
 __all__ = ["BarrierRun"]
 
@@ -60,6 +65,8 @@ class BarrierRun:
         When (monotonic clock) that time began.
     store
         Where checkpoints that come through the driver channel are kept, if they do.
+    data
+        The data sets that travel with the run.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class BarrierRun:
         start_timeout: float,
         waiting_since: float,
         store: CheckpointStore | None = None,
+        data: Sequence[UnsharedDataSet] = (),
     ) -> None:
         self._spark = spark
         self._job = job
@@ -81,6 +89,7 @@ class BarrierRun:
         self._files = files
         self._start_timeout = start_timeout
         self._store = store
+        self._data = data
         self._tag = f"horovodrunner-{job.run_id}"
         self._spark_job = spark_job(
             spark, self._tag, f"HorovodRunner(np={job.size}), run {job.run_id}"
@@ -107,6 +116,8 @@ class BarrierRun:
             If a setting of this package's has no valid value.
         StartTimeoutError
             If the tasks do not start in time.
+        DataError
+            If the data sets that travel with the run could not be computed.
         BarrierStageError
             If Spark lost or cancelled the stage.
         KeyboardInterrupt
@@ -164,8 +175,11 @@ class BarrierRun:
         profile = {} if self._request.profile is None else {"profile": self._request.profile}
         try:
             self._spark_job.begin()
-            rows = self._spark.range(0, job.size, 1, job.size).mapInArrow(
-                functools.partial(barrier_task, job), ROW_SCHEMA, barrier=True, **profile
+            rows = stage_input(self._spark, job.size, self._data).mapInArrow(
+                functools.partial(barrier_task, job, self._travelling()),
+                ROW_SCHEMA,
+                barrier=True,
+                **profile,
             )
             chunks: dict[int, list[bytes]] = {}
             for partition, chunk in _collect(rows):
@@ -177,6 +191,13 @@ class BarrierRun:
             self._spark_job.end()
             self._ended = True
             self._console.wake()
+
+    def _travelling(self) -> tuple[Travelling, ...]:
+        if not self._data:
+            return ()
+        from horovodrunner.task.rows import Travelling
+
+        return tuple(Travelling(each.identity, each.columns) for each in self._data)
 
     def _wait(self, channel: DriverChannel) -> None:
         """Show output until the stage ends; cancel it when it does not start or not end."""
@@ -199,8 +220,15 @@ class BarrierRun:
 
     def _look_whether_it_starts(self) -> None:
         """Tell what a stage waits for of which nothing was heard yet; give up when it is late."""
-        running = self._spark_job.running_tasks()
         now = time.monotonic()
+        if self._data and (computing := self._spark_job.computing_tasks()):
+            self._start_by = now + self._start_timeout
+            if now >= self._next_note:
+                self._next_note = now + NOTE_SECONDS
+                tasks = f"{computing} task{'s run' if computing > 1 else ' runs'}"
+                self._console.note(f"computing the data sets that travel with the run: {tasks}")
+            return
+        running = self._spark_job.running_tasks()
         if running == self._job.size:
             self._all_running_since = self._all_running_since or now
             if now - self._all_running_since >= SILENT_SECONDS:
@@ -272,6 +300,10 @@ class BarrierRun:
         for outcome in outcomes.values():
             if outcome.failure is not None:
                 return outcome
+        if self._data and not channel.registered and (cause := data_problem(self._error)):
+            raise DataError(
+                f"the rows of the data sets could not be computed: {cause}"
+            ) from self._error
         end = stage_end(self._error, channel.placement)
         error = BarrierStageError(end.text)
         error.executor_was_lost = end.task_was_lost

@@ -27,7 +27,10 @@ class SparkJob(Protocol):
         """Cancel it."""
 
     def running_tasks(self) -> int | None:
-        """Count its tasks that run now; None where Spark does not tell."""
+        """Count the barrier stage's tasks that run now; None where Spark does not tell."""
+
+    def computing_tasks(self) -> int:
+        """Count the tasks that compute what the barrier stage reads; 0 if Spark does not tell."""
 
     def slots_by_other_job(self) -> dict[int, int] | None:
         """Count the slots that each other running job holds; None where Spark does not tell."""
@@ -82,19 +85,30 @@ class ClassicJob:
         self._context.cancelJobsWithTag(self._tag)
 
     def running_tasks(self) -> int | None:
-        """Count its tasks that run now."""
-        return sum(tasks for _, tags, tasks in self._task_sets() if self._tag in tags)
+        """Count the barrier stage's tasks that run now."""
+        return self._own_tasks(in_barrier=True)
+
+    def computing_tasks(self) -> int:
+        """Count the tasks of its other stages that run now."""
+        return self._own_tasks(in_barrier=False)
+
+    def _own_tasks(self, *, in_barrier: bool) -> int:
+        return sum(
+            tasks
+            for _, tags, tasks, is_barrier in self._task_sets()
+            if self._tag in tags and is_barrier == in_barrier
+        )
 
     def slots_by_other_job(self) -> dict[int, int] | None:
         """Count the slots that each other running job holds."""
         by_job: dict[int, int] = {}
-        for job_id, tags, tasks in self._task_sets():
+        for job_id, tags, tasks, _ in self._task_sets():
             if tasks and self._tag not in tags:
                 by_job[job_id] = by_job.get(job_id, 0) + tasks
         return by_job
 
-    def _task_sets(self) -> Iterator[tuple[int, list[str], int]]:
-        """Ask the scheduler itself for each task set's job, job tags and number of running tasks.
+    def _task_sets(self) -> Iterator[tuple[int, list[str], int, bool]]:
+        """Ask the scheduler itself: each task set's job, tags, running tasks, and whether barrier.
 
         Spark's status tracker would be the public way; what it tells may be ten seconds old.
         """
@@ -107,7 +121,12 @@ class ClassicJob:
                 continue
             properties = schedulable.taskSet().properties()  # a job from Scala may have none
             tags = properties and properties.getProperty("spark.job.tags")
-            yield int(schedulable.priority()), (tags or "").split(","), schedulable.runningTasks()
+            yield (
+                int(schedulable.priority()),
+                (tags or "").split(","),
+                schedulable.runningTasks(),
+                schedulable.isBarrier(),
+            )
 
 
 class ConnectJob:
@@ -146,6 +165,10 @@ class ConnectJob:
     def running_tasks(self) -> int | None:
         """Count its tasks that run now; None before Spark 4.0, whose server does not tell."""
         return self._running
+
+    def computing_tasks(self) -> int:
+        """Count all its tasks that run now: the server does not tell the stages apart."""
+        return self._running or 0
 
     def slots_by_other_job(self) -> dict[int, int] | None:
         """Give None: a Spark Connect server tells nothing about others' jobs."""

@@ -20,11 +20,14 @@ from horovodrunner.task.depot import StoreDepot
 from horovodrunner.task.files import BroughtFiles, LocalFiles
 from horovodrunner.task.network import host_id, loopback_address
 from horovodrunner.task.store import CheckpointStore
+from horovodrunner.task.taking import RowsTaker
 
 __all__ = ["run_locally"]
 
 
-def run_locally(job: JobSpec, console: Console, files: BroughtFiles) -> Outcome:
+def run_locally(
+    job: JobSpec, console: Console, files: BroughtFiles, rows: RowsTaker | None = None
+) -> Outcome:
     """Run all ranks as processes of this machine.
 
     Parameters
@@ -35,6 +38,8 @@ def run_locally(job: JobSpec, console: Console, files: BroughtFiles) -> Outcome:
         Shows what the ranks print.
     files
         Where the files go that Horovod writes.
+    rows
+        The data sets that travel with the run, or None when there are none.
 
     Returns
     -------
@@ -77,6 +82,7 @@ def run_locally(job: JobSpec, console: Console, files: BroughtFiles) -> Outcome:
             else None
         ),
         files=LocalFiles(files, console.note),
+        rows=rows,
         cores_per_worker=len(os.sched_getaffinity(0)) // job.size,
     )
     results: list[Outcome] = []

@@ -14,6 +14,7 @@ from horovodrunner.core.job import Failure, FailureKind, Outcome
 from horovodrunner.errors import (
     CheckpointError,
     ConfigurationError,
+    DataError,
     HorovodRunnerError,
     PayloadError,
     StallTimeoutError,
@@ -46,6 +47,8 @@ def open_outcome(outcome: Outcome) -> Any:
         If the ranks waited for each other too long.
     CheckpointError
         If a checkpoint could not be stored and that was to end the run.
+    DataError
+        If the rows that travelled with the run cannot feed the ranks.
     ConfigurationError
         If the tasks found that the run could not start.
     """
@@ -59,6 +62,8 @@ def open_outcome(outcome: Outcome) -> Any:
         raise cause
     if failure.kind is FailureKind.STORAGE:
         raise CheckpointError(failure.summary)
+    if failure.kind is FailureKind.DATA:
+        raise DataError(failure.summary)
     if failure.rank is None and not failure.traceback:
         raise ConfigurationError(failure.summary)  # found before any rank was there
     raise _worker_failure(failure, outcome.consequences) from cause

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from horovodrunner.core import checked, payload
 from horovodrunner.core.env import TF_CONFIG, forwarded_environment
@@ -23,6 +23,9 @@ from horovodrunner.driver.console import Console
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.files import BroughtFiles
 from horovodrunner.task.store import CheckpointStore
+
+if TYPE_CHECKING:
+    from horovodrunner.data.unshared import UnsharedDataSet
 
 __all__ = ["HorovodRunner", "SavedCheckpoint"]
 
@@ -215,6 +218,8 @@ class HorovodRunner:
             If ranks wait for others for longer than ``stall_timeout``.
         CheckpointError
             If a checkpoint cannot be stored and ``checkpoint_errors="raise"``.
+        DataError
+            If a data set that travels with the run cannot be computed or stored.
         BarrierStageError
             If Spark lost or cancelled the run's stage.
         """
@@ -223,7 +228,9 @@ class HorovodRunner:
             self._store.check()
         environment = {**forwarded_environment(os.environ), **self._options}
         files = BroughtFiles(environment)
-        call = payload.dump_call(main, kwargs)
+        with payload.companions() as companions:
+            call = payload.dump_call(main, kwargs)
+        data = tuple(companions.values())
         console = Console()
         self._announce(console, main, kwargs, call)
         job = JobSpec(
@@ -253,8 +260,8 @@ class HorovodRunner:
                 token=secrets.token_bytes(TOKEN_BYTES),
             )
             if self._np < 0:
-                return self._run_locally(this, console, files)
-            return self._run_on_spark(this, console, files)
+                return self._run_locally(this, console, files, data)
+            return self._run_on_spark(this, console, files, data)
 
         try:
             return run_attempts(launch, self._max_restarts, self._restart_on, self._store, console)
@@ -264,12 +271,18 @@ class HorovodRunner:
                 self._store.prune()
             console.show(0)
 
-    def _run_locally(self, job: JobSpec, console: Console, files: BroughtFiles) -> Outcome:
+    def _run_locally(
+        self, job: JobSpec, console: Console, files: BroughtFiles, data: Sequence[UnsharedDataSet]
+    ) -> Outcome:
         from horovodrunner.driver.local import run_locally
+        from horovodrunner.driver.rows import stored_here
 
-        return run_locally(job, console, files)
+        with stored_here(data, job.run_id, console) as rows:
+            return run_locally(job, console, files, rows)
 
-    def _run_on_spark(self, job: JobSpec, console: Console, files: BroughtFiles) -> Outcome:
+    def _run_on_spark(
+        self, job: JobSpec, console: Console, files: BroughtFiles, data: Sequence[UnsharedDataSet]
+    ) -> Outcome:
         from horovodrunner.driver import session, slots
         from horovodrunner.driver.cluster import BarrierRun
         from horovodrunner.driver.resources import task_request
@@ -301,6 +314,7 @@ class HorovodRunner:
                 start_timeout=self._start_timeout,
                 waiting_since=waiting_since,
                 store=store,
+                data=data,
             ).run()
 
     def _announce(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from horovodrunner.core.words import ranks_in_words
 
-__all__ = ["StageEnd", "stage_end"]
+__all__ = ["StageEnd", "data_problem", "stage_end"]
 
 _EXECUTORS_PYTHON = "PYSPARK_PYTHON (for spark-submit also spark.pyspark.python)"
 
@@ -61,6 +61,28 @@ def stage_end(error: Exception | None, placement: Sequence[tuple[int, int, str]]
     if text:
         return StageEnd(f"Spark ended the run's stage: {text.splitlines()[0]}")
     return StageEnd("the run's tasks ended without an outcome; the executors' logs tell more")
+
+
+def data_problem(error: Exception | None) -> str:
+    """Pull out why the rows that the stage was to read could not be computed.
+
+    Parameters
+    ----------
+    error
+        What collecting the stage's rows raised, before any of its tasks was heard of.
+
+    Returns
+    -------
+    str
+        The cause; empty where it lies elsewhere, see :func:`stage_end`.
+    """
+    text = str(error) if error is not None else ""
+    lies_elsewhere = r"Job \d+ cancelled|\[OPERATION_CANCELED\]|Most recent failure reason: "
+    if _problem_of_executors_python(text) or re.search(lies_elsewhere, text):
+        return ""
+    if raised := re.search(r"^(?!org\.apache)[\w.]*(?:Error|Exception): .+", text, re.MULTILINE):
+        return raised[0]
+    return text.partition("\n")[0]
 
 
 def _problem_of_executors_python(text: str) -> str | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from horovodrunner.core.env import (
+    DATA_DIRECTORY,
     slot_environment,
     tf_config,
     torchrun_environment,
@@ -41,6 +42,7 @@ from horovodrunner.task.network import LOOPBACK, REACH_EACH_OTHER, on_free_port
 from horovodrunner.task.process import GRACE_SECONDS, WorkerProcess
 from horovodrunner.task.scratch import Scratch
 from horovodrunner.task.supervisor import TEARDOWN_SECONDS, Supervisor, without_result
+from horovodrunner.task.taking import RowsTaker, data_directory, with_rows
 
 __all__ = ["Agent", "Surroundings"]
 
@@ -74,6 +76,8 @@ class Surroundings:
         Where checkpoints are kept, or None when the run keeps none.
     files
         Takes the files that Horovod writes on rank 0's host, or None when nobody wants any.
+    rows
+        Takes the rows that travel with the run, or None when there are none.
     scratch_base
         Directory below which this task may have one of its own.
     cores_per_worker
@@ -88,6 +92,7 @@ class Surroundings:
     log: Callable[[bytes], None]
     depot: Depot | None = None
     files: FileTaker | None = None
+    rows: RowsTaker | None = None
     scratch_base: str | None = None
     cores_per_worker: int = 1
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
@@ -345,6 +350,7 @@ class Agent:
         return Outcome(failure=Failure(None, member.host, summary, traceback=text))
 
     async def _gather(self, member: Member) -> list[Member]:
+        member = await with_rows(self._surroundings.rows, member, self._scratch)
         self._has_gathered = True
         texts = await asyncio.to_thread(self._surroundings.gather, member.to_json())
         return sorted((Member.from_json(text) for text in texts), key=lambda m: m.partition)
@@ -409,6 +415,8 @@ class Agent:
         environment.update({name: str(path) for name, path in self._written_files().items()})
         environment |= torchrun_environment(slot, hosts, self._job.run_id, self._job.attempt)
         environment |= tf_config(tf_workers(members), slot.rank)
+        if self._surroundings.rows is not None:
+            environment[DATA_DIRECTORY] = data_directory(self._surroundings.rows, members)
         return WorkerSpec(
             rank=slot.rank,
             host=slot.host,
@@ -433,7 +441,8 @@ def _refused(members: Sequence[Member]) -> Outcome:
     """Give the first problem that a task gathered, or an empty outcome."""
     for member in members:
         if member.problem:
-            return Outcome(failure=Failure(None, member.host, member.problem))
+            kind = member.problem_kind
+            return Outcome(failure=Failure(None, member.host, member.problem, kind))
     return Outcome()
 
 

@@ -7,8 +7,9 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from horovodrunner.core.env import GLOO_INTERFACE
 from horovodrunner.core.job import JobSpec, split_chunks
@@ -23,6 +24,9 @@ from horovodrunner.task.files import DriverFiles
 from horovodrunner.task.network import HostAddress, find_address, host_id, loopback_address
 from horovodrunner.task.store import CheckpointStore
 
+if TYPE_CHECKING:
+    from horovodrunner.task.rows import TaskRows, Travelling
+
 __all__ = ["ROW_SCHEMA", "barrier_task"]
 
 ROW_SCHEMA = "partition int, chunk binary"
@@ -34,7 +38,7 @@ _SCRATCH_VARIABLES = ("LOCAL_DIRS", "SPARK_EXECUTOR_DIRS", "SPARK_LOCAL_DIRS")
 """Set by YARN, by standalone workers, and by administrators."""
 
 
-def barrier_task(job: JobSpec, batches: Iterator[Any]) -> Iterator[Any]:
+def barrier_task(job: JobSpec, data: Sequence[Travelling], batches: Iterator[Any]) -> Iterator[Any]:
     """Run one task of the barrier stage; for ``DataFrame.mapInArrow(..., barrier=True)``.
 
     A failed rank is a row of a task that succeeds, so that Spark has nothing to try again.
@@ -43,8 +47,10 @@ def barrier_task(job: JobSpec, batches: Iterator[Any]) -> Iterator[Any]:
     ----------
     job
         The run.
+    data
+        The data sets that travel with it.
     batches
-        The partition's rows, which mean nothing.
+        The partition's rows: those of the data sets. Without any they mean nothing.
 
     Yields
     ------
@@ -54,11 +60,10 @@ def barrier_task(job: JobSpec, batches: Iterator[Any]) -> Iterator[Any]:
     import pyarrow
     from pyspark import BarrierTaskContext
 
-    for _ in batches:
-        pass
     context = BarrierTaskContext.get()
     partition = context.partitionId()
-    outcome = asyncio.run(Agent(job, _surroundings(job, context)).run())
+    rows = _rows(data, partition, batches)
+    outcome = asyncio.run(Agent(job, replace(_surroundings(job, context), rows=rows)).run())
     for chunk in split_chunks(outcome, CHUNK_BYTES):
         yield pyarrow.RecordBatch.from_pydict(
             {
@@ -66,6 +71,16 @@ def barrier_task(job: JobSpec, batches: Iterator[Any]) -> Iterator[Any]:
                 "chunk": pyarrow.array([chunk], pyarrow.binary()),
             }
         )
+
+
+def _rows(data: Sequence[Travelling], partition: int, batches: Iterator[Any]) -> TaskRows | None:
+    if not data:
+        for _ in batches:
+            pass
+        return None
+    from horovodrunner.task.rows import TaskRows
+
+    return TaskRows(data, partition, batches)
 
 
 def _surroundings(job: JobSpec, context: Any) -> Surroundings:

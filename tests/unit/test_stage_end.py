@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from horovodrunner.driver.stage_end import stage_end
+from horovodrunner.driver.stage_end import data_problem, stage_end
 
 BARRIER = (
     "An error occurred while calling o65.getResult.\n"
@@ -118,3 +118,26 @@ def test_a_cancelled_job_is_named() -> None:
     said = "org.apache.spark.SparkException: Job 3 cancelled killed via the Web UI"
     end = stage_end(Exception(said + AFTERWARDS), PLACEMENT)
     assert end.text == "the run's Spark job was cancelled: Job 3 cancelled killed via the Web UI"
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        (BARRIER, ""),
+        ("[OPERATION_CANCELED] Operation has been canceled. SQLSTATE: HY008", ""),
+        (TRACEBACK + "ModuleNotFoundError: No module named 'pyarrow'" + AFTERWARDS, ""),
+        (
+            "Job aborted due to stage failure: Task 0 in stage 3.0 failed 4 times\n"
+            + TRACEBACK
+            + "PIL.UnidentifiedImageError: cannot identify image file 'a.png'"
+            + AFTERWARDS,
+            "PIL.UnidentifiedImageError: cannot identify image file 'a.png'",
+        ),
+        (
+            "[DIVIDE_BY_ZERO] Division by zero. SQLSTATE: 22012\n== SQL (line 1) ==\n1/(id-1)",
+            "[DIVIDE_BY_ZERO] Division by zero. SQLSTATE: 22012",
+        ),
+    ],
+)
+def test_why_rows_could_not_be_computed_is_pulled_out(said: str, cause: str) -> None:
+    assert data_problem(RuntimeError(said)) == cause
