@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.spark, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.spark, pytest.mark.timeout(600)]
 
 needs_profiles = pytest.mark.skipif(
     importlib.metadata.version("pyspark").startswith("3."),
@@ -165,7 +165,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, calls: Path) -> Report:
         [sys.executable, "-c", textwrap.dedent(SCRIPT), str(script), str(directory), str(calls)],
         capture_output=True,
         text=True,
-        timeout=350,
+        timeout=500,
         check=False,
         env={
             **os.environ,

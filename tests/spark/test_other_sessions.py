@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.spark
+pytestmark = [pytest.mark.spark, pytest.mark.timeout(500)]
 
 TRAIN = """
 import os
@@ -47,7 +47,7 @@ def drive(script: str, tmp_path: Path, **environment: str) -> str:
         [sys.executable, str(path)],
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=400,
         check=False,
         env={**os.environ, **environment},
         cwd=tmp_path,
