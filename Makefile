@@ -38,9 +38,11 @@ demo: setup
 	@$(BIN)/python examples/digits.py
 
 test: lint docs
+	$(BIN)/python scripts/archive_classes.py
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: lint docs
+	$(BIN)/python scripts/archive_classes.py
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-spark: setup

@@ -34,7 +34,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     with subprocess.Popen(
         [sys.executable, str(FOLDER / "run_notebook.py"), *notebooks],
         cwd=scratch,
-        env={**os.environ, "TMPDIR": str(scratch)},
+        env={**os.environ, "PYSPARK_PYTHON": sys.executable, "TMPDIR": str(scratch)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
