@@ -9,6 +9,9 @@ it alone.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,17 +31,21 @@ def main() -> None:
     """Run once on Spark in a JVM that keeps its classes when it ends."""
     if ARCHIVE.exists() and ARCHIVE.stat().st_mtime > SET_UP.stat().st_mtime:
         return
+    print("Archiving the classes of Spark's JVMs for the tests: half a minute.", flush=True)
     ARCHIVE.parent.mkdir(exist_ok=True)
     unfinished = ARCHIVE.with_suffix(".unfinished")
     options = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -Xlog:disable"
+    os.environ["PYSPARK_PYTHON"] = sys.executable
     spark = (
         SparkSession.builder.master("local[1]")
         .config("spark.driver.extraJavaOptions", f"{options} -XX:ArchiveClassesAtExit={unfinished}")
         .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
         .config("spark.log.level", "ERROR")
         .getOrCreate()
     )
-    HorovodRunner(np=1).run(lambda: None)
+    with contextlib.redirect_stdout(io.StringIO()):
+        HorovodRunner(np=1).run(lambda: None)
     spark.sparkContext.parallelize([1], 1).count()
     spark.stop()
     gateway = SparkContext._gateway
