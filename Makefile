@@ -12,11 +12,12 @@ TESTS ?= tests/spark
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-spark lint docs clean
+.PHONY: help setup demo test test-all test-spark lint docs clean
 
 help:
 	@echo "make demo        set everything up and train a small network on a two-executor Spark cluster"
 	@echo "make test        set everything up and run the linters, the documentation build and the tests"
+	@echo "make test-all    the same, and the tests that are marked slow, too"
 	@echo "make test-spark  run the Spark tests with the oldest and the newest PySpark; SPARK=4.0 names"
 	@echo "                 another one. Each has an environment of its own in build/"
 	@echo "make setup       only set everything up: .venv, all dependencies, Horovod built for them"
@@ -37,6 +38,11 @@ demo: setup
 	@$(BIN)/python examples/digits.py
 
 test: lint docs
+	$(BIN)/python scripts/archive_classes.py
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+
+test-all: lint docs
+	$(BIN)/python scripts/archive_classes.py
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-spark: setup

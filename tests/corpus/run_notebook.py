@@ -54,7 +54,7 @@ def run(path: Path, spark: SparkSession) -> None:
 
 
 def main() -> None:
-    """Make the session that Databricks would have made, and run the notebook."""
+    """Make the session that Databricks would have made, and run the notebooks."""
     spark = (
         SparkSession.builder.master("local-cluster[2,1,1024]")
         .config("spark.ui.enabled", "false")
@@ -64,7 +64,10 @@ def main() -> None:
     )
     logs = Path(pyspark.__file__).parent / "work" / str(spark.sparkContext.applicationId)
     try:
-        run(Path(sys.argv[1]), spark)
+        for path in sys.argv[1:]:
+            print(f"NOTEBOOK {Path(path).name}", flush=True)
+            run(Path(path), spark)
+            print(flush=True)
     finally:
         spark.stop()
         shutil.rmtree(logs, ignore_errors=True)

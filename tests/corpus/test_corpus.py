@@ -14,18 +14,27 @@ import pytest
 
 from tests.corpus.run_notebook import code_cells
 
-pytestmark = [pytest.mark.spark, pytest.mark.horovod, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.spark, pytest.mark.horovod, pytest.mark.timeout(500)]
 
 FOLDER = Path(__file__).parent
-NOTEBOOK_SECONDS = 300
+SECONDS = 480
+NOTEBOOKS = [
+    "torch_digits.py",
+    "mlflow_search.py",
+    "lightning_trainer.py",
+    "keras_history.py",  # the last one: it chooses Keras 2, by a variable that others inherit
+]
 
 
-def run(name: str, scratch: Path) -> str:
-    """Run one notebook in a process of its own; give what its cells show, stderr included."""
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Run the notebooks in one process; give what the cells of each show, stderr included."""
+    scratch = tmp_path_factory.mktemp("corpus")
+    notebooks = [str(FOLDER / "notebooks" / name) for name in NOTEBOOKS]
     with subprocess.Popen(
-        [sys.executable, str(FOLDER / "run_notebook.py"), str(FOLDER / "notebooks" / name)],
+        [sys.executable, str(FOLDER / "run_notebook.py"), *notebooks],
         cwd=scratch,
-        env={**os.environ, "TMPDIR": str(scratch)},
+        env={**os.environ, "PYSPARK_PYTHON": sys.executable, "TMPDIR": str(scratch)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -33,16 +42,19 @@ def run(name: str, scratch: Path) -> str:
         start_new_session=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=NOTEBOOK_SECONDS)
+            output, _ = process.communicate(timeout=SECONDS)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output[-6000:]
-    return output
+    parts = re.split(r"^NOTEBOOK (.*)\n", output, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def test_torch_pieces_in_many_cells_on_the_driver_and_then_on_the_cluster(tmp_path: Path) -> None:
-    lines = run("torch_digits.py", tmp_path).splitlines()
+def test_torch_pieces_in_many_cells_on_the_driver_and_then_on_the_cluster(
+    shown: dict[str, str],
+) -> None:
+    lines = shown["torch_digits.py"].splitlines()
     assert "single node: 2 epochs" in lines
     assert "driver: 1 rank, 6 batches" in lines
     assert "cluster: 2 ranks, 3 batches" in lines
@@ -56,8 +68,8 @@ def test_torch_pieces_in_many_cells_on_the_driver_and_then_on_the_cluster(tmp_pa
     assert lines.count("rank 1: epoch 2 done") == 1
 
 
-def test_keras_history_comes_back_and_a_large_closure_is_named(tmp_path: Path) -> None:
-    output = run("keras_history.py", tmp_path)
+def test_keras_history_comes_back_and_a_large_closure_is_named(shown: dict[str, str]) -> None:
+    output = shown["keras_history.py"]
     lines = output.splitlines()
     assert "ranks: 2" in lines
     assert "history: {'accuracy': 2, 'loss': 2}" in lines
@@ -78,16 +90,16 @@ def test_keras_history_comes_back_and_a_large_closure_is_named(tmp_path: Path) -
     assert "<cell 7 of keras_history.py>:3: UserWarning" in output
 
 
-def test_mlflow_on_rank_0_logs_into_the_run_of_the_driver(tmp_path: Path) -> None:
-    lines = run("mlflow_search.py", tmp_path).splitlines()
+def test_mlflow_on_rank_0_logs_into_the_run_of_the_driver(shown: dict[str, str]) -> None:
+    lines = shown["mlflow_search.py"].splitlines()
     assert "losses: tuple ['float64', 'float64']" in lines
     assert "back: (28, 28, 1) float32 [0.0, 0.5]" in lines
     assert "tracked: ['loss_0.0', 'loss_0.5'] 2 [0, 1, 2]" in lines
     assert "the last is the same: True" in lines
 
 
-def test_lightning_trains_alone_and_together(tmp_path: Path) -> None:
-    lines = run("lightning_trainer.py", tmp_path).splitlines()
+def test_lightning_trains_alone_and_together(shown: dict[str, str]) -> None:
+    lines = shown["lightning_trainer.py"].splitlines()
     assert "alone: {'hidden': 4, 'lr': 0.01} 16 steps" in lines
     assert "together: {'hidden': 4, 'lr': 0.01} 8 steps" in lines
     assert "loss: True prediction: (2, 1)" in lines

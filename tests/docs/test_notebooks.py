@@ -82,6 +82,7 @@ TUTORIALS = {
         ),
     ),
 }
+SLOW = ("04_legacy_keras.ipynb", "05_torch_ddp.ipynb")
 
 
 def read(path: Path) -> Any:
@@ -201,7 +202,10 @@ def test_every_notebook_is_executed() -> None:
 @pytest.mark.spark
 @pytest.mark.horovod
 @pytest.mark.timeout(3 * CELL_SECONDS)
-@pytest.mark.parametrize("name", TUTORIALS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TUTORIALS],
+)
 def test_tutorial(name: str, scratch: Path) -> None:
     pytest.importorskip("matplotlib")
     if "keras" in name:

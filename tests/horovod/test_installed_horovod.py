@@ -67,6 +67,7 @@ def test_a_wrong_sum_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         verify_allreduce([framework])
 
 
+@pytest.mark.slow
 def test_a_second_environment_compiles_nothing(tmp_path: Path) -> None:
     recipe = current_recipe()
     if cached_wheel(cache_key(recipe, toolchain_facts(recipe))) is None:

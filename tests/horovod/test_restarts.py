@@ -82,7 +82,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("what", "rank"), [("worker", 0), ("worker", 1), ("executor", 0), ("executor", 1)]
+    ("what", "rank"),
+    [("worker", 0), ("executor", 1), pytest.param("executor", 0, marks=pytest.mark.slow)],
 )
 def test_the_weights_are_those_of_an_undisturbed_training(
     what: str,

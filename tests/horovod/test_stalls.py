@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,26 +13,25 @@ from horovodrunner import HorovodRunner, StallTimeoutError
 
 pytestmark = [pytest.mark.horovod, pytest.mark.spark, pytest.mark.usefixtures("spark")]
 
+STALL_SECONDS = 5
+
+
+def meet(directory: str) -> None:
+    """Wait until every rank is in main: one that still imports would be missing before."""
+    Path(directory, os.environ["RANK"]).touch()
+    while len(list(Path(directory).iterdir())) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.02)
+
 
 def stay_away() -> None:
     time.sleep(600)
 
 
-def horovod_torch(late: int) -> None:
-    import horovod.torch as hvd
-    import torch
-
-    hvd.init()
-    hvd.allreduce(torch.ones(2), name="first")
-    if hvd.rank() == late:
-        stay_away()
-    hvd.allreduce(torch.ones(2), name="second")
-
-
-def horovod_tensorflow(late: int) -> None:
+def horovod_tensorflow(late: int, directory: str) -> None:
     import horovod.tensorflow as hvd
     import tensorflow as tf
 
+    meet(directory)
     hvd.init()
 
     @tf.function  # type: ignore[untyped-decorator]
@@ -43,47 +44,63 @@ def horovod_tensorflow(late: int) -> None:
     step(tf.ones(2))
 
 
-def torch_distributed(late: int) -> None:
+def of_torch(late: int, directory: str) -> None:
+    """Let each of three ranks wait in another collective."""
+    import horovod.torch as hvd
     import torch
     import torch.distributed as dist
 
+    meet(directory)
+    hvd.init()
     dist.init_process_group("gloo")
-    dist.all_reduce(torch.ones(2))
-    if dist.get_rank() == late:
+    model = torch.nn.parallel.DistributedDataParallel(
+        torch.nn.Linear(2, 1), process_group=dist.new_group()
+    )
+
+    def horovods_own() -> None:
+        hvd.allreduce(torch.ones(2), name="ones")
+
+    def torch_distributed() -> None:
+        dist.all_reduce(torch.ones(2))
+
+    def data_parallel() -> None:
+        model(torch.ones(1, 2)).sum().backward()
+
+    collectives = [horovods_own, torch_distributed, data_parallel]
+    for collective in collectives:
+        collective()
+    if hvd.rank() == late:
         stay_away()
-    dist.all_reduce(torch.ones(2))
-
-
-def data_parallel(late: int) -> None:
-    import torch
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))
-    model(torch.ones(1, 2)).sum().backward()
-    if dist.get_rank() == late:
-        stay_away()
-    model(torch.ones(1, 2)).sum().backward()
+    collectives[hvd.rank() - (hvd.rank() > late)]()
 
 
 @pytest.mark.parametrize(
-    ("np", "late", "main", "collective"),
+    ("np", "late", "main", "waiting"),
     [
-        (2, 0, horovod_torch, "allreduce"),
-        (2, 1, horovod_tensorflow, "a TensorFlow step"),
-        (-2, 0, torch_distributed, "all_reduce"),
-        (-2, 1, data_parallel, "DistributedDataParallel"),
+        (2, 0, horovod_tensorflow, {1: ("a TensorFlow step", "horovod_tensorflow")}),
+        (
+            -4,
+            1,
+            of_torch,
+            {
+                0: ("allreduce", "horovods_own"),
+                2: ("all_reduce", "torch_distributed"),
+                3: ("DistributedDataParallel", "data_parallel"),
+            },
+        ),
     ],
 )
 def test_the_missing_rank_is_named_and_every_stack_is_shown(
-    np: int, late: int, main: Any, collective: str
+    np: int, late: int, main: Any, waiting: dict[int, tuple[str, str]], tmp_path: Path
 ) -> None:
+    runner = HorovodRunner(np=np, stall_timeout=STALL_SECONDS)
     with pytest.raises(StallTimeoutError) as caught:
-        HorovodRunner(np=np, stall_timeout=4).run(main, late=late)
+        runner.run(main, late=late, directory=str(tmp_path))
     error = caught.value
     assert error.rank == late
-    assert f"rank {1 - late} waits in {collective}" in error.summary
+    for rank, (collective, function) in waiting.items():
+        assert f"rank {rank} waits in {collective} ({__file__}" in error.summary
+        assert f"in {function}" in error.stacks[rank]
     assert f"missing: rank {late} is at {__file__}" in error.summary
     assert "in stay_away" in error.summary
-    assert f"in {main.__name__}" in error.stacks[1 - late]
     assert "in stay_away" in error.stacks[late]

@@ -45,19 +45,13 @@ def test_keras_3_without_tensorflow(capfd: pytest.CaptureFixture[str]) -> None:
         assert keras.__version__.startswith("3.")
         return sorted({"tensorflow", "tf_keras"} & sys.modules.keys())
 
-    assert HorovodRunner(np=-2).run(main) == []
-    lines = lines_of(capfd)
-    for rank in (0, 1):
-        mine = [line for line in lines if line.startswith(f"rank {rank}: ")]
-        assert mine == [
-            f"rank {rank}: {line}"
-            for line in (
-                "epoch 1 of 2 begins",
-                "epoch 1 of 2: loss N, mae N, val_loss N, val_mae N (N s)",
-                "epoch 2 of 2 begins",
-                "epoch 2 of 2: loss N, mae N, val_loss N, val_mae N (N s)",
-            )
-        ]
+    assert HorovodRunner(np=-1).run(main) == []
+    assert lines_of(capfd) == [
+        "epoch 1 of 2 begins",
+        "epoch 1 of 2: loss N, mae N, val_loss N, val_mae N (N s)",
+        "epoch 2 of 2 begins",
+        "epoch 2 of 2: loss N, mae N, val_loss N, val_mae N (N s)",
+    ]
 
 
 class Own(LogCallback):

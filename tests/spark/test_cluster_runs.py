@@ -196,8 +196,7 @@ def kill_executor_of(worker_pid: int) -> None:
     executor.kill()
 
 
-@pytest.mark.parametrize("on_rank", [0, 1])
-@pytest.mark.parametrize("kill", [kill_agent_of, kill_executor_of])
+@pytest.mark.parametrize(("on_rank", "kill"), [(1, kill_agent_of), (0, kill_executor_of)])
 def test_main_runs_once_when_spark_tries_the_stage_again(
     tmp_path: Path, on_rank: int, kill: Any, spark: Any
 ) -> None:

@@ -81,10 +81,9 @@ def test_other_ends_of_a_worker_are_told_as_they_are(how: str) -> None:
     assert ("no data" if how == "sys.exit text" else how) in caught.value.summary
 
 
-@pytest.mark.parametrize("on_rank", [0, 1])
-def test_a_lost_executor_is_named_with_its_ranks(tmp_path: Path, on_rank: int, spark: Any) -> None:
+def test_a_lost_executor_is_named_with_its_ranks(tmp_path: Path, spark: Any) -> None:
     def kill() -> None:
-        worker = psutil.Process(pids_in(tmp_path)[on_rank])
+        worker = psutil.Process(pids_in(tmp_path)[0])
         next(p for p in worker.parents() if p.name() == "java").kill()
 
     killer = when_both_run(tmp_path, kill)
@@ -93,7 +92,7 @@ def test_a_lost_executor_is_named_with_its_ranks(tmp_path: Path, on_rank: int, s
         run(run_for_ever, directory=str(tmp_path))
     killer.join()
     text = str(caught.value)
-    assert re.search(rf"lost executor \d+, which ran rank {on_rank} on ", text), text
+    assert re.search(r"lost executor \d+, which ran rank 0 on ", text), text
     assert time.monotonic() - began < 60
     assert workers_left() == []
     assert usable(spark)
@@ -213,10 +212,10 @@ DRIVER = """
         mains.count_run(directory)
         mains.wait_for_ever()
 
-    spark = (
-        SparkSession.builder.master("local-cluster[2,1,1024]")
-        .config("spark.ui.enabled", "false").config("spark.log.level", "ERROR").getOrCreate()
-    )
+    if int(sys.argv[2]) > 0:
+        builder = SparkSession.builder.master("local-cluster[2,1,1024]")
+        builder = builder.config("spark.ui.enabled", "false").config("spark.log.level", "ERROR")
+        spark = builder.getOrCreate()
     runner = HorovodRunner(np=int(sys.argv[2]))
     if sys.argv[3] == "main":
         runner.run(run_for_ever, directory=sys.argv[1])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.spark
+pytestmark = [pytest.mark.spark, pytest.mark.timeout(500)]
 
 TRAIN = """
 import os
@@ -47,7 +47,7 @@ def drive(script: str, tmp_path: Path, **environment: str) -> str:
         [sys.executable, str(path)],
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=400,
         check=False,
         env={**os.environ, **environment},
         cwd=tmp_path,
@@ -69,9 +69,16 @@ def test_without_a_session_one_is_created_that_uses_this_python(
     assert {"[0]<stdout>:training", "[1]<stdout>:training"} <= set(shown)
 
 
-def test_local_threads_behave_like_a_cluster(tmp_path: Path) -> None:
-    script = """
-        from horovodrunner import ClusterCapacityError, WorkerFailedError
+@pytest.fixture(scope="module")
+def of_local_threads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What one driver shows of three sessions, one after the other."""
+    directory = tmp_path_factory.mktemp("threads")
+    bare = directory / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    script = f"""
+        from horovodrunner import (
+            BarrierStageError, ClusterCapacityError, ConfigurationError, WorkerFailedError
+        )
         spark = builder.master("local[2]").getOrCreate()
         print(HorovodRunner(np=2).run(train, prefix=""))
         print(HorovodRunner(np=1).run(train, prefix=""))
@@ -85,19 +92,17 @@ def test_local_threads_behave_like_a_cluster(tmp_path: Path) -> None:
             print(repr(error.__cause__))
         print(spark.range(5).count())
         spark.stop()
-    """
-    shown = drive(script, tmp_path)
-    assert "rank 0 of 2\n" in shown
-    assert "rank 0 of 1\n" in shown
-    assert "np=3 needs 3 task slots, and the cluster has 2 (local[2]; " in shown
-    assert "1 executor with 2 cores: 2 slots; " in shown
-    assert "ZeroDivisionError('division by zero')" in shown
-    assert shown.endswith("\n5\n")
 
+        print("SECTION another python")
+        os.environ["PYSPARK_PYTHON"] = "{bare / "bin/python"}"
+        spark = builder.master("local[2]").getOrCreate()
+        try:
+            HorovodRunner(np=2).run(train, prefix="")
+        except BarrierStageError as error:
+            print(error)
+        spark.stop()
 
-def test_dynamic_allocation_is_refused_before_launch(tmp_path: Path) -> None:
-    script = """
-        from horovodrunner import ConfigurationError
+        print("SECTION dynamic allocation")
         spark = builder.master("local[2]").config("spark.dynamicAllocation.enabled", "true")
         spark = spark.config("spark.dynamicAllocation.shuffleTracking.enabled", "true")
         spark = spark.getOrCreate()
@@ -107,21 +112,30 @@ def test_dynamic_allocation_is_refused_before_launch(tmp_path: Path) -> None:
             print(error)
         spark.stop()
     """
-    assert "spark.dynamicAllocation.enabled=false" in drive(script, tmp_path)
+    first, *others = drive(script, directory, PYSPARK_PYTHON=sys.executable).split("SECTION ")
+    named = [section.partition("\n") for section in others]
+    return {"plain": first, **{name: text for name, _, text in named}}
 
 
-def test_an_executor_python_without_the_package_is_named(tmp_path: Path) -> None:
-    script = """
-        from horovodrunner import BarrierStageError
-        spark = builder.master("local[2]").getOrCreate()
-        try:
-            HorovodRunner(np=2).run(train, prefix="")
-        except BarrierStageError as error:
-            print(error)
-        spark.stop()
-    """
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
-    shown = drive(script, tmp_path, PYSPARK_PYTHON=str(tmp_path / "bare/bin/python"))
+def test_local_threads_behave_like_a_cluster(of_local_threads: dict[str, str]) -> None:
+    shown = of_local_threads["plain"]
+    assert "rank 0 of 2\n" in shown
+    assert "rank 0 of 1\n" in shown
+    assert "np=3 needs 3 task slots, and the cluster has 2 (local[2]; " in shown
+    assert "1 executor with 2 cores: 2 slots; " in shown
+    assert "ZeroDivisionError('division by zero')" in shown
+    assert shown.endswith("\n5\n")
+
+
+def test_dynamic_allocation_is_refused_before_launch(of_local_threads: dict[str, str]) -> None:
+    shown = of_local_threads["dynamic allocation"]
+    assert "spark.dynamicAllocation.enabled=false" in shown
+
+
+def test_an_executor_python_without_the_package_is_named(
+    of_local_threads: dict[str, str],
+) -> None:
+    shown = of_local_threads["another python"]
     assert "ModuleNotFoundError" in shown
     assert "PYSPARK_PYTHON" in shown
 
@@ -174,12 +188,28 @@ def standalone_master(tmp_path: Path) -> Iterator[str]:
             process.wait()
 
 
-def test_a_standalone_cluster_with_two_executors(standalone_master: str, tmp_path: Path) -> None:
+def test_a_standalone_cluster_without_any_slot_and_with_two_executors(
+    standalone_master: str, tmp_path: Path
+) -> None:
+    """The worker has two cores, so that no executor of four ever starts."""
     script = f"""
+        import warnings
         from horovodrunner import ClusterCapacityError, WorkerFailedError
+        from horovodrunner.driver import slots
+        quiet_seconds, slots.QUIET_SECONDS = slots.QUIET_SECONDS, 1.0
+        warnings.simplefilter("ignore", DeprecationWarning)
+        builder = builder.master("{standalone_master}")
+        spark = builder.config("spark.executor.cores", "4").getOrCreate()
+        for np in (0, 1):
+            try:
+                HorovodRunner(np=np).run(train, prefix="")
+            except ClusterCapacityError as error:
+                print(error)
+        spark.stop()
+
+        slots.QUIET_SECONDS = quiet_seconds
         spark = (
-            builder.master("{standalone_master}")
-            .config("spark.executor.cores", "1")
+            builder.config("spark.executor.cores", "1")
             .config("spark.executor.memory", "512m")
             .getOrCreate()
         )
@@ -191,29 +221,9 @@ def test_a_standalone_cluster_with_two_executors(standalone_master: str, tmp_pat
         spark.stop()
     """
     shown = drive(script, tmp_path)
-    assert "rank 0 of 2\n" in shown
-    assert "[1]<stdout>:training" in shown
-    assert "ZeroDivisionError" in shown
-
-
-def test_a_cluster_without_any_slot_is_refused(standalone_master: str, tmp_path: Path) -> None:
-    """The worker has two cores, so that no executor of four ever starts."""
-    script = f"""
-        import warnings
-        from horovodrunner import ClusterCapacityError
-        from horovodrunner.driver import slots
-        slots.QUIET_SECONDS = 1.0
-        warnings.simplefilter("ignore", DeprecationWarning)
-        spark = builder.master("{standalone_master}").config("spark.executor.cores", "4")
-        spark = spark.getOrCreate()
-        for np in (0, 1):
-            try:
-                HorovodRunner(np=np).run(train, prefix="")
-            except ClusterCapacityError as error:
-                print(error)
-        spark.stop()
-    """
-    shown = drive(script, tmp_path)
     assert "np=0 (all slots) needs at least 1 task slot, and the cluster has 0 (spark://" in shown
     assert "spark.executor.cores=4; a task takes" in shown
     assert "np=1 needs 1 task slot, and" in shown
+    assert "rank 0 of 2\n" in shown
+    assert "[1]<stdout>:training" in shown
+    assert "ZeroDivisionError" in shown

@@ -379,6 +379,7 @@ def test_hosts_that_cannot_reach_each_other_are_named(cluster: Cluster) -> None:
     assert "no answer from" in log
 
 
+@pytest.mark.slow
 @pytest.mark.horovod
 def test_ranks_that_reach_rank_0_but_not_each_other_say_so(cluster: Cluster) -> None:
     gamma = cluster.network.add_host("gamma", {"net1": [f"{GAMMA}/24"]}, NAMES)
@@ -437,6 +438,7 @@ def version_6(tmp_path: Path) -> Iterator[Cluster]:
         yield Cluster(joined, spark, tmp_path, notebook, prefer)
 
 
+@pytest.mark.slow
 @pytest.mark.horovod
 def test_hosts_without_ipv4_are_refused_and_with_it_beside_ipv6_they_run(
     version_6: Cluster,

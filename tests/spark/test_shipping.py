@@ -176,6 +176,7 @@ def driver_environment(**changes: str) -> dict[str, str]:
     return {**environ, **changes}
 
 
+@pytest.mark.slow
 def test_an_archive_brings_the_executors_their_python(
     cluster: Cluster, archive: Path, tmp_path: Path
 ) -> None:
@@ -220,6 +221,7 @@ def submit(
     )
 
 
+@pytest.mark.slow
 def test_spark_submit_ships_an_archive_and_modules_of_the_users(
     cluster: Cluster, archive: Path, tmp_path: Path
 ) -> None:
