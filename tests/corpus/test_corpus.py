@@ -22,7 +22,9 @@ NOTEBOOKS = [
     "torch_digits.py",
     "mlflow_search.py",
     "lightning_trainer.py",
-    "keras_history.py",  # the last one: it chooses Keras 2, by a variable that others inherit
+    "petastorm_torch.py",
+    "keras_history.py",  # chooses Keras 2, by a variable that those after it inherit
+    "petastorm_keras.py",
 ]
 
 
@@ -108,8 +110,8 @@ def test_lightning_trains_alone_and_together(shown: dict[str, str]) -> None:
         assert re.search(r"2: train_loss \d\.\d{4} \(\d+\.\d s\)$", line), line
 
 
-def test_petastorm_feeds_images_to_torch(tmp_path: Path) -> None:
-    lines = run("petastorm_torch.py", tmp_path).splitlines()
+def test_petastorm_feeds_images_to_torch(shown: dict[str, str]) -> None:
+    lines = shown["petastorm_torch.py"].splitlines()
     [sizes] = [line for line in lines if line.startswith("train: ")]
     train, val = map(int, re.findall(r"\d+", sizes)[:2])
     assert train + val == 90
@@ -120,8 +122,8 @@ def test_petastorm_feeds_images_to_torch(tmp_path: Path) -> None:
     assert "left: []" in lines
 
 
-def test_petastorm_feeds_vectors_to_keras_and_reads_parquet(tmp_path: Path) -> None:
-    lines = run("petastorm_keras.py", tmp_path).splitlines()
+def test_petastorm_feeds_vectors_to_keras_and_reads_parquet(shown: dict[str, str]) -> None:
+    lines = shown["petastorm_keras.py"].splitlines()
     assert "dtype: float32 epochs: 4 falls: True" in lines
     assert "rows: True accurate: True" in lines
     assert "parquet: 203 float64" in lines
