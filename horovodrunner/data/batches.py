@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import os
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,10 +27,10 @@ __all__ = ["Batches", "ReadOptions", "own_rank_and_size"]
 _Batch = TypeVar("_Batch")
 _Item = TypeVar("_Item")
 
-PIECE_BYTES = 2 * 2**20
-"""About so much is gathered at once when rows come in random order: what fits in a core's cache."""
+PIECE_BYTES = 8 * 2**20
+"""About so much is gathered at once when rows come in random order; some three of them wait."""
 
-_PIECES_AHEAD = 2
+_GATHERING_THREADS = 2
 _STEPS_AT_ONCE = 2**16
 _told: set[str] = set()
 """What was said in the log already."""
@@ -277,8 +278,7 @@ class Batches(Generic[_Batch]):
             for block, bounds in _in_stored_order(reader, order, steps, numbers):
                 yield from self._make.batches(block, bounds)
             return
-        pieces = _in_random_order(reader, order, steps, numbers)
-        for block, bounds in _made_ahead(pieces, _PIECES_AHEAD):
+        for block, bounds in _in_random_order(reader, order, steps, numbers):
             yield from self._make.batches(block, bounds)
 
 
@@ -336,69 +336,75 @@ def _runs(order: EpochOrder, start: int, end: int) -> Iterator[tuple[int, int, i
         start = until
 
 
+class _Gatherer:
+    """Copies the rows of a few batches from all over the data set; for several threads.
+
+    Parameters
+    ----------
+    reader
+        Opens the blocks.
+    order
+        Where the rows are.
+    """
+
+    def __init__(self, reader: BlockReader, order: EpochOrder) -> None:
+        self._reader = reader
+        self._order = order
+        self._opened: collections.OrderedDict[int, Block] = collections.OrderedDict()
+        self._opening = threading.Lock()
+        self._own = threading.local()
+
+    def __call__(self, limits: tuple[Any, Any]) -> _Piece:
+        """Copy block by block, in the order of the file, and then into the order of the epoch."""
+        starts, ends = limits
+        bounds = np.concatenate([[0], np.cumsum(ends - starts)])
+        positions = np.repeat(starts - bounds[:-1], ends - starts) + np.arange(bounds[-1])
+        blocks, chosen = self._order.by_block(positions)
+        scratch: dict[str, Any] = self._own.__dict__
+        others: dict[str, list[Any]] = {}
+        start = 0
+        for index, rows in blocks:
+            block = self._block(index)
+            end = start + len(rows)
+            for name, array in block.dense.items():
+                if name not in scratch or len(scratch[name]) < len(chosen):
+                    scratch[name] = np.empty((len(chosen), *array.shape[1:]), array.dtype)
+                array.take(rows, axis=0, out=scratch[name][start:end], mode="clip")
+            for name, array in block.others.items():
+                others.setdefault(name, []).append(array.take(pa.array(rows)))
+            start = end
+        piece = Block(
+            len(chosen),
+            {name: array.take(chosen, axis=0) for name, array in scratch.items()},
+            {
+                name: pa.concat_arrays(found).take(pa.array(chosen))
+                for name, found in others.items()
+            },
+        )
+        return piece, list(itertools.pairwise(bounds.tolist()))
+
+    def _block(self, index: int) -> Block:
+        with self._opening:
+            block = self._opened.get(index)
+            if block is None:
+                block = self._opened[index] = self._reader.open(index)
+            self._opened.move_to_end(index)
+            while len(self._opened) > 2 * self._order.most_blocks_in_a_window:
+                self._opened.popitem(last=False)
+            return block
+
+
 def _in_random_order(
     reader: BlockReader, order: EpochOrder, steps: EpochSteps, numbers: range
 ) -> Iterator[_Piece]:
-    """Gather the rows of a few batches at a time."""
-    opened: collections.OrderedDict[int, Block] = collections.OrderedDict()
-    scratch: dict[str, Any] = {}
-    most_opened = 2 * order.most_blocks_in_a_window
+    """Let threads gather the rows of the next few batches while one is used."""
     batches = max(1, PIECE_BYTES // (reader.row_bytes * steps.batch_size))
-    for all_starts, all_ends in _bounds_of(steps, numbers):
-        for at in range(0, len(all_starts), batches):
-            starts, ends = all_starts[at : at + batches], all_ends[at : at + batches]
-            bounds = np.concatenate([[0], np.cumsum(ends - starts)])
-            positions = np.repeat(starts - bounds[:-1], ends - starts) + np.arange(bounds[-1])
-            piece = _gathered(reader, *order.by_block(positions), opened, scratch)
-            while len(opened) > most_opened:
-                opened.popitem(last=False)
-            limits = bounds.tolist()
-            yield piece, list(itertools.pairwise(limits))
-
-
-def _gathered(
-    reader: BlockReader,
-    blocks: Sequence[tuple[int, Any]],
-    chosen: Any,
-    opened: collections.OrderedDict[int, Block],
-    scratch: dict[str, Any],
-) -> Block:
-    """Copy rows from all over the data set, block by block, and then into their order."""
-    others: dict[str, list[Any]] = {}
-    start = 0
-    for index, rows in blocks:
-        block = opened.get(index)
-        if block is None:
-            block = opened[index] = reader.open(index)
-        opened.move_to_end(index)
-        end = start + len(rows)
-        for name, array in block.dense.items():
-            if name not in scratch or len(scratch[name]) < len(chosen):
-                scratch[name] = np.empty((len(chosen), *array.shape[1:]), array.dtype)
-            array.take(rows, axis=0, out=scratch[name][start:end], mode="clip")
-        for name, array in block.others.items():
-            others.setdefault(name, []).append(array.take(pa.array(rows)))
-        start = end
-    return Block(
-        len(chosen),
-        {name: array.take(chosen, axis=0) for name, array in scratch.items()},
-        {name: pa.concat_arrays(parts).take(pa.array(chosen)) for name, parts in others.items()},
+    limits = (
+        (starts[at : at + batches], ends[at : at + batches])
+        for starts, ends in _bounds_of(steps, numbers)
+        for at in range(0, len(starts), batches)
     )
-
-
-_END: Any = object()
-
-
-def _made_ahead(items: Iterator[_Item], count: int) -> Iterator[_Item]:
-    """Let a thread make the next few items while one is used."""
-    with ThreadPoolExecutor(1, "horovodrunner-data") as thread:
-        waiting = collections.deque(thread.submit(next, items, _END) for _ in range(count))
-        try:
-            while (item := waiting.popleft().result()) is not _END:
-                waiting.append(thread.submit(next, items, _END))
-                yield item
-        finally:
-            thread.shutdown(cancel_futures=True)
+    return _mapped(_Gatherer(reader, order), limits, _GATHERING_THREADS)
 
 
 def _mapped(
@@ -413,7 +419,7 @@ def _mapped(
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > 2 * threads:
+                if len(waiting) > threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
