@@ -6,6 +6,8 @@ import datetime
 import decimal
 import pickle
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -479,3 +481,19 @@ def test_what_is_no_image_is_named() -> None:
         list(rows.numpy(2, batch_transform=data.decode_images("image", mode="L")))
     with pytest.raises(ArgumentValueError, match="height and width"):
         data.decode_images("image", size=(0, 5))
+
+
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(3)"])
+def test_the_end_of_the_driver_deletes_what_it_stored(tmp_path: Path, ending: str) -> None:
+    (tmp_path / "of-others").touch()
+    script = f"""
+import pyarrow as pa
+from horovodrunner import data
+rows = data.from_arrow(pa.table({{"x": [1, 2]}}), {str(tmp_path)!r})
+print(rows.location)
+{ending}
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.startswith(f"{tmp_path}/horovodrunner-data-")
+    assert [path.name for path in tmp_path.iterdir()] == ["of-others"]
