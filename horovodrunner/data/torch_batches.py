@@ -78,7 +78,6 @@ class TorchBatches(Batches[Any], IterableDataset):  # type: ignore[misc]
         loader: dict[str, Any] | None = None,
     ) -> None:
         convert = as_tensors if transform is None else _unchanged
-        self._collate = collate_fn
         self._loader = loader or {}
         if transform is not None or collate_fn is not None:
             transform = _Chain(transform, collate_fn)
@@ -91,26 +90,50 @@ class TorchBatches(Batches[Any], IterableDataset):  # type: ignore[misc]
         )
 
     def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        if worker is None:
+        if get_worker_info() is None:
             return super().__iter__()
-        start, self._start = self._start, 0  # in a process of somebody's DataLoader
-        return self._batches(self._steps(start), worker.id, worker.num_workers)
+        start, self._start = self._start, 0  # in a process of somebody's own DataLoader
+        return self.part(self._steps(start))
+
+    def part(self, steps: EpochSteps) -> Generator[Any, None, None]:
+        """Iterate over what this process makes of an epoch: all of it, or a loader process's share.
+
+        Parameters
+        ----------
+        steps
+            The epoch.
+
+        Returns
+        -------
+        generator
+            Every n-th batch in one of n loader processes.
+        """
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return super()._batches(steps, first, stride)
 
     def _batches(self, steps: EpochSteps, first: int, stride: int) -> Generator[Any, None, None]:
-        if get_worker_info() is not None or not self._loader:
+        if not self._loader:
             return super()._batches(steps, first, stride)
-        return self._from_loader(steps.start)
+        return self._from_loader(steps)
 
-    def _from_loader(self, start: int) -> Generator[Any, None, None]:
-        """Let a DataLoader iterate over this very object, in its processes."""
+    def _from_loader(self, steps: EpochSteps) -> Generator[Any, None, None]:
         with warnings.catch_warnings():
             # pin_memory without a GPU warns in every epoch; it has no effect then
             warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
-            self._start = start
-            batches = iter(DataLoader(self, batch_size=None, **self._loader))
-            self._start = 0
+            batches = iter(DataLoader(_Epoch(self, steps), batch_size=None, **self._loader))
         yield from batches
+
+
+class _Epoch(IterableDataset):  # type: ignore[misc]
+    """What a DataLoader of ours iterates over."""
+
+    def __init__(self, batches: TorchBatches, steps: EpochSteps) -> None:
+        self._batches = batches
+        self._steps = steps
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._batches.part(self._steps)
 
 
 def _unchanged(value: Any) -> Any:

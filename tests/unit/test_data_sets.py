@@ -208,6 +208,10 @@ def test_collate_and_the_loaders_options(rows: DataSet) -> None:
     features, row = next(iter(batches))
     assert features.shape == (100, 3)
     assert row.shape == (100,)
+    for options in ({"pin_memory": True}, {"num_workers": 1, "persistent_workers": True}):
+        batches = rows.torch(100, shuffle=True, **options)
+        for epoch in range(2):
+            assert numbers(batches) == numbers(rows.numpy(100, shuffle=True, epoch=epoch))
 
 
 def test_a_data_loader_of_ones_own(rows: DataSet) -> None:
