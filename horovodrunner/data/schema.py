@@ -89,6 +89,12 @@ def prepared(df: DataFrame, floats: str | None) -> tuple[DataFrame, list[Column]
             columns.append(column)
         else:
             columns += _columns_of((field.name,), field.dataType, floats)
+    for name, count in Counter(column.name for column in columns).items():
+        if count > 1:
+            raise DataError(
+                f"{name!r} is a column as well as a field of a struct, and both would have that "
+                "name: rename one of them (withColumnRenamed)"
+            )
     return df, columns
 
 
