@@ -205,7 +205,7 @@ def from_arrow(
     nulls = dict(nulls or {})
     check_policies(nulls, columns)
     columns = with_masks(columns, nulls)
-    base = os.fspath(cache_dir) if cache_dir is not None else tempfile.gettempdir()
+    base = tempfile.gettempdir() if cache_dir is None else _absolute(cache_dir)
 
     def write(location: str) -> Iterable[str]:
         job = WriteJob(location, tuple(columns), nulls)
@@ -254,7 +254,7 @@ def _write(
 
 def _cause_of_writing(error: Exception) -> str:
     """Say why a file could not be written, if that is what happened: here, or in a Spark task."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):  # that is Spark's end
         return str(error)
     text = str(error)
     is_of_task = type(error).__module__.startswith("pyspark.") and "_write_file" in text
@@ -298,8 +298,7 @@ def _check_all_there(location: str, manifest: Manifest) -> None:
 def _base(spark: SparkSession, cache_dir: str | os.PathLike[str] | None) -> str:
     chosen = cache_dir if cache_dir is not None else spark.conf.get(CACHE_DIR_CONF, None)
     if chosen is not None:
-        text = os.fspath(chosen)
-        return text if is_url(text) else os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111
+        return _absolute(chosen)
     master = str(spark.conf.get("spark.master", ""))
     if master.startswith("local"):
         return tempfile.gettempdir()
@@ -308,6 +307,12 @@ def _base(spark: SparkSession, cache_dir: str | os.PathLike[str] | None) -> str:
         "process reach: give cache_dir (a shared directory, or a URL such as s3://bucket/tmp), set "
         f"the conf {CACHE_DIR_CONF}, or let the rows travel with the run: shared=False"
     )
+
+
+def _absolute(location: str | os.PathLike[str]) -> str:
+    """Give a location that means the same in processes with another working directory."""
+    text = os.fspath(location)
+    return text if is_url(text) else str(Path(text).expanduser().absolute())
 
 
 def _limit(spark: SparkSession) -> int | None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from horovodrunner.core import checked
 from horovodrunner.data.batches import Batches, ReadOptions, own_rank_and_size
-from horovodrunner.data.columns import Column, logical_type
-from horovodrunner.data.formats import ArrowFormat, NumpyFormat
+from horovodrunner.data.columns import Column
+from horovodrunner.data.formats import ArrowFormat, NumpyFormat, arrow_schema
 from horovodrunner.data.order import Remainder
 from horovodrunner.data.stored import BlockReader
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
@@ -110,9 +110,7 @@ class DataSet:
 
         Fields of structs have dots in their names; they are dicts in other batches.
         """
-        import pyarrow as pa
-
-        return pa.schema([pa.field(c.name, logical_type(c), nullable=False) for c in self._columns])
+        return arrow_schema(self._columns)
 
     def delete(self) -> None:
         """Delete what was stored; later reading fails. Deleting twice does nothing.
@@ -169,15 +167,8 @@ class DataSet:
         ...     [batch["x"].tolist() for batch in numbers.numpy(batch_size=2)]
         [[0, 1], [2, 3]]
         """
-        options = ReadOptions(
-            *self._rank_and_size(rank, size),
-            batch_size,
-            shuffle,
-            seed,
-            epoch,
-            remainder,
-            shuffle_window,
-        )
+        part = self._rank_and_size(rank, size)
+        options = ReadOptions(*part, batch_size, shuffle, seed, epoch, remainder, shuffle_window)
         reader = self._reader(columns)
         make = NumpyFormat(reader.columns)
         return Batches(reader, options, make, transform=batch_transform, threads=threads)
@@ -213,15 +204,8 @@ class DataSet:
         DataError
             If there are too few rows for the ranks, or the data set cannot be read.
         """
-        options = ReadOptions(
-            *self._rank_and_size(rank, size),
-            batch_size,
-            shuffle,
-            seed,
-            epoch,
-            remainder,
-            shuffle_window,
-        )
+        part = self._rank_and_size(rank, size)
+        options = ReadOptions(*part, batch_size, shuffle, seed, epoch, remainder, shuffle_window)
         reader = self._reader(columns)
         make = ArrowFormat(reader.columns)
         return Batches(reader, options, make, transform=batch_transform, threads=threads)
@@ -276,15 +260,8 @@ class DataSet:
         """
         from horovodrunner.data.torch_batches import TorchBatches
 
-        options = ReadOptions(
-            *self._rank_and_size(rank, size),
-            batch_size,
-            shuffle,
-            seed,
-            epoch,
-            remainder,
-            shuffle_window,
-        )
+        part = self._rank_and_size(rank, size)
+        options = ReadOptions(*part, batch_size, shuffle, seed, epoch, remainder, shuffle_window)
         if num_workers or pin_memory or loader:
             loader = {"num_workers": num_workers, "pin_memory": pin_memory, **loader}
         return TorchBatches(
@@ -340,15 +317,8 @@ class DataSet:
         """
         from horovodrunner.data.tf_dataset import tf_dataset
 
-        options = ReadOptions(
-            *self._rank_and_size(rank, size),
-            batch_size,
-            shuffle,
-            seed,
-            epoch,
-            remainder,
-            shuffle_window,
-        )
+        part = self._rank_and_size(rank, size)
+        options = ReadOptions(*part, batch_size, shuffle, seed, epoch, remainder, shuffle_window)
         reader = self._reader(columns)
         make = NumpyFormat(reader.columns)
         batches: Batches[dict[str, Any]] = Batches(

@@ -12,7 +12,7 @@ from horovodrunner.data.columns import Column, logical_type
 from horovodrunner.data.ragged import Ragged
 from horovodrunner.data.stored import Block
 
-__all__ = ["ArrowFormat", "Format", "NumpyFormat", "nested", "numpy_values"]
+__all__ = ["ArrowFormat", "Format", "NumpyFormat", "arrow_schema", "nested", "numpy_values"]
 
 
 class Format(Protocol):
@@ -20,6 +20,22 @@ class Format(Protocol):
 
     def batches(self, block: Block, bounds: Sequence[tuple[int, int]]) -> Any:
         """Iterate over the batches that a block holds, given where each begins and ends."""
+
+
+def arrow_schema(columns: Sequence[Column]) -> pa.Schema:
+    """Give the schema of batches that are Arrow tables.
+
+    Parameters
+    ----------
+    columns
+        The columns.
+
+    Returns
+    -------
+    pyarrow.Schema
+        The fields of structs have dots in their names.
+    """
+    return pa.schema([pa.field(c.name, logical_type(c), nullable=False) for c in columns])
 
 
 def nested(values: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, Any]:
@@ -160,8 +176,8 @@ class ArrowFormat:
         pyarrow.Table
             One column per stored column; the fields of structs have dots in their names.
         """
-        arrays = {column.name: _arrow_values(block, column) for column in self._columns}
-        table = pa.table(arrays) if arrays else pa.table({})
+        arrays = [_arrow_values(block, column) for column in self._columns]
+        table = pa.Table.from_arrays(arrays, schema=arrow_schema(self._columns))
         for start, end in bounds:
             yield table.slice(start, end - start)
 
