@@ -14,6 +14,7 @@
     ├── BarrierStageError           Spark lost or cancelled the stage that carried the run
     ├── CheckpointError             a checkpoint could not be fetched, or stored where it had to be
     ├── DataError                   a DataFrame, or what was written of it, cannot feed the ranks
+    ├── PredictionError             a model cannot be applied to a row of a DataFrame
     └── HorovodBuildError           Horovod could not be built for the installed frameworks
 
 Every one of them survives pickling, so it can cross a process border, and its text says what
@@ -33,6 +34,7 @@ __all__ = [
     "HorovodBuildError",
     "HorovodRunnerError",
     "PayloadError",
+    "PredictionError",
     "StallTimeoutError",
     "StartTimeoutError",
     "WorkerFailedError",
@@ -200,6 +202,10 @@ class BarrierStageError(HorovodRunnerError):
 
 class DataError(HorovodRunnerError):
     """A DataFrame, or what was written of it, cannot feed the ranks."""
+
+
+class PredictionError(HorovodRunnerError):
+    """A model cannot be applied to a row of a DataFrame, or to what it was given."""
 
 
 class HorovodBuildError(HorovodRunnerError):

@@ -1,0 +1,192 @@
+"""predict: a model applied to a whole DataFrame. Runs in: the driver, and Spark's Python workers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+
+from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
+from horovodrunner.inference.files import FileScan, parts_dataframe, plain_scan, read_parts
+from horovodrunner.inference.model import Model
+from horovodrunner.inference.options import Options, Shapes, handle_of, spark_type
+from horovodrunner.inference.scoring import Scoring, score
+from horovodrunner.inference.transforming import Transform
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+    from pyspark.sql.types import DataType
+
+__all__ = ["predict"]
+
+
+def predict(  # noqa: PLR0913
+    df: DataFrame,
+    model: Model | Callable[[], Callable[..., Any]],
+    *,
+    inputs: str | Sequence[str],
+    return_type: DataType | str,
+    batch_size: int,
+    output: str = "prediction",
+    keep: Sequence[str] | None = None,
+    input_tensor_shapes: Shapes | None = None,
+    on_error: Literal["raise", "null"] = "raise",
+    error_column: str = "error",
+    nulls: Literal["pass", "null", "raise"] = "pass",
+    key_columns: Sequence[str] = (),
+    batch_transform: Transform | None = None,
+    transform_workers: int = 0,
+    prefetch: int = 2,
+    read_files: bool | Literal["auto"] = "auto",
+) -> DataFrame:
+    """Apply a model to the rows of a DataFrame.
+
+    It is faster than a column function, because only what the model needs travels to Python; and
+    where the DataFrame is nothing but a scan of Parquet files that the executors' Python can read,
+    the rows do not go through the JVM at all.
+
+    Parameters
+    ----------
+    df
+        The rows; a streaming DataFrame, too.
+    model
+        A :class:`Model`; or a function that loads a model and returns its predict function.
+    inputs
+        Columns that are the model's inputs, in their order.
+    return_type, batch_size, input_tensor_shapes, nulls, key_columns
+        As for :func:`predict_udf`.
+    output
+        Name of the column of predictions.
+    keep
+        Columns of `df` that the result has; None: all. Fewer is faster.
+    on_error
+        ``"raise"``: a row that cannot be scored ends the job, and the error names it. ``"null"``:
+        its prediction is null, and `error_column` says why.
+    error_column
+        Name of that column; it is null where a row was scored.
+    batch_transform, transform_workers, prefetch
+        As for :func:`predict_udf`.
+    read_files
+        Whether the executors' Python reads the files of a plain Parquet scan itself. ``"auto"``:
+        where that is safe, and a line says so. False: never. True: an error where it is not.
+
+    Returns
+    -------
+    DataFrame
+        The kept columns and the predictions; computed when it is used, as all DataFrames are.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        If an option cannot work.
+    PredictionError
+        In the job, within Spark's ``PythonException``, if a row cannot be scored.
+
+    Examples
+    --------
+    >>> def score(df, net):  # net: a torch.nn.Module
+    ...     return predict(
+    ...         df,
+    ...         Model.from_torch(net),
+    ...         inputs="features",
+    ...         return_type="array<float>",
+    ...         batch_size=512,
+    ...         keep=["id"],
+    ...     )
+    """
+    options = Options(
+        batch_size,
+        input_tensor_shapes,
+        on_error,
+        nulls,
+        key_columns,
+        batch_transform,
+        transform_workers,
+        prefetch,
+    )
+    if read_files not in {True, False, "auto"}:
+        raise ArgumentValueError(f"read_files={read_files!r}: give True, False or 'auto'")
+    input_names = [inputs] if isinstance(inputs, str) else list(inputs)
+    kept = _kept(df, keep)
+    added = [output, error_column] if on_error == "null" else [output]
+    _check_names(df, [*input_names, *kept, *key_columns], kept, added)
+    if not input_names:
+        raise ArgumentValueError("inputs=[]: name the columns that are the model's inputs")
+
+    spark = df.sparkSession
+    kind = spark_type(return_type, spark)
+    scoring = options.scoring(handle_of(model, spark), kind, input_names)
+    needed = [*input_names, *key_columns]
+    needed += [name for name in kept if name not in needed]
+    # A column may be an input twice, or an input and a key: Spark is asked for it once.
+    columns = list(dict.fromkeys(needed))
+    schema = _schema(df, kept, kind, added)
+    call = functools.partial(_score_batches, scoring, tuple(needed), tuple(kept), tuple(added))
+    scan = plain_scan(df, columns) if read_files else "read_files=False"
+    if isinstance(scan, FileScan):
+        print(
+            f"HorovodRunner: predict reads {len(scan.parts)} parts of Parquet files "
+            f"({scan.rows:,} rows) in Python, past the JVM; read_files=False switches this off"
+        )
+        parts = parts_dataframe(spark, scan)
+        return parts.mapInArrow(functools.partial(_score_files, call), schema)
+    if read_files is True:
+        raise ArgumentValueError(f"read_files=True: {scan}")
+    return df.select(*columns).mapInArrow(call, schema)
+
+
+def _kept(df: DataFrame, keep: Sequence[str] | None) -> list[str]:
+    if isinstance(keep, str):
+        raise ArgumentTypeError(f"keep={keep!r}: give a list, [{keep!r}]")
+    return list(df.columns) if keep is None else list(keep)
+
+
+def _check_names(
+    df: DataFrame, used: Sequence[str], kept: Sequence[str], added: Sequence[str]
+) -> None:
+    for name in used:
+        if df.columns.count(name) != 1:
+            found = "there is none" if name not in df.columns else "there are several"
+            raise ArgumentValueError(
+                f"the column {name!r}: {found} among {', '.join(df.columns)}"
+            )
+    for number, name in enumerate(added):
+        if name in kept or name in added[:number]:
+            raise ArgumentValueError(
+                f"the result would have two columns {name!r}: name the new one otherwise "
+                "(output=, error_column=), or leave the old one out (keep=)"
+            )
+
+
+def _schema(df: DataFrame, kept: Sequence[str], kind: DataType, added: Sequence[str]) -> Any:
+    from pyspark.sql.types import StringType, StructField, StructType
+
+    kinds = [kind, StringType()]
+    new = [StructField(name, each) for name, each in zip(added, kinds, strict=False)]
+    return StructType([*(df.schema[name] for name in kept), *new])
+
+
+# ---- in Spark's Python workers
+
+
+def _score_files(
+    call: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]],
+    parts: Iterator[pa.RecordBatch],
+) -> Iterator[pa.RecordBatch]:
+    return call(read_parts(parts))
+
+
+def _score_batches(
+    scoring: Scoring,
+    needed: Sequence[str],
+    kept: Sequence[str],
+    added: Sequence[str],
+    batches: Iterator[pa.RecordBatch],
+) -> Iterator[pa.RecordBatch]:
+    arranged = (each.select(list(needed)) for each in batches)
+    for batch, predictions, errors in score(scoring, arranged):
+        columns = [batch.column(needed.index(name)) for name in kept]
+        columns += [predictions] if errors is None else [predictions, errors]
+        yield pa.RecordBatch.from_arrays(columns, [*kept, *added])
