@@ -401,6 +401,8 @@ def _row_groups(path: str, schema: pa.Schema) -> list[RowGroup]:
     groups = []
     for number in range(footer.num_row_groups):
         group = footer.row_group(number)
+        if group.num_rows == 0:
+            continue
         chunks = [group.column(leaf) for leaf in leaves]
         for codec in {chunk.compression for chunk in chunks} - {"UNCOMPRESSED"}:
             if not pa.Codec.is_available(codec.lower()):

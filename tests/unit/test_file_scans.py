@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def row_of(path: Path, schema: pa.Schema, batch_rows: int = 4) -> pa.RecordBatch
     status = path.stat()
     groups = list(range(pq.read_metadata(path).num_row_groups))
     parts = [[str(path), groups, status.st_size, status.st_mtime_ns, batch_rows]]
-    encoded = files.base64.b64encode(schema.serialize()).decode()
+    encoded = base64.b64encode(schema.serialize()).decode()
     return pa.RecordBatch.from_pylist([{"schema": encoded, "parts": json.dumps(parts)}])
 
 
@@ -93,8 +94,8 @@ def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
     schema = pa.schema({"x": pa.float64()})
     row = row_of(path, schema)
     pq.write_table(pa.table({"x": [2.0]}), path)  # the same size
-    with pytest.raises(DataError, match="has changed since.*read_files=False"):
+    with pytest.raises(DataError, match=r"has changed since.*read_files=False"):
         list(files.read_parts([row]))
     path.unlink()
-    with pytest.raises(DataError, match="cannot be read on this executor's.*read_files=False"):
+    with pytest.raises(DataError, match=r"cannot be read on this executor's.*read_files=False"):
         list(files.read_parts([row]))
