@@ -1,0 +1,101 @@
+"""Row groups are dealt out evenly, in order, and never cut."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from horovodrunner.errors import DataError
+from horovodrunner.inference import files
+from horovodrunner.inference.files import FilePart, RowGroup, balanced
+
+
+def groups_of(**sizes: list[int]) -> list[RowGroup]:
+    return [
+        RowGroup(path, number, size // 10, size, 1, 2)
+        for path, of_file in sizes.items()
+        for number, size in enumerate(of_file)
+    ]
+
+
+def loads(parts: list[FilePart]) -> list[int]:
+    found: dict[int, int] = {}
+    for part in parts:
+        found[part.partition] = found.get(part.partition, 0) + part.bytes
+    assert list(found) == list(range(len(found)))
+    return list(found.values())
+
+
+def test_all_row_groups_are_dealt_out_once_and_in_order() -> None:
+    groups = groups_of(a=[50, 60, 70], b=[10], c=[], d=[90, 5, 5, 5, 5])
+    for parallelism in (1, 2, 3, 8, 100):
+        parts = list(balanced(groups, parallelism))
+        dealt = [(part.path, number) for part in parts for number in part.row_groups]
+        assert dealt == [(group.path, group.number) for group in groups]
+        assert sum(part.rows for part in parts) == sum(group.rows for group in groups)
+        assert sum(part.bytes for part in parts) == sum(group.bytes for group in groups)
+        assert len(loads(parts)) <= parallelism
+        assert all((part.size, part.mtime_ns) == (1, 2) for part in parts)
+
+
+def test_partitions_are_of_about_one_size() -> None:
+    parts = list(balanced(groups_of(a=[100] * 40, b=[100] * 20, c=[300] * 12), 4))
+    assert loads(parts) == [2400] * 4
+    assert [part.path for part in parts] == ["a", "a", "b", "b", "c", "c"]
+    assert loads(list(balanced(groups_of(a=[100, 100, 100]), 2))) in ([200, 100], [100, 200])
+
+
+def test_few_row_groups_are_a_partition_each() -> None:
+    assert loads(list(balanced(groups_of(a=[100, 100, 100]), 64))) == [100] * 3
+
+
+def test_no_partition_is_larger_than_sparks() -> None:
+    size = files.PARTITION_BYTES // 4
+    parts = list(balanced(groups_of(a=[size] * 41), 2))
+    assert len(loads(parts)) == 12  # 10.25 of Spark's size, in rounds of two
+    assert max(loads(parts)) <= files.PARTITION_BYTES
+
+
+def test_nothing_and_columns_without_size() -> None:
+    assert list(balanced([], 4)) == []
+    assert loads(list(balanced(groups_of(a=[0, 0]), 2))) == [0, 0]
+
+
+def row_of(path: Path, schema: pa.Schema, batch_rows: int = 4) -> pa.RecordBatch:
+    status = path.stat()
+    groups = list(range(pq.read_metadata(path).num_row_groups))
+    parts = [[str(path), groups, status.st_size, status.st_mtime_ns, batch_rows]]
+    encoded = base64.b64encode(schema.serialize()).decode()
+    return pa.RecordBatch.from_pylist([{"schema": encoded, "parts": json.dumps(parts)}])
+
+
+def test_batches_have_sparks_types_and_a_bounded_size(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    vectors = pa.array([[1, 2], None, [3, 4]] * 4, pa.list_(pa.float32(), 2))
+    names = pa.array(["a", None, "b"] * 4, pa.large_string())
+    table = pa.table({"names": names, "x": vectors, "kinds": names.dictionary_encode()})
+    pq.write_table(table, path, row_group_size=6)
+    text, vector = pa.string(), pa.list_(pa.field("element", pa.float32()))
+    schema = pa.schema({"x": vector, "kinds": text, "names": text})
+    found = list(files.read_parts(iter([row_of(path, schema)])))
+    assert all(batch.schema.equals(schema) for batch in found)
+    assert max(batch.num_rows for batch in found) == 4
+    assert pa.Table.from_batches(found).to_pydict() == table.select(schema.names).to_pydict()
+
+
+def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": [1.0]}), path)
+    schema = pa.schema({"x": pa.float64()})
+    row = row_of(path, schema)
+    pq.write_table(pa.table({"x": [2.0]}), path)  # the same size
+    with pytest.raises(DataError, match=r"has changed since.*read_files=False"):
+        list(files.read_parts([row]))
+    path.unlink()
+    with pytest.raises(DataError, match=r"cannot be read on this executor's.*read_files=False"):
+        list(files.read_parts([row]))
