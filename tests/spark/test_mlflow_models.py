@@ -63,14 +63,18 @@ def test_a_trained_model_that_mlflow_logged_scores_a_dataframe(
     )
     with mlflow.start_run():
         logged = mlflow.pytorch.log_model(
-            net, name="net", signature=signature, input_example=features[:2], pip_requirements=["torch"]
+            net,
+            name="net",
+            signature=signature,
+            input_example=features[:2],
+            pip_requirements=["torch"],
         )
     score = mlflow.pyfunc.spark_udf(
         spark, logged.model_uri, result_type="array<float>", env_manager="local"
     )
 
     rows = [(at, row.tolist()) for at, row in enumerate(features)]
-    df = spark.createDataFrame(rows, "id bigint, features array<float>").repartition(3)
+    df = spark.createDataFrame(rows, "id bigint, features array<float>").coalesce(1)
     scored = df.select("id", score("features").alias("prediction")).orderBy("id").collect()
 
     assert [row.id for row in scored] == list(range(ROWS))
