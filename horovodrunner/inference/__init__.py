@@ -1,0 +1,1 @@
+"""Trained models applied to DataFrames. Runs in: the driver and Spark's Python workers."""
