@@ -11,6 +11,7 @@ __all__ = [
     "DATA_DIRECTORY",
     "FORWARDED_PREFIXES",
     "GLOO_INTERFACE",
+    "KEPT_MODELS",
     "KERAS_SWITCH",
     "TF_CONFIG",
     "forwarded_environment",
@@ -28,6 +29,9 @@ KERAS_SWITCH = "HOROVODRUNNER_KERAS"
 
 DATA_DIRECTORY = "HOROVODRUNNER_DATA"
 """Where a rank, and any process it starts, finds the rows that travelled with the run."""
+
+KEPT_MODELS = "HOROVODRUNNER_MODELS"
+"""How many models a Python worker of Spark's keeps; ``spark.executorEnv.HOROVODRUNNER_MODELS``."""
 
 GLOO_INTERFACE = "HOROVOD_GLOO_IFACE"
 """Names the network interface that the ranks use."""

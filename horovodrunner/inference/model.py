@@ -1,0 +1,412 @@
+"""A trained model, ready to be applied to DataFrames. Runs in: the driver."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+import uuid
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import cloudpickle
+
+from horovodrunner.core import checked
+from horovodrunner.core.manifest import MANIFEST_NAME, Manifest
+from horovodrunner.core.payload import format_bytes
+from horovodrunner.core.places import LocalPlace, open_place
+from horovodrunner.errors import (
+    ArgumentTypeError,
+    CheckpointError,
+    ConfigurationError,
+    PayloadError,
+)
+from horovodrunner.inference.frozen import freeze
+from horovodrunner.inference.loading import ModelHandle
+from horovodrunner.inference.shipping import Shipment
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+__all__ = ["Model"]
+
+_FILE = "weights"
+
+
+class Model:
+    """A trained model that Spark's executors can load.
+
+    Made by :meth:`from_torch`, :meth:`from_keras`, :meth:`from_checkpoint` and
+    :meth:`from_function`. It is a copy: what happens to the original later changes nothing. The
+    weights are sent to the executors once, and PyTorch's and NumPy's are there once for each
+    host, whatever number of Python workers uses them. :meth:`delete`, and the end of a ``with``
+    block, removes what was sent; else Spark does so when nothing refers to it any more, and at
+    the latest when the application ends.
+    """
+
+    def __init__(self, name: str, kind: Literal["torch", "keras", "function"]) -> None:
+        self._name = name
+        self._kind = kind
+        self._identity = ""
+        self._skeleton = b""
+        self._digest = ""
+        self._size = 0
+        self._companions: tuple[Any, ...] = ()
+        self._shipments: list[Shipment] = []
+        self._deleted = False
+        self._directory = Path(tempfile.mkdtemp(prefix="horovodrunner-model-"))
+        self._finalizer = weakref.finalize(self, _clean_up, self._directory, os.getpid())
+
+    @classmethod
+    def from_torch(cls, net: Any, *, compile: bool = False) -> Model:  # noqa: A002
+        """Take a PyTorch module.
+
+        Parameters
+        ----------
+        net
+            Any ``torch.nn.Module``. Its class has to be importable on the executors, or be defined
+            in a notebook. It predicts in evaluation mode and without gradients; NumPy arrays of
+            floating-point numbers reach it in the type of its parameters.
+        compile
+            Whether each Python worker calls ``torch.compile`` once. That takes it many seconds and
+            a C++ compiler on the executors: it is for large models, and many batches of one size.
+
+        Returns
+        -------
+        Model
+            The model.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If it is no module.
+        PayloadError
+            If it cannot be pickled.
+
+        Examples
+        --------
+        >>> import torch
+        >>> with Model.from_torch(torch.nn.Linear(2, 1)) as model:
+        ...     model
+        Model(Linear, torch, 12 bytes of weights)
+        """
+        if not _is_instance(net, "torch.nn", "Module"):
+            raise ArgumentTypeError(
+                f"net={net!r:.100}: it must be a torch.nn.Module, got {type(net).__name__}"
+            )
+        checked.boolean("compile", compile)
+        net = _unwrapped(net)
+        tensors = dict(net.named_parameters()) | dict(net.named_buffers())
+        return cls(type(net).__qualname__, "torch")._frozen((net, compile), tensors)
+
+    @classmethod
+    def from_keras(cls, model: Any, *, custom_objects: Mapping[str, Any] | None = None) -> Model:
+        """Take a Keras model, of Keras 3 or ``tf_keras``.
+
+        Parameters
+        ----------
+        model
+            A model that its own ``save()`` can save. The Python workers use the same backend.
+        custom_objects
+            Classes and functions that loading it needs, by name. Those that are registered with
+            Keras, and classes of its layers, come along anyway.
+
+        Returns
+        -------
+        Model
+            The model.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If it is no Keras model.
+        PayloadError
+            If it cannot be saved, or a custom object cannot be pickled.
+        """
+        packages = [each for each in ("keras", "tf_keras") if _is_instance(model, each, "Model")]
+        if not packages:
+            raise ArgumentTypeError(
+                f"model={model!r:.100}: it must be a model of Keras 3 or tf_keras, got "
+                f"{type(model).__name__}"
+            )
+        made = cls(str(model.name), "keras")
+        made._save_keras(model, packages[0], dict(custom_objects or {}))
+        return made
+
+    @classmethod
+    def from_function(cls, function: Callable[..., Any]) -> Model:
+        """Take a function that predicts.
+
+        Parameters
+        ----------
+        function
+            Called with one NumPy array of shape ``(batch, ...)`` for each input; returns an array
+            whose first dimension is the batch, a dict of them, or a list of dicts. Arrays and
+            tensors that it captures travel once, as weights do.
+
+        Returns
+        -------
+        Model
+            The model.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If it is not callable.
+        PayloadError
+            If it cannot be pickled.
+
+        Examples
+        --------
+        >>> with Model.from_function(lambda x: x * 2) as model:
+        ...     model
+        Model(<lambda>, function)
+        """
+        if not callable(function):
+            raise ArgumentTypeError(
+                f"function={function!r:.100}: it must be callable, got {type(function).__name__}"
+            )
+        for package, kind, maker in (
+            ("torch.nn", "Module", "from_torch"),
+            ("keras", "Model", "from_keras"),
+            ("tf_keras", "Model", "from_keras"),
+        ):
+            if _is_instance(function, package, kind):
+                raise ArgumentTypeError(
+                    f"function={function!r:.100}: it is a model, use Model.{maker}(...)"
+                )
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        return cls(name.rpartition(".")[2], "function")._frozen(function)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Any, build: Any) -> Model:
+        """Take a model from a checkpoint's files.
+
+        Parameters
+        ----------
+        checkpoint
+            One of ``runner.checkpoints``, a directory, or the URL of a checkpoint.
+        build
+            A function that is called here with the directory, a :class:`pathlib.Path`, and
+            returns a PyTorch module, a Keras model, a function or a :class:`Model`. Or a PyTorch
+            module, which gets the weights that ``checkpoint.save_torch(step, model=...)`` saved.
+
+        Returns
+        -------
+        Model
+            The model.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If an argument, or what build returned, has the wrong type.
+        CheckpointError
+            If the checkpoint is not there or damaged.
+        """
+        is_module = _is_instance(build, "torch.nn", "Module")
+        if not is_module and not callable(build):
+            raise ArgumentTypeError(
+                f"build={build!r:.100}: it must be a function of the checkpoint's directory, or "
+                f"the torch.nn.Module to load it into, got {type(build).__name__}"
+            )
+        location = checked.path("checkpoint", getattr(checkpoint, "path", checkpoint))
+        with tempfile.TemporaryDirectory(prefix="horovodrunner-checkpoint-") as copied:
+            directory = _local_files(location, Path(copied))
+            made = _load_module(build, directory) if is_module else build(directory)
+        if isinstance(made, cls):
+            return made
+        if _is_instance(made, "torch.nn", "Module"):
+            return cls.from_torch(made)
+        if _is_instance(made, "keras", "Model") or _is_instance(made, "tf_keras", "Model"):
+            return cls.from_keras(made)
+        if callable(made):
+            return cls.from_function(made)
+        raise ArgumentTypeError(
+            f"build returned {made!r:.100} ({type(made).__name__}): it must return a "
+            "torch.nn.Module, a Keras model, a function or a Model"
+        )
+
+    def __repr__(self) -> str:
+        weights = f", {format_bytes(self._size)} of weights" if self._size else ""
+        return f"Model({self._name}, {self._kind}{weights}{', deleted' if self._deleted else ''})"
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.delete()
+
+    def __reduce__(self) -> Any:
+        raise PayloadError(
+            f"{self!r} stays on the driver: give it to predict_udf or predict instead of using it "
+            "in a function that Spark sends to its executors"
+        )
+
+    def delete(self) -> None:
+        """Remove what was sent to the executors; queries that still use it fail."""
+        self._deleted = True
+        for shipment in self._shipments:
+            shipment.withdraw()
+        self._shipments.clear()
+        self._finalizer()
+
+    def handle(self, spark: SparkSession) -> ModelHandle:
+        """Send the weights to an application's executors, unless they are there.
+
+        Parameters
+        ----------
+        spark
+            The session whose queries use the model.
+
+        Returns
+        -------
+        ModelHandle
+            What travels in functions.
+
+        Raises
+        ------
+        ConfigurationError
+            If the model was deleted.
+        """
+        if self._deleted:
+            raise ConfigurationError(f"{self!r} cannot be used any more")
+        parcel = None
+        if self._digest:
+            shipment = next((each for each in self._shipments if each.serves(spark)), None)
+            if shipment is None:
+                shipment = Shipment(spark, self._directory / _FILE, self._digest)
+                self._shipments.append(shipment)
+            parcel = shipment.parcel
+        return ModelHandle(
+            self._identity, self._name, self._kind, self._skeleton, parcel, self._companions
+        )
+
+    def _frozen(self, thing: object, names: Mapping[str, Any] | None = None) -> Model:
+        with (self._directory / _FILE).open("wb") as file:
+            frozen = freeze(thing, file, names)
+        self._take(frozen.skeleton, frozen.digest, frozen.weights_size)
+        self._companions = frozen.companions
+        if frozen.companions:
+            self._identity = uuid.uuid4().hex  # the skeleton does not tell one from another
+        return self
+
+    def _save_keras(self, model: Any, package: str, custom_objects: dict[str, Any]) -> None:
+        keras = sys.modules[package]
+        backend = keras.backend.backend() if package == "keras" else "tensorflow"
+        own = {
+            type(layer).__name__: type(layer)
+            for layer in model._flatten_layers()
+            if not type(layer).__module__.startswith(("keras.", "tf_keras."))
+        }
+        custom_objects = {**own, **keras.saving.get_custom_objects(), **custom_objects}
+        try:
+            custom = cloudpickle.dumps(custom_objects)
+        except Exception as error:
+            raise PayloadError(
+                f"the custom objects {', '.join(custom_objects)} of the model {model.name} cannot "
+                f"be sent to the executors: {type(error).__name__}: {error}"
+            ) from error
+        path = self._directory / "model.keras"
+        try:
+            model.save(str(path))
+        except Exception as error:
+            raise PayloadError(
+                f"the model {model.name} cannot be saved by {package}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        path.rename(self._directory / _FILE)
+        with (self._directory / _FILE).open("rb") as file:
+            digest = hashlib.sha256()
+            while part := file.read(2**20):
+                digest.update(part)
+            size = file.tell()
+        self._take(pickle.dumps((package, backend, custom)), digest.hexdigest(), size)
+
+    def _take(self, skeleton: bytes, digest: str, size: int) -> None:
+        self._skeleton, self._digest, self._size = skeleton, digest, size
+        everything = self._kind.encode() + digest.encode() + skeleton
+        self._identity = hashlib.sha256(everything).hexdigest()
+
+
+def _clean_up(directory: Path, owner: int) -> None:
+    if os.getpid() == owner:  # no forked child
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_instance(thing: Any, module: str, name: str) -> bool:
+    """Whether it is an instance of a class of a module that need not be installed."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return isinstance(kind, type) and isinstance(thing, kind)
+
+
+def _unwrapped(net: Any) -> Any:
+    """Take a module out of what distributes or compiles it, which no other process could use."""
+    import torch
+
+    while True:
+        if isinstance(net, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+            net = net.module
+        elif type(net).__name__ == "OptimizedModule" and hasattr(net, "_orig_mod"):
+            net = net._orig_mod
+        else:
+            return net
+
+
+def _local_files(location: str, copied: Path) -> Path:
+    """Give the directory of a checkpoint's files, copied from behind a URL if they are there."""
+    place = open_place(location)
+    if isinstance(place, LocalPlace):
+        if not place.root.is_dir():
+            raise CheckpointError(f"there is no checkpoint at {place.root}: it is no directory")
+        return place.root
+    try:
+        with place.open(MANIFEST_NAME) as stream:
+            manifest = Manifest.from_json(stream.read().decode())
+        for directory in manifest.directories:
+            (copied / directory).mkdir(parents=True, exist_ok=True)
+        for each in manifest.files:
+            target = copied / each.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            digest = hashlib.sha256()
+            with place.open(each.path) as stream, target.open("wb") as file:
+                while part := stream.read(2**20):
+                    digest.update(part)
+                    file.write(part)
+            if digest.hexdigest() != each.sha256:
+                raise CheckpointError(
+                    f"{place.url(each.path)} is not what was saved there (its SHA-256 differs from "
+                    "the manifest's): take another checkpoint"
+                )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint at {location} cannot be read: {type(error).__name__}: {error}. The "
+            "URL has to be that of one checkpoint, such as runner.checkpoints[-1].path"
+        ) from error
+    return copied
+
+
+def _load_module(net: Any, directory: Path) -> Any:
+    """Load what ``checkpoint.save_torch(step, model=net)`` saved into a module."""
+    import torch
+
+    files = sorted(directory.glob("*.pt"))
+    path = files[0] if len(files) == 1 else directory / "model.pt"
+    if not path.is_file():
+        held = ", ".join(sorted(each.name for each in directory.iterdir()))
+        raise CheckpointError(
+            f"{directory} has no model.pt and no other single .pt file, only {held or 'nothing'}: "
+            "give a function of the directory as build"
+        )
+    net.load_state_dict(torch.load(path, map_location="cpu"))
+    return net

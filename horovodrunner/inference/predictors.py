@@ -1,0 +1,297 @@
+"""Models of every kind as functions of NumPy arrays. Runs in: Spark's Python workers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from horovodrunner.errors import ConfigurationError, DataError
+from horovodrunner.inference.host_copy import local_directory
+
+if TYPE_CHECKING:
+    from horovodrunner.inference.devices import Device
+    from horovodrunner.inference.loading import Predictor
+
+__all__ = ["function_predictor", "keras_predictor", "torch_predictor"]
+
+_NUMERIC_KINDS = "biufc"
+_HALVES = frozenset({"bfloat16", "float16"})
+"""Types that become float32: NumPy lacks one of them, and Spark the other."""
+
+_Array = np.ndarray[Any, Any]
+
+
+class _Predictor:
+    """A function with what the columns' side has to know about it."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        expected_inputs: int | None,
+        stacks_scalars: bool = False,
+        scalar_dtype: np.dtype[Any] | None = None,
+    ) -> None:
+        self._function = function
+        self.expected_inputs = expected_inputs
+        self.stacks_scalars = stacks_scalars
+        self.scalar_dtype = scalar_dtype
+
+    def __call__(self, *inputs: _Array) -> Any:
+        return self._function(*inputs)
+
+
+def function_predictor(function: Callable[..., Any]) -> Predictor:
+    """Wrap a function of NumPy arrays; it is called as it is.
+
+    Parameters
+    ----------
+    function
+        Takes arrays of shape ``(batch, ...)``.
+
+    Returns
+    -------
+    Predictor
+        Expects as many inputs as it has parameters.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is not callable.
+    """
+    if not callable(function):
+        raise ConfigurationError(
+            f"make_predict_fn returned {function!r:.100} ({type(function).__name__}): it must "
+            "return the function that predicts"
+        )
+    parameters = _parameters(function)
+    return _Predictor(function, None if parameters is None else len(parameters))
+
+
+def torch_predictor(net: Any, compiled: bool, device: Device) -> Predictor:
+    """Wrap a PyTorch module.
+
+    Parameters
+    ----------
+    net
+        The module; it is put into evaluation mode.
+    compiled
+        Whether ``torch.compile`` is to translate it, at the first batch.
+    device
+        Where it computes.
+
+    Returns
+    -------
+    Predictor
+        Expects as many inputs as its ``forward`` has positional parameters without default.
+    """
+    import torch
+
+    name = type(net).__qualname__
+    net.eval()
+    net.to(device.torch_name)
+    tensors = (*net.parameters(), *net.buffers())
+    dtype = next((each.dtype for each in tensors if each.is_floating_point()), None)
+    expected = _required(net.forward)
+    embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    embeds = any(isinstance(each, embeddings) for each in net.modules())
+    scalar_dtype = None
+    if dtype is not None and not embeds:
+        scalar_dtype = np.dtype("float64" if dtype == torch.float64 else "float32")
+    call = torch.compile(net) if compiled else net
+
+    def tensor(array: Any) -> Any:
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in _NUMERIC_KINDS:
+            return array
+        # A column's memory may be Arrow's: a module that changes its input must not change that.
+        given = torch.from_numpy(np.require(array, requirements=("C", "W")))
+        return given.to(device.torch_name, dtype if given.is_floating_point() else None)
+
+    def array(value: Any, what: str) -> _Array:
+        if isinstance(value, torch.Tensor):
+            return _from_torch(value)
+        if isinstance(value, np.ndarray):
+            return value
+        raise DataError(
+            f"{what} is of type {type(value).__name__}, not a tensor: wrap the module in one whose "
+            "forward returns a tensor, or a dict of tensors with the names of the fields"
+        )
+
+    def predict(*inputs: Any) -> Any:
+        with torch.inference_mode():
+            return _named_outputs(call(*map(tensor, inputs)), f"what {name} returned", array)
+
+    return _Predictor(predict, expected, expected == 1, scalar_dtype)
+
+
+def keras_predictor(skeleton: bytes, file: str | bytes, device: Device) -> Predictor:
+    """Load a Keras model from its archive, and wrap it.
+
+    Parameters
+    ----------
+    skeleton
+        The pickle of the package's name, the backend's, and the pickle of the custom objects.
+    file
+        The archive, or its path.
+    device
+        Where it computes.
+
+    Returns
+    -------
+    Predictor
+        Expects the model's inputs.
+
+    Raises
+    ------
+    ConfigurationError
+        If this process uses another backend of Keras.
+    """
+    package, backend, custom = pickle.loads(skeleton)  # noqa: S301 - the driver's own
+    keras = _import_keras(package, backend)
+    if backend == "tensorflow":
+        device.prepare_tensorflow()
+    elif backend == "torch":
+        device.prepare_torch()
+    custom_objects = pickle.loads(custom)  # noqa: S301
+    with _device_scope(keras, device):
+        model = _load_archive(keras, file, custom_objects)
+    return _wrapped_keras(keras, model, backend, device)
+
+
+def _import_keras(package: str, backend: str) -> Any:
+    if package != "keras":
+        return importlib.import_module(package)
+    if package not in sys.modules:
+        os.environ["KERAS_BACKEND"] = backend
+    keras = importlib.import_module(package)
+    used = keras.backend.backend()
+    if used != backend:
+        raise ConfigurationError(
+            f"the model was made with Keras's backend {backend!r}, and this Python worker imported "
+            f"Keras with {used!r} before: use models of one backend in a Spark application, and "
+            f"set spark.executorEnv.KERAS_BACKEND={backend} if other functions import keras"
+        )
+    return keras
+
+
+def _device_scope(keras: Any, device: Device) -> AbstractContextManager[Any]:
+    if keras.__name__ == "keras":
+        return cast(AbstractContextManager[Any], keras.device(device.keras_name))
+    import tensorflow as tf
+
+    return cast(AbstractContextManager[Any], tf.device(device.keras_name))
+
+
+def _load_archive(keras: Any, file: str | bytes, custom_objects: Mapping[str, Any]) -> Any:
+    with tempfile.TemporaryDirectory(dir=local_directory()) as directory:
+        path = Path(directory, "model.keras")  # the ending tells Keras the format
+        if isinstance(file, bytes):
+            path.write_bytes(file)
+        else:
+            path.symlink_to(file)
+        # code in the archive is the driver's own, as all that Spark sends
+        return keras.saving.load_model(
+            str(path), custom_objects=dict(custom_objects), compile=False, safe_mode=False
+        )
+
+
+def _wrapped_keras(keras: Any, model: Any, backend: str, device: Device) -> Predictor:
+    # what a functional model was made of; others have no such thing
+    structure = getattr(model, "input", None)
+    expected = _required(model.call) if structure is None else len(model.inputs)
+    embeds = any("Embedding" in type(each).__name__ for each in model._flatten_layers())
+
+    def evaluate(inputs: tuple[Any, ...]) -> Any:
+        with _device_scope(keras, device):
+            return model(*inputs, training=False)
+
+    call: Callable[[tuple[Any, ...]], Any] = evaluate
+    in_mode: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    pack: Callable[[Any, list[Any]], Any]
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        call = tf.function(evaluate, reduce_retracing=True)
+        pack = tf.nest.pack_sequence_as
+    else:
+        pack = keras.tree.pack_sequence_as
+    if backend == "torch":
+        import torch
+
+        in_mode = torch.inference_mode
+
+    def predict(*inputs: _Array) -> Any:
+        given = inputs if structure is None else (pack(structure, list(inputs)),)
+        with in_mode():
+            return _named_outputs(call(given), f"what {model.name} returned", array)
+
+    def array(value: Any, what: str) -> _Array:
+        if hasattr(value, "detach"):  # a tensor of torch
+            return _from_torch(value)
+        found = np.asarray(value)
+        if found.dtype.kind == "O":
+            raise DataError(
+                f"{what} is of type {type(value).__name__}, not a tensor: make a model whose "
+                "output is a tensor, or a dict of tensors with the names of the fields"
+            )
+        return found.astype(np.float32) if found.dtype.name in _HALVES else found
+
+    scalar_dtype = None if embeds else np.dtype("float32")
+    return _Predictor(predict, expected, expected == 1, scalar_dtype)
+
+
+def _from_torch(tensor: Any) -> _Array:
+    tensor = tensor.detach()
+    if str(tensor.dtype).removeprefix("torch.") in _HALVES:
+        tensor = tensor.float()
+    return cast(_Array, tensor.resolve_conj().resolve_neg().cpu().numpy())
+
+
+def _named_outputs(outputs: Any, what: str, array: Callable[[Any, str], _Array]) -> Any:
+    """Make one array, or a dict of them, of what a model returned."""
+    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, Mapping | type):
+        fields = {each.name: getattr(outputs, each.name) for each in dataclasses.fields(outputs)}
+        outputs = {name: value for name, value in fields.items() if value is not None}
+    elif hasattr(outputs, "_asdict"):
+        outputs = outputs._asdict()
+    if isinstance(outputs, Mapping):
+        return {str(k): array(v, f"{what} as {k!r}") for k, v in outputs.items()}
+    if isinstance(outputs, tuple | list):
+        if len(outputs) != 1:
+            raise DataError(
+                f"{what} is a {type(outputs).__name__} of {len(outputs)}: name them by returning a "
+                "dict of tensors instead, whose keys are the fields of return_type"
+            )
+        outputs = outputs[0]
+    return array(outputs, what)
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    """List what can be given by position; None: any number, or nobody knows."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        return None
+    by_position = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    return [each for each in parameters if each.kind in by_position]
+
+
+def _required(function: Callable[..., Any]) -> int | None:
+    """Count what has to be given by position; None: any number."""
+    parameters = _parameters(function) or ()
+    required = [each for each in parameters if each.default is each.empty]
+    # a function with defaults for all its inputs takes some of them nevertheless
+    return len(required) or None
