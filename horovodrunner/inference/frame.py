@@ -1,4 +1,4 @@
-"""predict: a model applied to a whole DataFrame. Runs in: the driver, and Spark's Python workers."""
+"""predict: a model for a whole DataFrame. Runs in: the driver, and Spark's Python workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["predict"]
 
 
-def predict(  # noqa: PLR0913
+def predict(
     df: DataFrame,
     model: Model | Callable[[], Callable[..., Any]],
     *,
@@ -126,9 +126,9 @@ def predict(  # noqa: PLR0913
     call = functools.partial(_score_batches, scoring, tuple(needed), tuple(kept), tuple(added))
     scan = plain_scan(df, columns) if read_files else "read_files=False"
     if isinstance(scan, FileScan):
-        print(
-            f"HorovodRunner: predict reads {len(scan.parts)} parts of Parquet files "
-            f"({scan.rows:,} rows) in Python, past the JVM; read_files=False switches this off"
+        print(  # noqa: T201
+            f"HorovodRunner: predict reads {scan.files:,} Parquet files ({scan.rows:,} rows) in "
+            "Python, past the JVM; read_files=False switches this off"
         )
         parts = parts_dataframe(spark, scan)
         return parts.mapInArrow(functools.partial(_score_files, call), schema)
@@ -149,9 +149,7 @@ def _check_names(
     for name in used:
         if df.columns.count(name) != 1:
             found = "there is none" if name not in df.columns else "there are several"
-            raise ArgumentValueError(
-                f"the column {name!r}: {found} among {', '.join(df.columns)}"
-            )
+            raise ArgumentValueError(f"the column {name!r}: {found} among {', '.join(df.columns)}")
     for number, name in enumerate(added):
         if name in kept or name in added[:number]:
             raise ArgumentValueError(

@@ -34,7 +34,16 @@ import pyarrow.compute as pc
 
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
 
-__all__ = ["BadRows", "InputError", "InputPlan", "Nulls", "null_rows", "numpy_inputs", "to_numpy"]
+__all__ = [
+    "BadRows",
+    "InputError",
+    "InputPlan",
+    "Nulls",
+    "is_vector",
+    "null_rows",
+    "numpy_inputs",
+    "to_numpy",
+]
 
 Nulls = Literal["pass", "null", "raise"]
 Shape = tuple[int, ...]
@@ -323,7 +332,7 @@ def to_numpy(column: pa.Array) -> np.ndarray:
         others ``(batch,)`` objects which are arrays, None for a null. It may share memory with
         `column`, and is read-only then.
     """
-    if _is_vector(column.type):
+    if is_vector(column.type):
         column = _vectors_as_lists(column)
     return _arrays(column)[0] if _is_list(column.type) else _scalars(column)
 
@@ -333,7 +342,7 @@ def _fields(columns: Sequence[pa.Array], names: Sequence[str]) -> tuple[list[pa.
     fields: list[pa.Array] = []
     paths: list[str] = []
     for column, name in zip(columns, names, strict=True):
-        if _is_vector(column.type):
+        if is_vector(column.type):
             fields.append(_vectors_as_lists(column))
             paths.append(name)
         elif pa.types.is_struct(column.type):
@@ -345,8 +354,19 @@ def _fields(columns: Sequence[pa.Array], names: Sequence[str]) -> tuple[list[pa.
     return fields, paths
 
 
-def _is_vector(kind: pa.DataType) -> bool:
-    """Whether it is what MLlib's VectorUDT is in Arrow."""
+def is_vector(kind: pa.DataType) -> bool:
+    """Tell whether a type is what MLlib's VectorUDT is in Arrow.
+
+    Parameters
+    ----------
+    kind
+        Any type.
+
+    Returns
+    -------
+    bool
+        True for the struct of a vector's parts.
+    """
     return (
         pa.types.is_struct(kind)
         and [field.name for field in kind] == _VECTOR_FIELDS

@@ -167,7 +167,7 @@ def spark_type(return_type: DataType | str, spark: SparkSession) -> DataType:
         If Spark cannot read it.
     """
     from pyspark.errors import PySparkException
-    from pyspark.sql.types import DataType, StructField, StructType
+    from pyspark.sql.types import DataType
 
     if isinstance(return_type, DataType):
         return return_type

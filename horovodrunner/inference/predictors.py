@@ -42,11 +42,13 @@ class _Predictor:
         expected_inputs: int | None,
         stacks_scalars: bool = False,
         scalar_dtype: np.dtype[Any] | None = None,
+        may_change_inputs: bool = False,
     ) -> None:
         self._function = function
         self.expected_inputs = expected_inputs
         self.stacks_scalars = stacks_scalars
         self.scalar_dtype = scalar_dtype
+        self.may_change_inputs = may_change_inputs
 
     def __call__(self, *inputs: _Array) -> Any:
         return self._function(*inputs)
@@ -76,7 +78,8 @@ def function_predictor(function: Callable[..., Any]) -> Predictor:
             "return the function that predicts"
         )
     parameters = _parameters(function)
-    return _Predictor(function, None if parameters is None else len(parameters))
+    expected = None if parameters is None else len(parameters)
+    return _Predictor(function, expected, may_change_inputs=True)
 
 
 def torch_predictor(net: Any, compiled: bool, device: Device) -> Predictor:

@@ -113,7 +113,6 @@ class _Partition:
         self._model: Future[Predictor] = Future()
         self._open: deque[Piece] = deque()
         self._predictions: deque[pa.Array] = deque()
-        self._predicted = 0
         self._reasons: dict[int, str] = {}
 
     def scored(self, batches: Iterable[pa.RecordBatch]) -> Iterator[Scored]:
@@ -177,7 +176,7 @@ class _Partition:
         if self._scoring.transform is not None:
             return tuple(map(to_numpy, columns))
         model = self._model.result()
-        return numpy_inputs(
+        inputs = numpy_inputs(
             columns,
             names,
             self._scoring.plan,
@@ -186,6 +185,9 @@ class _Partition:
             grouped=is_group,
             writable=model.may_change_inputs,
         )
+        if len(inputs) < len(columns) and model.scalar_dtype is not None:  # stacked scalars
+            return tuple(each.astype(model.scalar_dtype, copy=False) for each in inputs)
+        return inputs
 
     # ---- in the thread that computes
 

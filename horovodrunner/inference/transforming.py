@@ -33,7 +33,7 @@ _transforming: _Transforming
 
 
 @contextlib.contextmanager
-def transformed(  # noqa: PLR0913
+def transformed(
     batches: Iterable[Arrays],
     transform: Transform,
     names: Sequence[str],
@@ -147,9 +147,8 @@ def _pool(calls: _Transforming, workers: int) -> ProcessPoolExecutor:
 
 def _begin(pickled: bytes) -> None:
     """Get ready to transform; and end with the Python worker, which may be killed."""
-    global _transforming  # noqa: PLW0603 - a pool's initializer has no other place
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+    global _transforming
+    parent: Any = multiprocessing.parent_process()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _transforming = cloudpickle.loads(pickled)
 

@@ -32,7 +32,7 @@ ERROR_FIELD = "error"
 VALUE_FIELD = "prediction"
 
 
-def predict_udf(  # noqa: PLR0913
+def predict_udf(
     model: Model | Callable[[], Callable[..., Any]],
     *,
     return_type: DataType | str,
@@ -218,8 +218,8 @@ class PredictUdf:
         def predict(batches: Iterator[Any]) -> Iterator[Any]:
             return _score_pandas(scoring, batches)
 
-        either = pd.Series | pd.DataFrame
-        predict.__annotations__ = {"batches": Iterator[either], "return": Iterator[pd.DataFrame]}
+        given: Any = Iterator[pd.Series | pd.DataFrame]
+        predict.__annotations__ = {"batches": given, "return": Iterator[pd.DataFrame]}
         return functions.pandas_udf(predict, self._return_type)
 
 
