@@ -291,6 +291,8 @@ def _joined(parts: Sequence[Any], are_lists: bool) -> Any:
 def _scalars(
     values: np.ndarray, target: pa.DataType, *, safe: bool = True, in_array: bool = False
 ) -> pa.Array:
+    if not len(values):
+        return pa.array([], target)  # of which NumPy may say float64, whatever it is
     if values.dtype.kind in "OUST":
         return _objects(values, target)
     values = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
