@@ -6,16 +6,17 @@ object. Only what NumPy itself holds as objects is: strings, binary values, date
 
 What it does not take, and this does:
 
+- MLlib's vectors, dense and sparse ones, as ``(batch, size)`` float64;
 - tensor columns without ``input_tensor_shapes``, if all arrays of a batch have the same length;
 - arrays of arrays with a shape, and with None beside other inputs;
-- shapes given as tuples, and None as the only shape;
-- MLlib's vectors, dense and sparse ones.
+- shapes given as tuples, and None as the only shape.
 
 Where the two differ:
 
 - a tensor column without a shape beside other inputs is an array of arrays there, and here only if
   the arrays of the batch differ in length; else it is ``(batch, length)``. Both have the same rows;
-- the null string is None here; there it is NaN since pandas 3;
+- a null string is None here; there it is NaN since pandas 3;
+- timestamps in arrays are datetime64 here, objects of pandas there;
 - an array with too many or too few values is refused with its row, also where those of other rows
   make up for it.
 """
@@ -268,6 +269,8 @@ def _one_each(
             inputs.append(_input(column, name, said, is_alone=is_alone))
         except BadRows as found:
             bad = {**found.rows, **bad}
+        except pa.ArrowInvalid as error:
+            raise _unfit(name, column.type, error) from error
     if bad:
         raise BadRows(dict(sorted(bad.items())))
     return inputs
@@ -317,13 +320,15 @@ def null_rows(
     return found
 
 
-def to_numpy(column: pa.Array) -> np.ndarray:
+def to_numpy(column: pa.Array, name: str) -> np.ndarray:
     """Make one array of a column of which no shape is known.
 
     Parameters
     ----------
     column
         The column's values in one batch.
+    name
+        What the column is called in error texts.
 
     Returns
     -------
@@ -331,10 +336,22 @@ def to_numpy(column: pa.Array) -> np.ndarray:
         ``(batch,)`` of scalars; ``(batch, length, ...)`` of arrays that have the same length; of
         others ``(batch,)`` objects which are arrays, None for a null. It may share memory with
         `column`, and is read-only then.
+
+    Raises
+    ------
+    InputError
+        If NumPy cannot hold the values.
     """
     if is_vector(column.type):
         column = _vectors_as_lists(column)
-    return _arrays(column)[0] if _is_list(column.type) else _scalars(column)
+    try:
+        return _arrays(column)[0] if _is_list(column.type) else _scalars(column)
+    except pa.ArrowInvalid as error:
+        raise _unfit(name, column.type, error) from error
+
+
+def _unfit(name: str, kind: pa.DataType, error: Exception) -> InputError:
+    return InputError(f"column {name!r} of type {kind} has values that NumPy cannot hold: {error}")
 
 
 def _fields(columns: Sequence[pa.Array], names: Sequence[str]) -> tuple[list[pa.Array], list[str]]:
@@ -534,9 +551,9 @@ def _scalars(column: pa.Array) -> np.ndarray:
         return _raw(column).astype("datetime64[D]").astype(object)
     if pa.types.is_timestamp(kind):
         local = column if kind.tz is None else pc.local_timestamp(column)
-        return _raw(local).astype("datetime64[ns]")
+        return _raw(local.cast(pa.timestamp("ns")))
     if pa.types.is_duration(kind):
-        return _raw(column).astype("timedelta64[ns]")
+        return _raw(column.cast(pa.duration("ns")))
     if pa.types.is_nested(kind):
         values = np.empty(len(column), object)
         convert = dict if pa.types.is_map(kind) else lambda value: value
