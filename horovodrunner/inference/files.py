@@ -43,6 +43,8 @@ PARTITION_BYTES = 128 * 1024 * 1024
 """No partition is made larger, as far as row groups allow: Spark's maxPartitionBytes."""
 BATCH_ROWS = 10_000
 BATCH_BYTES = 8 * 1024 * 1024
+BUFFER_BYTES = 256 * 1024
+"""Read of a column at a time, instead of all that it has in a row group."""
 
 SWITCHES_OFF = (
     "spark.sql.files.ignoreCorruptFiles",
@@ -262,7 +264,8 @@ def _is_scan_of(df: DataFrame, paths: Sequence[str]) -> bool:
         for schema in schemas:
             with suppress(PySparkException):  # no such path, or not these columns
                 scan = reader.schema(schema).parquet(path)
-                if df.sameSemantics(scan.select(*names)):
+                # Not for every release of Spark is a selection of all columns the scan itself.
+                if df.sameSemantics(scan) or df.sameSemantics(scan.select(*names)):
                     return True
     return False
 
@@ -518,18 +521,20 @@ def read_parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     Raises
     ------
     DataError
-        If a file is no longer the one that the driver saw.
+        If a file is no longer the one that the driver saw, or cannot be read.
     """
     for batch in batches:
         for row in batch.to_pylist():
             schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(row["schema"])))
             for path, row_groups, size, mtime_ns, batch_rows in json.loads(row["parts"]):
                 _check_unchanged(path, size, mtime_ns)
-                with pq.ParquetFile(path) as file:
-                    for found in file.iter_batches(
-                        batch_rows, row_groups, columns=schema.names, use_threads=False
-                    ):
-                        yield _with_schema(found, schema)
+                try:
+                    yield from _rows(path, row_groups, batch_rows, schema)
+                except (OSError, pa.ArrowException) as error:
+                    raise DataError(
+                        f"pyarrow cannot read {path} ({' '.join(str(error).split())}): pass "
+                        "read_files=False to have Spark read it"
+                    ) from error
 
 
 def _check_unchanged(path: str, size: int, mtime_ns: int) -> None:
@@ -550,6 +555,17 @@ def _check_unchanged(path: str, size: int, mtime_ns: int) -> None:
             f"{mtime_ns / 1e9:.3f} then, {status.st_size:,} bytes of "
             f"{status.st_mtime_ns / 1e9:.3f} now): {remedy}"
         )
+
+
+def _rows(
+    path: str, row_groups: list[int], batch_rows: int, schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
+    # A Spark task has one core; pre-buffering would hold whole row groups.
+    with pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
+        for batch in file.iter_batches(
+            batch_rows, row_groups, columns=schema.names, use_threads=False
+        ):
+            yield _with_schema(batch, schema)
 
 
 def _with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

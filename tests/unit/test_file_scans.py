@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -76,14 +77,22 @@ def row_of(path: Path, schema: pa.Schema, batch_rows: int = 4) -> pa.RecordBatch
 
 def test_batches_have_sparks_types_and_a_bounded_size(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    vectors = pa.array([[1, 2], None, [3, 4]] * 4, pa.list_(pa.float32(), 2))
+    vectors = pa.array([[1, 2], [None, 0], [3, 4]] * 4, pa.list_(pa.float32(), 2))
     names = pa.array(["a", None, "b"] * 4, pa.large_string())
-    table = pa.table({"names": names, "x": vectors, "kinds": names.dictionary_encode()})
+    full = pa.array([[1], [], [2, 3]] * 4, pa.list_(pa.field("item", pa.float32(), nullable=False)))
+    table = pa.table(
+        {"names": names, "x": vectors, "kinds": names.dictionary_encode(), "full": full}
+    )
     pq.write_table(table, path, row_group_size=6)
     text, vector = pa.string(), pa.list_(pa.field("element", pa.float32()))
-    schema = pa.schema({"x": vector, "kinds": text, "names": text})
+    schema = pa.schema({"x": vector, "kinds": text, "full": vector, "names": text})
     found = list(files.read_parts(iter([row_of(path, schema)])))
-    assert all(batch.schema.equals(schema) for batch in found)
+    for batch in found:
+        batch.validate(full=True)
+        assert str(batch.schema) == str(schema)
+        assert all(
+            map(str.__eq__, map(str, (c.type for c in batch.columns)), map(str, schema.types))
+        )
     assert max(batch.num_rows for batch in found) == 4
     assert pa.Table.from_batches(found).to_pydict() == table.select(schema.names).to_pydict()
 
@@ -98,4 +107,16 @@ def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
         list(files.read_parts([row]))
     path.unlink()
     with pytest.raises(DataError, match=r"cannot be read on this executor's.*read_files=False"):
+        list(files.read_parts([row]))
+
+
+def test_a_file_that_pyarrow_cannot_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": [1.0] * 1000}), path, use_dictionary=False)
+    row = row_of(path, pa.schema({"x": pa.float64()}))
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[4:60] = b"\xff" * 56
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(DataError, match=r"pyarrow cannot read .*read_files=False"):
         list(files.read_parts([row]))
