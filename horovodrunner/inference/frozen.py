@@ -78,13 +78,13 @@ class _Entry:
     dtype: str
     shape: tuple[int, ...]
     item: int
-    data: np.ndarray[Any, Any]
+    data: Any
     keeps: Any
     """Holds the memory, and so its address, which is how an entry is found again."""
 
     @property
     def size(self) -> int:
-        return self.data.nbytes
+        return int(self.data.nbytes)
 
 
 class _Stored:
@@ -335,7 +335,7 @@ def _write(entries: Iterable[_Entry], file: BinaryIO) -> tuple[int, str]:
     for part in (
         struct.pack("<Q", len(head)),
         head,
-        *(memoryview(entry.data) for _, entry in numbered),
+        *(entry.data for _, entry in numbered),
     ):
         digest.update(part)
         size += file.write(part)

@@ -44,10 +44,12 @@ class HostCopy:
         Gives the complete file, open; called if no other process of the host has it.
     """
 
+    _socket: socket.socket | None = None
+    """Listens in the process that serves the file, and is connected to it in the others."""
+
     def __init__(self, identity: str, size: int, obtain: Callable[[], BinaryIO]) -> None:
         self._name = f"\0horovodrunner-weights-{os.getuid()}-{identity}"
         self._size = size
-        self._socket: socket.socket | None = None
         self._served: set[socket.socket] = set()
         self._closing = False
         self._file = self._shared(obtain) if _HAS_ABSTRACT_SOCKETS else obtain()
@@ -77,9 +79,10 @@ class HostCopy:
     def close(self) -> None:
         """Leave the file to the other processes."""
         self._closing = True
-        if self._socket is not None:
-            with contextlib.suppress(OSError):  # the thread may be between two sockets
-                self._socket.shutdown(socket.SHUT_RDWR)
+        if self._thread.is_alive():
+            if self._socket is not None:
+                with contextlib.suppress(OSError):  # the thread may be between two sockets
+                    self._socket.shutdown(socket.SHUT_RDWR)
             self._thread.join(timeout=10)
         self._file.close()
 

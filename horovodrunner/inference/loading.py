@@ -200,7 +200,8 @@ def _made(handle: ModelHandle, device: Device) -> tuple[Predictor, HostCopy | No
             device.prepare_torch()
         thing = frozen.restore(handle.skeleton, weights, handle.companions)
         if handle.kind == "torch":
-            return predictors.torch_predictor(*thing, device=device), host_copy
+            net, compiled = thing
+            return predictors.torch_predictor(net, compiled, device), host_copy
         return predictors.function_predictor(thing), host_copy
     except BaseException as error:
         if host_copy is not None:

@@ -1,0 +1,514 @@
+"""Models: taking the weights out, one copy of them on a host, and what predicts."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from horovodrunner.core.env import KEPT_MODELS
+from horovodrunner.errors import (
+    ArgumentTypeError,
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    PayloadError,
+)
+from horovodrunner.inference import host_copy, loading
+from horovodrunner.inference.devices import Device
+from horovodrunner.inference.frozen import freeze, restore
+from horovodrunner.inference.loading import ModelHandle, load
+from horovodrunner.inference.model import Model
+from horovodrunner.inference.parcels import Parcel, Piece
+
+CPU = Device(None, 0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test begins without models, outside a task, and lets its own go."""
+    monkeypatch.setattr(loading, "current_device", lambda: CPU)
+    loading._slots.clear()
+    yield
+    for slot in loading._slots.values():
+        slot.release()
+    loading._slots.clear()
+    gc.collect()
+
+
+class Tied(torch.nn.Module):
+    """Shares, slices and reinterprets memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(100, 64)
+        self.head = torch.nn.Linear(64, 100, bias=False)
+        self.head.weight = self.embed.weight
+        self.small = torch.nn.Parameter(torch.randn(7, 3, dtype=torch.bfloat16))
+        self.frozen = torch.nn.Parameter(torch.randn(5), requires_grad=False)
+        table = torch.randn(33, 31, dtype=torch.float64)
+        self.register_buffer("table", table)
+        self.register_buffer("row", table[3])
+        self.register_buffer("turned", table.t())
+        self.register_buffer("bits", table.view(torch.int64), persistent=False)
+        self.register_buffer("waves", torch.randn(9, dtype=torch.complex128))
+        self.register_buffer("flags", torch.tensor([True, False, True]))
+        self.register_buffer("empty", torch.zeros(0))
+        self.note = "kept"
+        self.frozen.tag = "kept, too"  # type: ignore[attr-defined]
+
+    def forward(self, tokens: Any) -> Any:
+        return self.head(self.embed(tokens)) + self.table[0, 0].float()
+
+
+def thawed(thing: Any, names: Any = None) -> tuple[Any, bytes, bytes]:
+    """Freeze and restore; gives the copy, its skeleton and its file."""
+    file = io.BytesIO()
+    frozen = freeze(thing, file, names)
+    weights = file.getvalue()
+    assert frozen.size == len(weights)
+    return restore(frozen.skeleton, bytearray(weights) or None), frozen.skeleton, weights
+
+
+def test_a_module_comes_back_exactly_with_what_it_shares(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    net = Tied()
+    names = dict(net.named_parameters()) | dict(net.named_buffers())
+    copy, skeleton, weights = thawed(net, names)
+    assert len(skeleton) < 4000
+    assert copy.head.weight is copy.embed.weight
+    assert isinstance(copy.small, torch.nn.Parameter)
+    assert (copy.small.requires_grad, copy.frozen.requires_grad) == (True, False)
+    assert (copy.note, copy.frozen.tag) == ("kept", "kept, too")
+    assert list(copy.state_dict()) == list(net.state_dict())
+    for name, tensor in names.items():
+        other = dict(copy.named_parameters()).get(name, dict(copy.named_buffers()).get(name))
+        assert other is not None
+        assert (other.dtype, other.shape) == (tensor.dtype, tensor.shape)
+        assert (other.stride(), type(other)) == (tensor.stride(), type(tensor))
+        assert torch.equal(other, tensor)
+    copy.table.zero_()
+    assert not copy.row.any()
+    assert not copy.turned.any()
+    assert not copy.bits.any()
+    tokens = torch.arange(10)
+    assert torch.equal(net.head(net.embed(tokens)), copy.head(copy.embed(tokens)))
+
+    # other programs read the file, and find the names that the module has
+    (tmp_path / "weights").write_bytes(weights)
+    stored = load_file(tmp_path / "weights")
+    assert torch.equal(stored["embed.weight"], net.embed.weight)
+    assert torch.equal(stored["small"], net.small)
+    assert stored["table"].shape == (33, 31)
+
+
+def test_arrays_that_a_function_captures_leave_its_pickle() -> None:
+    base = np.arange(24_000, dtype=np.float32).reshape(4, 6000)
+    words = np.array(["a", "b"], dtype=object)
+    odd = np.arange(5000, dtype=">f8")
+    turned = base.T
+    tensor = torch.arange(3)
+
+    def predict(x: Any) -> Any:
+        return [x, base, base, words, odd, turned, tensor]
+
+    copy, skeleton, weights = thawed(predict)
+    _, first, second, *others, last = copy(1)
+    assert first is second
+    assert first.flags.writeable
+    assert first.dtype == base.dtype
+    assert np.array_equal(first, base)
+    assert last.tolist() == [0, 1, 2]
+    for ours, original in zip(others, (words, odd, turned), strict=True):
+        assert np.array_equal(ours, original)
+    assert len(weights) > base.nbytes
+    assert len(skeleton) < odd.nbytes + turned.nbytes + 3000
+    assert thawed(lambda: 7)[0]() == 7
+
+
+def test_what_cannot_be_pickled_is_named() -> None:
+    lock = threading.Lock()
+    with pytest.raises(PayloadError, match="cannot pickle '_thread.lock' object"):
+        Model.from_function(lambda x: (x, lock))
+    with Model.from_function(len) as model, pytest.raises(PayloadError, match="on the driver"):
+        pickle.dumps(model)
+
+
+# ---- one copy on a host
+
+COPY = """
+    import os, sys, threading, time
+    from horovodrunner.inference.host_copy import HostCopy
+    identity, mode = sys.argv[1:]
+    def obtain():
+        import tempfile
+        file = tempfile.TemporaryFile()
+        file.write(b"x" * 4096)
+        print("writing", flush=True)
+        if mode == "slow":
+            time.sleep(600)
+        file.write(b"y" * 4096)
+        file.flush()
+        return file
+    copy = HostCopy(identity, 8192, obtain)
+    held = copy.map()
+    assert held[:] == b"x" * 4096 + b"y" * 4096
+    held[0] = 0  # its own page from now on
+    print(os.fstat(copy._file.fileno()).st_ino, flush=True)
+    sys.stdin.read()
+    copy.close()
+    assert threading.active_count() == 1, threading.enumerate()
+"""
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start processes that share a copy; they end when the test does."""
+    identity = f"test-{os.getpid()}-{time.monotonic_ns()}"
+    running = []
+
+    def begin(mode: str = "quick") -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(COPY), identity, mode],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            process.communicate(timeout=30)
+            assert process.returncode == 0
+        for stream in (process.stdin, process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+
+
+def test_a_file_without_a_name_is_shared_and_outlives_who_wrote_it(
+    start: Callable[..., subprocess.Popen[str]],
+) -> None:
+    first = start()
+    assert said(first) == "writing"
+    inode = said(first)
+    second, third = start(), start()
+    assert said(second) == said(third) == inode
+    kill(first)
+    fourth = start()
+    assert said(fourth) == inode
+    second.communicate(timeout=30)  # leaves in good order, whether it serves or not
+    fifth = start()
+    assert said(fifth) == inode
+
+
+def test_who_dies_while_writing_is_followed_by_one_who_waits(
+    start: Callable[..., subprocess.Popen[str]],
+) -> None:
+    first = start("slow")
+    assert said(first) == "writing"
+    second, third = start(), start()
+    time.sleep(0.3)  # both wait, most likely; they get the file in any case
+    kill(first)
+    lines = [[said(each)] for each in (second, third)]
+    for each, line in zip((second, third), lines, strict=True):
+        if line[0] == "writing":
+            line[0] = said(each)
+    assert lines[0] == lines[1]
+
+
+def test_without_abstract_sockets_each_process_has_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(host_copy, "_HAS_ABSTRACT_SOCKETS", False)
+    (tmp_path / "file").write_bytes(b"content")
+    copy = host_copy.HostCopy("anything", 7, lambda: (tmp_path / "file").open("rb"))
+    assert copy.map()[:] == b"content"
+    copy.close()
+
+
+def test_an_error_in_writing_lets_the_next_one_try(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+
+    def fail() -> Any:
+        raise OSError("no space")
+
+    identity = f"test-{os.getpid()}-failing"
+    with pytest.raises(OSError, match="no space"):
+        host_copy.HostCopy(identity, 7, fail)
+    copy = host_copy.HostCopy(identity, 7, lambda: (tmp_path / "file").open("rb"))
+    again = host_copy.HostCopy(identity, 7, fail)
+    copy.close()
+    assert again.map()[:] == b"content"
+    again.close()
+
+
+# ---- what travels
+
+
+class Sent:
+    """A broadcast variable, as a Python worker has it."""
+
+    def __init__(self, piece: Piece) -> None:
+        self._data = pickle.dumps(piece)
+
+    @property
+    def value(self) -> Any:
+        if not hasattr(self, "_value"):
+            self._value = pickle.loads(self._data)
+        return self._value
+
+
+def test_pieces_are_written_where_they_arrive_every_time(tmp_path: Path) -> None:
+    content = os.urandom(1000)
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    pieces = tuple(Sent(Piece(path, start, 400)) for start in (0, 400, 800))
+    for _ in range(2):
+        with (tmp_path / "received").open("w+b") as file:
+            Parcel("", 1000, pieces=pieces).write_to(file)
+        assert (tmp_path / "received").read_bytes() == content
+    encrypted = Sent(Piece(path, 0, 1000))
+    assert encrypted.value == content  # Spark asks first
+    with (tmp_path / "received").open("w+b") as file:
+        Parcel("", 1000, pieces=(encrypted,)).write_to(file)
+    assert (tmp_path / "received").read_bytes() == content
+    with (
+        (tmp_path / "received").open("w+b") as file,
+        pytest.raises(ConfigurationError, match="of the model's 1000 bytes 400 arrived"),
+    ):
+        Parcel("", 1000, pieces=pieces[:1]).write_to(file)
+
+
+class LocalSession:
+    """Stands for a session: its broadcast variables are read in this process."""
+
+    class _Context:
+        _jsc = object()
+
+        def broadcast(self, piece: Piece) -> Sent:
+            return Sent(piece)
+
+    def __init__(self) -> None:
+        self.sparkContext = self._Context()
+
+
+def handle(model: Model) -> ModelHandle:
+    session: Any = LocalSession()
+    found = model.handle(session)
+    assert model.handle(session).parcel is found.parcel
+    return found
+
+
+# ---- the cache
+
+
+def test_models_are_loaded_once_and_the_last_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEPT_MODELS, "2")
+    made: list[str] = []
+
+    def counted(name: str) -> ModelHandle:
+        def make() -> Callable[[Any], Any]:
+            made.append(name)
+            time.sleep(0.05)
+            return lambda x: x
+
+        return ModelHandle.of_make_predict_fn(make)
+
+    a, b, c = map(counted, "abc")
+    threads = [threading.Thread(target=load, args=(a,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == ["a"]
+    for each in (b, a, c, a, b):
+        load(each)
+    assert made == ["a", "b", "c", "b"]
+    assert load(b) is load(b)
+    monkeypatch.setattr(loading, "current_device", lambda: Device(None, 1))
+    load(b)
+    assert made == ["a", "b", "c", "b", "b"]
+    monkeypatch.setenv(KEPT_MODELS, "none")
+    with pytest.raises(ConfigurationError, match="HOROVODRUNNER_MODELS='none'"):
+        load(a)
+
+
+def test_a_model_that_leaves_the_cache_leaves_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEPT_MODELS, "1")
+    with Model.from_torch(torch.nn.Linear(200, 200)) as model:
+        travelled = handle(model)
+        before = len(os.listdir("/proc/self/fd"))
+        predict = load(travelled)
+        names = {thread.name for thread in threading.enumerate()}
+        assert "horovodrunner-weights" in names
+        load(ModelHandle.of_make_predict_fn(lambda: len))
+        assert "horovodrunner-weights" not in {t.name for t in threading.enumerate()}
+        assert predict(np.zeros((1, 200), np.float32)).shape == (1, 200)  # who has it, has it
+        del predict
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_failed_load_names_the_model_and_is_tried_again() -> None:
+    attempts = []
+
+    def make() -> Any:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise RuntimeError("the file server is away")
+        return 5 if len(attempts) == 2 else len
+
+    travelled = ModelHandle.of_make_predict_fn(make)
+    with pytest.raises(RuntimeError, match="file server"):
+        load(travelled)
+    with pytest.raises(ConfigurationError, match=r"make_predict_fn returned 5 \(int\)"):
+        load(travelled)
+    load(travelled)
+
+    module = types.ModuleType("absent_from_executors")
+    exec("import torch\nclass Net(torch.nn.Linear): pass", module.__dict__)
+    sys.modules[module.__name__] = module
+    with Model.from_torch(module.Net(2, 2)) as model:
+        del sys.modules[module.__name__]
+        with pytest.raises(ConfigurationError, match=r"Net cannot be loaded.*absent_from_exec"):
+            load(handle(model))
+
+
+# ---- torch
+
+
+class Named(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2).to(torch.bfloat16)
+        self.drop = torch.nn.Dropout(0.9)
+
+    def forward(self, x: Any, words: Any, scale: float = 1.0) -> Any:
+        assert words.tolist() == ["a", "b"]
+        x.sub_(1)
+        return {"y": self.drop(self.linear(x)) * scale, "length": torch.ones(2, dtype=torch.int32)}
+
+
+class Several(torch.nn.Module):
+    def forward(self, *inputs: Any) -> Any:
+        return tuple(inputs)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_module_predicts_with_numpy_arrays() -> None:
+    net = Named()
+    x = np.ones((2, 3))
+    x.flags.writeable = False
+    with Model.from_torch(net) as model:
+        assert repr(model) == "Model(Named, torch, 16 bytes of weights)"
+        predict = load(handle(model))
+    outputs = predict(x, np.array(["a", "b"], dtype=object))
+    assert (x == 1).all()
+    assert outputs["y"].dtype == np.float32
+    assert np.allclose(outputs["y"], net.linear.bias.detach().float().numpy())
+    assert outputs["length"].dtype == np.int32
+    assert (predict.expected_inputs, predict.stacks_scalars) == (2, False)
+
+    with Model.from_torch(torch.nn.Sequential(torch.nn.Linear(4, 1)).double()) as model:
+        predict = load(handle(model))
+    assert (predict.expected_inputs, predict.stacks_scalars) == (1, True)
+    assert predict.scalar_dtype == np.float64
+    assert predict(np.zeros((0, 4), np.float32)).shape == (0, 1)
+
+    with Model.from_torch(Several()) as model:
+        predict = load(handle(model))
+    assert predict.expected_inputs is None
+    assert predict(np.arange(3)).tolist() == [0, 1, 2]
+    with pytest.raises(DataError, match="what Several returned is a tuple of 2: name them"):
+        predict(np.arange(3), np.arange(3))
+
+
+def test_weights_are_a_mapping_that_training_on_does_not_change() -> None:
+    net = torch.nn.Linear(300, 300)
+    x = np.random.default_rng(0).normal(size=(5, 300)).astype(np.float32)
+    expected = net(torch.from_numpy(x)).detach().numpy()
+    with Model.from_torch(torch.nn.DataParallel(net)) as model:
+        torch.nn.init.zeros_(net.weight)
+        predict = load(handle(model))
+        assert np.array_equal(predict(x), expected)
+        maps = Path("/proc/self/maps").read_text()
+        assert sum("(deleted)" in line and "/#" in line for line in maps.splitlines()) == 1
+
+
+def test_functions_are_called_as_they_are() -> None:
+    table = np.arange(20_000.0)
+    with Model.from_function(lambda a, b=1, *, c=2: table[a] + b + c) as model:
+        predict = load(handle(model))
+    assert predict(np.array([3]), np.array([4])).tolist() == [9.0]
+    assert (predict.expected_inputs, predict.stacks_scalars) == (2, False)
+
+
+def test_the_wrong_things_are_refused() -> None:
+    wrong: Any
+    for make, wrong, text in (
+        (Model.from_torch, 3, "it must be a torch.nn.Module, got int"),
+        (Model.from_keras, torch.nn.Linear(1, 1), "it must be a model of Keras 3 or tf_keras"),
+        (Model.from_function, "f", "it must be callable, got str"),
+        (Model.from_function, torch.nn.Linear(1, 1), r"use Model.from_torch\(...\)"),
+    ):
+        with pytest.raises(ArgumentTypeError, match=text):
+            make(wrong)
+    with Model.from_function(len) as model:
+        pass
+    with pytest.raises(ConfigurationError, match=r"Model\(len, function, deleted\) cannot be used"):
+        handle(model)
+
+
+def test_checkpoints_become_models(tmp_path: Path) -> None:
+    net = torch.nn.Linear(2, 1)
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    torch.save({}, tmp_path / "optimizer.pt")
+    saved = types.SimpleNamespace(path=str(tmp_path))
+
+    def build(directory: Path) -> Any:
+        made = torch.nn.Linear(2, 1)
+        made.load_state_dict(torch.load(directory / "model.pt"))
+        return made
+
+    x = np.ones((3, 2), np.float32)
+    for build_it in (build, torch.nn.Linear(2, 1), lambda d: Model.from_torch(build(d))):
+        with Model.from_checkpoint(saved, build_it) as model:
+            assert np.array_equal(load(handle(model))(x), net(torch.ones(3, 2)).detach().numpy())
+    with Model.from_checkpoint(tmp_path, lambda d: len) as model:
+        assert repr(model) == "Model(len, function)"
+    with pytest.raises(ArgumentTypeError, match="build returned 5"):
+        Model.from_checkpoint(saved, lambda directory: 5)
+    with pytest.raises(CheckpointError, match="no checkpoint at .*nowhere"):
+        Model.from_checkpoint(tmp_path / "nowhere", build)
+    (tmp_path / "model.pt").unlink()
+    (tmp_path / "other.pt").touch()
+    with pytest.raises(CheckpointError, match=r"no model.pt .* only optimizer.pt, other.pt"):
+        Model.from_checkpoint(saved, net)
