@@ -117,7 +117,7 @@ def predict(
 
     spark = df.sparkSession
     kind = spark_type(return_type, spark)
-    scoring = options.scoring(handle_of(model, spark), kind, input_names)
+    scoring = options.scoring(spark, handle_of(model, spark), kind, input_names)
     needed = [*input_names, *key_columns]
     needed += [name for name in kept if name not in needed]
     # A column may be an input twice, or an input and a key: Spark is asked for it once.

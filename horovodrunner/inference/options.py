@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "Shapes", "handle_of", "spark_type"]
 
+SAFE_CASTS = "spark.sql.execution.pandas.convertToArrowArraySafely"
+"""Spark's own setting for the same question."""
+
 Shapes = Sequence[Sequence[int] | None] | Mapping[int, Sequence[int]]
 
 
@@ -62,11 +65,19 @@ class Options:
             )
         InputPlan.of(self.input_tensor_shapes, self.nulls)
 
-    def scoring(self, handle: ModelHandle, return_type: DataType, names: Sequence[str]) -> Scoring:
+    def scoring(
+        self,
+        spark: SparkSession,
+        handle: ModelHandle,
+        return_type: DataType,
+        names: Sequence[str],
+    ) -> Scoring:
         """Say what the Python workers are to do.
 
         Parameters
         ----------
+        spark
+            The session, whose settings hold for dates and for casts.
         handle
             The model.
         return_type
@@ -81,7 +92,8 @@ class Options:
         """
         return Scoring(
             model=handle,
-            target=arrow_type(return_type),
+            target=arrow_type(return_type, spark.conf.get("spark.sql.session.timeZone")),
+            safe=spark.conf.get(SAFE_CASTS) == "true",
             batch_size=self.batch_size,
             plan=InputPlan.of(self.input_tensor_shapes, self.nulls),
             names=tuple(names),

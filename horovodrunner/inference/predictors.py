@@ -79,7 +79,18 @@ def function_predictor(function: Callable[..., Any]) -> Predictor:
         )
     parameters = _parameters(function)
     expected = None if parameters is None else len(parameters)
-    return _Predictor(function, expected, may_change_inputs=True)
+
+    def predict(*inputs: _Array) -> Any:
+        return _own(function(*inputs))
+
+    return _Predictor(predict, expected, may_change_inputs=True)
+
+
+def _own(outputs: Any) -> Any:
+    """Copy arrays: a function may write to the same ones again in its next call."""
+    if isinstance(outputs, Mapping):
+        return {name: _own(value) for name, value in outputs.items()}
+    return outputs.copy() if isinstance(outputs, np.ndarray) else outputs
 
 
 def torch_predictor(net: Any, compiled: bool, device: Device) -> Predictor:

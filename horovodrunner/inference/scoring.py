@@ -51,6 +51,8 @@ class Scoring:
         The model.
     target
         Type of the predictions.
+    safe
+        Whether a prediction that the type cannot hold is an error, rather than cut.
     batch_size
         Rows that the model gets at once.
     plan
@@ -71,6 +73,7 @@ class Scoring:
 
     model: ModelHandle
     target: pa.DataType
+    safe: bool
     batch_size: int
     plan: InputPlan
     names: tuple[str, ...]
@@ -237,7 +240,9 @@ class _Partition:
             raise InputError(
                 f"the model takes {model.expected_inputs} inputs and was given {len(inputs)}"
             )
-        return to_arrow(model(*inputs), len(inputs[0]), self._scoring.target)
+        return to_arrow(
+            model(*inputs), len(inputs[0]), self._scoring.target, safe=self._scoring.safe
+        )
 
     def _refusal(self, inputs: Arrays, numbers: np.ndarray, error: Exception) -> PredictionError:
         """Find the first row with which the model fails, in as many calls as the rows have bits."""

@@ -120,7 +120,7 @@ def predict_udf(
         raise ArgumentTypeError(f"input_names={input_names!r}: give a list, [{input_names!r}]")
     spark = find_session()
     kind = spark_type(return_type, spark)
-    scoring = options.scoring(handle_of(model, spark), kind, input_names or ())
+    scoring = options.scoring(spark, handle_of(model, spark), kind, input_names or ())
     return PredictUdf(scoring, kind if on_error == "raise" else _with_error(kind))
 
 

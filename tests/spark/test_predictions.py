@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+import pyspark.cloudpickle
 import torch
 
 from horovodrunner import ArgumentTypeError, ArgumentValueError
@@ -17,6 +19,9 @@ from horovodrunner.inference import Model, predict, predict_batch_udf, predict_u
 from horovodrunner.inference.options import spark_type
 
 pytestmark = pytest.mark.spark
+
+# The executors do not have this module.
+pyspark.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +125,7 @@ def test_what_predict_batch_udf_does_is_done_with_the_same_results(spark: Any, f
         "arrays in dicts": (row_arrays, "one array<double>, two string", ["t4"], [[4]]),
         "text": (lengths_of_text, "int", ["text"], None),
         "nulls": (twice, "double", ["holes"], None),
-        "floats cut to integers": (lambda: lambda x: x + 0.7, "int", ["d"], None),
+        "whole numbers as integers": (twice, "int", ["d"], None),
         "inputs changed in place": (in_place, "array<double>", ["t4"], [[4]]),
         "a column of one": (lambda: lambda x: x[:, None], "double", ["d"], None),
     }

@@ -29,7 +29,7 @@ SECONDS = 30
 def of(predict: Callable[..., Any], target: pa.DataType | None = None, **options: Any) -> Scoring:
     options = {"batch_size": 4, "names": ("x",), "plan": InputPlan.of(None, "pass"), **options}
     handle = ModelHandle.of_make_predict_fn(lambda: predict)
-    return Scoring(model=handle, target=target or pa.float64(), **options)
+    return Scoring(model=handle, target=target or pa.float64(), safe=True, **options)
 
 
 def rows(*values: Sequence[Any], **more: Sequence[Any]) -> Iterator[pa.RecordBatch]:
@@ -79,6 +79,20 @@ def test_batches_have_the_size_whatever_sparks_batches_have() -> None:
         [2.0 * each for each in part] for part in parts
     ]
     assert sizes == [4, 4, 2]
+
+
+def test_a_function_may_write_to_its_inputs_and_use_its_outputs_again() -> None:
+    outputs = np.zeros(2)
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        x *= 2
+        outputs[: len(x)] = x
+        return outputs[: len(x)]
+
+    given = [1.0, 2.0, 3.0]
+    for batch, predictions, _ in score(of(predict, batch_size=2), rows(given)):
+        assert predictions.to_pylist() == [2.0, 4.0, 6.0]
+        assert batch["x"].to_pylist() == given
 
 
 def test_a_partition_without_rows_needs_no_model() -> None:
