@@ -191,7 +191,8 @@ def test_arrays_that_differ_in_length() -> None:
     found, _ = inputs(column, [1, 2], shapes=[None, None], expected=2)
     assert found.dtype == object
     assert [each.tolist() for each in found] == [[1, 2], [3]]
-    for shapes in ({}, [[], []]):
+    said_nothing: list[Any] = [{}, [[], []]]
+    for shapes in said_nothing:
         same, _ = inputs([[1, 2], [3, 4]], [1, 2], shapes=shapes, expected=2)
         assert same.tolist() == [[1, 2], [3, 4]]
     assert list(bad_rows([[1], None, [2, 3]], [1, 2, 3], expected=2)) == [1]
