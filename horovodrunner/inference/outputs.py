@@ -305,7 +305,8 @@ def _scalars(
     mask = is_nan if is_nan is not None and is_nan.any() else None
     if is_float and pa.types.is_floating(target):
         with np.errstate(over="ignore"):
-            values = values.astype(target.to_pandas_dtype(), copy=False)
+            wanted = np.float32 if target == pa.float32() else np.float64
+            values = values.astype(wanted, copy=False)
     elif values.dtype == np.float16:
         values = values.astype(np.float32)  # Arrow converts these to few types
     elif in_array and values.dtype == np.float64 and pa.types.is_integer(target):

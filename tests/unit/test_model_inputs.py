@@ -191,8 +191,10 @@ def test_arrays_that_differ_in_length() -> None:
     found, _ = inputs(column, [1, 2], shapes=[None, None], expected=2)
     assert found.dtype == object
     assert [each.tolist() for each in found] == [[1, 2], [3]]
-    same, _ = inputs([[1, 2], [3, 4]], [1, 2], shapes={}, expected=2)
-    assert same.tolist() == [[1, 2], [3, 4]]
+    said_nothing: list[Any] = [{}, [[], []]]
+    for shapes in said_nothing:
+        same, _ = inputs([[1, 2], [3, 4]], [1, 2], shapes=shapes, expected=2)
+        assert same.tolist() == [[1, 2], [3, 4]]
     assert list(bad_rows([[1], None, [2, 3]], [1, 2, 3], expected=2)) == [1]
 
 
@@ -271,7 +273,8 @@ def test_columns_that_do_not_fit_are_refused(columns: Any, how: dict[str, Any], 
 
 def test_shapes_of_scalars() -> None:
     assert inputs([1, 2], shapes=[[1]]).tolist() == [[1], [2]]
-    for shapes in ([[]], [None], [], {}):
+    said_nothing: list[Any] = [[[]], [None], [], {}]
+    for shapes in said_nothing:
         assert inputs([1, 2], shapes=shapes).tolist() == [1, 2]
 
 
@@ -333,7 +336,7 @@ def test_rows_with_nulls() -> None:
 
 def vectors(*rows: Any) -> pa.Array:
     """Make what Spark sends of MLlib's vectors: lists are dense ones, pairs and sizes sparse."""
-    found = []
+    found: list[dict[str, Any] | None] = []
     for row in rows:
         if row is None:
             found.append(None)

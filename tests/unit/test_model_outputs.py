@@ -106,6 +106,8 @@ def test_timestamps_without_a_time_zone_are_in_the_session_s() -> None:
         assert converted(values, BERLIN) == [zoned] * 3
     plain = np.array([NOON, "NaT", NOON], "datetime64[s]")
     assert converted(plain, pa.timestamp("us")) == [NOON, None, NOON]
+    finer = np.array([NOON] * 3, "datetime64[ns]") + np.timedelta64(1, "ns")
+    assert converted(finer, pa.timestamp("us")) == [NOON] * 3
 
 
 @pytest.mark.parametrize(
@@ -222,6 +224,7 @@ def test_structs() -> None:
         ([[1], [2, 3], []], pa.float64(), ["list", "double"]),
         ({"x": np.ones(3)}, pa.float64(), ["dict with the keys 'x'", "double takes an array"]),
         ({"x": np.ones(3)}, STRUCT, ["it lacks 'y'"]),
+        ({"x": 1, "y": 1, "z": 1}, STRUCT, ["keys: the return type lacks 'z'"]),
         ({"x": 1, "z": 1, "w": 1}, STRUCT, ["lacks 'y' and the return type lacks 'z', 'w'"]),
         ([{"x": 1, "y": [1]}, {"x": 1}, {}], STRUCT, ["for row 1", "it lacks 'y'"]),
         ([{"x": 1, "y": [1]}] * 2, STRUCT, ["2 rows, and the batch has 3"]),
