@@ -264,8 +264,10 @@ def _is_scan_of(df: DataFrame, paths: Sequence[str]) -> bool:
         for schema in schemas:
             with suppress(PySparkException):  # no such path, or not these columns
                 scan = reader.schema(schema).parquet(path)
-                # Not for every release of Spark is a selection of all columns the scan itself.
-                if df.sameSemantics(scan) or df.sameSemantics(scan.select(*names)):
+                # Columns are compared by their place, not by name; and not for every release of
+                # Spark is a selection of all columns the scan itself.
+                same = df.columns == scan.columns and df.sameSemantics(scan)
+                if same or df.sameSemantics(scan.select(*names)):
                     return True
     return False
 

@@ -178,6 +178,8 @@ CHANGES: dict[str, Callable[[Any, Any], Any]] = {
     "changed column": lambda df, f: df.withColumn("id", f.col("id") + 1),
     "renamed column": lambda df, f: df.withColumnRenamed("id", "number"),
     "swapped names": lambda df, f: df.select(f.col("s").alias("large"), f.col("large").alias("s")),
+    "other names": lambda df, f: df.select("s", "large").toDF("large", "s"),
+    "all other names": lambda df, f: df.toDF(*df.columns[:7], "large", "s", *df.columns[9:]),
     "cast": lambda df, f: df.withColumn("i32", f.col("i32").cast("bigint")),
     "explode": lambda df, f: df.select("id", f.explode("x").alias("x")),
     "fillna": lambda df, f: df.fillna(0),
