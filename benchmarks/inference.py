@@ -15,7 +15,7 @@ The ways, of which ``--ways`` chooses some; each case has its own:
 - ``hand_written``: a pandas UDF with broadcast weights and a ``DataLoader`` in it, as notebooks
   have it (on images also ``hand_written_2``, with two processes that decode);
 - ``predict_udf``, ``predict``, ``predict_files``: ours; the last two are ``predict`` with
-  ``read_files`` False and True.
+  ``read_files`` False and True (on images also ``predict_files_2``: two processes that decode).
 
 All that predict hand the columns ``id`` and ``prediction`` to Spark's ``noop`` sink. Before it is
 measured each way scores a small table, and its predictions must be those of the model.
@@ -445,6 +445,7 @@ def image_ways() -> dict[str, Callable[[Job], Score]]:
         "predict_udf": ours_udf("image", {**decoding, "input_names": ["image"]}),
         "predict": ours("image", decoding, read_files=False),
         "predict_files": ours("image", decoding, read_files=True),
+        "predict_files_2": ours("image", {**decoding, "transform_workers": 2}, read_files=True),
     }
 
 
@@ -474,7 +475,7 @@ def spark(options: argparse.Namespace, directory: Path) -> Iterator[Any]:
 
 def chosen(names: Any, options: argparse.Namespace) -> list[str]:
     """Leave out what ``--ways`` does not name."""
-    return [name for name in names if not options.ways or name in options.ways]
+    return [name for name in names if options.ways is None or name in options.ways]
 
 
 def check(name: str, scored: Any, wanted: Any) -> None:
@@ -592,7 +593,7 @@ def first(options: argparse.Namespace, directory: Path) -> Figures:
 # ---- the command
 
 CASES = {"mlp": mlp, "images": images, "first": first}
-WAYS = {"ceiling", "hand_written_2", *MLP_WAYS}
+WAYS = {"ceiling", "hand_written_2", "predict_files_2", *MLP_WAYS}
 
 
 def names_in(known: Any) -> Callable[[str], list[str]]:

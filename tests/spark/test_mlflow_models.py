@@ -39,6 +39,7 @@ def train(steps: int) -> Any:
     return net, losses
 
 
+@pytest.mark.timeout(360)  # mlflow.pytorch imports Lightning: driver and Python worker
 @pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning")
 def test_a_trained_model_that_mlflow_logged_scores_a_dataframe(
     spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
