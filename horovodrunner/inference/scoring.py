@@ -177,7 +177,7 @@ class _Partition:
 
     def _as_numpy(self, columns: list[pa.Array], names: Sequence[str], is_group: bool) -> Arrays:
         if self._scoring.transform is not None:
-            return tuple(map(to_numpy, columns))
+            return tuple(map(to_numpy, columns, names))
         model = self._model.result()
         inputs = numpy_inputs(
             columns,

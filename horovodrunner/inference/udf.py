@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -208,19 +209,26 @@ class PredictUdf:
         from pyspark.sql import functions
 
         scoring = replace(self._scoring, names=names)
+        # Spark finds out by the annotations what the function takes.
         if hasattr(functions, "arrow_udf"):  # since Spark 4.1
-            scored = functools.partial(_score_arrays, scoring)
-            return functions.arrow_udf(
-                scored, self._return_type, functions.ArrowUDFType.SCALAR_ITER
-            )
+
+            def predict(batches: Iterator[Any]) -> Iterator[Any]:
+                return _score_arrays(scoring, batches)
+
+            arrays = typing.Iterator[pa.Array]
+            predict.__annotations__ = {"batches": arrays, "return": arrays}
+            return functions.arrow_udf(predict, self._return_type)
         import pandas as pd
 
-        def predict(batches: Iterator[Any]) -> Iterator[Any]:
+        def predict_pandas(batches: Iterator[Any]) -> Iterator[Any]:
             return _score_pandas(scoring, batches)
 
-        given: Any = Iterator[pd.Series | pd.DataFrame]
-        predict.__annotations__ = {"batches": given, "return": Iterator[pd.DataFrame]}
-        return functions.pandas_udf(predict, self._return_type)
+        either: Any = typing.Union[pd.Series, pd.DataFrame]  # noqa: UP007 - what Spark knows
+        predict_pandas.__annotations__ = {
+            "batches": typing.Iterator[either],
+            "return": typing.Iterator[pd.DataFrame],
+        }
+        return functions.pandas_udf(predict_pandas, self._return_type)
 
 
 def _with_error(kind: DataType) -> DataType:
