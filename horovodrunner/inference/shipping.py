@@ -41,7 +41,7 @@ class Shipment:
         if size <= _SMALL:
             self.parcel = Parcel(digest, size, content=path.read_bytes())
         elif is_connect(spark):
-            self._session_id = spark.session_id  # type: ignore[attr-defined]
+            self._session_id = spark.session_id
             self.parcel = Parcel(digest, size, artifact=_add_artifact(spark, path, digest))
         else:
             self._context = spark.sparkContext
