@@ -126,13 +126,25 @@ def run(script: str, *arguments: str | Path, backend: str = "") -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def of_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a driver with Keras on PyTorch sends."""
+    target = tmp_path_factory.mktemp("torch") / "cases"
+    run(DRIVER, "keras", target, backend="torch")
+    return target
+
+
+def test_models_on_torch_arrive(of_torch: Path) -> None:
+    run(WORKER, of_torch)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow")
-def test_models_of_every_kind_and_backend_arrive(tmp_path: Path) -> None:
-    run(DRIVER, "keras", tmp_path / "torch", backend="torch")
-    run(DRIVER, "keras", tmp_path / "tensorflow", backend="tensorflow")
-    shown = run(WORKER, tmp_path / "torch", tmp_path / "tensorflow")
-    assert "made with Keras's backend 'tensorflow', and this Python worker imported" in shown
-    run(WORKER, tmp_path / "tensorflow")
+def test_models_on_tensorflow_arrive_and_no_others_beside_them(
+    of_torch: Path, tmp_path: Path
+) -> None:
+    run(DRIVER, "keras", tmp_path / "cases", backend="tensorflow")
+    shown = run(WORKER, tmp_path / "cases", of_torch)
+    assert "made with Keras's backend 'torch', and this Python worker imported" in shown
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tf_keras") is None, reason="needs tf_keras")

@@ -453,6 +453,14 @@ def test_a_module_predicts_with_numpy_arrays() -> None:
         predict(np.arange(3), np.arange(3))
 
 
+def test_a_module_is_compiled_where_it_predicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda net: lambda x: net(x) + 1)
+    net = torch.nn.Linear(1, 1)
+    with Model.from_torch(net, compile=True) as compiled, Model.from_torch(net) as eager:
+        x = np.zeros((1, 1), np.float32)
+        assert load(handle(compiled))(x) == load(handle(eager))(x) + 1
+
+
 def test_weights_are_a_mapping_that_training_on_does_not_change() -> None:
     net = torch.nn.Linear(300, 300)
     x = np.random.default_rng(0).normal(size=(5, 300)).astype(np.float32)
@@ -544,9 +552,7 @@ def test_a_checkpoint_behind_a_url_is_copied_and_checked(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"net.pt is not what was saved there"):
         Model.from_checkpoint(url, build)
     files.rm(f"{url}/manifest.json")
-    with pytest.raises(
-        CheckpointError, match=r"cannot be read: FileNotFoundError"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot be read: FileNotFoundError"):
         Model.from_checkpoint(url, build)
 
 
