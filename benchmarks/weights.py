@@ -74,6 +74,7 @@ def measure(way: str, workers: int) -> dict[str, float]:
     from pyspark.ml.functions import predict_batch_udf
     from pyspark.sql import SparkSession
     from pyspark.sql.functions import array_repeat, lit
+    from pyspark.sql.types import FloatType
 
     spark = (
         SparkSession.builder.master(f"local[{workers}]")
@@ -128,7 +129,7 @@ def measure(way: str, workers: int) -> dict[str, float]:
 
         if way == "predict_batch_udf":
             score = predict_batch_udf(
-                in_worker, return_type="float", batch_size=2, input_tensor_shapes=[[WIDTH]]
+                in_worker, return_type=FloatType(), batch_size=2, input_tensor_shapes=[[WIDTH]]
             )
             rows.select(score(array_repeat(lit(1.0).cast("float"), WIDTH))).collect()
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import io
+import mmap
 import os
 import pickle
 import signal
@@ -84,7 +85,10 @@ def thawed(thing: Any, names: Any = None) -> tuple[Any, bytes, bytes]:
     frozen = freeze(thing, file, names)
     weights = file.getvalue()
     assert frozen.size == len(weights)
-    return restore(frozen.skeleton, bytearray(weights) or None), frozen.skeleton, weights
+    memory = mmap.mmap(-1, len(weights)) if weights else None
+    if memory is not None:
+        memory[:] = weights
+    return restore(frozen.skeleton, memory), frozen.skeleton, weights
 
 
 def test_a_module_comes_back_exactly_with_what_it_shares(tmp_path: Path) -> None:
@@ -105,6 +109,8 @@ def test_a_module_comes_back_exactly_with_what_it_shares(tmp_path: Path) -> None
         assert (other.dtype, other.shape) == (tensor.dtype, tensor.shape)
         assert (other.stride(), type(other)) == (tensor.stride(), type(tensor))
         assert torch.equal(other, tensor)
+        assert other.data_ptr() % other.itemsize == 0
+    assert copy.embed.weight.data_ptr() % 64 == 0
     copy.table.zero_()
     assert not copy.row.any()
     assert not copy.turned.any()
