@@ -201,7 +201,9 @@ def _import_keras(package: str, backend: str) -> Any:
 
 def _device_scope(keras: Any, device: Device) -> AbstractContextManager[Any]:
     if keras.__name__ == "keras":
-        return cast(AbstractContextManager[Any], keras.device(device.keras_name))
+        by_torch = keras.backend.backend() == "torch"  # which tells "cpu" from "cpu:0"
+        name = device.torch_name if by_torch else device.keras_name
+        return cast(AbstractContextManager[Any], keras.device(name))
     import tensorflow as tf
 
     return cast(AbstractContextManager[Any], tf.device(device.keras_name))

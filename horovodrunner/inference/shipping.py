@@ -36,10 +36,12 @@ class Shipment:
     def __init__(self, spark: SparkSession, path: Path, digest: str) -> None:
         size = path.stat().st_size
         self._context: Any = None
+        self._session_id: str | None = None
         self._broadcasts: list[Any] = []
         if size <= _SMALL:
             self.parcel = Parcel(digest, size, content=path.read_bytes())
         elif is_connect(spark):
+            self._session_id = spark.session_id
             self.parcel = Parcel(digest, size, artifact=_add_artifact(spark, path, digest))
         else:
             self._context = spark.sparkContext
@@ -61,7 +63,13 @@ class Shipment:
         bool
             False for one of another application.
         """
-        return self._context is None or spark.sparkContext is self._context
+        if self._session_id is not None:
+            return is_connect(spark) and spark.session_id == self._session_id
+        return self._context is None or (
+            not is_connect(spark)
+            and spark.sparkContext is self._context
+            and self._context._jsc is not None
+        )
 
     def withdraw(self) -> None:
         """Let Spark delete it, on all executors; a stopped application has nothing left."""

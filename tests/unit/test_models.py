@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import io
+import mmap
 import os
 import pickle
 import signal
@@ -22,6 +24,7 @@ import pytest
 import torch
 
 from horovodrunner.core.env import KEPT_MODELS
+from horovodrunner.core.manifest import Manifest, StoredFile
 from horovodrunner.errors import (
     ArgumentTypeError,
     CheckpointError,
@@ -29,7 +32,7 @@ from horovodrunner.errors import (
     DataError,
     PayloadError,
 )
-from horovodrunner.inference import host_copy, loading
+from horovodrunner.inference import devices, host_copy, loading
 from horovodrunner.inference.devices import Device
 from horovodrunner.inference.frozen import freeze, restore
 from horovodrunner.inference.loading import ModelHandle, load
@@ -51,7 +54,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.collect()
 
 
-class Tied(torch.nn.Module):
+class Tied(torch.nn.Module):  # type: ignore[misc]
     """Shares, slices and reinterprets memory."""
 
     def __init__(self) -> None:
@@ -70,7 +73,7 @@ class Tied(torch.nn.Module):
         self.register_buffer("flags", torch.tensor([True, False, True]))
         self.register_buffer("empty", torch.zeros(0))
         self.note = "kept"
-        self.frozen.tag = "kept, too"  # type: ignore[attr-defined]
+        self.frozen.tag = "kept, too"
 
     def forward(self, tokens: Any) -> Any:
         return self.head(self.embed(tokens)) + self.table[0, 0].float()
@@ -82,7 +85,10 @@ def thawed(thing: Any, names: Any = None) -> tuple[Any, bytes, bytes]:
     frozen = freeze(thing, file, names)
     weights = file.getvalue()
     assert frozen.size == len(weights)
-    return restore(frozen.skeleton, bytearray(weights) or None), frozen.skeleton, weights
+    memory = mmap.mmap(-1, len(weights)) if weights else None
+    if memory is not None:
+        memory[:] = weights
+    return restore(frozen.skeleton, memory), frozen.skeleton, weights
 
 
 def test_a_module_comes_back_exactly_with_what_it_shares(tmp_path: Path) -> None:
@@ -103,6 +109,8 @@ def test_a_module_comes_back_exactly_with_what_it_shares(tmp_path: Path) -> None
         assert (other.dtype, other.shape) == (tensor.dtype, tensor.shape)
         assert (other.stride(), type(other)) == (tensor.stride(), type(tensor))
         assert torch.equal(other, tensor)
+        assert other.data_ptr() % other.itemsize == 0
+    assert copy.embed.weight.data_ptr() % 64 == 0
     copy.table.zero_()
     assert not copy.row.any()
     assert not copy.turned.any()
@@ -144,7 +152,7 @@ def test_arrays_that_a_function_captures_leave_its_pickle() -> None:
 
 def test_what_cannot_be_pickled_is_named() -> None:
     lock = threading.Lock()
-    with pytest.raises(PayloadError, match="cannot pickle '_thread.lock' object"):
+    with pytest.raises(PayloadError, match=r"cannot pickle '_thread.lock' object"):
         Model.from_function(lambda x: (x, lock))
     with Model.from_function(len) as model, pytest.raises(PayloadError, match="on the driver"):
         pickle.dumps(model)
@@ -365,7 +373,7 @@ def test_a_model_that_leaves_the_cache_leaves_its_files(monkeypatch: pytest.Monk
     monkeypatch.setenv(KEPT_MODELS, "1")
     with Model.from_torch(torch.nn.Linear(200, 200)) as model:
         travelled = handle(model)
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(list(Path("/proc/self/fd").iterdir()))
         predict = load(travelled)
         names = {thread.name for thread in threading.enumerate()}
         assert "horovodrunner-weights" in names
@@ -374,7 +382,7 @@ def test_a_model_that_leaves_the_cache_leaves_its_files(monkeypatch: pytest.Monk
         assert predict(np.zeros((1, 200), np.float32)).shape == (1, 200)  # who has it, has it
         del predict
         gc.collect()
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_failed_load_names_the_model_and_is_tried_again() -> None:
@@ -405,7 +413,7 @@ def test_a_failed_load_names_the_model_and_is_tried_again() -> None:
 # ---- torch
 
 
-class Named(torch.nn.Module):
+class Named(torch.nn.Module):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.linear = torch.nn.Linear(3, 2).to(torch.bfloat16)
@@ -417,7 +425,7 @@ class Named(torch.nn.Module):
         return {"y": self.drop(self.linear(x)) * scale, "length": torch.ones(2, dtype=torch.int32)}
 
 
-class Several(torch.nn.Module):
+class Several(torch.nn.Module):  # type: ignore[misc]
     def forward(self, *inputs: Any) -> Any:
         return tuple(inputs)
 
@@ -449,6 +457,14 @@ def test_a_module_predicts_with_numpy_arrays() -> None:
     assert predict(np.arange(3)).tolist() == [0, 1, 2]
     with pytest.raises(DataError, match="what Several returned is a tuple of 2: name them"):
         predict(np.arange(3), np.arange(3))
+
+
+def test_a_module_is_compiled_where_it_predicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda net: lambda x: net(x) + 1)
+    net = torch.nn.Linear(1, 1)
+    with Model.from_torch(net, compile=True) as compiled, Model.from_torch(net) as eager:
+        x = np.zeros((1, 1), np.float32)
+        assert load(handle(compiled))(x) == load(handle(eager))(x) + 1
 
 
 def test_weights_are_a_mapping_that_training_on_does_not_change() -> None:
@@ -506,9 +522,74 @@ def test_checkpoints_become_models(tmp_path: Path) -> None:
         assert repr(model) == "Model(len, function)"
     with pytest.raises(ArgumentTypeError, match="build returned 5"):
         Model.from_checkpoint(saved, lambda directory: 5)
-    with pytest.raises(CheckpointError, match="no checkpoint at .*nowhere"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere"):
         Model.from_checkpoint(tmp_path / "nowhere", build)
     (tmp_path / "model.pt").unlink()
     (tmp_path / "other.pt").touch()
     with pytest.raises(CheckpointError, match=r"no model.pt .* only optimizer.pt, other.pt"):
         Model.from_checkpoint(saved, net)
+
+
+def test_a_checkpoint_behind_a_url_is_copied_and_checked(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    net = torch.nn.Linear(2, 1)
+    buffer = io.BytesIO()
+    torch.save(net.state_dict(), buffer)
+    content = buffer.getvalue()
+    stored = StoredFile("deep/net.pt", len(content), hashlib.sha256(content).hexdigest())
+    manifest = Manifest(3, 1, "2026-01-01T00:00:00+00:00", (stored,), ("empty",))
+    url = f"memory://models-{os.getpid()}/step-3"
+    files = fsspec.filesystem("memory")
+    files.pipe({f"{url}/manifest.json": manifest.to_json().encode(), f"{url}/deep/net.pt": content})
+    seen = []
+
+    def build(directory: Path) -> Any:
+        seen.append(directory)
+        assert (directory / "empty").is_dir()
+        made = torch.nn.Linear(2, 1)
+        made.load_state_dict(torch.load(directory / "deep" / "net.pt"))
+        return made
+
+    with Model.from_checkpoint(url, build) as model:
+        weights = load(handle(model))(np.eye(2, dtype=np.float32))
+    assert np.array_equal(weights, net(torch.eye(2)).detach().numpy())
+    assert not seen[0].exists()
+    files.pipe(f"{url}/deep/net.pt", content[:-1])
+    with pytest.raises(CheckpointError, match=r"net.pt is not what was saved there"):
+        Model.from_checkpoint(url, build)
+    files.rm(f"{url}/manifest.json")
+    with pytest.raises(CheckpointError, match=r"cannot be read: FileNotFoundError"):
+        Model.from_checkpoint(url, build)
+
+
+# ---- devices
+
+
+def test_the_gpu_is_the_task_s_own_whatever_the_process_did_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    owned: dict[str, Any] = {}
+    task = types.SimpleNamespace(resources=lambda: owned, cpus=lambda: 3)
+    monkeypatch.setattr("pyspark.TaskContext.get", lambda: task)
+    assert devices.current_device() == Device(None, 3)
+    assert (Device(None, 3).torch_name, Device(None, 3).keras_name) == ("cpu", "cpu:0")
+    for addresses, visible, gpu in (
+        (["1"], None, 1),
+        (["1", "0"], "4,6", 1),
+        (["GPU-b"], "GPU-a, GPU-b", 1),
+    ):
+        owned["gpu"] = types.SimpleNamespace(addresses=addresses)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert devices.current_device() == Device(gpu, 3)
+    assert (Device(1, 3).torch_name, Device(1, 3).keras_name) == ("cuda:1", "gpu:1")
+    for addresses, text in (
+        (["2"], r"gave this task GPU 2, and the executor sees 2"),
+        (["GPU-c"], r"GPU GPU-c, which is not among those .*CUDA_VISIBLE_DEVICES=GPU-a, GPU-b"),
+    ):
+        owned["gpu"] = types.SimpleNamespace(addresses=addresses)
+        with pytest.raises(ConfigurationError, match=text):
+            devices.current_device()
+    monkeypatch.setattr("pyspark.TaskContext.get", lambda: None)
+    assert devices.current_device() == Device(None, 0)
