@@ -346,7 +346,7 @@ def test_a_transform_knows_the_columns(spark: Any, frame: Any) -> None:
 
 def test_what_cannot_work_is_refused_at_once(spark: Any, frame: Any, net: torch.nn.Module) -> None:
     good: dict[str, Any] = {"return_type": "double", "batch_size": 16}
-    for wrong, text in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"batch_size": 0}, "batch_size=0: it must be at least 1"),
         ({"batch_size": 2.5}, "batch_size=2.5: it must be an int"),
         ({"on_error": "skip"}, "on_error='skip': give one of 'raise', 'null'"),
@@ -358,17 +358,19 @@ def test_what_cannot_work_is_refused_at_once(spark: Any, frame: Any, net: torch.
         ({"batch_transform": 3}, "batch_transform=3: give a function"),
         ({"transform_workers": 2}, "there is no batch_transform for them"),
         ({"batch_transform": dict, "input_tensor_shapes": [[2]]}, "let it reshape them"),
-    ):
+    ]
+    for wrong, text in refused:
         with pytest.raises((ArgumentTypeError, ArgumentValueError), match=text):
             predict_udf(twice, **{**good, **wrong})
-    for wrong, text in (
+    refused = [
         ({"inputs": ["absent"]}, "the column 'absent': there is none among id, d"),
         ({"inputs": []}, "name the columns"),
         ({"keep": "id"}, r"keep='id': give a list, \['id'\]"),
         ({"output": "d"}, "two columns 'd'"),
         ({"output": "error", "on_error": "null"}, "two columns 'error'"),
         ({"read_files": "never"}, "read_files='never'"),
-    ):
+    ]
+    for wrong, text in refused:
         with pytest.raises((ArgumentTypeError, ArgumentValueError), match=text):
             predict(frame, twice, **{"inputs": "d", **good, **wrong})
     with pytest.raises(ArgumentTypeError, match=r"Sequential: wrap it, Model.from_torch"):

@@ -32,7 +32,7 @@ def of(predict: Callable[..., Any], target: pa.DataType | None = None, **options
     return Scoring(model=handle, target=target or pa.float64(), safe=True, **options)
 
 
-def rows(*values: Sequence[Any], **more: Sequence[Any]) -> Iterator[pa.RecordBatch]:
+def rows(*values: Any, **more: Sequence[Any]) -> Iterator[pa.RecordBatch]:
     """Make one batch of each sequence; of other columns, as many rows as they have."""
     start = 0
     for each in values:
@@ -248,7 +248,7 @@ def test_a_transform_makes_the_models_inputs(workers: int) -> None:
 
 def test_what_a_transform_may_not_give() -> None:
     with pytest.raises(InputError, match="gave list: it is to give a dict"):
-        predicted(of(len, transform=list), rows([1.0]))  # type: ignore[arg-type]
+        predicted(of(len, transform=list), rows([1.0]))
     with pytest.raises(InputError, match=r"was given 2 rows and gave 'x' the shape \(1,\)"):
         predicted(of(len, transform=lambda b: {"x": b["x"][:1]}), rows([1.0, 2.0]))
     with pytest.raises(InputError, match="takes 1 inputs and was given 2"):
