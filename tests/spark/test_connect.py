@@ -263,3 +263,34 @@ def test_a_dataframe_feeds_the_ranks(server: str, tmp_path: Path) -> None:
     """
     shown = drive(server, script, tmp_path).splitlines()
     assert {"reused: True", "read: True (50, 2)", "left: []"} <= set(shown)
+
+
+def test_a_model_s_weights_are_one_file_for_both_executors(server: str, tmp_path: Path) -> None:
+    script = """
+        import torch
+        from horovodrunner.inference.loading import load
+        from horovodrunner.inference.model import Model
+
+        def predict(batches):
+            import numpy as np
+            import pyarrow as pa
+            from pyspark import BarrierTaskContext
+            BarrierTaskContext.get().barrier()
+            found = load(handle)(np.ones((1, 300), np.float32))
+            maps = [line.split() for line in open("/proc/self/maps") if "horovodrunner-m" in line]
+            list(batches)
+            row = {"sum": float(found.sum()), "process": os.getpid(), "file": maps[0][4]}
+            yield pa.RecordBatch.from_pylist([row])
+
+        net = torch.nn.Linear(300, 300)
+        with Model.from_torch(net) as model:
+            handle = model.handle(spark)
+            rows = spark.range(0, 2, 1, 2).mapInArrow(
+                predict, "sum double, process long, file string", barrier=True).collect()
+        print("processes:", len({row["process"] for row in rows}))
+        print("files:", len({row["file"] for row in rows}))
+        expected = net(torch.ones(1, 300)).sum().item()
+        print("right:", all(abs(row["sum"] - expected) < 1e-4 for row in rows))
+    """
+    shown = drive(server, script, tmp_path).splitlines()
+    assert {"processes: 2", "files: 1", "right: True"} <= set(shown)

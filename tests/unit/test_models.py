@@ -179,6 +179,11 @@ COPY = """
     assert held[:] == b"x" * 4096 + b"y" * 4096
     held[0] = 0  # its own page from now on
     print(os.fstat(copy._file.fileno()).st_ino, flush=True)
+    if mode == "forks":
+        child = os.fork()
+        if not child:
+            time.sleep(600)
+        print(child, flush=True)
     sys.stdin.read()
     copy.close()
     assert threading.active_count() == 1, threading.enumerate()
@@ -250,6 +255,22 @@ def test_who_dies_while_writing_is_followed_by_one_who_waits(
         if line[0] == "writing":
             line[0] = said(each)
     assert lines[0] == lines[1]
+
+
+def test_a_child_does_not_seem_to_serve_what_its_parent_did(
+    start: Callable[..., subprocess.Popen[str]],
+) -> None:
+    first = start("forks")
+    assert said(first) == "writing"
+    inode, child = said(first), int(said(first))
+    try:
+        second = start()
+        assert said(second) == inode
+        kill(second)
+        kill(first)
+        assert said(start()) == "writing"
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_without_abstract_sockets_each_process_has_its_own(
