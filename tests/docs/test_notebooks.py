@@ -175,6 +175,8 @@ def test_quickstart(scratch: Path) -> None:
     assert "2 ranks on this machine" in local
     assert "2 ranks on Spark" in on_spark
 
+    assert accuracy_in(text_of(cells, "right = table.where")) >= ENOUGH
+
     bad = text_of(cells, "train_badly")
     assert "rank 1: ValueError('no data for rank 1')" in bad.splitlines()
 
@@ -194,8 +196,26 @@ def test_spark_dataframes(scratch: Path) -> None:
         assert accuracy_in(text[text.index(f"{framework}: accuracy") :]) >= ENOUGH
 
 
+@pytest.mark.spark
+@pytest.mark.horovod
+@pytest.mark.timeout(3 * CELL_SECONDS)
+def test_images(scratch: Path) -> None:
+    pytest.importorskip("PIL")
+    [path] = [path for path in NOTEBOOKS if path.name == "07_images.ipynb"]
+    text = "".join(cell.text for cell in execute(path, scratch))
+    assert "1798 files" in text
+    assert accuracy_in(text) >= ENOUGH
+    [reason] = re.findall("^1797 None (.*)$", text, re.MULTILINE)
+    assert "no image in 'image' that Pillow can decode" in reason
+    found = re.findall(r"^\| +\d\| +(\d+)\| +(\d+)\|$", text, re.MULTILINE)
+    assert len(found) == 10
+    images, right = (sum(map(int, column)) for column in zip(*found, strict=True))
+    assert images == 1797
+    assert right / images >= ENOUGH
+
+
 def test_every_notebook_is_executed() -> None:
-    others = {"01_quickstart.ipynb", "06_spark_dataframes.ipynb"}
+    others = {"01_quickstart.ipynb", "06_spark_dataframes.ipynb", "07_images.ipynb"}
     assert {path.name for path in NOTEBOOKS} == {*others, *TUTORIALS}
 
 

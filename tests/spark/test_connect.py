@@ -265,13 +265,13 @@ def test_a_dataframe_feeds_the_ranks(server: str, tmp_path: Path) -> None:
     assert {"reused: True", "read: True (50, 2)", "left: []"} <= set(shown)
 
 
-def test_a_model_s_weights_are_one_file_for_both_executors(server: str, tmp_path: Path) -> None:
+def test_a_model_is_applied_and_its_weights_are_one_file_for_both_executors(server: str, tmp_path: Path) -> None:
     script = """
         import torch
+        from horovodrunner.inference import Model, predict, predict_udf
         from horovodrunner.inference.loading import load
-        from horovodrunner.inference.model import Model
 
-        def predict(batches):
+        def sums(batches):
             import numpy as np
             import pyarrow as pa
             from pyspark import BarrierTaskContext
@@ -286,11 +286,20 @@ def test_a_model_s_weights_are_one_file_for_both_executors(server: str, tmp_path
         with Model.from_torch(net) as model:
             handle = model.handle(spark)
             rows = spark.range(0, 2, 1, 2).mapInArrow(
-                predict, "sum double, process long, file string", barrier=True).collect()
+                sums, "sum double, process long, file string", barrier=True).collect()
+            ones = spark.range(0, 9, 1, 2).selectExpr("id", "array_repeat(float(1), 300) AS x")
+            options = {"return_type": "array<float>", "batch_size": 4}
+            column = predict_udf(model, **options)("x").alias("prediction")
+            scored = [
+                *predict(ones, model, inputs="x", keep=["id"], **options).collect(),
+                *ones.select("id", column).collect(),
+            ]
+        print("scored:", len(scored))
         print("processes:", len({row["process"] for row in rows}))
         print("files:", len({row["file"] for row in rows}))
         expected = net(torch.ones(1, 300)).sum().item()
         print("right:", all(abs(row["sum"] - expected) < 1e-4 for row in rows))
+        print("also:", all(abs(sum(row["prediction"]) - expected) < 1e-3 for row in scored))
     """
     shown = drive(server, script, tmp_path).splitlines()
-    assert {"processes: 2", "files: 1", "right: True"} <= set(shown)
+    assert {"scored: 18", "processes: 2", "files: 1", "right: True", "also: True"} <= set(shown)
