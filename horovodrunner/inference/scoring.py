@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,8 @@ __all__ = ["Scored", "Scoring", "score"]
 
 PIECES_AHEAD = 2
 """Batches of Spark's that are converted and wait; usually 10,000 rows each."""
+
+Predictions: TypeAlias = "np.ndarray | pa.Array"
 
 Scored = tuple[pa.RecordBatch, pa.Array, "pa.Array | None"]
 """Rows as they came, their predictions, and with on_error="null" what is wrong with them."""
@@ -115,7 +117,7 @@ class _Partition:
         self._scoring = scoring
         self._model: Future[Predictor] = Future()
         self._open: deque[Piece] = deque()
-        self._predictions: deque[pa.Array] = deque()
+        self._predictions: deque[Predictions] = deque()
         self._reasons: dict[int, str] = {}
 
     def scored(self, batches: Iterable[pa.RecordBatch]) -> Iterator[Scored]:
@@ -212,10 +214,10 @@ class _Partition:
         numbers = first + (np.arange(rows) if batch.kept is None else batch.kept)
         predictions = self._predicted(batch.inputs, numbers)
         if batch.kept is not None:
-            predictions = expanded(predictions, batch.kept, batch.rows)
+            predictions = expanded(self._as_arrow([predictions]), batch.kept, batch.rows)
         self._predictions.append(predictions)
 
-    def _predicted(self, inputs: Arrays, numbers: np.ndarray) -> pa.Array:
+    def _predicted(self, inputs: Arrays, numbers: np.ndarray) -> Predictions:
         if not len(numbers):
             return pa.nulls(0, self._scoring.target)
         try:
@@ -230,19 +232,20 @@ class _Partition:
                 return pa.nulls(1, self._scoring.target)
             half = len(numbers) // 2
             parts = (slice(None, half), slice(half, None))
-            return pa.concat_arrays(
-                [self._predicted(_cut(inputs, part), numbers[part]) for part in parts]
-            )
+            halves = [self._predicted(_cut(inputs, part), numbers[part]) for part in parts]
+            return pa.concat_arrays([self._as_arrow([each]) for each in halves])
 
-    def _called(self, inputs: Arrays) -> pa.Array:
+    def _called(self, inputs: Arrays) -> Predictions:
         model = self._model.result()
         if model.expected_inputs not in {None, len(inputs)}:
             raise InputError(
                 f"the model takes {model.expected_inputs} inputs and was given {len(inputs)}"
             )
-        return to_arrow(
-            model(*inputs), len(inputs[0]), self._scoring.target, safe=self._scoring.safe
-        )
+        found = model(*inputs)
+        rows = len(inputs[0])
+        if isinstance(found, np.ndarray) and found.ndim and len(found) == rows:
+            return found  # several batches are converted at once
+        return to_arrow(found, rows, self._scoring.target, safe=self._scoring.safe)
 
     def _refusal(self, inputs: Arrays, numbers: np.ndarray, error: Exception) -> PredictionError:
         """Find the first row with which the model fails, in as many calls as the rows have bits."""
@@ -288,7 +291,7 @@ class _Partition:
 
     def _take(self, count: int) -> pa.Array:
         """Take the next predictions."""
-        taken = []
+        taken: list[Predictions] = []
         while count:
             values = self._predictions.popleft()
             if len(values) > count:
@@ -296,9 +299,22 @@ class _Partition:
                 values = values[:count]
             count -= len(values)
             taken.append(values)
-        if len(taken) == 1:
-            return taken[0]
-        return pa.concat_arrays(taken) if taken else pa.nulls(0, self._scoring.target)
+        return self._as_arrow(taken)
+
+    def _as_arrow(self, parts: Sequence[Predictions]) -> pa.Array:
+        """Convert predictions, those together that the model gave as arrays of one kind."""
+        found: list[pa.Array] = []
+        for kind, group in itertools.groupby(parts, _kind):
+            alike = list(group)
+            if kind is None:
+                found += alike
+                continue
+            array = alike[0] if len(alike) == 1 else np.concatenate(alike)
+            scoring = self._scoring
+            found.append(to_arrow(array, len(array), scoring.target, safe=scoring.safe))
+        if len(found) == 1:
+            return found[0]
+        return pa.concat_arrays(found) if found else pa.nulls(0, self._scoring.target)
 
     # ---- naming rows
 
@@ -326,6 +342,11 @@ def _inputs(batch: pa.RecordBatch, names: Sequence[str]) -> tuple[list[pa.Array]
     if len(columns) > 1 or not pa.types.is_struct(kind) or is_vector(kind):
         return columns, list(names), False
     return columns[0].flatten(), [field.name for field in kind], True
+
+
+def _kind(predictions: Predictions) -> tuple[Any, ...] | None:
+    is_array = isinstance(predictions, np.ndarray)
+    return (predictions.dtype, predictions.shape[1:]) if is_array else None
 
 
 def _cut(inputs: Arrays, part: slice) -> Arrays:

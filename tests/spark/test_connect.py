@@ -265,7 +265,9 @@ def test_a_dataframe_feeds_the_ranks(server: str, tmp_path: Path) -> None:
     assert {"reused: True", "read: True (50, 2)", "left: []"} <= set(shown)
 
 
-def test_a_model_is_applied_and_its_weights_are_one_file_for_both_executors(server: str, tmp_path: Path) -> None:
+def test_a_model_is_applied_and_its_weights_are_one_file_for_both_executors(
+    server: str, tmp_path: Path
+) -> None:
     script = """
         import torch
         from horovodrunner.inference import Model, predict, predict_udf
