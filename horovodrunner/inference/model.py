@@ -194,7 +194,7 @@ class Model:
         checkpoint
             One of ``runner.checkpoints``, a directory, or the URL of a checkpoint.
         build
-            A function that is called here with the directory, a :class:`pathlib.Path`, and
+            A function that is called here with the directory, a ``pathlib.Path``, and
             returns a PyTorch module, a Keras model, a function or a :class:`Model`. Or a PyTorch
             module, which gets the weights that ``checkpoint.save_torch(step, model=...)`` saved.
 
