@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -118,12 +118,16 @@ def predict(
     spark = df.sparkSession
     kind = spark_type(return_type, spark)
     scoring = options.scoring(spark, handle_of(model, spark), kind, input_names)
-    needed = [*input_names, *key_columns]
-    needed += [name for name in kept if name not in needed]
     # A column may be an input twice, or an input and a key: Spark is asked for it once.
-    columns = list(dict.fromkeys(needed))
+    columns = list(dict.fromkeys([*input_names, *key_columns, *kept]))
+    call = functools.partial(
+        _score_batches,
+        scoring,
+        [columns.index(name) for name in (*input_names, *key_columns)],
+        {name: columns.index(name) for name in kept},
+        added,
+    )
     schema = _schema(df, kept, kind, added)
-    call = functools.partial(_score_batches, scoring, tuple(needed), tuple(kept), tuple(added))
     scan = plain_scan(df, columns) if read_files else "read_files=False"
     if isinstance(scan, FileScan):
         print(  # noqa: T201
@@ -134,7 +138,13 @@ def predict(
         return parts.mapInArrow(functools.partial(_score_files, call), schema)
     if read_files is True:
         raise ArgumentValueError(f"read_files=True: {scan}")
-    return df.select(*columns).mapInArrow(call, schema)
+    from pyspark.sql import functions
+
+    numbered = [  # mapInArrow itself looks columns up by name, which fails for one with a dot
+        functions.col("`" + name.replace("`", "``") + "`").alias(f"_{number}")
+        for number, name in enumerate(columns)
+    ]
+    return df.select(*numbered).mapInArrow(call, schema)
 
 
 def _kept(df: DataFrame, keep: Sequence[str] | None) -> list[str]:
@@ -178,13 +188,20 @@ def _score_files(
 
 def _score_batches(
     scoring: Scoring,
-    needed: Sequence[str],
-    kept: Sequence[str],
+    needed: Sequence[int],
+    kept: Mapping[str, int],
     added: Sequence[str],
     batches: Iterator[pa.RecordBatch],
 ) -> Iterator[pa.RecordBatch]:
-    arranged = (each.select(list(needed)) for each in batches)
+    """Score batches: some columns are the model's inputs and the keys, some are kept."""
+    arranged = (
+        pa.RecordBatch.from_arrays(
+            [*(each.column(place) for place in needed), *each.columns],
+            [f"_{number}" for number in range(len(needed) + each.num_columns)],
+        )
+        for each in batches
+    )
     for batch, predictions, errors in score(scoring, arranged):
-        columns = [batch.column(needed.index(name)) for name in kept]
+        columns = [batch.column(len(needed) + place) for place in kept.values()]
         columns += [predictions] if errors is None else [predictions, errors]
         yield pa.RecordBatch.from_arrays(columns, [*kept, *added])

@@ -87,6 +87,19 @@ SCRIPT = """
         ctypes.CDLL("libcuda.so.1").cuInit(0)
         return touched
 
+    def devices(batches):
+        import pyarrow as pa
+        from horovodrunner.inference.devices import current_device
+
+        list(batches)
+        device = current_device()
+        yield pa.RecordBatch.from_pylist([{"gpu": device.gpu, "cores": device.cores}])
+
+    def attempt_scoring(section):
+        tasks = SparkSession.active().range(0, 2, 1, 2)
+        rows = tasks.mapInArrow(devices, "gpu long, cores long", barrier=True).collect()
+        leave(section, sorted((row.gpu, row.cores) for row in rows))
+
     # The JVM keeps the first session's confs for the others: it has none of its own.
     with session("local[4]", {}):
         attempt("without confs", 2, {"cpus": 2})
@@ -116,6 +129,7 @@ SCRIPT = """
     }
     with session("local-cluster[1,2,1024]", {**gpus("2", "1"), **variables}):
         attempt("composed", 2)
+        attempt_scoring("scoring")
 
     too_few = {"spark.executorEnv.CUDA_VISIBLE_DEVICES": "6"}
     with session("local-cluster[1,2,1024]", {**gpus("2", "1"), **too_few}):
@@ -206,6 +220,11 @@ def test_tasks_that_share_a_gpu_see_it_alone(report: Report) -> None:
 
 def test_what_the_executor_sees_is_composed_with_sparks_numbers(report: Report) -> None:
     assert sorted(own_gpus(report.ranks("composed"))) == ["6", "7"]
+
+
+def test_a_model_is_applied_on_the_gpu_of_the_task(report: Report) -> None:
+    """By its number among those that the Python worker sees, which are 6 and 7."""
+    assert report.of("scoring") == [[0, 1], [1, 1]]
 
 
 def test_a_gpu_that_the_executor_does_not_see_is_refused(report: Report) -> None:

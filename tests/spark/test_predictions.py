@@ -39,6 +39,7 @@ def frame(spark: Any) -> Any:
         f.array(*(f.col("id").cast("float") for _ in range(3))).alias("t3"),
         f.concat(f.lit("row "), f.col("id")).alias("text"),
         f.when(f.col("id") % 10 != 0, f.col("d")).alias("holes"),
+        f.col("d").alias("a.`dot"),
     ).cache()
 
 
@@ -177,7 +178,8 @@ def test_before_spark_4_1_pandas_does_the_same(
 @pytest.fixture(scope="module")
 def net() -> torch.nn.Module:
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    wide = 8192  # so that the weights travel by themselves
+    return torch.nn.Sequential(torch.nn.Linear(4, wide), torch.nn.ReLU(), torch.nn.Linear(wide, 3))
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +205,7 @@ def test_a_model_is_a_column_in_dataframes_and_in_sql(
             found = rows.orderBy("id").collect()
             for name in ("arrays", "scalars"):
                 values = np.array([row[name] for row in found])
-                np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
+                np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_model_is_applied_to_a_dataframe_and_to_a_stream(
@@ -238,7 +240,7 @@ def test_a_model_is_applied_to_a_dataframe_and_to_a_stream(
         ):
             found = rows.orderBy("id").collect()
             values = np.array([row.scores for row in found])
-            np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-3)
             assert [row.id for row in found] == list(range(100))
 
 
@@ -262,7 +264,7 @@ def test_files_that_are_read_past_the_jvm(
         assert switched_off.columns[-1] == "prediction"
         assert not capsys.readouterr().out
     with pytest.raises(ArgumentValueError, match="read_files=True: df is cached"):
-        predict(frame, twice, **options, read_files=True)
+        predict(frame, twice, **options, keep=["id"], read_files=True)
 
 
 def failing() -> Callable[..., Any]:
@@ -334,6 +336,9 @@ def test_a_transform_knows_the_columns(spark: Any, frame: Any) -> None:
     }
     by_name = predict_udf(lambda: lambda x: x, **options)
     named = predict_udf(lambda: lambda x: x, **options, input_names=["text", "d"])
+    renamed = {**options, "batch_transform": lambda batch: {"x": batch["a.`dot"] + 6}}
+    dotted = predict(frame, lambda: lambda x: x, inputs="a.`dot", keep=["id", "a.`dot"], **renamed)
+    assert [row.prediction - row.id for row in dotted.collect()] == [6] * 100
     for rows in (
         predict(frame, lambda: lambda x: x, inputs=["text", "d"], **options),
         frame.select("id", by_name("text", "d").alias("prediction")),
