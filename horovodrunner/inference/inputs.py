@@ -199,7 +199,6 @@ def numpy_inputs(
     expected: int | None,
     stacks_scalars: bool = False,
     grouped: bool = False,
-    writable: bool = False,
 ) -> tuple[np.ndarray, ...]:
     """Make the arrays a model takes from the columns of one batch.
 
@@ -219,14 +218,12 @@ def numpy_inputs(
         Whether several columns of numbers are to make one input of shape ``(batch, columns)``.
     grouped
         Whether the columns were the fields of one struct, which makes one such input, too.
-    writable
-        Whether each array is to be one that the model may change in place; else those that share
-        memory with `columns` are read-only.
 
     Returns
     -------
     tuple of ndarray
-        One array per input, each ``(batch, ...)``.
+        One array per input, each ``(batch, ...)``; those that share memory with `columns` are
+        read-only.
 
     Raises
     ------
@@ -251,8 +248,6 @@ def numpy_inputs(
         )
     else:
         inputs = _one_each(fields, paths, plan.shapes_of(number))
-    if writable:
-        return tuple(each if each.flags.writeable else each.copy() for each in inputs)
     return tuple(inputs)
 
 

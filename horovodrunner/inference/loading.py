@@ -84,14 +84,11 @@ class Predictor(Protocol):
         Whether several columns of scalars are one input of shape ``(batch, columns)``.
     scalar_dtype : numpy.dtype or None
         The type that such an input should have; None: the columns' own.
-    may_change_inputs : bool
-        Whether it may write to the arrays it is given.
     """
 
     expected_inputs: int | None
     stacks_scalars: bool
     scalar_dtype: np.dtype[Any] | None
-    may_change_inputs: bool
 
     def __call__(self, *inputs: np.ndarray[Any, Any]) -> Any:
         """Predict for a batch.

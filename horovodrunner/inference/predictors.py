@@ -42,13 +42,11 @@ class _Predictor:
         expected_inputs: int | None,
         stacks_scalars: bool = False,
         scalar_dtype: np.dtype[Any] | None = None,
-        may_change_inputs: bool = False,
     ) -> None:
         self._function = function
         self.expected_inputs = expected_inputs
         self.stacks_scalars = stacks_scalars
         self.scalar_dtype = scalar_dtype
-        self.may_change_inputs = may_change_inputs
 
     def __call__(self, *inputs: _Array) -> Any:
         return self._function(*inputs)
@@ -83,7 +81,7 @@ def function_predictor(function: Callable[..., Any]) -> Predictor:
     def predict(*inputs: _Array) -> Any:
         return _own(function(*inputs))
 
-    return _Predictor(predict, expected, may_change_inputs=True)
+    return _Predictor(predict, expected)
 
 
 def _own(outputs: Any) -> Any:

@@ -109,12 +109,14 @@ def score(scoring: Scoring, batches: Iterator[pa.RecordBatch]) -> Iterator[Score
     first = next(batches, None)
     if first is None:
         return  # no rows, no model
-    yield from _Partition(scoring).scored(itertools.chain([first], batches))
+    _, names, _ = _inputs(first, scoring.names)
+    yield from _Partition(scoring, names).scored(itertools.chain([first], batches))
 
 
 class _Partition:
-    def __init__(self, scoring: Scoring) -> None:
+    def __init__(self, scoring: Scoring, names: Sequence[str]) -> None:
         self._scoring = scoring
+        self._names = names
         self._model: Future[Predictor] = Future()
         self._open: deque[Piece] = deque()
         self._predictions: deque[Predictions] = deque()
@@ -135,7 +137,7 @@ class _Partition:
             with transformed(
                 raw,
                 scoring.transform,
-                scoring.names,
+                self._names,
                 workers=scoring.transform_workers,
                 prefetch=scoring.prefetch,
                 find_all=scoring.on_error == "null",
@@ -188,7 +190,6 @@ class _Partition:
             expected=model.expected_inputs,
             stacks_scalars=model.stacks_scalars,
             grouped=is_group,
-            writable=model.may_change_inputs,
         )
         if len(inputs) < len(columns) and model.scalar_dtype is not None:  # stacked scalars
             return tuple(each.astype(model.scalar_dtype, copy=False) for each in inputs)
@@ -241,7 +242,8 @@ class _Partition:
             raise InputError(
                 f"the model takes {model.expected_inputs} inputs and was given {len(inputs)}"
             )
-        found = model(*inputs)
+        # A copy: a model may write to its inputs, and they may be needed again, to find bad rows.
+        found = model(*(each.copy() for each in inputs))
         rows = len(inputs[0])
         if isinstance(found, np.ndarray) and found.ndim and len(found) == rows:
             return found  # several batches are converted at once

@@ -147,6 +147,7 @@ def test_models_on_tensorflow_arrive_and_no_others_beside_them(
     assert "made with Keras's backend 'torch', and this Python worker imported" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("tf_keras") is None, reason="needs tf_keras")
 def test_models_of_legacy_keras_arrive(tmp_path: Path) -> None:
     run(DRIVER, "tf_keras", tmp_path / "cases")

@@ -53,9 +53,6 @@ def test_numbers_are_not_copied(kind: str) -> None:
     assert found.tolist() == [3, 4, 5, 6]
     assert shares_memory(column, found)
     assert not found.flags.writeable
-    ours = inputs(column, writable=True)
-    ours += 1
-    assert column.to_pylist() == [3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -120,10 +117,8 @@ def test_arrays_become_tensors_without_a_copy(kind: str) -> None:
         if length or kind == "fixed_size_list":
             assert np.array_equal(inputs(column), expected)
     # a slice of a slice
-    found = inputs(whole.slice(2).slice(3, 2), shapes=[[6]], writable=True)
+    found = inputs(whole.slice(2).slice(3, 2), shapes=[[6]])
     assert np.array_equal(found, rows[5:7])
-    found[:] = 0
-    assert whole[5].as_py() == rows[5].tolist()
 
 
 def test_arrays_of_arrays_are_flattened() -> None:

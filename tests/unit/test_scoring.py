@@ -95,6 +95,17 @@ def test_a_function_may_write_to_its_inputs_and_use_its_outputs_again() -> None:
         assert batch["x"].to_pylist() == given
 
 
+def test_inputs_that_a_model_has_changed_are_given_again_as_they_were() -> None:
+    def predict(x: np.ndarray) -> np.ndarray:
+        x += 1
+        if 4.0 in x:
+            raise ArithmeticError("no 3")
+        return x
+
+    found = with_errors(of(predict, batch_size=8), rows([1.0, 2.0, 3.0, 5.0]))
+    assert [value for value, _ in found] == [2.0, 3.0, None, 6.0]
+
+
 def test_a_partition_without_rows_needs_no_model() -> None:
     def load_model() -> Callable[..., Any]:
         raise AssertionError
