@@ -87,12 +87,12 @@ class _ImageDecoder:
                 if self._size is not None:
                     # JPEGs are decoded at about that size, which costs a fraction
                     file.draft(self._mode, (self._size[1], self._size[0]))
-                image = file.convert(self._mode)
+                image = file if file.mode == self._mode else file.convert(self._mode)
+                if self._size is not None:
+                    image = image.resize((self._size[1], self._size[0]))
+                return np.asarray(image)
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(
                 f"row {place} of the batch has no image in {self._column!r} that Pillow can decode "
                 f"({len(encoded)} bytes, {encoded[:8]!r}...): {error}"
             ) from error
-        if self._size is not None:
-            image = image.resize((self._size[1], self._size[0]))
-        return np.asarray(image)
