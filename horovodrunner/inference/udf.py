@@ -266,10 +266,10 @@ def _beside(predictions: pa.Array, errors: pa.Array) -> pa.Array:
 
 
 def _score_pandas(scoring: Scoring, calls: Iterator[Any]) -> Iterator[Any]:
-    """Do the same with pandas objects."""
+    """Do the same with pandas objects, in which a null number is NaN."""
+    convert = functools.partial(_from_pandas, nan_is_null=scoring.plan.nulls != "pass")
     arrow = (
-        tuple(map(_from_pandas, each)) if isinstance(each, tuple) else _from_pandas(each)
-        for each in calls
+        tuple(map(convert, each)) if isinstance(each, tuple) else convert(each) for each in calls
     )
     for values in _score_arrays(scoring, arrow):
         found = values
@@ -278,9 +278,9 @@ def _score_pandas(scoring: Scoring, calls: Iterator[Any]) -> Iterator[Any]:
         yield found.to_pandas(integer_object_nulls=True)
 
 
-def _from_pandas(values: pd.Series[Any] | pd.DataFrame) -> pa.Array:
+def _from_pandas(values: pd.Series[Any] | pd.DataFrame, nan_is_null: bool) -> pa.Array:
     import pandas as pd
 
     if isinstance(values, pd.DataFrame):
         return pa.RecordBatch.from_pandas(values, preserve_index=False).to_struct_array()
-    return pa.array(values.array, from_pandas=False)
+    return pa.array(values.array, from_pandas=nan_is_null)

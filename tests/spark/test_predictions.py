@@ -157,7 +157,7 @@ def test_before_spark_4_1_pandas_does_the_same(
     kind = spark_type("one array<float>, two array<double>", spark)
     pairs = predict_udf(columns_of_arrays, return_type=kind, batch_size=7)
     of_struct = predict_udf(total_of_four, return_type="double", batch_size=7, on_error="null")
-    holes = predict_udf(twice, return_type="int", batch_size=7, nulls="null")
+    holes = predict_udf(twice, return_type="int", batch_size=7, nulls="raise", on_error="null")
     found = (
         frame.select(
             "id",
@@ -171,7 +171,10 @@ def test_before_spark_4_1_pandas_does_the_same(
     assert [row.total.asDict() for row in found] == [
         {"prediction": 4.0 * n, "error": None} for n in range(100)
     ]
-    assert [row.holes for row in found] == [2 * n if n % 10 else None for n in range(100)]
+    assert [row.holes.prediction for row in found] == [
+        2 * n if n % 10 else None for n in range(100)
+    ]
+    assert found[10].holes.error == "column 'holes' is null, and nulls='raise' refuses that"
     assert found[3].pairs.asDict() == {"one": [6.0, 8.0, 10.0, 12.0], "two": [6.0] * 3}
 
 
