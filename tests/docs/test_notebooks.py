@@ -82,7 +82,7 @@ TUTORIALS = {
         ),
     ),
 }
-SLOW = ("04_legacy_keras.ipynb", "05_torch_ddp.ipynb")
+SLOW = ("02_pytorch.ipynb", "04_legacy_keras.ipynb", "05_torch_ddp.ipynb")
 
 
 def read(path: Path) -> Any:

@@ -86,11 +86,6 @@ def reason(df: Any, *columns: str) -> str:
     return found
 
 
-def schemas(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        yield pa.RecordBatch.from_pydict({"text": [str(batch.schema)]})
-
-
 def rows_read(df: Any, scan: FileScan) -> list[Any]:
     """Read a scan as `predict` does; sorted, because Spark reads large files first."""
     kinds = df.select(*scan.schema.names).schema
@@ -100,6 +95,10 @@ def rows_read(df: Any, scan: FileScan) -> list[Any]:
 
 
 def test_rows_and_types_are_those_that_spark_reads(spark: Any, folder: str) -> None:
+    def schemas(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            yield pa.RecordBatch.from_pydict({"text": [str(batch.schema)]})
+
     df = spark.read.parquet(folder)
     scan = scan_of(df)
     assert (scan.rows, scan.files) == (ROWS, 3)
