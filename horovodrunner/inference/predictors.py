@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from horovodrunner.errors import ConfigurationError, DataError
+from horovodrunner.errors import ConfigurationError
 from horovodrunner.inference.host_copy import local_directory
+from horovodrunner.inference.outputs import OutputError
 
 if TYPE_CHECKING:
     from horovodrunner.inference.devices import Device
@@ -135,7 +136,7 @@ def torch_predictor(net: Any, compiled: bool, device: Device) -> Predictor:
             return _from_torch(value)
         if isinstance(value, np.ndarray):
             return value
-        raise DataError(
+        raise OutputError(
             f"{what} is of type {type(value).__name__}, not a tensor: wrap the module in one whose "
             "forward returns a tensor, or a dict of tensors with the names of the fields"
         )
@@ -255,7 +256,7 @@ def _wrapped_keras(keras: Any, model: Any, backend: str, device: Device) -> Pred
             return _from_torch(value)
         found = np.asarray(value)
         if found.dtype.kind == "O":
-            raise DataError(
+            raise OutputError(
                 f"{what} is of type {type(value).__name__}, not a tensor: make a model whose "
                 "output is a tensor, or a dict of tensors with the names of the fields"
             )
@@ -283,7 +284,7 @@ def _named_outputs(outputs: Any, what: str, array: Callable[[Any, str], _Array])
         return {str(k): array(v, f"{what} as {k!r}") for k, v in outputs.items()}
     if isinstance(outputs, tuple | list):
         if len(outputs) != 1:
-            raise DataError(
+            raise OutputError(
                 f"{what} is a {type(outputs).__name__} of {len(outputs)}: name them by returning a "
                 "dict of tensors instead, whose keys are the fields of return_type"
             )

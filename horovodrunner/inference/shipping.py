@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from horovodrunner.driver.session import is_connect
 from horovodrunner.inference.parcels import Parcel, Piece
 
 if TYPE_CHECKING:
@@ -78,22 +79,6 @@ class Shipment:
             with contextlib.suppress(Exception):  # the JVM may be gone in any way
                 if self._context._jsc is not None:
                     each.destroy()
-
-
-def is_connect(spark: SparkSession) -> bool:
-    """Tell a session of Spark Connect.
-
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Returns
-    -------
-    bool
-        False when it has a SparkContext in this process.
-    """
-    return type(spark).__module__.startswith("pyspark.sql.connect")
 
 
 def _add_artifact(spark: SparkSession, path: Path, digest: str) -> str:

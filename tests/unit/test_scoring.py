@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from horovodrunner import PredictionError
-from horovodrunner.inference import transforming
+from horovodrunner.inference import Model, transforming
 from horovodrunner.inference.inputs import InputError, InputPlan
 from horovodrunner.inference.loading import ModelHandle
 from horovodrunner.inference.outputs import OutputError
@@ -233,6 +233,16 @@ def test_rows_with_null_inputs() -> None:
 def test_a_model_that_gives_something_else_is_no_bad_row() -> None:
     with pytest.raises(OutputError):
         with_errors(of(lambda x: x[:-1]), rows([1.0, 2.0]))
+    module: Any = pytest.importorskip("torch").nn.Module
+
+    class Pair(module):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            return x, x
+
+    with Model.from_torch(Pair()) as model:
+        scoring = replace(of(len), model=model.handle(None))
+        with pytest.raises(OutputError, match="is a tuple of 2"):
+            with_errors(scoring, rows([1.0, 2.0]))
 
 
 # ---- transforms
