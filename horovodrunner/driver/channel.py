@@ -11,8 +11,10 @@ from types import TracebackType
 
 from horovodrunner.core.connection import Connection, FrameServer
 from horovodrunner.core.job import Outcome
+from horovodrunner.core.phases import Phase
 from horovodrunner.core.transfer import BulkConnection
 from horovodrunner.driver.console import Console
+from horovodrunner.driver.gathering import GatherPoint
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.depot import SILENCE_SECONDS, serve_depot
 from horovodrunner.task.files import BroughtFiles, serve_files
@@ -46,6 +48,8 @@ class DriverChannel:
         Where checkpoints that come through the channel are kept, if they do.
     files
         Where the files go that Horovod writes, if any are wanted.
+    size
+        Number of the run's tasks.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class DriverChannel:
         store: CheckpointStore | None = None,
         *,
         files: BroughtFiles | None = None,
+        size: int = 1,
     ) -> None:
         self._run_id = run_id
         self._console = console
@@ -69,6 +74,7 @@ class DriverChannel:
         self._store = store
         self._files = files
         self._transfers: dict[BulkConnection, threading.Thread] = {}
+        self._gather_point = GatherPoint(size)
         self._leader: Connection | None = None
         self._left = threading.Event()
         self._left.set()
@@ -170,11 +176,12 @@ class DriverChannel:
             await self._serve_transfer(connection, lambda t: serve_depot(t, header, store, note))
         if frame.kind == "file" and (files := self._files) is not None:
             await self._serve_transfer(connection, lambda t: serve_files(t, header, files, note))
+        if frame.kind == "gather" and not await self._gather_point.serve(connection, frame):
+            self._refuse_retry(connection)
         if frame.kind != "register":
             return
         if self.registered:
-            self.retried = True
-            connection.send("refused", why=RETRY_REFUSED)
+            self._refuse_retry(connection)
             return
         self.registered = True
         self._leader = connection
@@ -191,6 +198,10 @@ class DriverChannel:
                 f"the connection to rank 0's task at {connection.peer} is lost; if the run goes "
                 "on, its output stays in the executor's log"
             )
+
+    def _refuse_retry(self, connection: Connection) -> None:
+        self.retried = True
+        connection.send("refused", why=RETRY_REFUSED)
 
     async def _serve_transfer(
         self, connection: Connection, serve_peer: Callable[[BulkConnection], None]
@@ -227,6 +238,8 @@ class DriverChannel:
                 self._on_event()
             elif frame.kind == "placed":
                 self.placement = [(int(p), int(r), str(h)) for p, r, h in frame.header["ranks"]]
+            elif frame.kind == "phases":
+                self._console.phases([Phase(*fields) for fields in frame.header["phases"]])
             elif frame.kind == "storing":
                 self.storing_until = time.monotonic() + STORING_SECONDS
             elif frame.kind == "leave":

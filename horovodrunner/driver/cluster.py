@@ -131,6 +131,7 @@ class BarrierRun:
             on_event=console.wake,
             store=self._store,
             files=self._files,
+            size=job.size,
         ) as channel:
             port = channel.open(addresses.bind_host(spark), addresses.channel_port(spark))
             job = replace(

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from horovodrunner.core.job import Outcome
+from horovodrunner.core.phases import Phase
 from horovodrunner.core.topology import Slot
 from horovodrunner.driver.interrupt import main_thread_was_interrupted
 
@@ -37,6 +38,8 @@ class Console:
         self._waiting_bytes = 0
         self._dropped_lines = 0
         self._woken = False
+        self.run_phases: tuple[Phase, ...] = ()
+        """What the run told of its phases."""
 
     def lines(self, lines: bytes) -> None:
         """Take whole, prefixed lines of the workers; never blocks.
@@ -82,6 +85,10 @@ class Console:
 
     def failed(self, outcome: Outcome) -> None:
         """Do nothing: the run's failure is raised, not printed."""
+
+    def phases(self, phases: Sequence[Phase]) -> None:
+        """Keep when the phases of the run began and ended."""
+        self.run_phases = tuple(phases)
 
     def storing(self) -> None:
         """Do nothing: whoever waits here waits for the agent itself."""

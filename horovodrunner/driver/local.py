@@ -71,9 +71,12 @@ def run_locally(
             on_stop()
         return console
 
+    async def gather(text: str) -> list[str]:
+        return [text]
+
     surroundings = Surroundings(
         member=member,
-        gather=lambda text: [text],
+        gather=gather,
         open_driver=open_driver,
         log=lambda lines: None,  # the console shows them
         depot=(

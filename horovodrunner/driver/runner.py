@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from horovodrunner.core import checked, payload
 from horovodrunner.core.env import TF_CONFIG, forwarded_environment
 from horovodrunner.core.job import JobSpec, Outcome
+from horovodrunner.core.phases import Phase, Spans, in_words
 from horovodrunner.core.places import is_url
 from horovodrunner.core.versions import installed_versions
 from horovodrunner.driver import interrupt
@@ -103,6 +104,10 @@ class HorovodRunner:
     tf_config
         Whether every rank gets ``TF_CONFIG`` with all ranks as workers, for
         ``tf.distribute.MultiWorkerMirroredStrategy``. Without it no rank has the variable.
+    show_phases
+        Whether a table at the end of the run shows how long each phase took: pickling, the start
+        of the stage and of the workers, imports, the gather step, main, the way back. The same
+        is in :attr:`phases` in any case.
 
     Raises
     ------
@@ -142,6 +147,7 @@ class HorovodRunner:
         max_restarts: int = 0,
         restart_on: tuple[type[BaseException], ...] = (),
         tf_config: bool = False,
+        show_phases: bool = False,
     ) -> None:
         self._np = checked.integer("np", np)
         self._verbosity = checked.choice("driver_log_verbosity", driver_log_verbosity, VERBOSITIES)
@@ -168,6 +174,8 @@ class HorovodRunner:
         self._max_restarts = checked.integer("max_restarts", max_restarts, at_least=0)
         self._restart_on = checked.exception_types("restart_on", restart_on)
         self._tf_config = checked.boolean("tf_config", tf_config)
+        self._show_phases = checked.boolean("show_phases", show_phases)
+        self._phases: tuple[Phase, ...] = ()
 
     @property
     def checkpoints(self) -> tuple[SavedCheckpoint, ...]:
@@ -183,6 +191,11 @@ class HorovodRunner:
             )
             for manifest in reversed(self._store.manifests())
         )
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of the last run that ended, or of its last attempt, and when they were."""
+        return self._phases
 
     def run(self, main: Callable[..., Any], **kwargs: Any) -> Any:
         """Run ``main(**kwargs)`` once on every rank and give back what rank 0 returned.
@@ -223,6 +236,7 @@ class HorovodRunner:
         BarrierStageError
             If Spark lost or cancelled the run's stage.
         """
+        spans, began = Spans(), time.time()
         checked.main(main, kwargs)
         if self._store is not None:
             self._store.check()
@@ -230,6 +244,7 @@ class HorovodRunner:
         files = BroughtFiles(environment)
         with payload.companions() as companions:
             call = payload.dump_call(main, kwargs)
+        spans.add("pickle", began, time.time())
         data = tuple(companions.values())
         console = Console()
         self._announce(console, main, kwargs, call)
@@ -252,6 +267,8 @@ class HorovodRunner:
 
         def launch(attempt: int) -> Outcome:
             files.begin(attempt)
+            now = time.time()
+            spans.add("stage start", now, now)
             # Each attempt has its own secret: nobody of an earlier one gets in.
             this = replace(
                 job,
@@ -266,10 +283,20 @@ class HorovodRunner:
         try:
             return run_attempts(launch, self._max_restarts, self._restart_on, self._store, console)
         finally:
+            self._note_phases(spans, console, began)
             if self._store is not None:
                 self._store.release()
                 self._store.prune()
             console.show(0)
+
+    def _note_phases(self, spans: Spans, console: Console, began: float) -> None:
+        for phase in console.run_phases:
+            spans.add(phase.name, phase.began, phase.ended, phase.last_rank)
+            if phase.name == "main":
+                spans.add("outcome back", phase.ended, time.time())
+        self._phases = spans.phases()
+        if self._show_phases:
+            console.note(f"where the time went:\n{in_words(self._phases, since=began)}")
 
     def _run_locally(
         self, job: JobSpec, console: Console, files: BroughtFiles, data: Sequence[UnsharedDataSet]

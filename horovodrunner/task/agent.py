@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from horovodrunner.core.env import (
     worker_base_environment,
 )
 from horovodrunner.core.job import Failure, FailureKind, JobSpec, Outcome, WorkerSpec
+from horovodrunner.core.phases import Spans
 from horovodrunner.core.topology import Member, Slot, tf_workers
 from horovodrunner.core.versions import (
     Difference,
@@ -65,8 +67,7 @@ class Surroundings:
     member
         What this task tells its peers; the ports are filled in by the agent.
     gather
-        Exchanges one text between all tasks: blocks until all have called it, and returns all
-        texts.
+        Exchanges one text between all tasks: waits until all have called it, and gives all texts.
     open_driver
         Called by partition 0: registers the run and gives the way to the driver, or says why the
         run must not start. The argument ends the run.
@@ -87,7 +88,7 @@ class Surroundings:
     """
 
     member: Member
-    gather: Callable[[str], list[str]]
+    gather: Callable[[str], Awaitable[list[str]]]
     open_driver: Callable[[Callable[[], None]], Awaitable[DriverLink | str]]
     log: Callable[[bytes], None]
     depot: Depot | None = None
@@ -120,6 +121,7 @@ class Agent:
         self._stack_tasks: set[asyncio.Task[None]] = set()
         self._courier: Courier | None = None
         self._latest: LatestCopy | None = None
+        self._spans = Spans()
 
     async def run(self) -> Outcome:
         """Run this task from start to end; whatever happens, no worker outlives it.
@@ -130,6 +132,8 @@ class Agent:
             Partition 0: rank 0's success or the run's failure. Others: their rank's success, a
             failure that partition 0 may not know of, or nothing of the two.
         """
+        now = time.time()
+        self._spans.add("stage start", now, now)  # when it began, the driver knows
         scratch = Scratch(self._job.run_id, self._surroundings.scratch_base)
         self._scratch = scratch.path
         try:
@@ -188,9 +192,16 @@ class Agent:
         if found := self._differences(members):
             driver.note(f"what is installed differs:\n{differences_in_words(found)}")
 
+        began = time.time()
         slots = assign_slots(members)
         rendezvous.set_plan(slots)
-        return await self._coordinate(resources, members, slots, hub, driver)
+        self._spans.add("rendezvous", began, time.time())
+        try:
+            return await self._coordinate(resources, members, slots, hub, driver)
+        finally:
+            if (times := rendezvous.times_of_requests()) is not None:
+                self._spans.add("init", *times)
+            driver.phases(self._spans.phases())
 
     async def _coordinate(
         self,
@@ -201,7 +212,7 @@ class Agent:
         driver: DriverLink,
     ) -> Outcome:
         own = [slot for slot in slots if slot.partition == 0]
-        coordinator = Coordinator(slots, driver, self._surroundings.log)
+        coordinator = Coordinator(slots, driver, self._surroundings.log, self._spans)
         coordinator.on_stop(self._stop_workers)
         coordinator.on_stack_request(lambda: self._show_stacks(own, coordinator))
         latest = LatestDecision(self._surroundings.depot, members, driver.note)
@@ -352,7 +363,9 @@ class Agent:
     async def _gather(self, member: Member) -> list[Member]:
         member = await with_rows(self._surroundings.rows, member, self._scratch)
         self._has_gathered = True
-        texts = await asyncio.to_thread(self._surroundings.gather, member.to_json())
+        began = time.time()
+        texts = await self._surroundings.gather(member.to_json())
+        self._spans.add("gather", began, time.time())
         return sorted((Member.from_json(text) for text in texts), key=lambda m: m.partition)
 
     async def _stop_on_request(self, coordinator: Coordinator) -> None:

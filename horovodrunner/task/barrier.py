@@ -17,10 +17,11 @@ from horovodrunner.core.places import is_url
 from horovodrunner.core.topology import Member, compose_devices
 from horovodrunner.core.versions import installed_versions
 from horovodrunner.task.agent import Agent, Surroundings
-from horovodrunner.task.channel import register_with_driver
+from horovodrunner.task.channel import SilentDriver, register_with_driver
 from horovodrunner.task.coordinator import DriverLink
 from horovodrunner.task.depot import Depot, DriverDepot, StoreDepot
 from horovodrunner.task.files import DriverFiles
+from horovodrunner.task.gathering import Gathering
 from horovodrunner.task.network import HostAddress, find_address, host_id, loopback_address
 from horovodrunner.task.store import CheckpointStore
 
@@ -101,12 +102,16 @@ def _surroundings(job: JobSpec, context: Any) -> Surroundings:
         versions=installed_versions(),
     )
 
+    gathering = Gathering(job, partition, context.allGather)
+
     async def open_driver(on_stop: Callable[[], None]) -> DriverLink | str:
-        return await register_with_driver(job, on_stop, log)
+        driver = await register_with_driver(job, on_stop, log)
+        gathering.driver_is_out_of_reach = isinstance(driver, SilentDriver)
+        return driver
 
     return Surroundings(
         member=member,
-        gather=context.allGather,
+        gather=gathering.gather,
         open_driver=open_driver,
         log=log,
         depot=_depot(job),

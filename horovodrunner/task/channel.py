@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 from horovodrunner.core.connection import Connection, connect
 from horovodrunner.core.job import JobSpec, Outcome
 from horovodrunner.core.lines import prefix_lines
+from horovodrunner.core.phases import Phase
 from horovodrunner.core.topology import Slot
 from horovodrunner.task.checkpoints import LatestAnswer
 
@@ -119,6 +121,10 @@ class HubLink:
         """Forward where the rank's main is."""
         self._connection.send("state", **{**fields, "rank": rank})
 
+    def times(self, rank: int, spans: Mapping[str, Sequence[float]]) -> None:
+        """Forward when the rank's phases began and ended."""
+        self._connection.send("times", rank=rank, spans=spans)
+
     def stack(self, rank: int, text: str) -> None:
         """Forward the rank's Python stack."""
         self._connection.send("stack", text.encode(), rank=rank)
@@ -160,6 +166,9 @@ class SilentDriver:
 
     def failed(self, outcome: Outcome) -> None:
         """Do nothing: the outcome also goes back through the stage."""
+
+    def phases(self, phases: Sequence[Phase]) -> None:
+        """Do nothing."""
 
     def storing(self) -> None:
         """Do nothing."""
@@ -217,6 +226,10 @@ class RemoteDriver:
         self._connection.send(
             "placed", ranks=[[slot.partition, slot.rank, slot.host] for slot in slots]
         )
+
+    def phases(self, phases: Sequence[Phase]) -> None:
+        """Tell when the phases of the run began and ended."""
+        self._connection.send("phases", phases=[astuple(phase) for phase in phases])
 
     def storing(self) -> None:
         """Tell that a checkpoint is still on its way."""

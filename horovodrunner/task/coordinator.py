@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from horovodrunner.core.job import Failure, FailureKind, Outcome
 from horovodrunner.core.lines import prefix_lines
+from horovodrunner.core.phases import Phase, Spans
 from horovodrunner.core.topology import Slot
 from horovodrunner.core.words import ranks_in_words
 from horovodrunner.task.stall import RankState, Stall, StallWatch
@@ -39,6 +40,9 @@ class RankEvents(Protocol):
     def state(self, rank: int, fields: Mapping[str, Any]) -> None:
         """Note where the rank's main is: the fields of its ``state`` frame."""
 
+    def times(self, rank: int, spans: Mapping[str, Sequence[float]]) -> None:
+        """Note when the rank's phases began and ended."""
+
     def stack(self, rank: int, text: str) -> None:
         """Take the rank's Python stack, which was asked for."""
 
@@ -64,6 +68,9 @@ class DriverLink(Protocol):
     def failed(self, outcome: Outcome) -> None:
         """Report the run's failure ahead of the stage's end."""
 
+    def phases(self, phases: Sequence[Phase]) -> None:
+        """Tell when the phases of the run began and ended."""
+
     def storing(self) -> None:
         """Tell that the ranks have ended and a checkpoint is still on its way."""
 
@@ -82,10 +89,16 @@ class Coordinator:
         The way to the driver.
     log
         Takes the merged log: whole, prefixed lines.
+    spans
+        Takes when the ranks' phases began and ended.
     """
 
     def __init__(
-        self, slots: Sequence[Slot], driver: DriverLink, log: Callable[[bytes], None]
+        self,
+        slots: Sequence[Slot],
+        driver: DriverLink,
+        log: Callable[[bytes], None],
+        spans: Spans | None = None,
     ) -> None:
         self._slots = {slot.rank: slot for slot in slots}
         self._driver = driver
@@ -98,6 +111,7 @@ class Coordinator:
         self._stacks: dict[int, str] = {}
         self._all_stacks = asyncio.Event()
         self._stall_watch = StallWatch(len(slots))
+        self._spans = Spans() if spans is None else spans
         self.stopping = asyncio.Event()
         """Set as soon as every worker is to end."""
         self.all_ended = asyncio.Event()
@@ -152,6 +166,10 @@ class Coordinator:
                 seconds=float(fields["seconds"]),
             ),
         )
+
+    def times(self, rank: int, spans: Mapping[str, Sequence[float]]) -> None:
+        """Note when a rank's phases began and ended."""
+        self._spans.add_all(spans, rank)
 
     def on_stack_request(self, callback: Callable[[], None]) -> None:
         """Say how to ask some of the workers for their stacks.

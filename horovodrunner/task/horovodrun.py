@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import http
 import http.client
+import math
 import select
 import socket
 import threading
@@ -137,6 +138,7 @@ class _PatientHandler(RendezvousHandler):  # type: ignore[misc]
             self.send_status_code(refusal)
             return False
         self.server.planned.wait(PLAN_SECONDS)
+        self.server.note_request()
         return True
 
     def _refusal(self) -> http.HTTPStatus | None:
@@ -190,6 +192,12 @@ class _Server(RendezvousHTTPServer):  # type: ignore[misc]
         self._peers: dict[socket.socket, _Peer] = {}
         self._changed = threading.Condition()
         self._closing = False
+        self.times_of_requests = (math.inf, -math.inf)
+
+    def note_request(self) -> None:
+        """Note the time of a request that is about to be answered."""
+        now = time.time()
+        self.times_of_requests = (min(self.times_of_requests[0], now), now)
 
     def has_room_for(self, size: int) -> bool:
         """Say whether so many bytes may be stored, and take the room if so."""
@@ -335,6 +343,18 @@ class Rendezvous:
         self._server.stored_limit = max(MAX_STORED_BYTES, STORED_BYTES_PER_PAIR * len(plan) ** 2)
         self._server.init(plan)
         self._server.planned.set()
+
+    def times_of_requests(self) -> tuple[float, float] | None:
+        """Say when Horovod's workers met here.
+
+        Returns
+        -------
+        tuple of float, or None
+            Of the first and of the last request answered, in seconds since the epoch; None
+            without any.
+        """
+        times = self._server.times_of_requests
+        return times if times[0] <= times[1] else None
 
     def close(self) -> None:
         """Stop to serve and free the port."""

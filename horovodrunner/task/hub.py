@@ -179,6 +179,8 @@ def _pass_on(frame: Frame, events: RankEvents) -> None:
         events.started(rank)
     elif frame.kind == "state":
         events.state(rank, frame.header)
+    elif frame.kind == "times":
+        events.times(rank, frame.header["spans"])
     elif frame.kind == "stack":
         events.stack(rank, bytes(frame.body).decode(errors="replace"))
     elif frame.kind == "ended":

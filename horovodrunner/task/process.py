@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import IO
 
@@ -68,6 +69,8 @@ class WorkerProcess:
         self._stacks: IO[bytes] = os.fdopen(stack_read, "rb", buffering=0)
         self._oom = OomWitness()
         self._testimony = ""
+        self.spawned_at = time.time()
+        """Seconds since the epoch."""
         self.shows_stacks = False
         """Whether the worker is known to have installed its handler of STACK_SIGNAL."""
         self._stopping = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,6 +74,7 @@ class Supervisor:
         self._reported: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._answers: list[asyncio.Task[None]] = []
         self._last_stderr = b""
+        self._ready_at = 0.0
 
     async def run(self, call: bytes, spec: WorkerSpec) -> Outcome:
         """Supervise the worker until it has ended.
@@ -121,8 +122,11 @@ class Supervisor:
             self._events.message(rank, bytes(frame.body))
         elif frame.kind == "ready":
             self._worker.shows_stacks = True
+            self._ready_at = float(frame.header["at"])
         elif frame.kind == "started":
             self._events.started(rank)
+        elif frame.kind == "times":
+            self._events.times(rank, self._spans(frame.header["times"]))
         elif frame.kind == "state":
             fields = {name: value for name, value in frame.header.items() if name != "kind"}
             self._events.state(rank, fields)
@@ -135,6 +139,15 @@ class Supervisor:
             outcome = Outcome.from_frame(frame.header, frame.body)
             self._reported.set_result(outcome)
             self._events.ended(rank, without_result(outcome))
+
+    def _spans(self, times: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+        spans = {
+            "worker spawn": (self._worker.spawned_at, self._ready_at),
+            "imports": (self._ready_at, times["imported_at"]),
+        }
+        if "main_began" in times:
+            spans["main"] = (times["main_began"], times["main_ended"])
+        return spans
 
     def _on_lines(self, stream: str, lines: bytes) -> None:
         if stream == "stderr":

@@ -14,6 +14,7 @@ import importlib
 import os
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import FrameType
@@ -33,6 +34,7 @@ from horovodrunner.errors import PayloadError
 from horovodrunner.worker import horovod_keras
 from horovodrunner.worker.context import TaskLink, WorkerContext, set_context
 from horovodrunner.worker.control import ControlPipe
+from horovodrunner.worker.leaving import leave
 from horovodrunner.worker.watch import collective_of
 
 MAX_EXCEPTION_BYTES = 1024 * 1024
@@ -57,14 +59,17 @@ def main() -> int:
     control = ControlPipe(arguments.control, link)
     _prepare_process(arguments.control, arguments.report, arguments.stacks)
     faulthandler.register(STACK_SIGNAL, file=arguments.stacks, all_threads=True)
-    link.send("ready")
+    link.send("ready", at=time.time())
     horovod_keras.install()
     for module in arguments.early_imports:
         _import_early(module)
+    imported_at = time.time()
     spec, call = control.wait_for_job()
     set_context(WorkerContext(spec, link, control))
     outcome, exit_code = run(spec, call, control)
     _flush_output()
+    times = {"imported_at": imported_at, **control.times_of_main()}
+    link.send("times", times=times)
     header, body = outcome.to_frame()
     link.send("outcome", bytes(body), **header)
     return exit_code
@@ -224,4 +229,4 @@ def _parse_arguments() -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

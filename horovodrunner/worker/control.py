@@ -48,6 +48,7 @@ class ControlPipe:
         self._beat_seconds = SAMPLE_SECONDS
         self._next_beat = 0.0
         self._main_runs = False
+        self._main_began = self._main_ended = 0.0
         threading.Thread(target=self._serve, name="horovodrunner-control", daemon=True).start()
 
     def wait_for_job(self) -> tuple[WorkerSpec, _Bytes]:
@@ -62,12 +63,26 @@ class ControlPipe:
 
     def main_begins(self) -> None:
         """Tell the task so, and from now on where main is."""
+        self._main_began = time.time()
         self._link.send("started")
         self._main_runs = True
 
     def main_ends(self) -> None:
         """Tell the task no longer where main is."""
         self._main_runs = False
+        self._main_ended = time.time()
+
+    def times_of_main(self) -> dict[str, float]:
+        """Say when main ran.
+
+        Returns
+        -------
+        dict of float
+            Seconds since the epoch; empty if main was not called.
+        """
+        if not self._main_began:
+            return {}
+        return {"main_began": self._main_began, "main_ended": self._main_ended}
 
     def ask(self, kind: str) -> dict[str, Any]:
         """Ask the task something and wait for the answer.

@@ -46,6 +46,22 @@ def test_rank_0s_value_comes_back_and_every_rank_knows_its_place() -> None:
     }
 
 
+def test_the_phases_of_a_run_are_known_and_shown_on_request(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runner = HorovodRunner(np=-2, show_phases=True)
+    assert not list(runner.phases)
+    runner.run(lambda: time.sleep(0.3))
+    phases = {phase.name: phase for phase in runner.phases}
+    names = ["pickle", "stage start", "worker spawn", "imports", "gather", "rendezvous", "main"]
+    assert list(phases) == sorted([*names, "outcome back"], key=lambda name: phases[name].began)
+    assert all(phase.seconds >= 0 for phase in runner.phases)
+    assert phases["main"].seconds >= 0.3
+    assert phases["worker spawn"].began <= phases["main"].began
+    shown = capsys.readouterr().out.partition("HorovodRunner: where the time went:\n")[2]
+    assert [line[:14].strip() for line in shown.splitlines()] == ["phase", *phases]
+
+
 def test_no_spark_is_imported_and_no_jvm_started() -> None:
     script = """
         import sys

@@ -85,6 +85,16 @@ def test_a_failing_rank_ends_the_run_with_its_own_cause(
     assert "org.apache.spark" not in str(caught.value)
 
 
+def test_the_phases_of_a_run_come_from_all_three_processes() -> None:
+    runner = HorovodRunner(np=2)
+    runner.run(lambda: None)
+    phases = {phase.name: phase for phase in runner.phases}
+    ordered = ["pickle", "stage start", "gather", "rendezvous", "main", "outcome back"]
+    begins = [phases[name].began for name in ordered]
+    assert begins == sorted(begins)
+    assert {"worker spawn", "imports"} < set(phases)
+
+
 def test_the_session_is_usable_after_a_failure(spark: Any) -> None:
     with pytest.raises(WorkerFailedError):
         run(mains.fail, how="exception", on_rank=1)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from horovodrunner.core.job import Failure, Outcome, Success
+from horovodrunner.core.phases import Phase
 from horovodrunner.core.topology import Slot
 from horovodrunner.task.coordinator import Coordinator
 
@@ -30,6 +31,9 @@ class Driver:
         pass
 
     def failed(self, outcome: Outcome) -> None:
+        pass
+
+    def phases(self, phases: Sequence[Phase]) -> None:
         pass
 
     def storing(self) -> None:
