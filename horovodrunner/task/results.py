@@ -120,7 +120,7 @@ class ResultCourier:
         try:
             await in_thread(take)
         except Exception as error:  # noqa: BLE001 - the run has to end, and to say why
-            self.on_error(str(error))
+            self.on_error(f"what main returned does not reach the driver: {error}")
 
 
 class LocalResult:
