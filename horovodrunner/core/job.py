@@ -13,8 +13,10 @@ import json
 import signal
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from horovodrunner.core.pickled import Layout, Pickled, reader_of_pieces
 
 __all__ = [
     "STACK_SIGNAL",
@@ -27,6 +29,7 @@ __all__ = [
     "join_chunks",
     "speaks_of_peer_loss",
     "split_chunks",
+    "with_result",
 ]
 
 STACK_SIGNAL = int(getattr(signal, "SIGRTMIN", signal.SIGUSR1)) + 1
@@ -70,7 +73,7 @@ class JobSpec:
     shares_terminal
         Whether the tasks' own log is the driver's terminal.
     max_result_bytes
-        The largest pickled result that can come back, or None for no limit.
+        The largest pickled result that Spark takes back, or None for no limit.
     attempt
         1 for the first launch, one more for each restart.
     stall_timeout
@@ -126,8 +129,6 @@ class WorkerSpec:
         The slot's variables (``HOROVOD_RANK``, ``RANK``, ...).
     sys_path
         Import path entries to append where they exist.
-    max_result_bytes
-        The largest pickled result to accept, or None for no limit.
     return_result
         Whether this worker's return value is wanted; only rank 0's is.
     attempt
@@ -144,7 +145,6 @@ class WorkerSpec:
     host: str
     environment: dict[str, str] = field(repr=False)
     sys_path: tuple[str, ...] = ()
-    max_result_bytes: int | None = None
     return_result: bool = False
     attempt: int = 1
     scratch: str = ""
@@ -193,6 +193,8 @@ class FailureKind(str, enum.Enum):
     """A checkpoint could not be stored, and the user asked that this ends the run."""
     DATA = "data"
     """The rows that were to travel with the run cannot feed the ranks."""
+    RESULT = "result"
+    """What rank 0's main returned does not reach the driver."""
     SETUP = "setup"
     """The run's own machinery failed, or refused to start."""
 
@@ -277,12 +279,15 @@ class Success:
     ----------
     rank
         The rank.
+    layout
+        What stands in the task's file of the pickled return value; empty on every rank but 0.
     result
-        The pickled return value; empty on every rank but 0.
+        The pickled return value, on the driver.
     """
 
     rank: int
-    result: bytes | bytearray | memoryview = field(default=b"", repr=False)
+    layout: Layout = field(default=(), repr=False)
+    result: Pickled | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -303,8 +308,10 @@ class Outcome:
     failure: Failure | None = None
     consequences: tuple[Failure, ...] = ()
 
-    def to_frame(self) -> tuple[dict[str, Any], bytes | bytearray | memoryview]:
+    def to_frame(self) -> tuple[dict[str, Any], bytes]:
         """Split the outcome into a JSON-compatible header and one body of bytes.
+
+        A pickled return value is no part of it.
 
         Returns
         -------
@@ -312,7 +319,7 @@ class Outcome:
             What :meth:`from_frame` takes.
         """
         if self.success is not None:
-            return {"rank": self.success.rank}, self.success.result
+            return {"rank": self.success.rank, "layout": self.success.layout}, b""
         failures = [f for f in (self.failure, *self.consequences) if f is not None]
         fields = [{k: v for k, v in asdict(f).items() if k != "exception"} for f in failures]
         sizes = [len(f.exception) for f in failures]
@@ -328,7 +335,7 @@ class Outcome:
         header
             JSON-compatible fields.
         body
-            The pickled result, or the pickled exceptions one after another.
+            The pickled exceptions one after another.
 
         Returns
         -------
@@ -336,7 +343,7 @@ class Outcome:
             An equal object.
         """
         if "rank" in header:
-            return cls(success=Success(header["rank"], body))
+            return cls(success=Success(header["rank"], tuple(header["layout"])))
         failures, start = [], 0
         for original, size in zip(header["failures"], header["sizes"], strict=True):
             fields = dict(original)
@@ -350,7 +357,29 @@ class Outcome:
         return cls(failure=failures[0], consequences=tuple(failures[1:]))
 
 
-def split_chunks(outcome: Outcome, chunk_bytes: int) -> Iterator[bytes | memoryview]:
+def with_result(outcome: Outcome, result: Pickled | None) -> Outcome:
+    """Put rank 0's pickled return value, which came by itself, into its outcome.
+
+    Parameters
+    ----------
+    outcome
+        How the run ended.
+    result
+        What came, if anything did.
+
+    Returns
+    -------
+    Outcome
+        The outcome; one that is no success, or has its result, is left as it is.
+    """
+    if outcome.success is None or outcome.success.result is not None:
+        return outcome
+    return Outcome(replace(outcome.success, result=result))
+
+
+def split_chunks(
+    outcome: Outcome, chunk_bytes: int, result: Iterable[bytes] = ()
+) -> Iterator[bytes | memoryview]:
     """Cut an outcome into pieces that fit a row.
 
     Parameters
@@ -359,11 +388,13 @@ def split_chunks(outcome: Outcome, chunk_bytes: int) -> Iterator[bytes | memoryv
         What to send.
     chunk_bytes
         Most bytes per piece.
+    result
+        The pickled return value in such pieces, if it is to go this way.
 
     Yields
     ------
     bytes
-        First the header, then the body in pieces of at most `chunk_bytes`.
+        First the header, then the body in pieces of at most `chunk_bytes`, or the result.
     """
     header, body = outcome.to_frame()
     encoded = json.dumps(header).encode()
@@ -371,6 +402,8 @@ def split_chunks(outcome: Outcome, chunk_bytes: int) -> Iterator[bytes | memoryv
     view = memoryview(body)
     for start in range(0, len(view), chunk_bytes):
         yield view[start : start + chunk_bytes]
+    if outcome.success is not None:
+        yield from result
 
 
 def join_chunks(chunks: Iterable[bytes]) -> Outcome:
@@ -384,10 +417,16 @@ def join_chunks(chunks: Iterable[bytes]) -> Outcome:
     Returns
     -------
     Outcome
-        The outcome that was split.
+        The outcome that was split, with its result if that came this way.
     """
-    pieces = iter(chunks)
-    head = next(pieces)
+    head, *pieces = chunks
     (length,) = _HEADER_LENGTH.unpack_from(head)
     header = json.loads(head[_HEADER_LENGTH.size : _HEADER_LENGTH.size + length])
-    return Outcome.from_frame(header, b"".join(pieces))
+    if "layout" not in header:
+        return Outcome.from_frame(header, b"".join(pieces))
+    outcome = Outcome.from_frame(header, b"")
+    if not pieces:
+        return outcome
+    result = Pickled(tuple(header["layout"]))
+    result.fill(reader_of_pieces(pieces))
+    return with_result(outcome, result)

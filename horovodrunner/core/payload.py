@@ -16,18 +16,19 @@ from typing import Any
 
 import cloudpickle
 
+from horovodrunner.core.pickled import Layout, SinkError, write_pickle
 from horovodrunner.errors import PayloadError
 
 __all__ = [
     "WARN_BYTES",
     "companions",
     "dump_call",
-    "dump_result",
     "early_imports",
     "format_bytes",
     "largest_parts",
     "load",
     "travels_along",
+    "write_result",
 ]
 
 WARN_BYTES = 10 * 1024 * 1024
@@ -117,26 +118,36 @@ def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
         ) from error
 
 
-def dump_result(result: object) -> bytes:
-    """Pickle what ``main`` returned.
+def write_result(result: object, descriptor: int) -> Layout:
+    """Pickle what ``main`` returned into a file.
 
     Parameters
     ----------
     result
         Any object.
+    descriptor
+        The empty file's.
 
     Returns
     -------
-    bytes
-        What :func:`load` opens.
+    Layout
+        What stands in the file.
 
     Raises
     ------
     PayloadError
-        If it does not pickle; the text names the part that does not.
+        If it does not pickle, and then the text names the part that does not; or if the file does
+        not take it.
     """
     try:
-        return bytes(cloudpickle.dumps(result))
+        return write_pickle(result, descriptor)
+    except SinkError as error:
+        raise PayloadError(
+            "the value that main returned cannot be kept until it is sent to the driver: "
+            f"{_one_line(error.__cause__ or error)}. It needs as much memory (or, where files "
+            "cannot be in memory, as much of the temporary directory) again on rank 0's host: "
+            "free some there, or return less"
+        ) from error
     except Exception as error:
         culprit = _find_unpicklable([("the value that main returned", result)])
         raise PayloadError(
@@ -151,7 +162,7 @@ def load(data: bytes | bytearray | memoryview) -> Any:
     Parameters
     ----------
     data
-        What :func:`dump_call` or :func:`dump_result` gave.
+        What :func:`dump_call` gave, or a pickled exception.
 
     Returns
     -------

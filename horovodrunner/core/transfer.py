@@ -30,9 +30,13 @@ from horovodrunner.core.frames import (
     parse_prefix,
 )
 
-__all__ = ["BulkConnection"]
+__all__ = ["BulkConnection", "PeerFailedError"]
 
 PIECE_BYTES = 1024 * 1024
+
+
+class PeerFailedError(OSError):
+    """The peer says that it failed, in its own words."""
 
 
 class BulkConnection:
@@ -187,14 +191,14 @@ class BulkConnection:
 
         Raises
         ------
-        OSError
+        PeerFailedError
             If the peer says that it failed, with its words.
         FrameError
             If it is another one.
         """
         header, size = self.receive()
         if header["kind"] == "failed":
-            raise OSError(str(header.get("why")))
+            raise PeerFailedError(str(header.get("why")))
         if header["kind"] != kind:
             raise FrameError(f"a {header['kind']!r} frame where {kind!r} was to come")
         return header, size
@@ -215,14 +219,28 @@ class BulkConnection:
         buffer = memoryview(bytearray(min(size, PIECE_BYTES)))
         while size:
             piece = buffer[: min(size, PIECE_BYTES)]
-            filled = 0
-            while filled < len(piece):
-                count = self._socket.recv_into(piece[filled:])
-                if not count:
-                    raise ConnectionResetError("the peer closed the connection in between")
-                filled += count
-            size -= filled
+            self.read_into(piece)
+            size -= len(piece)
             yield piece
+
+    def read_into(self, view: memoryview) -> None:
+        """Read the next bytes of a body to where they are needed.
+
+        Parameters
+        ----------
+        view
+            The memory; all of it is filled.
+
+        Raises
+        ------
+        ConnectionError
+            If the peer is gone.
+        """
+        while view:
+            count = self._socket.recv_into(view)
+            if not count:
+                raise ConnectionResetError("the peer closed the connection in between")
+            view = view[count:]
 
     def whole_body(self, size: int) -> bytes:
         """Read a body that fits into memory.

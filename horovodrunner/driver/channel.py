@@ -8,16 +8,19 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from horovodrunner.core.connection import Connection, FrameServer
 from horovodrunner.core.job import Outcome
 from horovodrunner.core.phases import Phase
+from horovodrunner.core.pickled import Pickled
 from horovodrunner.core.transfer import BulkConnection
 from horovodrunner.driver.console import Console
 from horovodrunner.driver.gathering import GatherPoint
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.depot import SILENCE_SECONDS, serve_depot
 from horovodrunner.task.files import BroughtFiles, serve_files
+from horovodrunner.task.results import receive_result
 from horovodrunner.task.store import CheckpointStore
 
 __all__ = ["RETRY_REFUSED", "DriverChannel"]
@@ -84,6 +87,8 @@ class DriverChannel:
         """Whether Spark tried the stage again."""
         self.failure: Outcome | None = None
         """The run's failure, when it was reported ahead of the stage's end."""
+        self.result: Pickled | None = None
+        """What rank 0's main returned; the run may fail all the same."""
         self.placement: list[tuple[int, int, str]] = []
         """Partition, rank and host of every rank, once they are placed."""
         self.storing_until = 0.0
@@ -178,6 +183,8 @@ class DriverChannel:
             await self._serve_transfer(connection, lambda t: serve_files(t, header, files, note))
         if frame.kind == "gather" and not await self._gather_point.serve(connection, frame):
             self._refuse_retry(connection)
+        if frame.kind == "result":
+            await self._serve_transfer(connection, lambda t: self._receive_result(t, header))
         if frame.kind != "register":
             return
         if self.registered:
@@ -202,6 +209,9 @@ class DriverChannel:
     def _refuse_retry(self, connection: Connection) -> None:
         self.retried = True
         connection.send("refused", why=RETRY_REFUSED)
+
+    def _receive_result(self, transfer: BulkConnection, header: dict[str, Any]) -> None:
+        self.result = receive_result(transfer, header, self._console.note)
 
     async def _serve_transfer(
         self, connection: Connection, serve_peer: Callable[[BulkConnection], None]

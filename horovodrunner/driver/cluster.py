@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.core.job import FailureKind, JobSpec, Outcome, join_chunks
+from horovodrunner.core.job import FailureKind, JobSpec, Outcome, join_chunks, with_result
 from horovodrunner.driver import addresses
 from horovodrunner.driver.channel import RETRY_REFUSED, DriverChannel
 from horovodrunner.driver.console import Console
@@ -291,7 +291,7 @@ class BarrierRun:
         outcomes = self._outcomes or {}
         if channel.failure is not None:
             return self._with_sparks_reason(channel)
-        leader = outcomes.get(0, Outcome())
+        leader = with_result(outcomes.get(0, Outcome()), channel.result)
         if channel.retried:
             refused = BarrierStageError(RETRY_REFUSED)
             refused.executor_was_lost = True

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from horovodrunner.core.job import JobSpec, Outcome
+from horovodrunner.core.job import JobSpec, Outcome, with_result
 from horovodrunner.core.topology import Member, compose_devices
 from horovodrunner.driver.console import Console
 from horovodrunner.errors import ConfigurationError
@@ -19,6 +19,7 @@ from horovodrunner.task.coordinator import DriverLink
 from horovodrunner.task.depot import StoreDepot
 from horovodrunner.task.files import BroughtFiles, LocalFiles
 from horovodrunner.task.network import host_id, loopback_address
+from horovodrunner.task.results import LocalResult
 from horovodrunner.task.store import CheckpointStore
 from horovodrunner.task.taking import RowsTaker
 
@@ -74,11 +75,13 @@ def run_locally(
     async def gather(text: str) -> list[str]:
         return [text]
 
+    result = LocalResult()
     surroundings = Surroundings(
         member=member,
         gather=gather,
         open_driver=open_driver,
         log=lambda lines: None,  # the console shows them
+        result=result,
         depot=(
             StoreDepot(CheckpointStore(job.checkpoint_location, job.keep_checkpoints))
             if job.checkpoint_location is not None
@@ -88,12 +91,12 @@ def run_locally(
         rows=rows,
         cores_per_worker=len(os.sched_getaffinity(0)) // job.size,
     )
-    results: list[Outcome] = []
+    outcomes: list[Outcome] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            results.append(asyncio.run(Agent(job, surroundings).run()))
+            outcomes.append(asyncio.run(Agent(job, surroundings).run()))
         except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
             errors.append(error)
         finally:
@@ -113,7 +116,7 @@ def run_locally(
     thread.join()
     if errors:
         raise errors[0]
-    return results[0]
+    return with_result(outcomes[0], result.result)
 
 
 def _gpus_of_the_driver() -> tuple[str, ...]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import pickle
 import tempfile
 from typing import Any
 
 from horovodrunner.core import payload
 from horovodrunner.core.job import Failure, FailureKind, Outcome
+from horovodrunner.core.pickled import Pickled
 from horovodrunner.errors import (
     CheckpointError,
     ConfigurationError,
@@ -40,7 +38,8 @@ def open_outcome(outcome: Outcome) -> Any:
     Raises
     ------
     PayloadError
-        If the value cannot be unpickled here; its bytes are kept in a file then.
+        If the value cannot be unpickled here, and its bytes are kept in a file then; or if it
+        cannot be brought here.
     WorkerFailedError
         If a rank failed.
     StallTimeoutError
@@ -53,6 +52,8 @@ def open_outcome(outcome: Outcome) -> Any:
         If the tasks found that the run could not start.
     """
     if outcome.success is not None:
+        if outcome.success.result is None:
+            raise PayloadError("the run ended well, but what rank 0 returned did not come")
         return _open_result(outcome.success.result)
     failure = outcome.failure
     if failure is None:
@@ -62,6 +63,8 @@ def open_outcome(outcome: Outcome) -> Any:
         raise cause
     if failure.kind is FailureKind.STORAGE:
         raise CheckpointError(failure.summary)
+    if failure.kind is FailureKind.RESULT:
+        raise PayloadError(failure.summary)
     if failure.kind is FailureKind.DATA:
         raise DataError(failure.summary)
     if failure.rank is None and not failure.traceback:
@@ -89,48 +92,27 @@ def _worker_failure(failure: Failure, consequences: tuple[Failure, ...]) -> Work
     return error
 
 
-def _open_result(data: bytes | bytearray | memoryview) -> Any:
+def _open_result(result: Pickled) -> Any:
     try:
-        return payload.load(data)
+        return result.load()
     except Exception as error:
-        path = _keep(data)
-        named = _missing_name(data)
+        path = _keep(result)
+        named = result.missing_name()
         raise PayloadError(
             f"what rank 0 returned cannot be unpickled here: {type(error).__name__}: {error}. "
             + (f"It needs {named}, which cannot be imported here. " if named else "")
-            + f"Its {payload.format_bytes(len(data))} are kept in {path}: make the class "
+            + f"Its {payload.format_bytes(result.size)} are kept in {path}: make the class "
             f"importable on the driver and read them with pickle.load(open({path!r}, 'rb')), or "
             "return plain data"
         ) from error
 
 
-def _keep(data: bytes | bytearray | memoryview) -> str:
+def _keep(result: Pickled) -> str:
     """Put bytes that may have taken days to compute where the user finds them."""
     descriptor, path = tempfile.mkstemp(prefix="horovodrunner-result-", suffix=".pkl")
     with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
+        result.keep(file)
     return path
-
-
-class _NamingUnpickler(pickle.Unpickler):
-    """Remembers the name that could not be found."""
-
-    missing = ""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return super().find_class(module, name)
-        except Exception:
-            self.missing = f"{module}.{name}"
-            raise
-
-
-def _missing_name(data: bytes | bytearray | memoryview) -> str:
-    """Give the class or function that a pickle refers to and that cannot be imported here."""
-    unpickler = _NamingUnpickler(io.BytesIO(data))
-    with contextlib.suppress(Exception):
-        unpickler.load()
-    return unpickler.missing
 
 
 def _unpickled_exception(failure: Failure) -> BaseException | None:

@@ -27,6 +27,7 @@ from horovodrunner.core.env import (
 )
 from horovodrunner.core.job import Failure, FailureKind, JobSpec, Outcome, WorkerSpec
 from horovodrunner.core.phases import Spans
+from horovodrunner.core.pickled import Layout
 from horovodrunner.core.topology import Member, Slot, tf_workers
 from horovodrunner.core.versions import (
     Difference,
@@ -42,8 +43,9 @@ from horovodrunner.task.files import FileTaker
 from horovodrunner.task.hub import Hub
 from horovodrunner.task.network import LOOPBACK, REACH_EACH_OTHER, on_free_port
 from horovodrunner.task.process import GRACE_SECONDS, WorkerProcess
+from horovodrunner.task.results import ResultCourier, ResultTaker
 from horovodrunner.task.scratch import Scratch
-from horovodrunner.task.supervisor import TEARDOWN_SECONDS, Supervisor, without_result
+from horovodrunner.task.supervisor import TEARDOWN_SECONDS, Supervisor
 from horovodrunner.task.taking import RowsTaker, data_directory, with_rows
 
 __all__ = ["Agent", "Surroundings"]
@@ -73,6 +75,8 @@ class Surroundings:
         run must not start. The argument ends the run.
     log
         Takes whole lines for this task's own log.
+    result
+        Takes what rank 0's main returned.
     depot
         Where checkpoints are kept, or None when the run keeps none.
     files
@@ -91,6 +95,7 @@ class Surroundings:
     gather: Callable[[str], Awaitable[list[str]]]
     open_driver: Callable[[Callable[[], None]], Awaitable[DriverLink | str]]
     log: Callable[[bytes], None]
+    result: ResultTaker
     depot: Depot | None = None
     files: FileTaker | None = None
     rows: RowsTaker | None = None
@@ -115,6 +120,7 @@ class Agent:
         self._surroundings = surroundings
         self._leads = surroundings.member.partition == 0
         self._workers: list[WorkerProcess] = []
+        self._result = ResultCourier(surroundings.result)
         self._stop_requested = asyncio.Event()
         self._has_gathered = False
         self._scratch = Path()
@@ -151,6 +157,7 @@ class Agent:
         finally:
             for worker in self._workers:
                 worker.kill()
+            await self._result.close()
             for taker in (self._surroundings.depot, self._surroundings.files):
                 if taker is not None:
                     taker.abort()
@@ -164,7 +171,7 @@ class Agent:
             python_path,
             self._surroundings.cores_per_worker,
         )
-        return WorkerProcess(self._job.early_imports, environment)
+        return WorkerProcess(self._job.early_imports, environment, self._result.descriptor)
 
     async def _lead(self, resources: contextlib.AsyncExitStack) -> Outcome:
         from horovodrunner.task.horovodrun import Rendezvous, assign_slots
@@ -222,6 +229,9 @@ class Agent:
             ask=lambda: latest.answer(0),
             tell=lambda directory: latest.fetched(0, directory),
         )
+        self._result.on_error = lambda text: coordinator.failed(
+            Failure(slots[0].rank, slots[0].host, text, kind=FailureKind.RESULT)
+        )
         hub.begin(coordinator, slots, latest)
         driver.placed(slots)
         driver.note(_placement_in_words(slots))
@@ -252,9 +262,10 @@ class Agent:
         await hub.wait_for_leaving(TEARDOWN_SECONDS + STOP_SECONDS)
         await self._finish_storing(driver)
         await self._bring_files(driver)
+        has_result = await self._result.finish(self._stop_requested)
         if (verdict := coordinator.verdict()) is not None:
-            return verdict  # the last checkpoint could not be stored
-        return outcomes[0] if coordinator.all_ended.is_set() else Outcome()
+            return verdict  # the last checkpoint could not be stored, or the result not sent
+        return outcomes[0] if has_result and coordinator.all_ended.is_set() else Outcome()
 
     async def _finish_storing(self, driver: DriverLink) -> None:
         """Let the last checkpoint arrive, unless the user wants the run to end now."""
@@ -331,7 +342,7 @@ class Agent:
         if not run.done():
             self._stop_workers()
         outcomes = await run
-        return without_result(outcomes[0])
+        return outcomes[0]
 
     def _refusal(self, members: Sequence[Member]) -> Outcome:
         """Say why nobody must run main; every task comes to the same answer."""
@@ -407,6 +418,10 @@ class Agent:
         if self._courier is not None:
             self._courier.saved(step, directory)
 
+    def result_written(self, layout: Layout) -> None:
+        """Let what rank 0's main returned be taken while the other ranks go on."""
+        self._result.written(layout)
+
     def _member(self, resources: contextlib.AsyncExitStack) -> Member:
         """Say where this task is, with ports for TensorFlow's servers if the run wants them."""
         member = self._surroundings.member
@@ -435,7 +450,6 @@ class Agent:
             host=slot.host,
             environment=environment,
             sys_path=self._job.sys_path,
-            max_result_bytes=self._job.max_result_bytes,
             return_result=slot.rank == 0,
             attempt=self._job.attempt,
             scratch=str(self._scratch),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import socket
@@ -17,12 +18,13 @@ from horovodrunner.core.places import is_url
 from horovodrunner.core.topology import Member, compose_devices
 from horovodrunner.core.versions import installed_versions
 from horovodrunner.task.agent import Agent, Surroundings
-from horovodrunner.task.channel import SilentDriver, register_with_driver
+from horovodrunner.task.channel import RemoteDriver, SilentDriver, register_with_driver
 from horovodrunner.task.coordinator import DriverLink
 from horovodrunner.task.depot import Depot, DriverDepot, StoreDepot
 from horovodrunner.task.files import DriverFiles
 from horovodrunner.task.gathering import Gathering
 from horovodrunner.task.network import HostAddress, find_address, host_id, loopback_address
+from horovodrunner.task.results import DriverResult
 from horovodrunner.task.store import CheckpointStore
 
 if TYPE_CHECKING:
@@ -64,14 +66,17 @@ def barrier_task(job: JobSpec, data: Sequence[Travelling], batches: Iterator[Any
     context = BarrierTaskContext.get()
     partition = context.partitionId()
     rows = _rows(data, partition, batches)
-    outcome = asyncio.run(Agent(job, replace(_surroundings(job, context), rows=rows)).run())
-    for chunk in split_chunks(outcome, CHUNK_BYTES):
-        yield pyarrow.RecordBatch.from_pydict(
-            {
-                "partition": pyarrow.array([partition], pyarrow.int32()),
-                "chunk": pyarrow.array([chunk], pyarrow.binary()),
-            }
-        )
+    result = DriverResult(job)
+    surroundings = replace(_surroundings(job, context, result), rows=rows)
+    outcome = asyncio.run(Agent(job, surroundings).run())
+    with contextlib.closing(result):
+        for chunk in split_chunks(outcome, CHUNK_BYTES, result.rows(CHUNK_BYTES)):
+            yield pyarrow.RecordBatch.from_pydict(
+                {
+                    "partition": pyarrow.array([partition], pyarrow.int32()),
+                    "chunk": pyarrow.array([chunk], pyarrow.binary()),
+                }
+            )
 
 
 def _rows(data: Sequence[Travelling], partition: int, batches: Iterator[Any]) -> TaskRows | None:
@@ -84,7 +89,7 @@ def _rows(data: Sequence[Travelling], partition: int, batches: Iterator[Any]) ->
     return TaskRows(data, partition, batches)
 
 
-def _surroundings(job: JobSpec, context: Any) -> Surroundings:
+def _surroundings(job: JobSpec, context: Any, result: DriverResult) -> Surroundings:
     partition = context.partitionId()
     # One terminal for all needs every line once: from the driver, or else from partition 0.
     quiet = job.shares_terminal and (job.stream_output or partition != 0)
@@ -107,6 +112,7 @@ def _surroundings(job: JobSpec, context: Any) -> Surroundings:
     async def open_driver(on_stop: Callable[[], None]) -> DriverLink | str:
         driver = await register_with_driver(job, on_stop, log)
         gathering.driver_is_out_of_reach = isinstance(driver, SilentDriver)
+        result.reaches_driver = isinstance(driver, RemoteDriver)
         return driver
 
     return Surroundings(
@@ -114,6 +120,7 @@ def _surroundings(job: JobSpec, context: Any) -> Surroundings:
         gather=gathering.gather,
         open_driver=open_driver,
         log=log,
+        result=result,
         depot=_depot(job),
         files=DriverFiles(job),
         scratch_base=_scratch_base(),

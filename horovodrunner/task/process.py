@@ -59,9 +59,16 @@ class WorkerProcess:
         Modules it may import at once.
     environment
         Its whole environment.
+    result_fd
+        The file for what main returns, if that is wanted.
     """
 
-    def __init__(self, early_imports: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        early_imports: Sequence[str],
+        environment: Mapping[str, str],
+        result_fd: int | None = None,
+    ) -> None:
         control_read, self._control_write = os.pipe()
         report_read, report_write = os.pipe()
         stack_read, stack_write = os.pipe()
@@ -79,6 +86,10 @@ class WorkerProcess:
         command = [sys.executable, "-m", "horovodrunner.worker"]
         command += ["--control", str(control_read), "--report", str(report_write)]
         command += ["--stacks", str(stack_write)]
+        passed = [control_read, report_write, stack_write]
+        if result_fd is not None:
+            command += ["--result", str(result_fd)]
+            passed.append(result_fd)
         for module in early_imports:
             command += ["--import", module]
         try:
@@ -88,7 +99,7 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=(control_read, report_write, stack_write),
+                pass_fds=passed,
                 start_new_session=True,
             )
         except BaseException:

@@ -12,16 +12,16 @@ from horovodrunner.core.job import (
     Failure,
     FailureKind,
     Outcome,
-    Success,
     WorkerSpec,
     speaks_of_peer_loss,
 )
 from horovodrunner.core.lines import prefix_lines
+from horovodrunner.core.pickled import Layout
 from horovodrunner.core.topology import Slot
 from horovodrunner.task.coordinator import RankEvents
 from horovodrunner.task.process import DRAIN_SECONDS, ExitStatus, WorkerProcess, describe_exit
 
-__all__ = ["Supervisor", "WorkerServices", "without_result"]
+__all__ = ["Supervisor", "WorkerServices"]
 
 TEARDOWN_SECONDS = 30.0
 """How long a worker may take to leave after main returned, before it is stopped."""
@@ -39,6 +39,9 @@ class WorkerServices(Protocol):
 
     def checkpoint_saved(self, step: int, directory: Path) -> None:
         """Take over a checkpoint that rank 0 has written."""
+
+    def result_written(self, layout: Layout) -> None:
+        """Take over what rank 0's main returned."""
 
 
 class Supervisor:
@@ -138,7 +141,9 @@ class Supervisor:
         elif frame.kind == "outcome" and not self._reported.done():
             outcome = Outcome.from_frame(frame.header, frame.body)
             self._reported.set_result(outcome)
-            self._events.ended(rank, without_result(outcome))
+            if outcome.success is not None and outcome.success.layout:
+                self._services.result_written(outcome.success.layout)
+            self._events.ended(rank, outcome)
 
     def _spans(self, times: Mapping[str, float]) -> dict[str, tuple[float, float]]:
         spans = {
@@ -189,21 +194,3 @@ class Supervisor:
         if len(self._last_stderr) == LAST_BYTES:
             del lines[0]  # its beginning is cut off
         return "\n".join(lines[-LAST_LINES:])
-
-
-def without_result(outcome: Outcome) -> Outcome:
-    """Leave out a result, which only partition 0 hands to the driver.
-
-    Parameters
-    ----------
-    outcome
-        How a rank ended.
-
-    Returns
-    -------
-    Outcome
-        The same, with an empty result.
-    """
-    if outcome.success is None:
-        return outcome
-    return Outcome(success=Success(outcome.success.rank))

@@ -1,8 +1,8 @@
 """One rank: load the job, call main, write the outcome. Runs in: the worker.
 
 Started by the task, before the rank is known, as ``python -m horovodrunner.worker --control FD
---report FD --stacks FD [--import MODULE ...]``. The job comes through the control pipe, and what
-happens goes out through the report pipe.
+--report FD --stacks FD [--result FD] [--import MODULE ...]``. The job comes through the control
+pipe, and what happens goes out through the report pipe; what main returned goes to a file.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import cloudpickle
+
 from horovodrunner.core import payload
 from horovodrunner.core.job import (
     STACK_SIGNAL,
@@ -30,6 +32,7 @@ from horovodrunner.core.job import (
     WorkerSpec,
     speaks_of_peer_loss,
 )
+from horovodrunner.core.pickled import Layout
 from horovodrunner.errors import PayloadError
 from horovodrunner.worker import horovod_keras
 from horovodrunner.worker.context import TaskLink, WorkerContext, set_context
@@ -57,7 +60,8 @@ def main() -> int:
     arguments = _parse_arguments()
     link = TaskLink(arguments.report)
     control = ControlPipe(arguments.control, link)
-    _prepare_process(arguments.control, arguments.report, arguments.stacks)
+    fds = (arguments.control, arguments.report, arguments.stacks, arguments.result)
+    _prepare_process(*(fd for fd in fds if fd is not None))
     faulthandler.register(STACK_SIGNAL, file=arguments.stacks, all_threads=True)
     link.send("ready", at=time.time())
     horovod_keras.install()
@@ -66,17 +70,20 @@ def main() -> int:
     imported_at = time.time()
     spec, call = control.wait_for_job()
     set_context(WorkerContext(spec, link, control))
-    outcome, exit_code = run(spec, call, control)
+    outcome, exit_code = run(spec, call, control, arguments.result)
     _flush_output()
     times = {"imported_at": imported_at, **control.times_of_main()}
     link.send("times", times=times)
     header, body = outcome.to_frame()
-    link.send("outcome", bytes(body), **header)
+    link.send("outcome", body, **header)
     return exit_code
 
 
 def run(
-    spec: WorkerSpec, call: bytes | bytearray | memoryview, control: ControlPipe
+    spec: WorkerSpec,
+    call: bytes | bytearray | memoryview,
+    control: ControlPipe,
+    result_fd: int | None,
 ) -> tuple[Outcome, int]:
     """Call main and turn whatever happens into an outcome.
 
@@ -88,6 +95,8 @@ def run(
         The pickled ``(main, kwargs)``.
     control
         Is told when main begins and ends.
+    result_fd
+        The file for what main returned, if it is wanted.
 
     Returns
     -------
@@ -114,9 +123,12 @@ def run(
     finally:
         control.main_ends()
     try:
-        return Outcome(success=Success(spec.rank, _pickle_result(spec, result))), 0
+        layout: Layout = ()
+        if spec.return_result and result_fd is not None:
+            layout = payload.write_result(result, result_fd)
     except PayloadError as error:
         return _failed(spec, error, "", with_traceback=False), 1
+    return Outcome(success=Success(spec.rank, layout)), 0
 
 
 def _is_lent(entry: str) -> bool:
@@ -126,20 +138,6 @@ def _is_lent(entry: str) -> bool:
     must not find what ranks elsewhere lack.
     """
     return entry not in sys.path and Path(entry).exists() and not _OF_A_PYTHON.search(entry)
-
-
-def _pickle_result(spec: WorkerSpec, result: object) -> bytes:
-    if not spec.return_result:
-        return b""
-    data = payload.dump_result(result)
-    limit = spec.max_result_bytes
-    if limit is not None and len(data) > limit:
-        raise PayloadError(
-            f"the value that main returned has {payload.format_bytes(len(data))} pickled, and "
-            f"Spark takes at most {payload.format_bytes(limit)} back to the driver: return less, "
-            "or start the session with a larger spark.driver.maxResultSize (0 means no limit)"
-        )
-    return data
 
 
 def _failed(
@@ -182,8 +180,8 @@ def _frames_of(error: BaseException) -> list[FrameType]:
 
 def _pickle_exception(error: BaseException) -> bytes:
     try:
-        data = payload.dump_result(error)
-    except PayloadError:
+        data = bytes(cloudpickle.dumps(error))
+    except Exception:  # noqa: BLE001 - its text is enough
         return b""
     return data if len(data) <= MAX_EXCEPTION_BYTES else b""
 
@@ -224,6 +222,7 @@ def _parse_arguments() -> Any:
     parser.add_argument("--control", type=int, required=True, help="file descriptor to read from")
     parser.add_argument("--report", type=int, required=True, help="file descriptor to write to")
     parser.add_argument("--stacks", type=int, required=True, help="file descriptor to write to")
+    parser.add_argument("--result", type=int, help="file descriptor of an empty file")
     parser.add_argument("--import", dest="early_imports", action="append", default=[])
     return parser.parse_args()
 

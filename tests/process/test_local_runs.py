@@ -405,13 +405,46 @@ def test_only_rank_0s_result_has_to_pickle() -> None:
     assert run(main) == "fine"
 
 
-def test_a_large_result_comes_back_whole() -> None:
-    def main() -> bytes:
-        return os.urandom(1) * 80_000_000
+def test_a_large_result_comes_back_whole_and_its_file_is_gone() -> None:
+    def main() -> Any:
+        import numpy as np
 
+        array = np.arange(10_000_000)
+        return {"array": array, "every other": array[::2], "bytes": os.urandom(1) * 80_000_000}
+
+    def open_files() -> set[str]:
+        return {link for fd in FDS.iterdir() if (link := _target(fd))}
+
+    before = open_files()
     value = run(main, np=-1)
-    assert len(value) == 80_000_000
-    assert value == value[:1] * 80_000_000
+    assert value["bytes"] == value["bytes"][:1] * 80_000_000
+    array = value["array"]
+    assert (array[::100_000] == range(0, 10_000_000, 100_000)).all()
+    array[5] = value["every other"][3] = 0
+    assert array.sum() == 10_000_000 * 9_999_999 // 2 - 5
+    assert not [name for name in open_files() - before if "horovodrunner-result" in name]
+
+
+FDS = Path("/proc/self/fd")
+
+
+def _target(fd: Path) -> str:
+    try:
+        return str(fd.readlink())
+    except OSError:  # that of the listing itself
+        return ""
+
+
+def test_a_result_that_rank_0s_host_has_no_room_for_is_refused() -> None:
+    def main() -> bytearray:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+        return bytearray(2_000_000)
+
+    expected = r"main returned cannot be kept .*\[Errno 27\] File too large\. .* return less"
+    with pytest.raises(PayloadError, match=expected):
+        run(main, np=-1)
 
 
 def test_a_large_argument_arrives_whole() -> None:

@@ -295,6 +295,20 @@ def test_checkpoints_that_cannot_be_listed_do_not_replace_the_error(tmp_path: Pa
     assert len(caught.value.attempts) == 2
 
 
+def test_the_result_of_an_attempt_that_failed_is_never_used() -> None:
+    def main() -> Any:
+        if os.environ["RANK"] == "1":
+            time.sleep(0.5)
+            if checkpoint.attempt == 1:
+                os._exit(9)
+            return None
+        if checkpoint.attempt == 1:
+            return numpy.full(1_000_000, 1)
+        return None
+
+    assert HorovodRunner(np=-2, max_restarts=1).run(main) is None
+
+
 WORKER_ONLY = """
 class Model:
     def __init__(self, weights):

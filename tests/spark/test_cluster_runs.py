@@ -154,21 +154,66 @@ def test_the_documented_variables_travel(monkeypatch: pytest.MonkeyPatch) -> Non
     assert run(lambda: os.environ.get("MLFLOW_RUN_ID")).startswith("set before run")
 
 
-@pytest.mark.parametrize("megabytes", [1, 40])
-def test_a_result_of_many_chunks_comes_back_whole(megabytes: int) -> None:
-    size = megabytes * 1_000_000
-    value = run(lambda size: bytes(range(250)) * (size // 250), np=1, size=size)
-    assert value == bytes(range(250)) * (size // 250)
+def test_a_result_larger_than_spark_takes_comes_back_whole(spark: Any) -> None:
+    def main() -> Any:
+        import numpy as np
+
+        return {"array": np.arange(5_000_000), "bytes": bytes(range(250)) * 40_000}
+
+    conf = spark.sparkContext._jsc.sc().conf()  # each stage reads it
+    conf.set("spark.driver.maxResultSize", "1m")
+    try:
+        value = run(main)
+        with pytest.raises(Exception, match="maxResultSize"):
+            spark.range(0, 1_000_000, 1, 1).toPandas()
+    finally:
+        conf.remove("spark.driver.maxResultSize")
+    assert value["bytes"] == bytes(range(250)) * 40_000
+    value["array"][0] = 7
+    assert value["array"].sum() == 7 + 5_000_000 * 4_999_999 // 2
 
 
-def test_a_result_larger_than_spark_takes_is_refused_with_the_conf(
+def test_without_the_driver_a_result_comes_in_rows_as_large_as_spark_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(session, "max_result_bytes", lambda spark: 1_000_000)
+    monkeypatch.setattr(addresses, "bind_host", lambda spark: "127.0.0.1")
+    monkeypatch.setattr(addresses, "advertised_host", lambda spark: "127.0.0.2")
+
+    def main(size: int) -> Any:
+        import numpy as np
+
+        if mains.rank() != 0 and size > 30_000_000:
+            mains.wait_for_ever()  # nobody waits for the others when it cannot come
+        return np.ones(size, np.uint8), "and text"
+
+    monkeypatch.setattr(session, "max_result_bytes", lambda spark: 30_000_000)
+    array, text = run(main, size=20_000_000)
+    array[0] = 2
+    assert (array.sum(), text) == (20_000_001, "and text")
     with pytest.raises(
-        PayloadError, match=r"1\.9 MiB .* 976\.6 KiB .*spark\.driver\.maxResultSize"
+        PayloadError, match=r"38\.1 MiB .* 28\.6 MiB .* 127\.0\.0\.2:.*spark\.driver\.maxResultSize"
     ):
-        run(lambda: bytes(2_000_000), np=1)
+        run(main, size=40_000_000)
+
+
+def test_an_interrupt_while_the_result_is_sent_ends_the_run(
+    spark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from horovodrunner.driver import channel
+
+    def slowly(connection: Any, *_: Any) -> None:
+        connection.send("go")
+        os.kill(os.getpid(), signal.SIGINT)
+        while True:  # until the connection is closed
+            connection.read_into(memoryview(bytearray(1)))
+            time.sleep(0.01)
+
+    monkeypatch.setattr(channel, "receive_result", slowly)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        run(lambda: bytes(100_000_000))
+    assert marked_processes() == []
+    assert spark.range(10).count() == 10
 
 
 def test_sparks_own_limit_is_read(spark: Any) -> None:

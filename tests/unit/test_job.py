@@ -24,7 +24,7 @@ SECOND = Failure(0, "b", "gone", signal="SIGKILL", exception=b"two", after_peer_
     "outcome",
     [
         Outcome(),
-        Outcome(success=Success(0, b"0123456789")),
+        Outcome(success=Success(0, (10, 20))),
         Outcome(success=Success(3)),
         Outcome(failure=FIRST),
         Outcome(failure=FIRST, consequences=(SECOND,)),
@@ -39,7 +39,7 @@ def test_an_outcome_survives_being_cut_into_rows(outcome: Outcome, chunk_bytes: 
 def test_a_worker_spec_survives_json() -> None:
     import json
 
-    spec = WorkerSpec(2, "h", {"RANK": "2"}, ("/a", "/b"), max_result_bytes=5, return_result=True)
+    spec = WorkerSpec(2, "h", {"RANK": "2"}, ("/a", "/b"), return_result=True)
     assert WorkerSpec.from_header(json.loads(json.dumps(spec.to_header()))) == spec
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -75,9 +76,12 @@ def test_an_unpicklable_bound_argument_is_named() -> None:
     assert "'lock' bound by functools.partial" in refusal(main)
 
 
-def test_an_unpicklable_result_is_named() -> None:
-    with pytest.raises(PayloadError, match=r"that main returned\['model'\] \(_thread.lock\)"):
-        payload.dump_result({"loss": 1.0, "model": threading.Lock()})
+def test_an_unpicklable_result_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(PayloadError, match=r"that main returned\['model'\] \(_thread.lock\)"),
+        (tmp_path / "result").open("wb") as file,
+    ):
+        payload.write_result({"loss": 1.0, "model": threading.Lock()}, file.fileno())
 
 
 def test_what_makes_a_call_large_is_named_largest_first() -> None:

@@ -1,0 +1,325 @@
+"""What rank 0 returned: into a file, to the driver, and back to an object."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import pyarrow as pa
+import pytest
+
+from horovodrunner import PayloadError
+from horovodrunner.core import pickled as pickled_module
+from horovodrunner.core.job import JobSpec, Outcome, Success, join_chunks, split_chunks
+from horovodrunner.core.pickled import Layout, Pickled, SinkError, write_pickle
+from horovodrunner.core.transfer import BulkConnection, PeerFailedError
+from horovodrunner.driver.channel import DriverChannel
+from horovodrunner.driver.console import Console
+from horovodrunner.driver.outcome import open_outcome
+from horovodrunner.task import results
+from horovodrunner.task.results import DriverResult, LocalResult
+
+TOKEN = b"t" * 32
+LARGE = 8 * 1024 * 1024
+
+
+class File:
+    """The file of one task."""
+
+    def __init__(self) -> None:
+        self.descriptor = results._file_without_a_name()
+
+    def write(self, value: object) -> Layout:
+        return write_pickle(value, self.descriptor)
+
+    def read(self, layout: Layout) -> Pickled:
+        taker = LocalResult()
+        taker.take(self.descriptor, layout)
+        assert taker.result is not None
+        return taker.result
+
+
+@pytest.fixture
+def file() -> Iterator[File]:
+    file = File()
+    yield file
+    os.close(file.descriptor)
+
+
+def large_array() -> Any:
+    return np.arange(LARGE // 8, dtype=np.int64)
+
+
+def read_only_array() -> Any:
+    array = large_array()
+    array.flags.writeable = False
+    return array
+
+
+def tensors() -> Any:
+    import torch
+
+    return {"weight": torch.arange(1_000_000.0), "bias": torch.zeros(0)}
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "numpy": large_array,
+    "fortran": lambda: np.asfortranarray(large_array().reshape(1024, -1)),
+    "not contiguous": lambda: large_array().reshape(1024, -1)[:, ::2],
+    "read-only": read_only_array,
+    "zero length": lambda: np.empty((0, 7)),
+    "small": lambda: np.arange(3),
+    "objects": lambda: np.array(["a", None], dtype=object),
+    "nested": lambda: [{"a": (large_array()[:100_000], "text")}, {1: large_array()}, None],
+    "bytes": lambda: bytes(LARGE),
+    "bytearray": lambda: bytearray(LARGE),
+    "pandas": lambda: pd.DataFrame({"x": large_array(), "y": large_array() / 2, "z": "s"}),
+    "pyarrow": lambda: pa.table({"x": large_array(), "s": ["one", None] * (LARGE // 16)}),
+    "torch": tensors,
+    "nothing": lambda: None,
+}
+"""Things of the kinds that people return."""
+
+
+def assert_same(value: Any, expected: Any) -> None:
+    assert type(value) is type(expected)
+    if isinstance(expected, np.ndarray):
+        np.testing.assert_array_equal(value, expected)
+        assert value.dtype == expected.dtype
+        assert value.flags.writeable == expected.flags.writeable
+    elif isinstance(expected, pd.DataFrame):
+        pd.testing.assert_frame_equal(value, expected)
+    elif isinstance(expected, dict):
+        assert value.keys() == expected.keys()
+        for name in expected:
+            assert_same(value[name], expected[name])
+    elif isinstance(expected, (list, tuple)):
+        assert len(value) == len(expected)
+        for one, other in zip(value, expected, strict=True):
+            assert_same(one, other)
+    elif type(expected).__module__ == "torch":
+        assert value.equal(expected)
+    else:
+        assert value == expected
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
+def test_a_value_comes_back_as_it_was(make: Callable[[], Any], file: File, tmp_path: Path) -> None:
+    expected = make()
+    layout = file.write(expected)
+    assert os.fstat(file.descriptor).st_size == sum(layout)
+    result = file.read(layout)
+    assert result.size == sum(layout)
+    assert_same(result.load(), expected)
+    with (tmp_path / "kept").open("wb") as kept:
+        result.keep(kept)
+    assert_same(pickle.loads((tmp_path / "kept").read_bytes()), expected)
+
+
+def test_large_buffers_stand_beside_the_pickle_and_small_ones_do_not(
+    file: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = large_array()
+    pickle_bytes, *beside = file.write([array, array[:10], array[:100_000], array[::2][:10]])
+    assert beside == [LARGE, 800_000]
+    assert pickle_bytes < 2000
+    monkeypatch.setattr(pickled_module, "MOST_BESIDE", 3)
+    with os.fdopen(results._file_without_a_name(), "wb") as other:
+        _, *beside = write_pickle([array[i:] for i in range(9)], other.fileno())
+    assert len(beside) == 3
+
+
+def test_a_small_array_that_is_kept_keeps_no_large_one(file: File) -> None:
+    process = psutil.Process()
+    big = 32 * LARGE
+    layout = file.write([np.ones(big, np.uint8), np.ones(70_000, np.uint8)])
+    before = process.memory_info().rss
+    small = file.read(layout).load()[1]
+    assert process.memory_info().rss - before < big // 2
+    small[:] = 5
+    assert small.sum() == 350_000
+
+
+def test_a_full_file_is_an_error_that_says_so(file: File) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGE // 2, limits[1]))
+    try:
+        with pytest.raises(SinkError, match="File too large"):
+            file.write(large_array())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_without_files_in_memory_there_is_one_without_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    file = File()
+    assert file.read(file.write("value")).load() == "value"
+    assert list(tmp_path.iterdir()) == []
+    os.close(file.descriptor)
+
+
+@pytest.mark.parametrize("row_bytes", [7, 10_000, LARGE // 3])
+def test_a_result_survives_being_cut_into_rows(file: File, row_bytes: int) -> None:
+    expected = [large_array()[: 20_000 if row_bytes < 100 else None], "text"]
+    layout = file.write(expected)
+    task = DriverResult(JobSpec("run-1", 1, b"", TOKEN))
+    task.take(file.descriptor, layout)
+    outcome = Outcome(Success(0, layout))
+    rows = [bytes(row) for row in split_chunks(outcome, row_bytes, task.rows(row_bytes))]
+    task.close()
+    assert all(len(row) <= row_bytes for row in rows[1:])
+    assert_same(open_outcome(join_chunks(rows)), expected)
+    with pytest.raises(EOFError, match="last"):
+        join_chunks(rows[:-1])
+
+
+def test_where_only_spark_can_carry_it_its_limit_is_told_before_anything_is_tried(
+    file: File,
+) -> None:
+    layout = file.write(bytes(2_000_000))
+    task = DriverResult(
+        JobSpec("r", 1, b"", TOKEN, driver_address=("db", 1), max_result_bytes=10**6)
+    )
+    expected = r"1\.9 MiB .* 976\.6 KiB .* db:1: .*driver\.port.* spark\.driver\.maxResultSize"
+    assert re.search(expected, task.problem(layout))
+    assert task.problem((1000,)) == ""
+    task.reaches_driver = True
+    assert task.problem(layout) == ""
+
+
+class Driver:
+    """The driver's end of the channel, and a task's."""
+
+    def __init__(self, channel: DriverChannel, console: Console) -> None:
+        self.channel, self.console = channel, console
+        self.job = JobSpec(
+            "run-1",
+            1,
+            b"",
+            TOKEN,
+            driver_address=("127.0.0.1", channel.open("127.0.0.1", 0)),
+            max_result_bytes=10**6,
+        )
+        self.task = DriverResult(self.job)
+        self.task.reaches_driver = True
+
+
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    console = Console()
+    with DriverChannel("run-1", TOKEN, console, console.wake) as channel:
+        yield Driver(channel, console)
+
+
+def test_a_result_above_sparks_limit_comes_through_the_channel(file: File, driver: Driver) -> None:
+    expected = {"large": large_array(), "small": np.arange(3), "text": "x"}
+    layout = file.write(expected)
+    driver.task.take(file.descriptor, layout)
+    assert list(driver.task.rows(1000)) == []
+    assert driver.channel.result is not None
+    assert_same(driver.channel.result.load(), expected)
+
+
+def test_a_driver_without_memory_says_so_before_anything_is_sent(
+    file: File, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = (file.write("x")[0], 1 << 60)
+    sent = []
+    monkeypatch.setattr(BulkConnection, "send_body", lambda *_: sent.append(1))
+    with pytest.raises(PeerFailedError, match=r"no memory .* 1073741824\.0 GiB on the driver"):
+        driver.task.take(file.descriptor, layout)
+    assert not sent
+    assert driver.channel.result is None
+
+
+def test_a_result_that_cannot_travel_alone_is_kept_for_the_rows(file: File, driver: Driver) -> None:
+    driver.channel.close()
+    layout = file.write("x" * 1000)
+    driver.task.take(file.descriptor, layout)
+    assert sum(map(len, driver.task.rows(100))) == sum(layout)
+    driver.task.close()
+    with pytest.raises(OSError, match=r"cannot be reached: .*refused.* spark\.driver\.maxResult"):
+        driver.task.take(file.descriptor, file.write(bytes(2_000_000)))
+
+
+@pytest.mark.parametrize("who", ["task", "driver"])
+def test_an_abort_in_the_middle_ends_both_sides(
+    who: str, file: File, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = file.write(large_array())
+    pieces_of = results._pieces_of
+
+    def aborting(descriptor: int, size: int) -> Iterator[memoryview]:
+        for piece in pieces_of(descriptor, size):
+            yield piece
+            if who == "task":
+                driver.task.abort()
+            else:
+                driver.channel.close()
+
+    monkeypatch.setattr(results, "_pieces_of", aborting)
+    with pytest.raises(OSError):  # noqa: PT011 - of several kinds
+        driver.task.take(file.descriptor, layout)
+    driver.channel.close()
+    assert driver.channel.result is None
+
+
+def test_what_does_not_fit_its_announcement_is_refused(file: File, driver: Driver) -> None:
+    file.write("x")
+    host, port = driver.job.driver_address or ("", 0)
+    with BulkConnection.open(host, port, TOKEN, 5.0) as connection:
+        connection.send("result", run_id="run-1", layout=[3])
+        connection.expect("go")
+        connection.send_bytes("content", b"12345")
+        with pytest.raises(PeerFailedError, match="5 bytes where 3 were announced"):
+            connection.expect("stored")
+    assert driver.channel.result is None
+
+
+def test_a_result_of_another_attempt_is_not_taken(file: File, driver: Driver) -> None:
+    host, port = driver.job.driver_address or ("", 0)
+    with BulkConnection.open(host, port, TOKEN, 5.0) as connection:
+        connection.send("result", run_id="run-2", layout=[3])
+        with pytest.raises(ConnectionError):
+            connection.expect("go")
+    assert driver.channel.result is None
+
+
+def test_a_result_that_cannot_be_unpickled_is_kept_in_a_file_that_pickle_reads(
+    file: File,
+) -> None:
+    module = types.ModuleType("only_in_the_worker")
+    exec("class Model:\n    pass", module.__dict__)
+    sys.modules[module.__name__] = module
+    model = module.Model()
+    model.weights = large_array()
+    layout = file.write({"model": model})
+    del sys.modules[module.__name__]
+    outcome = Outcome(Success(0, layout, file.read(layout)))
+    with pytest.raises(PayloadError, match=r"needs only_in_the_worker\.Model") as caught:
+        open_outcome(outcome)
+    path = Path(str(caught.value).split("kept in ")[1].split(": make")[0])
+    assert "Its 8.0 MiB are kept" in str(caught.value)
+    sys.modules[module.__name__] = module
+    try:
+        with path.open("rb") as kept:
+            value = pickle.load(kept)
+        assert_same(value["model"].weights, large_array())
+        value["model"].weights[0] = 3
+    finally:
+        del sys.modules[module.__name__]
+        path.unlink()
