@@ -91,6 +91,8 @@ class JobSpec:
         First and last port that tasks may listen on, or None for any that is free.
     tf_config
         Whether every rank gets ``TF_CONFIG``.
+    keep_warm
+        Whether workers are forked from a process that keeps the frameworks imported.
     versions
         What is installed on the driver, by name.
     """
@@ -114,6 +116,7 @@ class JobSpec:
     brought_files: tuple[str, ...] = ()
     ports: tuple[int, int] | None = None
     tf_config: bool = False
+    keep_warm: bool = False
     versions: dict[str, str] = field(default_factory=dict, repr=False)
 
 

@@ -87,6 +87,8 @@ class Surroundings:
         Directory below which this task may have one of its own.
     cores_per_worker
         How many cores each worker may use.
+    session_process
+        A process here that lasts as long as the user's session.
     environ
         The environment variables that workers inherit.
     """
@@ -101,6 +103,7 @@ class Surroundings:
     rows: RowsTaker | None = None
     scratch_base: str | None = None
     cores_per_worker: int = 1
+    session_process: int = field(default_factory=os.getpid)
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
 
 
@@ -171,7 +174,12 @@ class Agent:
             python_path,
             self._surroundings.cores_per_worker,
         )
-        return WorkerProcess(self._job.early_imports, environment, self._result.descriptor)
+        return WorkerProcess(
+            self._job.early_imports,
+            environment,
+            self._result.descriptor,
+            self._surroundings.session_process if self._job.keep_warm else None,
+        )
 
     async def _lead(self, resources: contextlib.AsyncExitStack) -> Outcome:
         from horovodrunner.task.horovodrun import Rendezvous, assign_slots

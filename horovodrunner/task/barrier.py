@@ -125,6 +125,7 @@ def _surroundings(job: JobSpec, context: Any, result: DriverResult) -> Surroundi
         files=DriverFiles(job),
         scratch_base=_scratch_base(),
         cores_per_worker=context.cpus(),
+        session_process=os.getppid(),  # PySpark's daemon, which forks its Python workers
         environ=_inherited_environment(),
     )
 

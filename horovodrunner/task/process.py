@@ -27,6 +27,7 @@ from horovodrunner.core.frames import Frame, encode_frame, encode_prefix_and_hea
 from horovodrunner.core.job import STACK_SIGNAL
 from horovodrunner.core.lines import LineAssembler
 from horovodrunner.task.memory import OomWitness
+from horovodrunner.task.warm import fork_worker
 
 __all__ = ["GRACE_SECONDS", "ExitStatus", "WorkerProcess", "describe_exit"]
 
@@ -61,6 +62,9 @@ class WorkerProcess:
         Its whole environment.
     result_fd
         The file for what main returns, if that is wanted.
+    keep_warm_with
+        The process as long as which imported frameworks are kept for further workers; None for
+        a worker that does its imports itself.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class WorkerProcess:
         early_imports: Sequence[str],
         environment: Mapping[str, str],
         result_fd: int | None = None,
+        keep_warm_with: int | None = None,
     ) -> None:
         control_read, self._control_write = os.pipe()
         report_read, report_write = os.pipe()
@@ -83,25 +88,14 @@ class WorkerProcess:
         self._stopping = False
         self._killed = False
         self._kill_timer: asyncio.TimerHandle | None = None
-        command = [sys.executable, "-m", "horovodrunner.worker"]
-        command += ["--control", str(control_read), "--report", str(report_write)]
-        command += ["--stacks", str(stack_write)]
         passed = [control_read, report_write, stack_write]
         if result_fd is not None:
-            command += ["--result", str(result_fd)]
             passed.append(result_fd)
-        for module in early_imports:
-            command += ["--import", module]
         try:
-            self._process = subprocess.Popen(
-                command,
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=passed,
-                start_new_session=True,
-            )
+            forked = None
+            if keep_warm_with is not None:
+                forked = fork_worker(keep_warm_with, early_imports, environment, passed)
+            self._process = forked or _OwnWorker(early_imports, environment, passed)
         except BaseException:
             os.close(self._control_write)
             self._report.close()
@@ -240,14 +234,11 @@ class WorkerProcess:
         ended = asyncio.Event()
 
         def watch() -> None:
-            # WNOWAIT leaves the zombie, so that the group's id cannot be used anew before the
-            # group was ended.
-            with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            self._process.wait_for_end()
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(ended.set)
 
-        threading.Thread(target=watch, name=f"horovodrunner-wait-{self.pid}", daemon=True).start()
+        threading.Thread(target=watch, name="horovodrunner-wait", daemon=True).start()
         await ended.wait()
         if self._kill_timer is not None:
             self._kill_timer.cancel()
@@ -287,15 +278,59 @@ class WorkerProcess:
             self._control_write = -1
 
     def _has_ended(self) -> bool:
+        return self._process.has_ended()
+
+    def _signal(self, number: signal.Signals) -> None:
+        self._process.signal_group(number)
+
+
+class _OwnWorker:
+    """A worker that is a child of this process."""
+
+    def __init__(
+        self, early_imports: Sequence[str], environment: Mapping[str, str], passed: Sequence[int]
+    ) -> None:
+        command = [sys.executable, "-m", "horovodrunner.worker"]
+        for name, fd in zip(("control", "report", "stacks", "result"), passed, strict=False):
+            command += [f"--{name}", str(fd)]
+        for module in early_imports:
+            command += ["--import", module]
+        self._process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=passed,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        self.stdout = self._process.stdout
+        self.stderr = self._process.stderr
+
+    @property
+    def returncode(self) -> ExitStatus | None:
+        return self._process.returncode
+
+    def wait_for_end(self) -> None:
+        # WNOWAIT leaves the zombie, so that the group's id cannot be used anew before the group
+        # was ended.
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+
+    def has_ended(self) -> bool:
         if self._process.returncode is not None:
             return True
         flags = os.WEXITED | os.WNOWAIT | os.WNOHANG
         return os.waitid(os.P_PID, self.pid, flags) is not None
 
-    def _signal(self, number: signal.Signals) -> None:
+    def signal_group(self, number: signal.Signals) -> None:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
+
+    def wait(self) -> ExitStatus:
+        return self._process.wait()
 
 
 @contextlib.asynccontextmanager

@@ -58,6 +58,8 @@ def main() -> int:
         The process's exit code: 0 if main returned.
     """
     arguments = _parse_arguments()
+    if arguments.keep_warm:
+        vars(arguments).update(_forked_from_warm_parent(arguments))
     link = TaskLink(arguments.report)
     control = ControlPipe(arguments.control, link)
     fds = (arguments.control, arguments.report, arguments.stacks, arguments.result)
@@ -217,13 +219,31 @@ def _import_early(module: str) -> None:
         return
 
 
+def _forked_from_warm_parent(arguments: Any) -> dict[str, Any]:
+    """Be the warm parent until the session ends; this returns in workers forked from it only."""
+    from horovodrunner.worker.warm import WarmParent
+
+    try:
+        parent = WarmParent(arguments.keep_warm, arguments.owner, arguments.idle_seconds)
+    except OSError:
+        sys.exit(0)  # another task's is there already
+    parent.detach()
+    for module in arguments.early_imports:
+        _import_early(module)
+    return {**parent.serve(), "early_imports": []}
+
+
 def _parse_arguments() -> Any:
     parser = argparse.ArgumentParser(prog="python -m horovodrunner.worker")
-    parser.add_argument("--control", type=int, required=True, help="file descriptor to read from")
-    parser.add_argument("--report", type=int, required=True, help="file descriptor to write to")
-    parser.add_argument("--stacks", type=int, required=True, help="file descriptor to write to")
+    parser.add_argument("--control", type=int, help="file descriptor to read from")
+    parser.add_argument("--report", type=int, help="file descriptor to write to")
+    parser.add_argument("--stacks", type=int, help="file descriptor to write to")
     parser.add_argument("--result", type=int, help="file descriptor of an empty file")
     parser.add_argument("--import", dest="early_imports", action="append", default=[])
+    warm = parser.add_argument_group("the process from which workers are forked")
+    warm.add_argument("--keep-warm", help="its address")
+    warm.add_argument("--owner", type=int, help="process with which it ends")
+    warm.add_argument("--idle-seconds", type=float, help="how long it stays without a worker")
     return parser.parse_args()
 
 
