@@ -12,7 +12,7 @@ TESTS ?= tests/spark
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-spark lint docs clean
+.PHONY: help setup demo test test-all test-spark bench lint docs clean
 
 help:
 	@echo "make demo        set everything up and train a small network on a two-executor Spark cluster"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-all    the same, and the tests that are marked slow, too"
 	@echo "make test-spark  run the Spark tests with the oldest and the newest PySpark; SPARK=4.0 names"
 	@echo "                 another one. Each has an environment of its own in build/"
+	@echo "make bench       measure beside the peers (some cases: make bench CASES='launch result')"
 	@echo "make setup       only set everything up: .venv, all dependencies, Horovod built for them"
 	@echo "make lint        ruff, mypy and the import contracts"
 	@echo "make docs        build the documentation, warnings are errors: docs/_build/html/index.html"
@@ -48,6 +49,9 @@ test-all: lint docs
 test-spark: setup
 	@set -e; for release in $(SPARK); do \
 	  $(BIN)/python scripts/other_spark.py $$release $(PARALLEL) $(TESTS); done
+
+bench: setup
+	$(BIN)/python -m benchmarks $(CASES)
 
 lint: setup
 	$(BIN)/ruff check
