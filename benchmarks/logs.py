@@ -3,9 +3,9 @@
 The driver is a process of its own whose standard output is a pipe that is read here. So only what
 arrived is counted; lines that were dropped on the way are taken from the marks that say so.
 
-- ``lines``: both ranks print lines of 100 bytes as fast as they can. From the first ``print`` to the
-  arrival of the last line; beside ``cat``, which is two plain processes that print the same into
-  one pipe each, with a ``cat`` between it and the reader.
+- ``lines``: both ranks print lines of 100 bytes as fast as they can. From the first ``print`` to
+  the arrival of the last line; beside ``cat``, which is two plain processes that print the same
+  into a pipe each, with a ``cat`` between it and the reader.
 - ``step``: a training step of some milliseconds on each rank, which prints 10,000 lines a second
   in one block of steps and nothing in the next one. The block's own prints are part of its steps.
 - ``step, driver stopped``: the same, while nobody reads the driver's standard output.
@@ -177,11 +177,11 @@ def read(command: list[str], stopped_until: Callable[[Path], bool] | None = None
     """
     arrived = Arrived()
     with tempfile.TemporaryDirectory(prefix="horovodrunner-logs-") as directory:
-        errors = Path(directory, "stderr").open("wb")
-        driver = subprocess.Popen([*command, directory], stdout=subprocess.PIPE, stderr=errors)
+        with Path(directory, "stderr").open("wb") as errors:
+            driver = subprocess.Popen([*command, directory], stdout=subprocess.PIPE, stderr=errors)
         assert driver.stdout is not None
         process, used, rest = psutil.Process(driver.pid), 0.0, b""
-        with errors, _peak_memory(process) as peak:
+        with _peak_memory(process) as peak:
             while data := os.read(driver.stdout.fileno(), 1 << 20):
                 now = time.monotonic()
                 whole, newline, rest = (rest + data).rpartition(b"\n")

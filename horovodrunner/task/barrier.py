@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from horovodrunner.task.channel import register_with_driver
 from horovodrunner.task.coordinator import DriverLink
 from horovodrunner.task.depot import Depot, DriverDepot, StoreDepot
 from horovodrunner.task.files import DriverFiles
+from horovodrunner.task.log import TaskLog
 from horovodrunner.task.network import HostAddress, find_address, host_id, loopback_address
 from horovodrunner.task.store import CheckpointStore
 
@@ -34,6 +34,8 @@ ROW_SCHEMA = "partition int, chunk binary"
 
 CHUNK_BYTES = 16 * 1024 * 1024
 _LOG_FD = 2
+"""The executor's stderr, which Spark shows in its UI."""
+
 _SCRATCH_VARIABLES = ("LOCAL_DIRS", "SPARK_EXECUTOR_DIRS", "SPARK_LOCAL_DIRS")
 """Set by YARN, by standalone workers, and by administrators."""
 
@@ -63,7 +65,12 @@ def barrier_task(job: JobSpec, data: Sequence[Travelling], batches: Iterator[Any
     context = BarrierTaskContext.get()
     partition = context.partitionId()
     rows = _rows(data, partition, batches)
-    outcome = asyncio.run(Agent(job, replace(_surroundings(job, context), rows=rows)).run())
+    log = TaskLog(_LOG_FD)
+    try:
+        surroundings = replace(_surroundings(job, context, log), rows=rows)
+        outcome = asyncio.run(Agent(job, surroundings).run())
+    finally:
+        log.close()
     for chunk in split_chunks(outcome, CHUNK_BYTES):
         yield pyarrow.RecordBatch.from_pydict(
             {
@@ -83,11 +90,11 @@ def _rows(data: Sequence[Travelling], partition: int, batches: Iterator[Any]) ->
     return TaskRows(data, partition, batches)
 
 
-def _surroundings(job: JobSpec, context: Any) -> Surroundings:
+def _surroundings(job: JobSpec, context: Any, task_log: TaskLog) -> Surroundings:
     partition = context.partitionId()
     # One terminal for all needs every line once: from the driver, or else from partition 0.
     quiet = job.shares_terminal and (job.stream_output or partition != 0)
-    log = _ignore if quiet else _log
+    log = _ignore if quiet else task_log.write
     gpus, gpu_problem = _gpus(context)
     (address, interface), address_problem = _address(job, context)
     member = Member(
@@ -163,14 +170,6 @@ def _scratch_base() -> str | None:
             if directory and os.access(directory, os.W_OK):
                 return directory
     return None
-
-
-def _log(lines: bytes) -> None:
-    """Write to the executor's stderr, where Spark shows it in its UI."""
-    sys.stderr.flush()
-    view = memoryview(lines)
-    while view:
-        view = view[os.write(_LOG_FD, view) :]
 
 
 def _ignore(lines: bytes) -> None:
