@@ -231,7 +231,7 @@ class HorovodRunner:
         with payload.companions() as companions:
             call = payload.dump_call(main, kwargs)
         data = tuple(companions.values())
-        console = Console()
+        console = Console(executors_have_lines=self._np >= 0)
         self._announce(console, main, kwargs, call)
         job = JobSpec(
             run_id=secrets.token_hex(4),

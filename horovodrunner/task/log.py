@@ -7,6 +7,8 @@ import os
 import threading
 from collections import deque
 
+from horovodrunner.core.lines import count_lines, missing_mark
+
 __all__ = ["TaskLog"]
 
 MAX_WAITING_BYTES = 8 * 1024 * 1024
@@ -54,7 +56,7 @@ class TaskLog:
             if not self._stands_still:
                 self._stands_still = not self._changed.wait_for(self._has_room, PATIENCE_SECONDS)
             if self._stands_still:
-                self._dropped_lines += lines.count(b"\n")
+                self._dropped_lines += count_lines(lines)
             else:
                 self._put(lines)
 
@@ -98,6 +100,5 @@ class TaskLog:
 
     def _report_dropped_lines(self) -> None:
         if self._dropped_lines:
-            mark = f"HorovodRunner: {self._dropped_lines} lines are missing here: this log stood "
+            self._put(missing_mark(self._dropped_lines, "this log stood still"))
             self._dropped_lines = 0
-            self._put((mark + "still\n").encode())
