@@ -336,6 +336,7 @@ class _OutputReader(asyncio.Protocol):
         self._pipe = pipe
         self._on_lines = on_lines
         self._lines = LineAssembler()
+        self._pipe_bytes = 0
         self._transport: asyncio.ReadTransport | None = None
         self._pause: asyncio.TimerHandle | None = None
         self._ended = asyncio.Event()
@@ -343,6 +344,7 @@ class _OutputReader(asyncio.Protocol):
     async def read_to_end(self) -> None:
         with contextlib.suppress(OSError):  # this user's pipes hold too much already
             fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, OUTPUT_PIPE_BYTES)
+        self._pipe_bytes = fcntl.fcntl(self._pipe, fcntl.F_GETPIPE_SZ)
         await asyncio.get_running_loop().connect_read_pipe(lambda: self, self._pipe)
         await self._ended.wait()
 
@@ -356,10 +358,11 @@ class _OutputReader(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._take(data)
-        if len(data) < OUTPUT_PIPE_BYTES // 2 and self._transport is not None:
+        if len(data) < self._pipe_bytes // 2 and self._transport is not None:
             self._transport.pause_reading()
-            loop = asyncio.get_running_loop()
-            self._pause = loop.call_later(OUTPUT_PAUSE_SECONDS, self._go_on)
+            # A pipe that is smaller is full sooner, and then the worker would have to wait.
+            pause = OUTPUT_PAUSE_SECONDS * self._pipe_bytes / OUTPUT_PIPE_BYTES
+            self._pause = asyncio.get_running_loop().call_later(pause, self._go_on)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._end_pause()

@@ -168,11 +168,13 @@ def test_lines_that_come_one_by_one_are_taken_together(monkeypatch: pytest.Monke
 
         def main() -> None:
             import signal
+            import time
 
             print("first")
             signal.sigwait({signal.SIGUSR1})
-            for index in range(1000):
+            for index in range(100):
                 print(index)
+                time.sleep(0.002)
 
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         worker = WorkerProcess([], os.environ)
@@ -190,7 +192,7 @@ def test_lines_that_come_one_by_one_are_taken_together(monkeypatch: pytest.Monke
             worker.kill()
         return taken
 
-    numbers = "".join(f"{index}\n" for index in range(1000)).encode()
+    numbers = "".join(f"{index}\n" for index in range(100)).encode()
     assert asyncio.run(scenario()) == [("stdout", b"first\n"), ("stdout", numbers)]
 
 
@@ -198,13 +200,16 @@ def test_what_was_printed_before_a_message_is_shown_before_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def main() -> None:
+        import time
+
         from horovodrunner import log_to_driver
 
-        for index in range(300):
+        for index in range(100):
             print(index)
             log_to_driver(f"after {index}")
+            time.sleep(0.002)
 
     HorovodRunner(np=-1).run(main)
     shown = capsys.readouterr().out.splitlines()
-    for index in range(300):
+    for index in range(100):
         assert shown.index(f"[0]<stdout>:{index}") < shown.index(f"after {index}")
