@@ -40,7 +40,7 @@ FLOOD_LINES = 200_000
 """Of each rank; 20 MB each, which is more than all buffers on the way hold."""
 
 LINES_PER_SECOND = 10_000
-BLOCKS = 12
+BLOCKS = 6
 BLOCK_SECONDS = 1.0
 _PRINTED = re.compile(rb"x{80}\n")
 _MARK = re.compile(rb"HorovodRunner: (\d+) lines are missing here")
@@ -258,7 +258,8 @@ def measure(rounds: int) -> Case:
     for _ in range(rounds):
         for way, np in (("cat", 0), ("np=2", RANKS), ("np=-2", -RANKS)):
             arrived = read(_driver("flood", np))
-            _check(arrived, FLOOD_LINES * RANKS)
+            if np:  # the two cats tear each other's lines
+                _check(arrived, FLOOD_LINES * RANKS)
             millions = (arrived.lines + arrived.missing) / 1e6
             note(f"lines, {way}", arrived.rate)
             note(f"of them missing, {way}", arrived.missing)
@@ -270,7 +271,8 @@ def measure(rounds: int) -> Case:
                 if way == "cat" and stopped:
                     continue
                 arrived = read(_driver("train", np), stopped)
-                _check(arrived, sum(each["printed"] for each in arrived.ranks))
+                if np:
+                    _check(arrived, sum(each["printed"] for each in arrived.ranks))
                 steps = {
                     kind: [step for each in arrived.ranks for step in each["steps"][kind]]
                     for kind in ("quiet", "printing")

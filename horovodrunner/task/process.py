@@ -388,7 +388,7 @@ class _OutputReader(asyncio.Protocol):
 
     def _go_on(self) -> None:
         self._end_pause()
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
 
