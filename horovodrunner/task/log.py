@@ -63,7 +63,6 @@ class TaskLog:
     def close(self) -> None:
         """Write what is waiting, for a bounded time."""
         with self._changed:
-            self._report_dropped_lines()
             self._closing = True
             self._changed.notify_all()
         self._thread.join(FLUSH_SECONDS)

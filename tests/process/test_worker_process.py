@@ -197,17 +197,16 @@ def test_lines_that_come_one_by_one_are_taken_together(monkeypatch: pytest.Monke
 
 
 def test_what_was_printed_before_a_message_is_shown_before_it(
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def main() -> None:
-        import time
+    monkeypatch.setattr(process_module, "OUTPUT_PAUSE_SECONDS", 600)
 
+    def main() -> None:
         from horovodrunner import log_to_driver
 
         for index in range(100):
             print(index)
             log_to_driver(f"after {index}")
-            time.sleep(0.002)
 
     HorovodRunner(np=-1).run(main)
     shown = capsys.readouterr().out.splitlines()
