@@ -202,8 +202,12 @@ def test_what_was_printed_before_a_message_is_shown_before_it(
     monkeypatch.setattr(process_module, "OUTPUT_PAUSE_SECONDS", 600)
 
     def main() -> None:
+        import time
+
         from horovodrunner import log_to_driver
 
+        print("begin")
+        time.sleep(0.3)  # the task takes this line, and leaves the next ones for a while
         for index in range(100):
             print(index)
             log_to_driver(f"after {index}")
