@@ -152,8 +152,7 @@ class BarrierRun:
             if self._error is not None:
                 # Spark has given the stage up, but its tasks may not have noticed yet.
                 channel.stop_run()
-            # The stage's end may overtake the last lines, which came another way.
-            channel.wait_for_leaving(CANCEL_SECONDS)
+                channel.wait_for_leaving(CANCEL_SECONDS)
             self._tell_of_lost_files(channel)
             outcome = self._outcome(channel)
             has_run = outcome.success is not None or _rank_of(outcome) is not None
