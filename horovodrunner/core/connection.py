@@ -23,6 +23,7 @@ from horovodrunner.core.frames import (
     parse_header,
     parse_prefix,
 )
+from horovodrunner.core.lines import count_lines, missing_mark
 
 __all__ = ["AuthenticationError", "Connection", "FrameServer", "connect", "read_frame"]
 
@@ -189,7 +190,7 @@ class Connection:
             More JSON-compatible fields.
         """
         if self._writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
-            self._dropped_lines += lines.count(b"\n")
+            self._dropped_lines += count_lines(lines)
             self._dropped_header = header
             return
         self._report_dropped_lines()
@@ -210,19 +211,25 @@ class Connection:
         transport.pause_reading()
         return socket.socket(fileno=os.dup(self._writer.get_extra_info("socket").fileno()))
 
-    async def close(self) -> None:
-        """Send what is waiting, for a bounded time, and close."""
+    async def close(self, farewell: str = "") -> None:
+        """Send what is waiting, for a bounded time, and close.
+
+        Parameters
+        ----------
+        farewell
+            The kind of a last frame, after which the peer reads no more.
+        """
         self._report_dropped_lines()
+        if farewell:
+            self.send(farewell)
         await _close(self._writer)
 
     def _report_dropped_lines(self) -> None:
         if self._dropped_lines:
-            mark = (
-                f"HorovodRunner: {self._dropped_lines} lines are missing here, because the reader "
-                "was too slow; the executor's log has them\n"
-            )
+            why = "the reader was too slow; the executor's log has them"
+            mark = missing_mark(self._dropped_lines, why)
             self._dropped_lines = 0
-            self.send("lines", mark.encode(), **self._dropped_header)
+            self.send("lines", mark, **self._dropped_header)
 
 
 async def _close(writer: asyncio.StreamWriter) -> None:

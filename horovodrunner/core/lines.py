@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import re
 
-__all__ = ["CUT_MARK", "LineAssembler", "prefix_lines"]
+__all__ = ["CUT_MARK", "LineAssembler", "count_lines", "missing_mark", "prefix_lines"]
 
 CUT_MARK = b" ...(line cut)"
+
+_MISSING = b" lines are missing here"
+_MISSING_MARK = re.compile(rb"HorovodRunner: (\d+)" + _MISSING)
 
 
 class LineAssembler:
@@ -136,3 +140,46 @@ def prefix_lines(lines: bytes, rank: int, stream: str) -> bytes:
         return b""
     prefix = f"[{rank}]<{stream}>:".encode()
     return prefix + lines.removesuffix(b"\n").replace(b"\n", b"\n" + prefix) + b"\n"
+
+
+def missing_mark(count: int, why: str) -> bytes:
+    r"""Give the line that stands for lines which were dropped.
+
+    Parameters
+    ----------
+    count
+        How many.
+    why
+        What dropped them, and where they are.
+
+    Returns
+    -------
+    bytes
+        One line.
+    """
+    return b"HorovodRunner: %d%b: %b\n" % (count, _MISSING, why.encode())
+
+
+def count_lines(lines: bytes) -> int:
+    r"""Count the lines that would be missing without these: a mark stands for those it counts.
+
+    Parameters
+    ----------
+    lines
+        Whole lines.
+
+    Returns
+    -------
+    int
+        How many.
+
+    Examples
+    --------
+    >>> count_lines(b"a\nb\n" + missing_mark(40, "too fast"))
+    42
+    """
+    count = lines.count(b"\n")
+    if _MISSING in lines:
+        marks = _MISSING_MARK.findall(lines)
+        count += sum(map(int, marks)) - len(marks)
+    return count

@@ -153,7 +153,7 @@ class BarrierRun:
             if self._error is not None:
                 # Spark has given the stage up, but its tasks may not have noticed yet.
                 channel.stop_run()
-                channel.wait_for_leaving(CANCEL_SECONDS)
+            channel.wait_for_leaving(CANCEL_SECONDS)  # the last lines may still be on their way
             self._tell_of_lost_files(channel)
             outcome = self._outcome(channel)
             has_run = outcome.success is not None or _rank_of(outcome) is not None

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from horovodrunner.core.job import Outcome
+from horovodrunner.core.lines import count_lines, missing_mark
 from horovodrunner.core.phases import Phase
 from horovodrunner.core.topology import Slot
 from horovodrunner.driver.interrupt import main_thread_was_interrupted
@@ -30,9 +31,16 @@ _CLEAR_LINE = "\r\x1b[K"
 
 
 class Console:
-    """Takes lines from any thread and prints them in one."""
+    """Takes lines from any thread and prints them in one.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    executors_have_lines
+        Whether what is dropped here can be found in an executor's log.
+    """
+
+    def __init__(self, *, executors_have_lines: bool = True) -> None:
+        self._executors_have_lines = executors_have_lines
         self._changed = threading.Condition()
         self._waiting: deque[str] = deque()
         self._waiting_bytes = 0
@@ -51,7 +59,7 @@ class Console:
         """
         with self._changed:
             if self._waiting_bytes > MAX_WAITING_BYTES:
-                self._dropped_lines += lines.count(b"\n")
+                self._dropped_lines += count_lines(lines)
                 return
             self._report_dropped_lines()
             self._put(lines.decode("utf-8", errors="replace"))
@@ -160,6 +168,9 @@ class Console:
 
     def _report_dropped_lines(self) -> None:
         if self._dropped_lines:
-            mark = f"HorovodRunner: {self._dropped_lines} lines are missing here: output was too "
+            why = "output was too fast for this console"
+            if self._executors_have_lines:
+                why += "; the executor's log has them"
+            mark = missing_mark(self._dropped_lines, why)
             self._dropped_lines = 0
-            self._put(mark + "fast for this console; the executor's log has them\n")
+            self._put(mark.decode())

@@ -253,7 +253,7 @@ class HorovodRunner:
             call = payload.dump_call(main, kwargs)
         spans.add("pickle", began, time.time())
         data = tuple(companions.values())
-        console = Console()
+        console = Console(executors_have_lines=self._np >= 0)
         self._announce(console, main, kwargs, call)
         job = JobSpec(
             run_id=secrets.token_hex(4),

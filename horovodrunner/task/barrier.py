@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from horovodrunner.task.coordinator import DriverLink
 from horovodrunner.task.depot import Depot, DriverDepot, StoreDepot
 from horovodrunner.task.files import DriverFiles
 from horovodrunner.task.gathering import Gathering
+from horovodrunner.task.log import TaskLog
 from horovodrunner.task.network import HostAddress, find_address, host_id, loopback_address
 from horovodrunner.task.results import DriverResult
 from horovodrunner.task.store import CheckpointStore
@@ -37,6 +37,8 @@ ROW_SCHEMA = "partition int, chunk binary"
 
 CHUNK_BYTES = 16 * 1024 * 1024
 _LOG_FD = 2
+"""The executor's stderr, which Spark shows in its UI."""
+
 _SCRATCH_VARIABLES = ("LOCAL_DIRS", "SPARK_EXECUTOR_DIRS", "SPARK_LOCAL_DIRS")
 """Set by YARN, by standalone workers, and by administrators."""
 
@@ -66,9 +68,12 @@ def barrier_task(job: JobSpec, data: Sequence[Travelling], batches: Iterator[Any
     context = BarrierTaskContext.get()
     partition = context.partitionId()
     rows = _rows(data, partition, batches)
-    result = DriverResult(job)
-    surroundings = replace(_surroundings(job, context, result), rows=rows)
-    outcome = asyncio.run(Agent(job, surroundings).run())
+    result, log = DriverResult(job), TaskLog(_LOG_FD)
+    try:
+        surroundings = replace(_surroundings(job, context, result, log), rows=rows)
+        outcome = asyncio.run(Agent(job, surroundings).run())
+    finally:
+        log.close()
     with contextlib.closing(result):
         for chunk in split_chunks(outcome, CHUNK_BYTES, result.rows(CHUNK_BYTES)):
             yield pyarrow.RecordBatch.from_pydict(
@@ -89,11 +94,13 @@ def _rows(data: Sequence[Travelling], partition: int, batches: Iterator[Any]) ->
     return TaskRows(data, partition, batches)
 
 
-def _surroundings(job: JobSpec, context: Any, result: DriverResult) -> Surroundings:
+def _surroundings(
+    job: JobSpec, context: Any, result: DriverResult, task_log: TaskLog
+) -> Surroundings:
     partition = context.partitionId()
     # One terminal for all needs every line once: from the driver, or else from partition 0.
     quiet = job.shares_terminal and (job.stream_output or partition != 0)
-    log = _ignore if quiet else _log
+    log = _ignore if quiet else task_log.write
     gpus, gpu_problem = _gpus(context)
     (address, interface), address_problem = _address(job, context)
     member = Member(
@@ -176,14 +183,6 @@ def _scratch_base() -> str | None:
             if directory and os.access(directory, os.W_OK):
                 return directory
     return None
-
-
-def _log(lines: bytes) -> None:
-    """Write to the executor's stderr, where Spark shows it in its UI."""
-    sys.stderr.flush()
-    view = memoryview(lines)
-    while view:
-        view = view[os.write(_LOG_FD, view) :]
 
 
 def _ignore(lines: bytes) -> None:

@@ -244,8 +244,7 @@ class RemoteDriver:
         """Send what is waiting and close."""
         self._listening.cancel()
         await asyncio.wait([self._listening])
-        self._connection.send("leave")
-        await self._connection.close()
+        await self._connection.close("leave")
 
     async def _listen(self, on_stop: Callable[[], None]) -> None:
         while (frame := await self._connection.receive()) is not None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import functools
 import os
 import re
 import signal
@@ -42,6 +44,15 @@ STACK_PAUSE_SECONDS = 0.2
 
 DRAIN_SECONDS = 1.0
 """How long output is still read after a worker's end, when a process it left behind holds it."""
+
+OUTPUT_PAUSE_SECONDS = 0.01
+"""Output that comes within this time after other output is read together: per line it is dear."""
+
+OUTPUT_PIPE_BYTES = 256 * 1024
+"""So much a worker may print before it has to wait for its task to read.
+
+An unprivileged user's pipes may have 64 MiB in all; what is made beyond that gets a page each.
+"""
 
 _OWN_FRAMES = re.compile(r'File "(.*/horovodrunner/worker/__main__\.py|<frozen runpy>)"')
 _PIPE_BYTES = 1024 * 1024
@@ -88,6 +99,7 @@ class WorkerProcess:
         self._stopping = False
         self._killed = False
         self._kill_timer: asyncio.TimerHandle | None = None
+        self._output: list[_OutputReader] = []
         passed = [control_read, report_write, stack_write]
         if result_fd is not None:
             passed.append(result_fd)
@@ -206,9 +218,21 @@ class WorkerProcess:
             Called with ``"stdout"`` or ``"stderr"`` and whole lines.
         """
         streams = {"stdout": self._process.stdout, "stderr": self._process.stderr}
-        await asyncio.gather(
-            *(_read_lines(name, pipe, on_lines) for name, pipe in streams.items() if pipe)
-        )
+        self._output = [
+            _OutputReader(pipe, functools.partial(on_lines, name))
+            for name, pipe in streams.items()
+            if pipe
+        ]
+        try:
+            await asyncio.gather(*(reader.read_to_end() for reader in self._output))
+        finally:
+            for reader in self._output:
+                reader.close()
+
+    def catch_up(self) -> None:
+        """Take at once what the worker has printed up to now."""
+        for reader in self._output:
+            reader.catch_up()
 
     async def read_reports(self, on_frame: Callable[[Frame], None]) -> None:
         """Read what the worker reports until it ends.
@@ -344,14 +368,77 @@ async def _reading(pipe: IO[bytes]) -> AsyncIterator[asyncio.StreamReader]:
         transport.close()
 
 
-async def _read_lines(name: str, pipe: IO[bytes], on_lines: Callable[[str, bytes], None]) -> None:
-    lines = LineAssembler()
-    async with _reading(pipe) as reader:
-        while data := await reader.read(_PIPE_BYTES):
-            if complete := lines.feed(data):
-                on_lines(name, complete)
-        if rest := lines.close():
-            on_lines(name, rest)
+class _OutputReader(asyncio.Protocol):
+    """Takes whole lines from a pipe, those that come in quick succession together.
+
+    What comes after a silence is taken at once.
+
+    Parameters
+    ----------
+    pipe
+        Where from.
+    on_lines
+        Takes whole lines.
+    """
+
+    def __init__(self, pipe: IO[bytes], on_lines: Callable[[bytes], None]) -> None:
+        self._pipe = pipe
+        self._on_lines = on_lines
+        self._lines = LineAssembler()
+        self._pipe_bytes = 0
+        self._transport: asyncio.ReadTransport | None = None
+        self._pause: asyncio.TimerHandle | None = None
+        self._ended = asyncio.Event()
+
+    async def read_to_end(self) -> None:
+        with contextlib.suppress(OSError):  # this user's pipes hold too much already
+            fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, OUTPUT_PIPE_BYTES)
+        self._pipe_bytes = fcntl.fcntl(self._pipe, fcntl.F_GETPIPE_SZ)
+        await asyncio.get_running_loop().connect_read_pipe(lambda: self, self._pipe)
+        await self._ended.wait()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.ReadTransport)  # noqa: S101 - that of a pipe
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._take(data)
+        if len(data) < self._pipe_bytes // 2 and self._transport is not None:
+            self._transport.pause_reading()
+            # A pipe that is smaller is full sooner, and then the worker would have to wait.
+            pause = OUTPUT_PAUSE_SECONDS * self._pipe_bytes / OUTPUT_PIPE_BYTES
+            self._pause = asyncio.get_running_loop().call_later(pause, self._go_on)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._end_pause()
+        if rest := self._lines.close():
+            self._on_lines(rest)
+        self._ended.set()
+
+    def catch_up(self) -> None:
+        """Take what the pipe holds now, and go on reading."""
+        if self._transport is not None and not self._transport.is_closing():
+            with contextlib.suppress(BlockingIOError):
+                self._take(os.read(self._pipe.fileno(), OUTPUT_PIPE_BYTES))
+            self._go_on()
+
+    def _take(self, data: bytes) -> None:
+        if complete := self._lines.feed(data):
+            self._on_lines(complete)
+
+    def _end_pause(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+
+    def _go_on(self) -> None:
+        self._end_pause()
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
 
 def _of_the_user(stacks: str) -> str:

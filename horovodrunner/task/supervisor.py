@@ -105,6 +105,7 @@ class Supervisor:
         ]
         try:
             status = await worker.wait()
+            worker.catch_up()
             await asyncio.wait(readers, timeout=DRAIN_SECONDS)
         finally:
             tasks = [*readers, *others, *self._answers]
@@ -121,6 +122,8 @@ class Supervisor:
 
     def _on_frame(self, frame: Frame) -> None:
         rank = self._slot.rank
+        if frame.kind in ("message", "outcome"):
+            self._worker.catch_up()  # what was printed before it comes before it
         if frame.kind == "message":
             self._events.message(rank, bytes(frame.body))
         elif frame.kind == "ready":

@@ -16,6 +16,7 @@ import pytest
 from horovodrunner import HorovodRunner
 from horovodrunner.core import payload
 from horovodrunner.core.job import WorkerSpec
+from horovodrunner.task import process as process_module
 from horovodrunner.task.process import WorkerProcess, describe_exit
 from tests.process import mains
 
@@ -151,3 +152,67 @@ def test_ends_in_words(
     assert words in text
     assert code == exit_code
     assert signal_name in (None, name)
+
+
+def test_lines_that_come_one_by_one_are_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is taken at once: reading each by itself costs the task fifty times as much."""
+    monkeypatch.setattr(process_module, "OUTPUT_PAUSE_SECONDS", 600)
+
+    async def scenario() -> list[tuple[str, bytes]]:
+        taken: list[tuple[str, bytes]] = []
+        first = asyncio.Event()
+
+        def take(stream: str, lines: bytes) -> None:
+            taken.append((stream, lines))
+            first.set()
+
+        def main() -> None:
+            import signal
+            import time
+
+            print("first")
+            signal.sigwait({signal.SIGUSR1})
+            for index in range(100):
+                print(index)
+                time.sleep(0.002)
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        worker = WorkerProcess([], os.environ)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        reading = asyncio.create_task(worker.read_output(take))
+        try:
+            spec = WorkerSpec(0, "h", {}, sys_path=tuple(sys.path))
+            await worker.send_job(payload.dump_call(main, {}), spec.to_header())
+            await asyncio.wait_for(first.wait(), 20)
+            os.kill(worker.pid, signal.SIGUSR1)
+            assert await asyncio.wait_for(worker.wait(), 20) == 0
+            worker.catch_up()
+            await asyncio.wait_for(reading, 20)
+        finally:
+            worker.kill()
+        return taken
+
+    numbers = "".join(f"{index}\n" for index in range(100)).encode()
+    assert asyncio.run(scenario()) == [("stdout", b"first\n"), ("stdout", numbers)]
+
+
+def test_what_was_printed_before_a_message_is_shown_before_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(process_module, "OUTPUT_PAUSE_SECONDS", 600)
+
+    def main() -> None:
+        import time
+
+        from horovodrunner import log_to_driver
+
+        print("begin")
+        time.sleep(0.3)  # the task takes this line, and leaves the next ones for a while
+        for index in range(100):
+            print(index)
+            log_to_driver(f"after {index}")
+
+    HorovodRunner(np=-1).run(main)
+    shown = capsys.readouterr().out.splitlines()
+    for index in range(100):
+        assert shown.index(f"[0]<stdout>:{index}") < shown.index(f"after {index}")

@@ -56,3 +56,15 @@ def test_what_nobody_prints_is_bounded_and_counted(
     shown = capsys.readouterr().out
     missing = 1000 - shown.count("123456789\n")
     assert f"{missing} lines are missing here" in shown
+
+
+def test_the_mark_names_an_executors_log_only_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console_module, "MAX_WAITING_BYTES", 0)
+    for there_is_one in (True, False):
+        console = Console(executors_have_lines=there_is_one)
+        console.lines(b"shown\n")
+        console.lines(b"dropped\n")
+        console.show(timeout=0)
+        assert ("executor" in capsys.readouterr().out) == there_is_one

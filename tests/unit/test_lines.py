@@ -6,7 +6,13 @@ import time
 import psutil
 import pytest
 
-from horovodrunner.core.lines import CUT_MARK, LineAssembler, prefix_lines
+from horovodrunner.core.lines import (
+    CUT_MARK,
+    LineAssembler,
+    count_lines,
+    missing_mark,
+    prefix_lines,
+)
 
 
 def assemble(chunks: list[bytes], max_line_bytes: int = 1000) -> bytes:
@@ -123,3 +129,11 @@ def test_one_large_chunk_is_cut_in_linear_time() -> None:
     given = lines.feed(b"x" * 2**27)
     assert given.count(CUT_MARK) == 511
     assert time.process_time() - started < 5  # seconds; half of one, but 25 with copying
+
+
+def test_a_mark_that_is_dropped_counts_as_the_lines_it_stands_for() -> None:
+    """Lines may be dropped on several parts of their way."""
+    first = prefix_lines(b"a\n" + missing_mark(1000, "slow") + b"b\n", 1, "stdout")
+    second = missing_mark(count_lines(first), "slow")
+    assert second == b"HorovodRunner: 1002 lines are missing here: slow\n"
+    assert count_lines(second * 2) == 2004
