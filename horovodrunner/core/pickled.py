@@ -134,12 +134,16 @@ class Pickled:
     def load(self) -> Any:
         """Unpickle; only ever what comes from a peer that proved the run's token.
 
+        The memory belongs to the value then: nothing else keeps an array that is dropped.
+
         Returns
         -------
         object
             The value.
         """
-        return pickle.loads(self._parts[0], buffers=self._parts[1:])  # noqa: S301 - see above
+        value = pickle.loads(self._parts[0], buffers=self._parts[1:])  # noqa: S301 - see above
+        self._parts.clear()
+        return value
 
     def missing_name(self) -> str:
         """Give the class or function that is referred to and cannot be imported here, if any."""

@@ -161,4 +161,4 @@ def max_result_bytes(spark: SparkSession) -> int | None:
     if match is None:
         return None  # Spark does not take it either
     limit = int(match[1]) * 1024 ** " kmgt".index(match[2] or " ")
-    return int(limit * 0.98) - 1024 * 1024 if limit > 0 else None
+    return max(int(limit * 0.98) - 1024 * 1024, limit // 2) if limit > 0 else None

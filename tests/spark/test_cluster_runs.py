@@ -160,6 +160,7 @@ def test_a_result_larger_than_spark_takes_comes_back_whole(spark: Any) -> None:
 
         return {"array": np.arange(5_000_000), "bytes": bytes(range(250)) * 40_000}
 
+    assert session.max_result_bytes(spark) is not None  # the session has read its settings now
     conf = spark.sparkContext._jsc.sc().conf()  # each stage reads it
     conf.set("spark.driver.maxResultSize", "1m")
     try:
