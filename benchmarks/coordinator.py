@@ -16,12 +16,13 @@ import secrets
 import statistics
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
+from horovod.runner.http.http_server import RendezvousServer
 
 from benchmarks.report import Case, Figures
 from horovodrunner.core.job import Outcome, Success
@@ -36,6 +37,8 @@ SIZES = (32, 128, 512, 1024)
 RANKS_ON_A_HOST = 8
 LINES = 5
 BEATS = 3
+READS = 4
+AT_ONCE = 128
 END_SECONDS = 120.0
 
 
@@ -87,7 +90,7 @@ class _Driver(SilentDriver):
 async def _coordinate(size: int, token: bytes) -> dict[str, float]:
     lines: list[bytes] = []
     times = _Times()
-    hub = Hub(token, lines.append)
+    hub = Hub(token, lines.append, size)
     port = await hub.open("127.0.0.1", None)
     command = [sys.executable, "-m", "benchmarks.coordinator", str(port), str(size)]
     process = await asyncio.create_subprocess_exec(
@@ -164,46 +167,68 @@ async def _be_agents(port: int, size: int, token: bytes) -> None:
 # ---- Horovod's rendezvous
 
 
-def rendezvous_seconds(size: int) -> float:
-    """Measure the requests of Gloo's workers, in as many threads as there may be at once.
+def rendezvous(size: int) -> dict[str, float]:
+    """Let so many clients send requests as Gloo's workers do: one stores a value and reads others.
 
-    Each worker stores its address for every other one in Horovod's scopes and reads theirs; with
-    one store a pair that would be the square of the number of workers. What counts here is the
-    cost of a worker that stores one value and reads one.
+    A worker of Gloo reads the value of every other one, so that a run makes the square of its
+    size in requests; here each reads a few, and what counts is the requests a second. Horovod's own
+    server lets five connections wait and resets or delays further ones, so four come at once there.
+    Ours drops peers that connect and send nothing, as one process with 1,024 clients would.
+
+    Parameters
+    ----------
+    size
+        How many clients there are at once.
+
+    Returns
+    -------
+    dict of float
+        Requests a second of our server and of Horovod's own.
     """
-    slots = assign_slots(members(size))
-    rendezvous = Rendezvous("127.0.0.1")
-    rendezvous.set_plan(slots)
-    base = f"http://127.0.0.1:{rendezvous.port}/global"
-    command = [sys.executable, "-m", "benchmarks.coordinator", base, str(size)]
+    plan = assign_slots(members(size))
+    ours = Rendezvous("127.0.0.1")
+    ours.set_plan(plan)
+    horovods = RendezvousServer(0)
+    port = horovods.start()
+    horovods.init(get_host_assignments([HostInfo("localhost", size)], size))
     try:
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        return {
+            "ours": _requests(ours.port, size, at_once=AT_ONCE),
+            "Horovod's own": _requests(port, size, at_once=4),
+        }
     finally:
-        rendezvous.close()
-    return float(done.stdout)
+        ours.close()
+        horovods.stop()
 
 
-def _be_gloo(base: str, size: int) -> float:
-    failures: list[Exception] = []
+def _requests(port: int, size: int, at_once: int) -> float:
+    numbers = [str(number) for number in (port, size, at_once)]
+    command = [sys.executable, "-m", "benchmarks.coordinator", "gloo", *numbers]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return size * (1 + READS) / float(done.stdout)
 
-    def client(rank: int) -> None:
-        try:
-            url = f"{base}/{rank}"
-            put = urllib.request.Request(url, data=os.urandom(150), method="PUT")
-            with urllib.request.urlopen(put) as answer:
-                answer.read()
-            with urllib.request.urlopen(url) as answer:
-                assert len(answer.read()) == 150
-        except Exception as error:
-            failures.append(error)
 
-    threads = [threading.Thread(target=client, args=(rank,)) for rank in range(size)]
+async def _be_gloo(port: int, size: int, at_once: int) -> float:
+    room = asyncio.Semaphore(at_once)
+
+    async def request(text: bytes) -> bytes:
+        async with room:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(text)
+            answer = await reader.read()
+            writer.close()
+            return answer
+
+    async def client(rank: int) -> None:
+        value = os.urandom(150)
+        head = f"PUT /global/{rank} HTTP/1.0\r\nContent-Length: {len(value)}\r\n\r\n".encode()
+        assert b" 200 " in await request(head + value)
+        for _ in range(READS):
+            answer = await request(f"GET /global/{rank} HTTP/1.0\r\n\r\n".encode())
+            assert answer.endswith(value), answer
+
     began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures[:3]
+    await asyncio.gather(*(client(rank) for rank in range(size)))
     return time.perf_counter() - began
 
 
@@ -238,14 +263,23 @@ def measure(rounds: int, sizes: Sequence[int] = SIZES) -> Case:
     """
     _allow_descriptors()
     values: dict[str, list[float]] = {}
+    speeds: dict[str, list[float]] = {}
     for _ in range(rounds):
         for size in sizes:
             found = asyncio.run(_coordinate(size, secrets.token_bytes(32)))
             found["assign_slots"] = _timed(assign_slots, members(size))
-            found["rendezvous"] = rendezvous_seconds(size)
             for name, seconds in found.items():
                 values.setdefault(f"{size}: {name}", []).append(seconds)
-    lines = [Figures(name, "s", values[name]) for name in sorted(values, key=_number)]
+            for name, speed in rendezvous(size).items():
+                speeds.setdefault(f"{size}: rendezvous, {name}", []).append(speed)
+    lines = [
+        Figures(name, unit, figures[name], beside)
+        for figures, unit in ((values, "s"), (speeds, "requests/s"))
+        for name in sorted(figures, key=_number)
+        for beside in [
+            f"{_number(name)}: rendezvous, Horovod's own" if name.endswith("ours") else ""
+        ]
+    ]
     facts = [
         f"total at {size} tasks: {1e3 * statistics.median(values[f'{size}: total']) / size:.2f} ms "
         "a task"
@@ -260,8 +294,8 @@ def _number(name: str) -> int:
 
 if __name__ == "__main__":
     _allow_descriptors()
-    if sys.argv[1].startswith("http"):
-        print(_be_gloo(sys.argv[1], int(sys.argv[2])))
+    if sys.argv[1] == "gloo":
+        print(asyncio.run(_be_gloo(*map(int, sys.argv[2:]))))
     else:
         secret = bytes.fromhex(sys.stdin.readline())
         asyncio.run(_be_agents(int(sys.argv[1]), int(sys.argv[2]), secret))
