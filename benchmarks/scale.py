@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import resource
 import subprocess
 import sys
 import time
@@ -59,15 +60,24 @@ def run(np: int) -> dict[str, float]:
     Returns
     -------
     dict of float
-        Seconds of launch and teardown.
+        Seconds of launch and teardown; without Spark also the processor time of all processes.
     """
     console = _Console()
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), _cpu_seconds()
     with contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
         HorovodRunner(np=np).run(_nothing())
     ended = time.perf_counter()
     assert console.running_at, console.getvalue()
-    return {"launch": console.running_at - began, "teardown": ended - console.running_at}
+    found = {"launch": console.running_at - began, "teardown": ended - console.running_at}
+    if np < 0:
+        found["CPU"] = _cpu_seconds() - spent
+    return found
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process and of those it has started and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def processes(size: int, code: str) -> float:
@@ -112,17 +122,19 @@ def measure(rounds: int, sizes: Sequence[int] = SIZES) -> Case:
     values: dict[str, list[float]] = {}
     for _ in range(rounds):
         for size in sizes:
-            found = {
-                "python -c pass": processes(size, "pass"),
-                "spawn": processes(size, _SPAWN),
-                "barrier job": barrier_job(spark, size),
-            }
+            found = {"python -c pass": processes(size, "pass")}
+            before = _cpu_seconds()
+            found["spawn"] = processes(size, _SPAWN)
+            found["spawn CPU"] = _cpu_seconds() - before
+            found["barrier job"] = barrier_job(spark, size)
             spawn, job = found["spawn"], found["barrier job"]
             for sign, floor in (("", spawn + job), ("-", spawn)):
                 seconds = run(int(f"{sign}{size}"))
                 found |= {f"np={sign}{size} {name}": value for name, value in seconds.items()}
-                beyond = 1e3 * (sum(seconds.values()) - floor) / size
-                found[f"np={sign}{size} beyond, a rank"] = beyond
+                beyond = seconds["launch"] + seconds["teardown"] - floor
+                found[f"np={sign}{size} beyond, a rank"] = 1e3 * beyond / size
+            beyond = found[f"np=-{size} CPU"] - found["spawn CPU"]
+            found[f"np=-{size} CPU beyond, a rank"] = 1e3 * beyond / size
             for name, value in found.items():
                 values.setdefault(f"{size}: {name}", []).append(value)
     spark.stop()
