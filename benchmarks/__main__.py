@@ -7,12 +7,14 @@ Every case measures its ways in turn in one run and gives one table. Without nam
 from __future__ import annotations
 
 import argparse
+import compileall
 import importlib
 import json
 import os
 import sys
 from pathlib import Path
 
+import horovodrunner
 from benchmarks.report import machine
 
 CASES = ("launch", "phases", "training", "result", "logs", "scale", "coordinator", "checkpoint")
@@ -31,6 +33,8 @@ def main() -> None:
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    # As pip does: where Python may not write what it has compiled, every start would compile anew.
+    compileall.compile_dir(Path(horovodrunner.__file__).parent, quiet=1)
     where = machine()
     print(f"{where['processor']}, {where['cores']} cores, {where['memory_gib']} GiB")
     print(", ".join(f"{name} {version}" for name, version in where["versions"].items()))

@@ -1,7 +1,14 @@
-"""HorovodRunner for every Apache Spark. Runs in: every process."""
+"""HorovodRunner for every Apache Spark. Runs in: every process.
 
-from horovodrunner import checkpoint
-from horovodrunner.driver.runner import HorovodRunner, SavedCheckpoint
+A name is imported when it is first used: workers and tasks need nothing of the driver's, and there
+is one start of each a rank.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from horovodrunner.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -18,7 +25,11 @@ from horovodrunner.errors import (
     StartTimeoutError,
     WorkerFailedError,
 )
-from horovodrunner.worker.context import log_to_driver
+
+if TYPE_CHECKING:
+    from horovodrunner import checkpoint
+    from horovodrunner.driver.runner import HorovodRunner, SavedCheckpoint
+    from horovodrunner.worker.context import log_to_driver
 
 __all__ = [
     "ArgumentTypeError",
@@ -40,3 +51,23 @@ __all__ = [
     "checkpoint",
     "log_to_driver",
 ]
+
+_HOMES = {
+    "HorovodRunner": "horovodrunner.driver.runner",
+    "SavedCheckpoint": "horovodrunner.driver.runner",
+    "log_to_driver": "horovodrunner.worker.context",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "checkpoint":
+        return importlib.import_module("horovodrunner.checkpoint")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -31,7 +31,8 @@ HANDSHAKE_SECONDS = 10.0
 """A peer that has not proved the token by then is disconnected."""
 
 MAX_UNPROVED_CONNECTIONS = 256
-"""So many peers may be in the handshake at once; for a further one the oldest is dropped."""
+"""So many peers may be in the handshake at once, beside those that are expected; for a further one
+the oldest is dropped."""
 
 _ACCEPTED_AT_ONCE = 16
 """So many connections asyncio accepts before the others have their turn.
@@ -323,6 +324,8 @@ class FrameServer:
     on_refused
         Called with a sentence about the first peer that was refused, and with one about the first
         that proved the token and then sent what cannot be understood; never again after that.
+    peers
+        How many will come at about the same time; all of them have room in the handshake.
     """
 
     def __init__(
@@ -330,10 +333,12 @@ class FrameServer:
         token: bytes,
         serve: Callable[[Connection], Awaitable[None]],
         on_refused: Callable[[str], None],
+        peers: int = 0,
     ) -> None:
         self._token = token
         self._serve = serve
         self._on_refused = on_refused
+        self._most_unproved = MAX_UNPROVED_CONNECTIONS + peers
         self._reported: set[str] = set()
         self._unproved: dict[asyncio.StreamWriter, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -408,10 +413,10 @@ class FrameServer:
             self._report("closed", peer, f"what it sent is not one of our messages: {wrong}")
 
     async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        if len(self._unproved) >= MAX_UNPROVED_CONNECTIONS:
+        if len(self._unproved) >= self._most_unproved:
             oldest = next(iter(self._unproved))
             del self._unproved[oldest]
-            self._refuse(oldest, f"{MAX_UNPROVED_CONNECTIONS} newer ones were in the handshake")
+            self._refuse(oldest, f"{self._most_unproved} newer ones were in the handshake")
         self._unproved[writer] = None
         try:
             await asyncio.wait_for(_prove_as_server(reader, writer, self._token), HANDSHAKE_SECONDS)

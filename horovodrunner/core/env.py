@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from horovodrunner.core.topology import Slot
+if TYPE_CHECKING:  # a worker reads names of variables only
+    from horovodrunner.core.topology import Slot
 
 __all__ = [
     "DATA_DIRECTORY",

@@ -13,8 +13,6 @@ The handshake proves on both sides that the peer holds the run's token without s
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import struct
 from dataclasses import dataclass, field
@@ -184,5 +182,8 @@ def handshake_proof(token: bytes, side: str, server_nonce: bytes, client_nonce: 
     bytes
         `PROOF_BYTES` bytes, to be compared with :func:`hmac.compare_digest`.
     """
+    import hashlib  # workers send frames to their own task alone, and need no OpenSSL for that
+    import hmac
+
     message = side.encode() + b"\0" + server_nonce + client_nonce
     return hmac.new(token, message, hashlib.sha256).digest()

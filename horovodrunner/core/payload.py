@@ -6,7 +6,6 @@ import builtins
 import contextlib
 import functools
 import inspect
-import pickletools
 import re
 import sys
 import types
@@ -255,6 +254,8 @@ def format_bytes(count: int) -> str:
 
 
 def _strings_of_pickle(payload: bytes) -> bytes:
+    import pickletools  # for the driver alone
+
     found = []
     for opcode, argument, _ in pickletools.genops(payload):
         if isinstance(argument, str):

@@ -188,7 +188,7 @@ class Agent:
         ports = self._job.ports
         rendezvous = on_free_port(ports, lambda port: Rendezvous(member.address, port))
         resources.callback(rendezvous.close)
-        hub = Hub(self._job.token, self._surroundings.log)
+        hub = Hub(self._job.token, self._surroundings.log, self._job.size)
         resources.push_async_callback(hub.close)
         member = replace(
             member,

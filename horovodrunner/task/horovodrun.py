@@ -71,11 +71,12 @@ def assign_slots(members: Sequence[Member]) -> list[Slot]:
         In rank order; rank 0 belongs to partition 0.
     """
     groups = group_by_host(members)
+    indices = {group.host_id: index for index, group in enumerate(groups)}
     hosts = [HostInfo(group.host_id, len(group.members)) for group in groups]
     plan = get_host_assignments(hosts, sum(host.slots for host in hosts))
     slots = []
     for info in plan:
-        host_index = next(i for i, group in enumerate(groups) if group.host_id == info.hostname)
+        host_index = indices[info.hostname]
         group = groups[host_index]
         member = group.members[info.local_rank]
         slots.append(

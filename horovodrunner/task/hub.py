@@ -32,16 +32,20 @@ class Hub:
         The run's secret.
     log
         Takes lines about refused connections.
+    size
+        How many tasks may come, all of them right after the gather step.
     """
 
-    def __init__(self, token: bytes, log: Callable[[bytes], None]) -> None:
+    def __init__(self, token: bytes, log: Callable[[bytes], None], size: int) -> None:
         self._server = FrameServer(
-            token, self._serve, lambda why: log(f"HorovodRunner: {why}\n".encode())
+            token, self._serve, lambda why: log(f"HorovodRunner: {why}\n".encode()), peers=size
         )
         self._coordinator: Coordinator | None = None
         self._latest: LatestDecision | None = None
         self._port = 0
         self._slots: Sequence[Slot] = ()
+        self._ranks: dict[int, list[int]] = {}
+        self._peers: set[int] = set()
         self._ready = asyncio.Event()
         self._joined: set[int] = set()
         self._left: set[int] = set()
@@ -84,6 +88,9 @@ class Hub:
         self._coordinator = coordinator
         self._latest = latest
         self._slots = slots
+        for slot in slots:
+            self._ranks.setdefault(slot.partition, []).append(slot.rank)
+        self._peers = set(self._ranks) - {0}
         self._note_presence()
         self._ready.set()
 
@@ -128,7 +135,6 @@ class Hub:
         if first is None or first.kind != "join":
             return
         partition = int(first.header["partition"])
-        ranks = [slot.rank for slot in self._slots if slot.partition == partition]
         self._joined.add(partition)
         self._note_presence()
         coordinator.on_stop(lambda: connection.send("stop"))
@@ -144,7 +150,8 @@ class Hub:
         for answer in answers:
             answer.cancel()
         self._fetched(partition, "")
-        coordinator.lost(ranks, "contact with its task was lost; the executor may have died")
+        lost = self._ranks.get(partition, [])
+        coordinator.lost(lost, "contact with its task was lost; the executor may have died")
         self._left.add(partition)
         self._note_presence()
 
@@ -158,14 +165,11 @@ class Hub:
         assert self._latest is not None  # noqa: S101 - begin() was called
         self._latest.fetched(partition, directory)
 
-    @property
-    def _peers(self) -> set[int]:
-        return {slot.partition for slot in self._slots} - {0}
-
     def _note_presence(self) -> None:
-        if self._joined >= self._peers:
+        # Each comes and leaves once: comparing the sets every time would take the square of it.
+        if len(self._joined) >= len(self._peers) and self._joined >= self._peers:
             self._all_joined.set()
-        if self._left >= self._peers:
+        if len(self._left) >= len(self._peers) and self._left >= self._peers:
             self._all_left.set()
 
 

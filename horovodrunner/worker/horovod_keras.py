@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.abc
 import importlib.machinery
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from horovodrunner.core.env import KERAS_SWITCH
 from horovodrunner.worker.context import current_context, log_to_driver
+
+if TYPE_CHECKING:  # it imports a lot, and every worker would pay for it
+    from importlib.abc import Loader
 
 __all__ = ["announce", "install"]
 
@@ -51,7 +52,7 @@ def announce() -> None:
         )
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
@@ -59,12 +60,12 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = cast("Loader", _Loader(spec.loader))
         return spec
 
 
-class _Loader(importlib.abc.Loader):
-    def __init__(self, horovods: importlib.abc.Loader) -> None:
+class _Loader:
+    def __init__(self, horovods: Loader) -> None:
         self._horovods = horovods
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:

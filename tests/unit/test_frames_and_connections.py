@@ -229,6 +229,34 @@ def test_thousands_of_strangers_do_not_keep_a_peer_out() -> None:
     assert "256 newer ones" in refusals[0]
 
 
+def test_peers_that_are_expected_have_room_in_the_handshake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All tasks of a run come at once, and there may be more than strangers may be."""
+    monkeypatch.setattr(connection_module, "MAX_UNPROVED_CONNECTIONS", 3)
+    refusals: list[str] = []
+
+    async def run() -> None:
+        server = FrameServer(TOKEN, lambda peer: asyncio.sleep(0), refusals.append, peers=5)
+        port = await server.start("127.0.0.1")
+        strangers = []
+        try:
+            for number in range(1, 9):
+                strangers.append((await asyncio.open_connection("127.0.0.1", port))[1])
+                await until(lambda number=number: len(server._unproved) == number)  # type: ignore[misc]
+            assert refusals == []
+            strangers.append((await asyncio.open_connection("127.0.0.1", port))[1])
+            await until(lambda: bool(refusals))
+            assert len(server._unproved) <= 8
+        finally:
+            for stranger in strangers:
+                stranger.transport.abort()
+            await server.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert "8 newer ones" in refusals[0]
+
+
 @pytest.mark.usefixtures("no_noise")
 @pytest.mark.parametrize("turns", range(6))
 def test_a_server_that_closes_under_a_flood_leaves_no_task_behind(turns: int) -> None:
