@@ -73,7 +73,7 @@ class DriverChannel:
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="horovodrunner-channel", daemon=True
         )
-        self._server = FrameServer(token, self._serve, console.note)
+        self._server = FrameServer(token, self._serve, console.note, peers=size)
         self._store = store
         self._files = files
         self._transfers: dict[BulkConnection, threading.Thread] = {}

@@ -15,6 +15,7 @@ import os
 import stat
 import sys
 import threading
+from _io import _IOBase  # io.IOBase is an abstract class, which takes ten times as long to ask
 from typing import NoReturn
 
 __all__ = ["leave"]
@@ -51,7 +52,7 @@ def leave(exit_code: int) -> NoReturn:
 
 def close_files() -> None:
     """Close the files on disk that are open for writing: they hold all that was written then."""
-    files = [each for each in gc.get_objects() if issubclass(type(each), io.IOBase)]
+    files = [each for each in gc.get_objects() if issubclass(type(each), _IOBase)]
     # From the outside to the inside: a text file first, then a compressed one, then its bytes.
     for file in sorted(files, key=_depth):
         with contextlib.suppress(Exception):  # a closed one; bytes in memory, which have no fileno
