@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 from collections.abc import Mapping, Sequence
 
 __all__ = [
@@ -40,10 +41,16 @@ def installed_versions() -> dict[str, str]:
     versions = {"Python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            versions[package] = _version(importlib.metadata.distribution(package))
         except importlib.metadata.PackageNotFoundError:
             versions[package] = ""
     return versions
+
+
+def _version(package: importlib.metadata.Distribution) -> str:
+    """Read one line; parsing all the rest, with the description, takes each task 30 ms."""
+    line = re.search(r"^Version: *(.+)$", package.read_text("METADATA") or "", re.MULTILINE)
+    return line[1].strip() if line else package.version
 
 
 def differences(

@@ -11,6 +11,7 @@ import http.client
 import math
 import select
 import socket
+import socketserver
 import threading
 import time
 from collections.abc import Sequence
@@ -199,6 +200,11 @@ class _Server(RendezvousHTTPServer):  # type: ignore[misc]
         """Note the time of a request that is about to be answered."""
         now = time.time()
         self.times_of_requests = (min(self.times_of_requests[0], now), now)
+
+    def server_bind(self) -> None:
+        """Bind without asking DNS for the host's name, which nobody wants to know."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
 
     def has_room_for(self, size: int) -> bool:
         """Say whether so many bytes may be stored, and take the room if so."""

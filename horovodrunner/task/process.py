@@ -256,9 +256,10 @@ class WorkerProcess:
         """
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
+        statuses: list[ExitStatus | None] = []
 
         def watch() -> None:
-            self._process.wait_for_end()
+            statuses.append(self._process.wait_for_end())
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(ended.set)
 
@@ -267,7 +268,8 @@ class WorkerProcess:
         if self._kill_timer is not None:
             self._kill_timer.cancel()
         self._signal(signal.SIGKILL)
-        self._testimony = self._oom.testimony(self.pid)
+        if statuses[0] == -signal.SIGKILL:
+            self._testimony = self._oom.testimony(self.pid)
         return self._process.wait()
 
     def stop(self, grace: float = GRACE_SECONDS) -> None:
@@ -336,11 +338,14 @@ class _OwnWorker:
     def returncode(self) -> ExitStatus | None:
         return self._process.returncode
 
-    def wait_for_end(self) -> None:
+    def wait_for_end(self) -> ExitStatus | None:
         # WNOWAIT leaves the zombie, so that the group's id cannot be used anew before the group
         # was ended.
         with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            if end is not None:
+                return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+        return None
 
     def has_ended(self) -> bool:
         if self._process.returncode is not None:

@@ -67,9 +67,16 @@ class ForkedWorker:
         self._reader = threading.Thread(target=self._read, name="horovodrunner-warm", daemon=True)
         self._reader.start()
 
-    def wait_for_end(self) -> None:
-        """Block until the process has ended; its process group can still be signalled then."""
+    def wait_for_end(self) -> int | None:
+        """Block until the process has ended; its process group can still be signalled then.
+
+        Returns
+        -------
+        int or None
+            The exit code, or minus the signal's number, if it is known.
+        """
         self._ended.wait()
+        return self._status
 
     def has_ended(self) -> bool:
         """Tell whether the process has ended."""
