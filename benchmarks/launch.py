@@ -3,7 +3,8 @@
 - ``floor``: a barrier job that does nothing, and then two processes that import torch and Horovod,
   init and leave. Nobody who starts a job and then processes can be faster; its two parts are
   shown, too.
-- ``np=2``: HorovodRunner on two executors of a warm session; ``np=-2``: on the driver.
+- ``np=2``: HorovodRunner on two executors of a session that has run jobs; ``np=-2``: on the driver.
+  ``warm``: with ``keep_warm=True``, after a first run.
 - ``horovodrun``, ``TorchDistributor``, ``horovod.spark.run``: the peers, with the same work.
 - ``first``: the first run of a new session, beside the first barrier job of one and the same
   processes.
@@ -125,12 +126,14 @@ def barrier_job(spark: Any, size: int = SIZE) -> float:
     return time.perf_counter() - began
 
 
-def horovod_runner(np: int) -> float:
+def horovod_runner(np: int, keep_warm: bool = False) -> float:
     """Run HorovodRunner once.
 
     Parameters
     ----------
     np
+        As it takes it.
+    keep_warm
         As it takes it.
 
     Returns
@@ -142,7 +145,7 @@ def horovod_runner(np: int) -> float:
 
     with _quiet():
         began = time.perf_counter()
-        assert HorovodRunner(np=np).run(least()) == 0
+        assert HorovodRunner(np=np, keep_warm=keep_warm).run(least()) == 0
         return time.perf_counter() - began
 
 
@@ -213,7 +216,9 @@ def measure(rounds: int) -> Case:
     """
     spark = session()
     barrier_job(spark)
-    horovod_runner(SIZE)
+    for np in (SIZE, -SIZE):
+        horovod_runner(np)
+        horovod_runner(np, keep_warm=True)
     parts: dict[str, list[float]] = {"barrier job": [], "bare processes": []}
 
     def floor() -> float:
@@ -228,6 +233,8 @@ def measure(rounds: int) -> Case:
         "floor": floor,
         "np=2": lambda: horovod_runner(SIZE),
         "np=-2": lambda: horovod_runner(-SIZE),
+        "np=2, warm": lambda: horovod_runner(SIZE, keep_warm=True),
+        "np=-2, warm": lambda: horovod_runner(-SIZE, keep_warm=True),
         "horovodrun": _horovodrun,
         "TorchDistributor": _torch_distributor,
         "horovod.spark.run": _horovod_spark,
@@ -236,7 +243,8 @@ def measure(rounds: int) -> Case:
     }
     values = {**interleaved(ways, rounds), **parts}
     spark.stop()
-    beside = {"np=-2": "bare processes", "first run of a session": "floor of the first run"}
+    beside = dict.fromkeys(("np=-2", "np=-2, warm"), "bare processes")
+    beside |= {"first run of a session": "floor of the first run"}
     order = ["floor", "barrier job", "bare processes", *(name for name in ways if name != "floor")]
     lines = [Figures(name, "s", values[name], beside.get(name, "floor")) for name in order]
     return Case("launch", "a main that does the least, on two ranks", lines)
