@@ -17,7 +17,17 @@ from pathlib import Path
 import horovodrunner
 from benchmarks.report import machine
 
-CASES = ("launch", "phases", "training", "result", "logs", "scale", "coordinator", "checkpoint")
+CASES = (
+    "launch",
+    "first",
+    "phases",
+    "training",
+    "result",
+    "logs",
+    "scale",
+    "coordinator",
+    "checkpoint",
+)
 """Modules of this package with a function ``measure(rounds) -> Case``."""
 
 

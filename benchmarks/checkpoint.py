@@ -1,39 +1,36 @@
-"""A checkpoint from rank 0 to the driver, beside a raw copy of the same bytes over a socket.
+"""A checkpoint of a gibibyte from rank 0 to the driver, beside a raw copy of the same bytes.
 
-Prints, for each repetition, interleaved:
-
-- ``raw``: a process sends a file over a loopback socket, this one writes it, both with one
+- ``raw copy``: a process sends a file over a loopback socket, this one writes it, both with one
   buffer of a mebibyte and nothing else;
 - ``stored``: from the end of ``with checkpoint.save()`` in main until the checkpoint is complete
   in ``checkpoint_dir``;
 - ``held``: how long the end of the ``with`` block held main;
 - ``write``: how long main took to write the file itself.
 
-Run it with ``.venv/bin/python benchmarks/checkpoint.py --mebibytes 1024 --repeat 5``.
+``BENCHMARK_DIRECTORY`` names a directory for all files, such as ``/dev/shm``.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import contextlib
+import io
 import os
-import platform
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from pyspark.sql import SparkSession
-
+from benchmarks.cluster import session
+from benchmarks.report import Case, Figures
 from horovodrunner import HorovodRunner
 
 PIECE = 1024 * 1024
+MEBIBYTES = 1024
 
 SENDER = """
 import socket, sys
@@ -62,38 +59,58 @@ def raw_copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def main(source: str, kept: str, repeat: int, signs: str) -> list[dict[str, float]]:
-    """Save the file as a checkpoint, once for every sign that the driver gives."""
-    from horovodrunner import checkpoint
+def saving() -> Callable[..., list[dict[str, float]]]:
+    """Give a main that saves the file once for every sign of the driver's; it travels by value."""
 
-    figures: list[dict[str, float]] = []
-    for step in range(repeat):
-        while not Path(signs, str(step)).exists():
-            time.sleep(0.01)
-        with checkpoint.save(step=step) as directory:
-            began = time.perf_counter()
-            shutil.copyfile(source, directory / "weights.bin")
-            written = time.perf_counter()
-        left = time.perf_counter()
-        stored = Path(kept, f"step-{step:08d}")
-        while not stored.exists():
-            time.sleep(0.001)
-        figures.append(
-            {
-                "stored": time.perf_counter() - left,
-                "held": left - written,
-                "write": written - began,
-            }
-        )
-        Path(signs, f"{step}.done").touch()
-    return figures
+    def main(source: str, kept: str, repeat: int, signs: str) -> list[dict[str, float]]:
+        import time
+        from pathlib import Path
+
+        from horovodrunner import checkpoint
+
+        figures: list[dict[str, float]] = []
+        for step in range(repeat):
+            while not Path(signs, str(step)).exists():
+                time.sleep(0.01)
+            with checkpoint.save(step=step) as directory:
+                began = time.perf_counter()
+                shutil.copyfile(source, directory / "weights.bin")
+                written = time.perf_counter()
+            left = time.perf_counter()
+            stored = Path(kept, f"step-{step:08d}")
+            while not stored.exists():
+                time.sleep(0.001)
+            figures.append(
+                {
+                    "stored": time.perf_counter() - left,
+                    "held": left - written,
+                    "write": written - began,
+                }
+            )
+            Path(signs, f"{step}.done").touch()
+        return figures
+
+    return main
 
 
-def measure(mebibytes: int, repeat: int, directory: Path) -> dict[str, Any]:
-    """Measure all of it in one run."""
+def columns(repeat: int, directory: Path) -> dict[str, list[float]]:
+    """Measure all of it in one run.
+
+    Parameters
+    ----------
+    repeat
+        How many checkpoints.
+    directory
+        Where all files are.
+
+    Returns
+    -------
+    dict of list of float
+        Seconds, by name.
+    """
     source = directory / "source.bin"
     with source.open("wb") as file:
-        for _ in range(mebibytes):
+        for _ in range(MEBIBYTES):
             file.write(os.urandom(PIECE))
     kept, signs = directory / "kept", directory / "signs"
     signs.mkdir()
@@ -112,48 +129,33 @@ def measure(mebibytes: int, repeat: int, directory: Path) -> dict[str, Any]:
     other.start()
     runner = HorovodRunner(np=1, checkpoint_dir=kept, keep_checkpoints=1)
     arguments = {"source": str(source), "kept": str(kept), "repeat": repeat, "signs": str(signs)}
-    figures = runner.run(main, **arguments)
+    figures = runner.run(saving(), **arguments)
     other.join()
-    columns = {name: [figure[name] for figure in figures] for name in figures[0]}
-    return {"raw": raw, **columns}
+    return {"raw copy": raw, **{name: [each[name] for each in figures] for name in figures[0]}}
 
 
-def report(columns: dict[str, list[float]], mebibytes: int) -> dict[str, Any]:
-    """Print a table, and give what goes into the JSON file."""
-    medians = {name: statistics.median(values) for name, values in columns.items()}
-    for name, values in columns.items():
-        each = "  ".join(f"{value:7.3f}" for value in values)
-        print(f"{name:>7}: median {medians[name]:7.3f} s   {each}")
-    ratios = [raw / stored for raw, stored in zip(columns["raw"], columns["stored"], strict=True)]
-    print(f"speed beside the raw copy: median {statistics.median(ratios):.2f}")
-    return {
-        "mebibytes": mebibytes,
-        "seconds": columns,
-        "medians": medians,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
+def measure(rounds: int) -> Case:
+    """Measure checkpoints beside raw copies, in turn.
 
+    Parameters
+    ----------
+    rounds
+        How many checkpoints.
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mebibytes", type=int, default=1024)
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--directory", type=Path, help="where all files are, such as /dev/shm")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    options = parser.parse_args()
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    if options.directory:
-        os.environ["SPARK_LOCAL_DIRS"] = str(options.directory)
-    spark = (
-        SparkSession.builder.master("local-cluster[1,1,1024]")
-        .config("spark.ui.enabled", "false")
-        .config("spark.log.level", "ERROR")
-        .getOrCreate()
-    )
-    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-        columns = measure(options.mebibytes, options.repeat, Path(folder))
-    result = report(columns, options.mebibytes)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    Returns
+    -------
+    Case
+        The table.
+    """
+    folder = os.environ.get("BENCHMARK_DIRECTORY")
+    if folder:
+        os.environ["SPARK_LOCAL_DIRS"] = folder
+    spark = session(executors=1)
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as directory,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        values = columns(rounds, Path(directory))
     spark.stop()
+    lines = [Figures(name, "s", seconds, "raw copy") for name, seconds in values.items()]
+    return Case("checkpoint", "a checkpoint of 1 GiB, from rank 0 to the driver", lines)

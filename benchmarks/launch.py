@@ -6,8 +6,6 @@
 - ``np=2``: HorovodRunner on two executors of a session that has run jobs; ``np=-2``: on the driver.
   ``warm``: with ``keep_warm=True``, after a first run.
 - ``horovodrun``, ``TorchDistributor``, ``horovod.spark.run``: the peers, with the same work.
-- ``first``: the first run of a new session, beside the first barrier job of one and the same
-  processes.
 """
 
 from __future__ import annotations
@@ -183,24 +181,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def first_in_session(way: str) -> float:
-    """Measure the first job of a new session, in a process of its own.
-
-    Parameters
-    ----------
-    way
-        ``"job"``: a barrier job that does nothing; ``"run"``: HorovodRunner.
-
-    Returns
-    -------
-    float
-        Seconds, without the session's own start.
-    """
-    command = [sys.executable, "-m", "benchmarks.launch", way]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
-
-
 def measure(rounds: int) -> Case:
     """Measure all ways in turn.
 
@@ -226,9 +206,6 @@ def measure(rounds: int) -> Case:
         parts["bare processes"].append(bare_processes())
         return parts["barrier job"][-1] + parts["bare processes"][-1]
 
-    def floor_of_first() -> float:
-        return first_in_session("job") + bare_processes()
-
     ways: dict[str, Callable[[], float]] = {
         "floor": floor,
         "np=2": lambda: horovod_runner(SIZE),
@@ -238,19 +215,10 @@ def measure(rounds: int) -> Case:
         "horovodrun": _horovodrun,
         "TorchDistributor": _torch_distributor,
         "horovod.spark.run": _horovod_spark,
-        "floor of the first run": floor_of_first,
-        "first run of a session": lambda: first_in_session("run"),
     }
     values = {**interleaved(ways, rounds), **parts}
     spark.stop()
     beside = dict.fromkeys(("np=-2", "np=-2, warm"), "bare processes")
-    beside |= {"first run of a session": "floor of the first run"}
     order = ["floor", "barrier job", "bare processes", *(name for name in ways if name != "floor")]
     lines = [Figures(name, "s", values[name], beside.get(name, "floor")) for name in order]
     return Case("launch", "a main that does the least, on two ranks", lines)
-
-
-if __name__ == "__main__":
-    spark = session()
-    print(barrier_job(spark) if sys.argv[1] == "job" else horovod_runner(SIZE))
-    spark.stop()
