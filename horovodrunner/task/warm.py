@@ -20,8 +20,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-import psutil
-
 from horovodrunner.core.peers import is_our_own
 
 __all__ = ["ForkedWorker", "fork_worker"]
@@ -225,7 +223,7 @@ def _address(owner: int, early_imports: Sequence[str], environment: Mapping[str,
         if directory.endswith("-packages") and Path(directory).exists()
     }
     facts = {
-        "owner": [owner, psutil.Process(owner).create_time()],
+        "owner": owner,  # the warm parent is gone before that number is used anew
         "python": sys.executable,
         "directory": os.getcwd(),  # noqa: PTH109
         "imports": list(early_imports),

@@ -16,15 +16,15 @@ import stat
 import sys
 import threading
 from _io import _IOBase  # io.IOBase is an abstract class, which takes ten times as long to ask
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["leave"]
 
 _INJECTED = ("LD_PRELOAD", "CUDA_INJECTION64_PATH")
 """Profilers come this way, and write what they have when the C library ends the process."""
 
-_NEED_THE_C_LIBRARY = ("h5py", "netCDF4", "tables")
-"""HDF5 completes open files when the C library ends the process."""
+_NEEDS_THE_C_LIBRARY = "netCDF4"
+"""Its open files are completed when the C library ends the process."""
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -38,9 +38,7 @@ def leave(exit_code: int) -> NoReturn:
     exit_code
         Of the process.
     """
-    if any(os.environ.get(name) for name in _INJECTED) or any(
-        name in sys.modules for name in _NEED_THE_C_LIBRARY
-    ):
+    if _NEEDS_THE_C_LIBRARY in sys.modules or any(os.environ.get(name) for name in _INJECTED):
         sys.exit(exit_code)
     threading._shutdown()  # type: ignore[attr-defined] # as multiprocessing does for its processes
     with contextlib.suppress(BaseException):  # it has been printed
@@ -52,18 +50,22 @@ def leave(exit_code: int) -> NoReturn:
 
 def close_files() -> None:
     """Close the files on disk that are open for writing: they hold all that was written then."""
-    files = [each for each in gc.get_objects() if issubclass(type(each), _IOBase)]
+    h5py = sys.modules.get("h5py")  # HDF5 completes files when the C library ends the process
+    kinds = (_IOBase,) if h5py is None else (_IOBase, h5py.File)
+    files: list[Any] = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
     # From the outside to the inside: a text file first, then a compressed one, then its bytes.
     for file in sorted(files, key=_depth):
         with contextlib.suppress(Exception):  # a closed one; bytes in memory, which have no fileno
-            if file.writable() and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            if not isinstance(file, io.IOBase) or (
+                file.writable() and stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            ):
                 file.close()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # main may have closed it
             stream.flush()
 
 
-def _depth(file: io.IOBase) -> int:
+def _depth(file: object) -> int:
     if isinstance(file, io.TextIOBase):
         return 0
     if type(file).__module__ != "_io":

@@ -129,7 +129,12 @@ class WarmParent:
             connection.close()
             return None
         leads_group, tell_leads_group = os.pipe()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:  # no memory, or too many processes: the task sees that nobody comes
+            _close([leads_group, tell_leads_group, *received])
+            connection.close()
+            return None
         if pid == 0:
             os.setsid()
             _close([leads_group, tell_leads_group])

@@ -62,7 +62,7 @@ def test_a_worker_ends_as_an_interpreter_does(
 
 @pytest.mark.parametrize(
     ("loaded", "injected", "expected"),
-    [("json", "", ""), ("h5py", "", "freed"), ("json", "profiler", "freed")],
+    [("json", "", ""), ("netCDF4", "", "freed"), ("json", "profiler", "freed")],
 )
 def test_what_needs_the_ordinary_way_out_gets_it(loaded: str, injected: str, expected: str) -> None:
     script = f"""
@@ -85,3 +85,18 @@ def test_what_needs_the_ordinary_way_out_gets_it(loaded: str, injected: str, exp
         env={**os.environ, "CUDA_INJECTION64_PATH": injected},
     )
     assert (done.returncode, done.stdout) == (3, expected)
+
+
+def test_hdf5_files_are_complete(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    script = f"""
+        import h5py
+        from horovodrunner.worker.leaving import leave
+
+        kept = h5py.File({str(tmp_path / "weights.h5")!r}, "w")
+        kept["weights"] = [1.0, 2.0]
+        leave(0)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+    with h5py.File(tmp_path / "weights.h5") as file:
+        assert file["weights"][:].tolist() == [1.0, 2.0]

@@ -95,6 +95,7 @@ def test_a_wrong_timeout_is_refused(timeout: Any, kind: type[Exception]) -> None
         ({"horovodrun_args": {"--x": 1}}, TypeError, "horovodrun_args=.*: give words"),
         ({"horovodrun_args": ["--cycle-time-ms", 2]}, TypeError, "horovodrun_args: 2 is no str"),
         ({"horovodrun_args": "'"}, ValueError, "horovodrun_args=.*No closing quotation"),
+        ({"keep_warm": "yes"}, TypeError, "keep_warm='yes': .* True or False, got str"),
         ({"show_phases": 1}, TypeError, "show_phases=1: .* True or False, got int"),
         ({"tf_config": 1}, TypeError, "tf_config=1: .* True or False, got int"),
         ({"tf_config": "yes"}, TypeError, "tf_config='yes': .* True or False, got str"),
