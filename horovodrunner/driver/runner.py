@@ -107,7 +107,7 @@ class HorovodRunner:
     show_phases
         Whether a table at the end of the run shows how long each phase took: pickling, the start
         of the stage and of the workers, imports, the gather step, main, the way back. The same
-        is in :attr:`phases` in any case.
+        is in ``phases`` in any case.
     keep_warm
         Whether a process that has PyTorch and Horovod imported stays on every executor (on the
         driver for a negative np) and forks the workers, so that the next runs start sooner. It
