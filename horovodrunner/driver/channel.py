@@ -211,7 +211,10 @@ class DriverChannel:
         connection.send("refused", why=RETRY_REFUSED)
 
     def _receive_result(self, transfer: BulkConnection, header: dict[str, Any]) -> None:
-        self.result = receive_result(transfer, header, self._console.note)
+        def keep(result: Pickled) -> None:
+            self.result = result
+
+        receive_result(transfer, header, self._console.note, keep)
 
     async def _serve_transfer(
         self, connection: Connection, serve_peer: Callable[[BulkConnection], None]

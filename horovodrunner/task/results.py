@@ -245,8 +245,11 @@ class DriverResult(DriverLine):
 
 
 def receive_result(
-    connection: BulkConnection, request: Mapping[str, Any], note: Callable[[str], None]
-) -> Pickled | None:
+    connection: BulkConnection,
+    request: Mapping[str, Any],
+    note: Callable[[str], None],
+    keep: Callable[[Pickled], None],
+) -> None:
     """Take, on the driver, what a :class:`DriverResult` sends.
 
     Parameters
@@ -257,11 +260,8 @@ def receive_result(
         The header of the task's ``result`` frame.
     note
         Takes a sentence for the user.
-
-    Returns
-    -------
-    Pickled or None
-        None when it did not come.
+    keep
+        Takes the result, before the task is told that it is here.
     """
     layout = tuple(int(size) for size in request["layout"])
     try:
@@ -271,6 +271,7 @@ def receive_result(
         if size != sum(layout):
             raise FrameError(f"a result of {size} bytes where {sum(layout)} were announced")
         pickled.fill(connection.read_into)
+        keep(pickled)
         connection.send("stored")
     except ConnectionError as error:
         note(f"the result's transfer broke off: {error}")
@@ -278,9 +279,6 @@ def receive_result(
         with contextlib.suppress(OSError):  # it is gone, or the channel is closed
             connection.send("failed", why=str(error))
             connection.discard_rest(HANG_UP_SECONDS)
-    else:
-        return pickled
-    return None
 
 
 def _room(layout: Layout) -> Pickled:
