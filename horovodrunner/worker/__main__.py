@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import gc
 import importlib
 import os
 import re
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -67,8 +69,7 @@ def main() -> int:
     faulthandler.register(STACK_SIGNAL, file=arguments.stacks, all_threads=True)
     link.send("ready", at=time.time())
     horovod_keras.install()
-    for module in arguments.early_imports:
-        _import_early(module)
+    _import_early(arguments.early_imports)
     imported_at = time.time()
     spec, call = control.wait_for_job()
     set_context(WorkerContext(spec, link, control))
@@ -212,11 +213,12 @@ def _flush_output() -> None:
             stream.flush()
 
 
-def _import_early(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except Exception:  # noqa: BLE001 - main meets the same error, with its own traceback
-        return
+def _import_early(modules: Sequence[str]) -> None:
+    gc.disable()  # hardly anything is freed meanwhile, and looking takes a tenth of the time
+    for module in modules:
+        with contextlib.suppress(Exception):  # main meets the same error, with its own traceback
+            importlib.import_module(module)
+    gc.enable()
 
 
 def _forked_from_warm_parent(arguments: Any) -> dict[str, Any]:
@@ -228,8 +230,7 @@ def _forked_from_warm_parent(arguments: Any) -> dict[str, Any]:
     except OSError:
         sys.exit(0)  # another task's is there already
     parent.detach()
-    for module in arguments.early_imports:
-        _import_early(module)
+    _import_early(arguments.early_imports)
     return {**parent.serve(), "early_imports": []}
 
 
