@@ -16,13 +16,14 @@ import os
 import platform
 import selectors
 import socket
-import struct
 import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from typing import BinaryIO
+
+from horovodrunner.core.peers import is_our_own
 
 __all__ = ["HostCopy", "local_directory"]
 
@@ -135,7 +136,7 @@ class HostCopy:
 
     def _is_own_peer(self) -> bool:
         assert self._socket is not None  # noqa: S101
-        return _is_own(self._socket)
+        return is_our_own(self._socket)
 
     def _received(self) -> BinaryIO | None:
         """Wait for the file; None when the process that has it ended."""
@@ -190,7 +191,7 @@ class HostCopy:
                         while self._served:
                             self._served.pop().close()
                         return
-                    if not _is_own(connection):
+                    if not is_our_own(connection):
                         connection.close()
                         continue
                     with contextlib.suppress(OSError):  # it ended already: it is readable, too
@@ -211,14 +212,6 @@ def local_directory() -> str:
         if directory and os.access(directory, os.W_OK | os.X_OK):
             return directory
     return tempfile.gettempdir()
-
-
-def _is_own(connection: socket.socket) -> bool:
-    layout = "3i"  # struct ucred: process, user, group
-    credentials = connection.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(layout)
-    )
-    return bool(struct.unpack(layout, credentials)[1] == os.getuid())
 
 
 def _after_fork() -> None:

@@ -51,7 +51,7 @@ def leave(exit_code: int) -> NoReturn:
 def close_files() -> None:
     """Close the files on disk that are open for writing: they hold all that was written then."""
     h5py = sys.modules.get("h5py")  # HDF5 completes files when the C library ends the process
-    kinds = (_IOBase,) if h5py is None else (_IOBase, h5py.File)
+    kinds = (_IOBase, getattr(h5py, "File", _IOBase))
     files: list[Any] = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
     # From the outside to the inside: a text file first, then a compressed one, then its bytes.
     for file in sorted(files, key=_depth):

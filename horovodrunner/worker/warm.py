@@ -170,7 +170,9 @@ class WarmParent:
 
     def _tell_end(self, connection: socket.socket) -> None:
         """Tell a task how its worker ended; the zombie stays, so that its group keeps its id."""
-        child = self._children[connection]
+        child = self._children.get(connection)
+        if child is None:  # its task had gone at the same time
+            return
         self._selector.unregister(child.pidfd)
         end = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         assert end is not None  # noqa: S101 - the pidfd said so
