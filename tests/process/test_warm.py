@@ -144,6 +144,8 @@ def test_a_task_and_its_worker_may_go_at_the_same_moment() -> None:
         parent.suspend()
         worker._connection.shutdown(socket.SHUT_WR)
         os.kill(worker.pid, signal.SIGKILL)
+        while psutil.Process(worker.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
         parent.resume()
         worker.wait()
         second, same = fork()
