@@ -128,36 +128,6 @@ def test_where_imports_start_threads_workers_are_fresh_processes(tmp_path: Path)
     assert gone_soon([int(done.stdout.split()[-1])])
 
 
-def test_a_task_and_its_worker_may_go_at_the_same_moment() -> None:
-    done = drive("""
-        import psutil, socket
-        from horovodrunner.task.warm import fork_worker
-
-        def fork():
-            ends = [end for _ in range(3) for end in os.pipe()]
-            worker = fork_worker(os.getpid(), ("numpy",), dict(os.environ), ends[:3])
-            while not worker.pid:
-                time.sleep(0.01)
-            return worker, psutil.Process(worker.pid).parent()
-
-        worker, parent = fork()
-        parent.suspend()
-        worker._connection.shutdown(socket.SHUT_WR)
-        os.kill(worker.pid, signal.SIGKILL)
-        while psutil.Process(worker.pid).status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.01)
-        parent.resume()
-        worker.wait()
-        second, same = fork()
-        assert same == parent, "the warm parent did not live on"
-        second.signal_group(signal.SIGKILL)
-        second.wait()
-        print(parent.pid)
-    """)
-    assert done.returncode == 0, done.stderr
-    assert gone_soon([int(done.stdout.split()[-1])])
-
-
 @pytest.mark.slow
 def test_executors_keep_their_own_until_the_session_ends() -> None:
     done = drive("""
