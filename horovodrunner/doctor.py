@@ -25,7 +25,7 @@ import psutil
 from horovodrunner import drop_in, prerequisites
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.horovod_build import check_horovod
-from horovodrunner.horovod_build.recipe import cuda_home, framework_versions, torch_cuda
+from horovodrunner.horovod_build.recipe import find_cuda, framework_versions, torch_cuda
 
 _BUILD = "python -m horovodrunner build-horovod"
 _IMPORT_SECONDS = 90.0
@@ -276,11 +276,12 @@ def _gpus() -> Iterator[Finding]:
     else:
         for line in text.strip().splitlines():
             yield Finding("ok", "GPUs", line.strip())
-        if torch_cuda() and not cuda_home():
+        home, lack = find_cuda()
+        if torch_cuda() and home is None:
             yield Finding(
                 "problem",
                 "GPUs",
-                f"torch has CUDA {torch_cuda()} but no CUDA toolkit (nvcc) was found, so Horovod "
+                f"torch has CUDA {torch_cuda()}, but its compiler is not here ({lack}), so Horovod "
                 "cannot be built for them",
                 f"install that toolkit or set CUDA_HOME, then {_BUILD}",
             )
