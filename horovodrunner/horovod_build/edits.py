@@ -171,6 +171,105 @@ _STATE_BY_A_STEP_THAT_CHANGES_NO_WEIGHT = """\
         state_dict = optimizer.state_dict()
 """
 
+_STATE_MADE_WHERE_THERE_IS_NONE = """\
+    # Newly created optimizers will not have their state initialized, so
+    # do that initialization here
+    if len(state_dict['state']) == 0:
+        for group in optimizer.param_groups:
+            for p in group['params']:
+                if p.requires_grad and id(p) not in state_dict['state']:
+                    p.grad = p.data.new(p.size()).zero_()
+"""
+
+_STATE_MADE_WHERE_THE_ROOT_HAS_SOME = """\
+    # Every rank gets the options of the root, and state for the parameters for which the root has
+    # some: made here where it is missing, and dropped where the root has none.
+    options = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
+    options, kept = broadcast_object((options, set(state_dict['state'])), root_rank)
+    for group, option in zip(optimizer.param_groups, options):
+        group.update(option)
+    without = set()
+    for number, p in enumerate(p for group in optimizer.param_groups for p in group['params']):
+        if number not in kept:
+            optimizer.state.pop(p, None)
+        elif number not in state_dict['state']:
+            without.add(p)
+    state_dict = optimizer.state_dict()
+
+    if without:
+        for group in optimizer.param_groups:
+            for p in group['params']:
+                p.grad = None
+                if p in without:
+                    p.grad = p.data.new(p.size()).zero_()
+"""
+
+_NOTHING_BROADCAST_WITHOUT_STATE = """\
+    # If the state_dict is still empty after initialization, then
+    # the optimizer is stateless, and there is nothing to broadcast.
+    # Furthermore, attempting to access the state dict would result in
+    # an error.
+    if len(state_dict['state']) == 0:
+        return
+
+"""
+
+_ONE_STATE = '''\
+def _share_state(distributed, optimizer):
+    """Make both one optimizer: its state, groups, defaults and hooks, whichever is used or loaded.
+
+    A scheduler that was made for the plain one goes on changing the learning rate.
+    """
+    distributed.__dict__ = optimizer.__dict__
+    plain_step = distributed.__dict__.pop('step', None)
+    if hasattr(plain_step, '_wrapped_by_lr_sched'):
+        # The scheduler wants to see that the optimizer has stepped.
+        def step(*args, **kwargs):
+            distributed._opt_called = True
+            return type(distributed).step(distributed, *args, **kwargs)
+
+        step._wrapped_by_lr_sched = True
+        distributed.step = step
+
+
+'''
+
+_STEP_WITH_A_CLOSURE = """\
+        if self._should_synchronize:
+            if self._synchronized:
+                warnings.warn("optimizer.step() called without "
+"""
+
+_STEP_THAT_REDUCES_IN_THE_CLOSURE = """\
+        if closure is not None and self._should_synchronize:
+            evaluate = closure
+
+            # The gradients come from the closure, and are to be reduced before they are used.
+            def closure():
+                loss = evaluate()
+                if self._handles:
+                    self.synchronize()
+                return loss
+        if self._should_synchronize and (closure is None or self._handles):
+            if self._synchronized:
+                warnings.warn("optimizer.step() called without "
+"""
+
+_KERAS_OPTIMIZER_FROM_CONFIG = "    return cls.from_config(optimizer.get_config())\n"
+
+_KERAS_OPTIMIZER_WITH_STATE = """\
+    distributed = cls.from_config(optimizer.get_config())
+    # What the optimizer has learnt, or has loaded: its variables become those of the new one.
+    if getattr(optimizer, '_built', False) or getattr(optimizer, '_weights', None):
+        own = ('_name', '_aggregated_gradients', '_allreduce_grads', '_local_vars', 'process_set',
+               'scale_local_gradients', '_agg_helper')
+        distributed.__dict__.update((k, v) for k, v in vars(optimizer).items() if k not in own)
+    return distributed
+"""
+
+_KEEPS_STATE = "what an optimizer had learnt or loaded would be gone without a word"
+_SESSIONS = "TensorFlow 2.16 has no tf.estimator, and sessions are in tf.compat.v1"
+
 EDITS = (
     Edit(
         name="cxx-core",
@@ -377,6 +476,95 @@ endif()
         file="horovod/torch/CMakeLists.txt",
         old="from distutils.sysconfig import get_python_inc; print(get_python_inc())",
         new="import sysconfig; print(sysconfig.get_path('include', 'posix_prefix'))",
+    ),
+    Edit(
+        name="torch-state-shared",
+        why=_KEEPS_STATE,
+        file="horovod/torch/optimizer.py",
+        old="class _DistributedOptimizer(torch.optim.Optimizer):\n",
+        new=_ONE_STATE + "class _DistributedOptimizer(torch.optim.Optimizer):\n",
+    ),
+    Edit(
+        name="torch-state",
+        why=_KEEPS_STATE,
+        file="horovod/torch/optimizer.py",
+        old="        super(self.__class__, self).__init__(params)\n        self._compression",
+        new="        _share_state(self, params)\n        self._compression",
+    ),
+    Edit(
+        name="torch-state-given",
+        why="for the edit before it; torch's hooks of step() are run by the wrapped class's",
+        file="horovod/torch/optimizer.py",
+        old="        return cls(optimizer.param_groups, named_parameters, compression, "
+        "backward_passes_per_step, op,\n",
+        new="        cls.step.hooked = True\n"
+        "        return cls(optimizer, named_parameters, compression, backward_passes_per_step, "
+        "op,\n",
+    ),
+    Edit(
+        name="torch-state-adasum",
+        why=_KEEPS_STATE,
+        file="horovod/torch/optimizer.py",
+        old="        super(self.__class__, self).__init__(params)\n\n        self._compression",
+        new="        _share_state(self, params)\n\n        self._compression",
+    ),
+    Edit(
+        name="torch-state-given-adasum",
+        why="for the edit before it",
+        file="horovod/torch/optimizer.py",
+        old="cls(optimizer.param_groups, named_parameters, compression, "
+        "backward_passes_per_step)\n",
+        new="cls(optimizer, named_parameters, compression, backward_passes_per_step)\n",
+    ),
+    Edit(
+        name="torch-closure",
+        why="gradients that step()'s closure computes would not be reduced",
+        file="horovod/torch/optimizer.py",
+        old=_STEP_WITH_A_CLOSURE,
+        new=_STEP_THAT_REDUCES_IN_THE_CLOSURE,
+    ),
+    Edit(
+        name="keras-2-state",
+        why=_KEEPS_STATE,
+        file="horovod/_keras/__init__.py",
+        old=_KERAS_OPTIMIZER_FROM_CONFIG,
+        new=_KERAS_OPTIMIZER_WITH_STATE,
+    ),
+    Edit(
+        name="session-hook",
+        why=_SESSIONS,
+        file="horovod/tensorflow/__init__.py",
+        old="    _SessionRunHook = tf.estimator.SessionRunHook\n",
+        new="    _SessionRunHook = tf.compat.v1.train.SessionRunHook\n",
+    ),
+    Edit(
+        name="session-broadcast-size",
+        why=_SESSIONS,
+        file="horovod/tensorflow/functions.py",
+        old="sz = tf.placeholder(",
+        new="sz = tf.compat.v1.placeholder(",
+    ),
+    Edit(
+        name="session-broadcast-data",
+        why=_SESSIONS,
+        file="horovod/tensorflow/functions.py",
+        old="t = tf.placeholder(",
+        new="t = tf.compat.v1.placeholder(",
+    ),
+    Edit(
+        name="broadcast-optimizer-from-root",
+        why="ranks without optimizer state make it by a step, which the root had not made: its "
+        "counter would be one ahead, or its parameters other ones",
+        file="horovod/torch/functions.py",
+        old=_STATE_MADE_WHERE_THERE_IS_NONE,
+        new=_STATE_MADE_WHERE_THE_ROOT_HAS_SOME,
+    ),
+    Edit(
+        name="broadcast-optimizer-options",
+        why="for the edit before it",
+        file="horovod/torch/functions.py",
+        old=_NOTHING_BROADCAST_WITHOUT_STATE,
+        new="",
     ),
     Edit(
         name="broadcast-optimizer-keeps-weights",
