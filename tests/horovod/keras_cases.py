@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import traceback
 from typing import Any
 
@@ -251,15 +252,19 @@ def facts_about(module: str, directory: str) -> dict[str, Any]:
     hvd.init()
     facts: dict[str, Any] = {}
     parts = (
-        averaged_metrics,
-        learning_rates,
-        saved_models,
-        state_of_two_optimizers,
-        copies,
-        a_local_variable,
-        a_process_set_of_one,
-        refusals,
-        plain_optimizer,
+        LEGACY_PARTS
+        if os.environ.get("TF_USE_LEGACY_KERAS")
+        else (
+            averaged_metrics,
+            learning_rates,
+            saved_models,
+            state_of_two_optimizers,
+            copies,
+            a_local_variable,
+            a_process_set_of_one,
+            refusals,
+            plain_optimizer,
+        )
     )
     for part in parts:
         try:
@@ -353,14 +358,17 @@ def saved_models(hvd: Any, directory: str) -> Any:
     model.fit(inputs, targets, verbose=0, shuffle=False, callbacks=[broadcast, best])
     loaded = hvd.load_model(best.filepath)
     plain = keras.models.load_model(best.filepath)
-    for each in (model, loaded):
+    wrapped = keras.models.load_model(best.filepath)
+    wrapped.compile(hvd.DistributedOptimizer(wrapped.optimizer), "mse")
+    made = (model, loaded, wrapped, plain)
+    for each in made[:3]:
         each.fit(inputs, targets, verbose=0, shuffle=False)
-    weights = _object_gatherer(hvd)((_weights(model), _weights(loaded)))
+    weights = _object_gatherer(hvd)([_weights(each) for each in made[:3]])
     return {
         "errors": errors,
         "weights": weights,
-        "classes": [type(each.optimizer).__mro__[0].__name__ for each in (model, loaded, plain)],
-        "distributed": [_is_distributed(each.optimizer) for each in (model, loaded, plain)],
+        "classes": [type(each.optimizer).__mro__[0].__name__ for each in made],
+        "distributed": [_is_distributed(each.optimizer) for each in made],
     }
 
 
@@ -470,3 +478,66 @@ def plain_optimizer(hvd: Any, directory: str) -> Any:
     broadcast = hvd.callbacks.BroadcastGlobalVariablesCallback(0)
     model.fit(inputs, targets, verbose=0, callbacks=[broadcast])
     return "trained"
+
+
+def state_of_legacy_optimizers(hvd: Any, directory: str) -> Any:
+    """Train on after the optimizer was loaded and then wrapped, and compare with one process."""
+    import numpy as np
+    import tensorflow as tf
+
+    keras = tf.keras
+    made = {
+        "SGD": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+        "Adam": lambda: keras.optimizers.Adam(0.05),
+        "decaying": lambda: keras.optimizers.Adam(
+            keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
+        ),
+        "legacy SGD": lambda: keras.optimizers.legacy.SGD(0.1, momentum=0.9),
+        "legacy Adam": lambda: keras.optimizers.legacy.Adam(0.05),
+    }
+    random = np.random.default_rng(0)
+    inputs = random.normal(size=(16, 3)).astype("float32")
+    targets = inputs.sum(axis=1, keepdims=True)
+    found = {}
+    for name, make in made.items():
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.layers.Dense(1, input_shape=(3,))])
+        model.compile(make(), "mse")
+        model.fit(inputs, targets, batch_size=16, epochs=3, verbose=0, shuffle=False)
+        path = f"{directory}/{name.replace(' ', '-')}-{hvd.rank()}.h5"
+        model.save(path)
+        alone, plain = keras.models.load_model(path), keras.models.load_model(path)
+        plain.compile(hvd.DistributedOptimizer(plain.optimizer), "mse")
+        alone.fit(inputs, targets, batch_size=16, epochs=3, verbose=0, shuffle=False)
+        mine = slice(hvd.rank() * 8, hvd.rank() * 8 + 8)
+        plain.fit(inputs[mine], targets[mine], batch_size=8, epochs=3, verbose=0, shuffle=False)
+        found[name] = (_weights(plain), _weights(alone), int(plain.optimizer.iterations.numpy()))
+    return _object_gatherer(hvd)(found)
+
+
+def a_session(hvd: Any, directory: str) -> Any:
+    """Train in a session of TensorFlow 1, as notebooks of that time do."""
+    import horovod.tensorflow as hvd_tensorflow
+    import tensorflow as tf
+
+    with tf.Graph().as_default():
+        weight = tf.compat.v1.get_variable("w", initializer=float(hvd.rank() + 1))
+        step = tf.compat.v1.train.get_or_create_global_step()
+        optimizer = tf.compat.v1.train.MomentumOptimizer(0.1, 0.9)
+        optimizer = hvd_tensorflow.DistributedOptimizer(optimizer)
+        train = optimizer.minimize(weight * 10.0 * hvd.rank(), global_step=step)
+        with tf.control_dependencies([train]):
+            after = weight.read_value()
+        hooks = [
+            hvd_tensorflow.BroadcastGlobalVariablesHook(0),
+            tf.compat.v1.train.StopAtStepHook(last_step=2),
+        ]
+        with tf.compat.v1.train.MonitoredTrainingSession(hooks=hooks) as session:
+            while not session.should_stop():
+                found = float(session.run(after))
+    with tf.Graph().as_default(), tf.compat.v1.Session():
+        sent = hvd_tensorflow.broadcast_object_fn(root_rank=1)({"from": hvd.rank()})
+    return _object_gatherer(hvd)((found, sent))
+
+
+LEGACY_PARTS = (state_of_legacy_optimizers, a_session)

@@ -138,11 +138,11 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(facts: dict[str, An
 
 def test_a_model_that_was_saved_trains_on_as_if_it_had_not_been(facts: dict[str, Any]) -> None:
     found = facts["saved_models"]
-    (trained, loaded), (trained_there, loaded_there) = found["weights"]
-    assert trained == loaded == trained_there == loaded_there
+    here, there = found["weights"]
+    assert here == there == [here[0]] * 3  # trained on, loaded, and loaded before it was wrapped
     # Keras alone loads a plain optimizer of the same class.
-    assert found["classes"] == ["Adam", "Adam", "Adam"]
-    assert found["distributed"] == [True, True, False]
+    assert found["classes"] == ["Adam"] * 4
+    assert found["distributed"] == [True, True, True, False]
     assert "set its filepath before fit()" in found["errors"][0]
 
 
@@ -202,13 +202,35 @@ def test_horovods_own_optimizer_does_not_average() -> None:
     assert ANNOUNCED not in found["shown"]
 
 
-def test_legacy_keras_keeps_horovods_own_code() -> None:
+@pytest.fixture(scope="module")
+def keras_2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     pytest.importorskip("tf_keras")
-    found = run("horovod.keras", OF_LEGACY_KERAS, TF_USE_LEGACY_KERAS="1")
-    assert found["cases"].keys() == OF_LEGACY_KERAS.keys()
-    for result in found["cases"].values():
+    directory = tmp_path_factory.mktemp("saved")
+    return run("horovod.keras", OF_LEGACY_KERAS, directory, TF_USE_LEGACY_KERAS="1")
+
+
+def test_legacy_keras_keeps_horovods_own_code(keras_2: dict[str, Any]) -> None:
+    assert keras_2["cases"].keys() == OF_LEGACY_KERAS.keys()
+    for result in keras_2["cases"].values():
         check(result)
-    assert ANNOUNCED not in found["shown"]
+    assert ANNOUNCED not in keras_2["shown"]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "decaying", "legacy SGD", "legacy Adam"])
+def test_a_legacy_optimizer_keeps_the_state_it_was_loaded_with(
+    keras_2: dict[str, Any], name: str
+) -> None:
+    here, there = keras_2["facts"]["state_of_legacy_optimizers"]
+    assert here[name] == there[name]
+    weights, alone, steps = here[name]
+    assert weights == pytest.approx(alone, rel=1e-4, abs=1e-6)
+    assert steps == 6
+
+
+def test_sessions_of_tensorflow_1(keras_2: dict[str, Any]) -> None:
+    # from rank 0's 1.0: a gradient of 5 on average, then 0.9 * 5 + 5
+    here, there = keras_2["facts"]["a_session"]
+    assert here == there == (pytest.approx(1.0 - 0.5 - 0.95), {"from": 1})
 
 
 def test_a_backend_without_horovod_is_refused() -> None:

@@ -95,6 +95,67 @@ def broadcasts(hvd: Any) -> dict[str, Any]:
     return same
 
 
+def one_optimizer(hvd: Any) -> dict[str, Any]:
+    """Use the plain optimizer beside the one that wraps it, and a closure."""
+    import torch
+
+    found = {}
+    weight = torch.nn.Parameter(torch.zeros(1))
+    plain = torch.optim.SGD([weight], lr=1.0, momentum=0.5)
+    saved = plain.state_dict()
+    optimizer = hvd.DistributedOptimizer(plain, [("weight", weight)])
+    saved["state"] = {0: {"momentum_buffer": torch.tensor([4.0])}}
+    saved["param_groups"][0]["lr"] = 0.1
+    plain.load_state_dict(saved)  # by its old name, after it was wrapped
+    (weight * 10.0 * hvd.rank()).sum().backward()
+    optimizer.step()
+    found["loaded by the old name"] = round(weight.item(), 4)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    found["lr of a new group"] = optimizer.param_groups[1]["lr"]
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer = hvd.DistributedOptimizer(optimizer, [("with a closure", weight)])
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = (weight * 10.0 * hvd.rank()).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    found["closure"] = weight.item()
+    return {name: hvd.allgather_object(value) for name, value in found.items()}
+
+
+def broadcasts_of_a_part(hvd: Any) -> dict[str, Any]:
+    """Broadcast optimizers of which rank 0 has no state, or state for some parameters."""
+    import torch
+
+    found = {}
+    # Without any state: options alone, and no step that nobody made.
+    for kind in (torch.optim.SGD, torch.optim.Adam):
+        model = torch.nn.Linear(2, 1)
+        optimizer = kind(model.parameters(), lr=0.1 * (hvd.rank() + 1))
+        if hvd.rank() == 1:
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+        state = optimizer.state_dict()
+        found[kind.__name__] = (state["param_groups"][0]["lr"], len(state["state"]))
+    # A part that has never been used has no state.
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList(torch.nn.Linear(2, 2, bias=False) for _ in range(3))
+    optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.1)
+    if hvd.rank() == 0:
+        model[2](model[0](torch.ones(1, 2))).sum().backward()
+        optimizer.step()
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    found["part"] = str(optimizer.state_dict()["state"])
+    return {name: hvd.allgather_object(value) for name, value in found.items()}
+
+
 def collectives(hvd: Any) -> dict[str, Any]:
     """Use those beside allreduce."""
     import torch
@@ -203,8 +264,8 @@ def sync_batch_norm_of_the_cpu(hvd: Any) -> str:
 
 
 SECTIONS = (
-    optimizers, clipped, broadcasts, collectives, embeddings, elastic,
-    sync_batch_norm_of_the_cpu, joined,
+    optimizers, clipped, one_optimizer, broadcasts, broadcasts_of_a_part, collectives, embeddings,
+    elastic, sync_batch_norm_of_the_cpu, joined,
 )  # fmt: skip
 
 
@@ -243,6 +304,23 @@ def test_a_gradient_is_clipped_after_averaging(seen: dict[str, Any]) -> None:
 
 def test_rank_0_gives_the_others_its_model_and_optimizer(seen: dict[str, Any]) -> None:
     assert seen["broadcasts"] == {"SGD": True, "Adam": True, "AdamW": True}
+
+
+def test_an_optimizer_and_its_wrapper_are_one(seen: dict[str, Any]) -> None:
+    found = seen["one_optimizer"]
+    # velocity 0.5 * 4 + 5 on average, at a rate of 0.1
+    assert found["loaded by the old name"] == [-0.7, -0.7]
+    assert found["lr of a new group"] == [1.0, 1.0]
+    assert found["closure"] == [-10.0, -10.0]
+
+
+def test_a_broadcast_gives_what_rank_0_has_and_no_more(seen: dict[str, Any]) -> None:
+    found = seen["broadcasts_of_a_part"]
+    assert found["SGD"] == [(0.1, 0)] * RANKS
+    assert found["Adam"] == [(0.1, 0)] * RANKS
+    here, there = found["part"]
+    assert here == there
+    assert "tensor(1.)" in here
 
 
 def test_collectives(seen: dict[str, Any]) -> None:
