@@ -207,9 +207,6 @@ def save_torch(step: int, **objects: _HasState) -> None:
 def load_torch(**objects: _HasState) -> int:
     """Load what :func:`save_torch` saved into objects of the same shape, and say where to go on.
 
-    An optimizer is to be loaded after ``hvd.DistributedOptimizer`` wrapped it: wrapping drops its
-    state.
-
     Parameters
     ----------
     **objects

@@ -249,6 +249,7 @@ _STEP_THAT_REDUCES_IN_THE_CLOSURE = """\
                 loss = evaluate()
                 if self._handles:
                     self.synchronize()
+                    self._synchronized = False
                 return loss
         if self._should_synchronize and (closure is None or self._handles):
             if self._synchronized:

@@ -194,12 +194,14 @@ def _lack_of_toolkit(home: Path) -> str:
     nvcc = home / "bin" / "nvcc"
     if not nvcc.exists():
         return f"{home} has no bin/nvcc"
+    code, text = prerequisites.output_of([str(nvcc), "--version"])
+    if code != 0:
+        said = (text.strip().splitlines() or [""])[-1][:120]
+        return f"{nvcc} does not run (exit code {code}: {said})"
     headers = ("include", "targets/x86_64-linux/include", "targets/sbsa-linux/include")
     if not any((home / folder / "cuda_runtime.h").exists() for folder in headers):
         return f"{home} has no cuda_runtime.h"
-    code, text = prerequisites.output_of([str(nvcc), "--version"])
-    said = (text.strip().splitlines() or [""])[-1][:120]
-    return f"{nvcc} does not run (exit code {code}: {said})" if code != 0 else ""
+    return ""
 
 
 def torch_nccl() -> Path | None:
