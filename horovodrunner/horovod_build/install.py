@@ -63,7 +63,8 @@ def build_horovod(*, force: bool = False, target: Path | None = None, say: Say =
         return
     say(f"looking at {recipe}, the compiler and the cache")
     facts = toolchain_facts(recipe)
-    require_build_tools(recipe, facts["cxx"])
+    cxx = facts.get("cxx", {})
+    require_build_tools(recipe, cxx)
     home, lack = find_cuda()
     if recipe.cuda and home is None:
         say(
@@ -73,7 +74,7 @@ def build_horovod(*, force: bool = False, target: Path | None = None, say: Say =
     key = cache_key(recipe, facts)
     wheel = cached_wheel(key)
     if wheel is None or force:
-        wheel = _make_cached_wheel(recipe, facts["cxx"], key, say)
+        wheel = _make_cached_wheel(recipe, cxx, key, say)
     else:
         say(f"using the wheel built earlier: {wheel}")
         _prove(wheel, recipe, say)

@@ -194,7 +194,8 @@ def _lack_of_toolkit(home: Path) -> str:
     nvcc = home / "bin" / "nvcc"
     if not nvcc.exists():
         return f"{home} has no bin/nvcc"
-    code, text = prerequisites.output_of([str(nvcc), "--version"])
+    # Through a shell, as make starts it: a wrapper on PATH may be a script without a first line.
+    code, text = prerequisites.output_of(["/bin/sh", "-c", '"$0" --version', str(nvcc)])
     if code != 0:
         said = (text.strip().splitlines() or [""])[-1][:120]
         return f"{nvcc} does not run (exit code {code}: {said})"
