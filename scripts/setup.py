@@ -28,7 +28,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "set-up-for"
 LOG = VENV / "set-up.log"
-EXTRAS = "spark,connect,torch,tensorflow,horovod-build,images,demo,test,docs"
+EXTRAS = "spark,connect,torch,tensorflow,horovod-build,images,demo,test,test-torch,docs"
 # Packages that PYTHONPATH adds are not those of .venv.
 ENVIRON = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 # A change in any of these may ask for other packages or another Horovod.
