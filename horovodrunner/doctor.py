@@ -26,8 +26,8 @@ from horovodrunner import drop_in, prerequisites
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.horovod_build import check_horovod
 from horovodrunner.horovod_build.recipe import (
-    cuda_home,
     distribution_of,
+    find_cuda,
     framework_versions,
     torch_cuda,
 )
@@ -279,11 +279,12 @@ def _gpus() -> Iterator[Finding]:
     else:
         for line in text.strip().splitlines():
             yield Finding("ok", "GPUs", line.strip())
-        if torch_cuda() and not cuda_home():
+        home, lack = find_cuda()
+        if torch_cuda() and home is None:
             yield Finding(
                 "problem",
                 "GPUs",
-                f"torch has CUDA {torch_cuda()} but no CUDA toolkit (nvcc) was found, so Horovod "
+                f"torch has CUDA {torch_cuda()}, but its compiler is not here ({lack}), so Horovod "
                 "cannot be built for them",
                 f"install that toolkit or set CUDA_HOME, then {_BUILD}",
             )

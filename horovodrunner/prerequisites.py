@@ -37,11 +37,21 @@ _MAKE_REMEDY = (
     "install it (Debian/Ubuntu: apt install make; conda: conda install -c conda-forge make; "
     "macOS: xcode-select --install)"
 )
-_CXX17_PROGRAM = """
+OLDEST_CXX = 17
+# Each standard's part is compiled for it and for every later one.
+_CXX_PROGRAMS = {
+    17: """
 #include <optional>
 #include <string_view>
-int main() { if constexpr (sizeof(std::optional<std::string_view>) > 0) return 0; }
-"""
+int in17() { if constexpr (sizeof(std::optional<std::string_view>) > 0) return 0; }
+""",
+    20: """
+#include <bit>
+#include <concepts>
+template <std::unsigned_integral T> int in20(T number) { return std::bit_width(number); }
+int used20() { return in20(8u); }
+""",
+}
 
 
 class Problem(NamedTuple):
@@ -116,17 +126,19 @@ def java_problem() -> Problem | None:
     return None
 
 
-def compiler_problem() -> Problem | None:
-    """Say why C++17 cannot be compiled here, or return None."""
+def compiler_problem(standard: int = OLDEST_CXX, what: str = "Horovod") -> Problem | None:
+    """Say why ``what``, which needs C++ ``standard``, cannot be compiled here, or return None."""
     command = compiler_command()
+    needs = f"building {what} needs C++{standard}"
     if command is None:
-        return Problem("no C++ compiler was found; building Horovod needs C++17", _COMPILER_REMEDY)
+        return Problem(f"no C++ compiler was found; {needs}", _COMPILER_REMEDY)
+    program = "".join(text for since, text in _CXX_PROGRAMS.items() if since <= standard)
     code, text = output_of(
-        [*command, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"], stdin=_CXX17_PROGRAM
+        [*command, f"-std=c++{standard}", "-fsyntax-only", "-x", "c++", "-"], stdin=program
     )
     if code != 0:
         said = text.strip().splitlines()[0] if text.strip() else f"exit code {code}"
-        text = f"{' '.join(command)} does not compile C++17 ({said})"
+        text = f"{' '.join(command)} does not compile C++{standard} ({said}); {needs}"
         return Problem(text, _COMPILER_REMEDY)
     return None
 
@@ -160,7 +172,7 @@ def headers_problem() -> Problem | None:
     )
 
 
-def build_problems() -> list[Problem]:
-    """List everything outside Python packages that a build of Horovod lacks here."""
-    found = (compiler_problem(), cmake_problem(), headers_problem())
+def build_problems(standard: int = OLDEST_CXX, what: str = "Horovod") -> list[Problem]:
+    """List everything outside Python packages that a build of ``what`` in C++ lacks here."""
+    found = (compiler_problem(standard, what), cmake_problem(), headers_problem())
     return [problem for problem in found if problem]

@@ -28,6 +28,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "set-up-for"
 LOG = VENV / "set-up.log"
+CXX_STANDARD = 20  # what the torch of constraints.txt needs
 EXTRAS = "spark,connect,torch,tensorflow,horovod-build,images,demo,test,test-torch,docs"
 # Packages that PYTHONPATH adds are not those of .venv.
 ENVIRON = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -91,7 +92,7 @@ def fingerprint() -> str:
 def require_prerequisites() -> None:
     """Stop at once, with one line for each thing that is missing on this machine."""
     checks = runpy.run_path(str(ROOT / "horovodrunner" / "prerequisites.py"))
-    problems = [checks["java_problem"](), *checks["build_problems"]()]
+    problems = [checks["java_problem"](), *checks["build_problems"](CXX_STANDARD)]
     if importlib.util.find_spec("ensurepip") is None:
         problems.append(
             "Python's venv module is not complete (Debian/Ubuntu: apt install python3-venv)"

@@ -63,7 +63,13 @@ class Edit:
         path.write_text(text.replace(self.old, self.new), encoding="utf-8")
 
 
-_CXX17 = "PyTorch since 2.1 and TensorFlow's headers need C++17"
+CXX_VARIABLES = {"torch": "HOROVODRUNNER_CXX_TORCH", "tensorflow": "HOROVODRUNNER_CXX_TENSORFLOW"}
+"""Variable that tells the build the C++ standard of each framework's headers."""
+
+WITHOUT_CUDA = "HOROVODRUNNER_WITHOUT_CUDA"
+"""Variable that is set when the build is not to look for CUDA."""
+
+_CXX = "each framework's headers need a C++ standard of their own"
 _DISTUTILS = "Python 3.12 removed distutils"
 
 _GLOO_TCP = "third_party/gloo/gloo/transport/tcp"
@@ -167,18 +173,52 @@ _STATE_BY_A_STEP_THAT_CHANGES_NO_WEIGHT = """\
 
 EDITS = (
     Edit(
-        name="cxx17-core",
-        why=_CXX17,
+        name="cxx-core",
+        why="Gloo, which all frameworks share, is compiled for the oldest of them",
         file="CMakeLists.txt",
         old="set(CMAKE_CXX_STANDARD 14)",
         new="set(CMAKE_CXX_STANDARD 17)",
     ),
     Edit(
-        name="cxx17-torch",
-        why=_CXX17,
+        name="cxx-torch",
+        why=_CXX,
         file="horovod/torch/CMakeLists.txt",
         old="set(CMAKE_CXX_STANDARD 14)",
-        new="set(CMAKE_CXX_STANDARD 17)",
+        new=f"set(CMAKE_CXX_STANDARD $ENV{{{CXX_VARIABLES['torch']}}})",
+    ),
+    Edit(
+        name="cxx-tensorflow",
+        why=_CXX,
+        file="horovod/tensorflow/CMakeLists.txt",
+        old="set(CMAKE_CXX_STANDARD 17)",
+        new=f"set(CMAKE_CXX_STANDARD $ENV{{{CXX_VARIABLES['tensorflow']}}})",
+    ),
+    Edit(
+        name="no-cuda-language",
+        why="CMake takes any nvcc it finds, also for CPUs and one that does not run",
+        file="CMakeLists.txt",
+        old="include(CheckLanguage)\ncheck_language(CUDA)\nif(NOT CMAKE_CUDA_COMPILER)\n",
+        new=f"""\
+if(DEFINED ENV{{{WITHOUT_CUDA}}})
+    unset(CMAKE_CUDA_COMPILER)
+else()
+    include(CheckLanguage)
+    check_language(CUDA)
+endif()
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{{{WITHOUT_CUDA}}})
+""",
+    ),
+    Edit(
+        name="no-cuda-torch",
+        why="torch's CUDA_HOME is also set where CUDA's runtime is without its compiler",
+        file="cmake/Modules/FindPytorch.cmake",
+        old='string(TOUPPER "${Pytorch_CUDA}" Pytorch_CUDA)\n',
+        new=f"""\
+string(TOUPPER "${{Pytorch_CUDA}}" Pytorch_CUDA)
+if(DEFINED ENV{{{WITHOUT_CUDA}}})
+    set(Pytorch_CUDA FALSE)
+endif()
+""",
     ),
     Edit(
         name="no-debug-symbols",
@@ -193,7 +233,7 @@ EDITS = (
     ),
     Edit(
         name="one-gloo",
-        why="everything is C++17 here, so TensorFlow needs no second compilation of Gloo",
+        why="Gloo is C++17 here, so TensorFlow needs no second compilation of it",
         file="horovod/tensorflow/CMakeLists.txt",
         old="    set(Tensorflow_CXX17 TRUE)\n",
         new="    set(Tensorflow_CXX17 FALSE)\n",

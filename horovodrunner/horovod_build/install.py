@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import platformdirs
@@ -19,6 +20,7 @@ from horovodrunner.horovod_build.recipe import (
     Status,
     cache_key,
     current_recipe,
+    find_cuda,
     horovod_folder,
     installed_status,
     toolchain_facts,
@@ -59,17 +61,19 @@ def build_horovod(*, force: bool = False, target: Path | None = None, say: Say =
     recipe = current_recipe()
     if target is None and not force and _nothing_to_do(recipe, say):
         return
-    require_build_tools(recipe)
-    if recipe.cuda and not recipe.gpu_operations:
-        say(
-            f"note: torch has CUDA {recipe.cuda} but no CUDA toolkit (nvcc) was found, so this "
-            "Horovod is for the CPU; for GPUs install the toolkit or set CUDA_HOME"
-        )
     say(f"looking at {recipe}, the compiler and the cache")
-    key = cache_key(recipe, toolchain_facts(recipe))
+    facts = toolchain_facts(recipe)
+    require_build_tools(recipe, facts["cxx"])
+    home, lack = find_cuda()
+    if recipe.cuda and home is None:
+        say(
+            f"note: torch has CUDA {recipe.cuda}, but its compiler is not here ({lack}), so this "
+            "Horovod is for the CPU; for GPUs install the CUDA toolkit or set CUDA_HOME to it"
+        )
+    key = cache_key(recipe, facts)
     wheel = cached_wheel(key)
     if wheel is None or force:
-        wheel = _make_cached_wheel(recipe, key, say)
+        wheel = _make_cached_wheel(recipe, facts["cxx"], key, say)
     else:
         say(f"using the wheel built earlier: {wheel}")
         _prove(wheel, recipe, say)
@@ -105,7 +109,7 @@ def _nothing_to_do(recipe: Recipe, say: Say) -> bool:
     return False
 
 
-def _make_cached_wheel(recipe: Recipe, key: str, say: Say) -> Path:
+def _make_cached_wheel(recipe: Recipe, cxx: Mapping[str, int], key: str, say: Say) -> Path:
     log = cache_folder() / "logs" / f"horovod-{key}.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +119,7 @@ def _make_cached_wheel(recipe: Recipe, key: str, say: Say) -> Path:
             "set XDG_CACHE_HOME to a folder that can"
         ) from error
     with tempfile.TemporaryDirectory(prefix="horovod-build-", ignore_cleanup_errors=True) as work:
-        made = make_wheel(recipe, work=Path(work), log=log, say=say)
+        made = make_wheel(recipe, cxx=cxx, work=Path(work), log=log, say=say)
         _prove(made, recipe, say)
         return store_wheel(made, key)
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from horovodrunner import prerequisites
 from horovodrunner.errors import ConfigurationError, HorovodBuildError
-from horovodrunner.horovod_build.edits import RECORD_NAME, fingerprint
+from horovodrunner.horovod_build.edits import RECORD_NAME, WITHOUT_CUDA, fingerprint
 
 HOROVOD_VERSION = "0.28.1"
 
@@ -42,17 +42,25 @@ _FLAG_NAMES = (
 
 # Run by the Python that will import Horovod; argv names the frameworks. Paths are left out, so
 # that two environments with the same packages get the same answer.
-_ABI_PROGRAM = """
-import json, sys
-answer = {}
+_FRAMEWORK_PROGRAM = """
+import json, pathlib, re, sys
+abi = {}
+settings = {}
 if "torch" in sys.argv:
     import torch
-    answer["torch"] = [torch.__version__, torch.version.cuda, torch.compiled_with_cxx11_abi()]
+    abi["torch"] = [torch.__version__, torch.version.cuda, torch.compiled_with_cxx11_abi()]
+    # What torch tells CMake, and what it compiles extensions with.
+    config = pathlib.Path(torch.utils.cmake_prefix_path, "Torch", "TorchConfig.cmake")
+    flags = pathlib.Path(torch.__file__).with_name("utils") / "cpp_extension.py"
+    settings["torch"] = "".join(file.read_text() for file in (config, flags) if file.exists())
 if "tensorflow" in sys.argv:
     import tensorflow as tf
     flags = [flag for flag in tf.sysconfig.get_compile_flags() if not flag.startswith("-I")]
-    answer["tensorflow"] = [tf.__version__, *flags]
-print("abi:" + json.dumps(answer))
+    abi["tensorflow"] = [tf.__version__, *flags]
+    settings["tensorflow"] = " ".join(flags)
+pattern = r"(?:CXX_STANDARD\\s+|-std=c[+][+])(\\d\\d)\\b"
+cxx = {name: max(map(int, re.findall(pattern, text)), default=0) for name, text in settings.items()}
+print("answer:" + json.dumps({"abi": abi, "cxx": cxx}))
 """
 
 
@@ -84,6 +92,11 @@ class Recipe:
         names = ", ".join(f"{name} {version}" for name, version in self.frameworks.items())
         return f"{names} ({self.gpu_operations or 'CPU'})"
 
+    def uses_cuda(self) -> bool:
+        """Return whether anything is compiled for CUDA: it is wanted, and its compiler is here."""
+        asked = any(self.flags[name] for name in self.flags if name.startswith("HOROVOD_GPU_"))
+        return bool(self.cuda or self.gpu_operations or asked) and cuda_home() is not None
+
     def variables(self) -> dict[str, str]:
         """Return the environment variables that tell Horovod's build what to make."""
         variables = {"HOROVOD_WITH_GLOO": "1", "HOROVOD_WITHOUT_MPI": "1"}
@@ -92,11 +105,13 @@ class Recipe:
             with_or_without = "WITH" if name in self.frameworks else "WITHOUT"
             variables[f"HOROVOD_{with_or_without}_{spelled.upper()}"] = "1"
         variables.update(self.flags)
+        home = cuda_home()
+        if home and self.uses_cuda():  # Horovod and torch have to look at the same toolkit
+            variables.update(HOROVOD_CUDA_HOME=home, CUDA_HOME=home)
+        else:
+            variables[WITHOUT_CUDA] = "1"
         if self.gpu_operations:
             variables["HOROVOD_GPU_OPERATIONS"] = self.gpu_operations
-            home = cuda_home()
-            if home:  # Horovod and torch have to look at the same toolkit
-                variables.update(HOROVOD_CUDA_HOME=home, CUDA_HOME=home)
             nccl = torch_nccl()
             if nccl and not any(name.startswith("HOROVOD_NCCL_") for name in self.flags):
                 # Two different NCCLs in one process do not work together.
@@ -155,22 +170,42 @@ def torch_cuda() -> str | None:
 
 
 def cuda_home() -> str | None:
-    """Return where the CUDA toolkit is: what the variables say, else where nvcc and headers are."""
+    """Return where the CUDA toolkit is, if there is one whose compiler runs."""
+    return find_cuda()[0]
+
+
+def find_cuda() -> tuple[str | None, str]:
+    """Return where the CUDA toolkit is, and what was seen instead if there is none.
+
+    It is where the variables say, else where an nvcc that runs and the headers are. A machine
+    with CUDA's runtime alone has neither.
+    """
     for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(name):
-            return os.environ[name]
+        home = os.environ.get(name)
+        if home:
+            lack = _lack_of_toolkit(Path(home))
+            return (None, f"{name}: {lack}") if lack else (home, "")
     homes = [Path("/usr/local/cuda")]
     nvcc = shutil.which("nvcc")
     if nvcc:
         # nvcc on PATH can also be a script that starts the one of the toolkit.
         homes.insert(0, Path(nvcc).resolve().parent.parent)
-    for home in homes:
-        headers = ("include", "targets/x86_64-linux/include", "targets/sbsa-linux/include")
-        if (home / "bin" / "nvcc").exists() and any(
-            (home / folder / "cuda_runtime.h").exists() for folder in headers
-        ):
-            return str(home)
-    return None
+    lacks = [_lack_of_toolkit(home) for home in homes]
+    found = next((home for home, lack in zip(homes, lacks, strict=True) if not lack), None)
+    return (str(found), "") if found else (None, "; ".join(lacks))
+
+
+def _lack_of_toolkit(home: Path) -> str:
+    """Name what a CUDA toolkit lacks to compile with, as in ``/usr/local/cuda has no nvcc``."""
+    nvcc = home / "bin" / "nvcc"
+    if not nvcc.exists():
+        return f"{home} has no bin/nvcc"
+    headers = ("include", "targets/x86_64-linux/include", "targets/sbsa-linux/include")
+    if not any((home / folder / "cuda_runtime.h").exists() for folder in headers):
+        return f"{home} has no cuda_runtime.h"
+    code, text = prerequisites.output_of([str(nvcc), "--version"])
+    said = (text.strip().splitlines() or [""])[-1][:120]
+    return f"{nvcc} does not run (exit code {code}: {said})" if code != 0 else ""
 
 
 def torch_nccl() -> Path | None:
@@ -221,7 +256,7 @@ def cache_key(recipe: Recipe, toolchain: dict[str, Any]) -> str:
 
 
 def toolchain_facts(recipe: Recipe) -> dict[str, Any]:
-    """Read what else a wheel depends on: compilers, C++ ABIs, the processor.
+    """Read what else a wheel depends on: compilers, C++ ABIs and standards, the processor.
 
     The frameworks are imported for this, in a process of their own, which also proves that they
     can be imported before minutes are spent on a build.
@@ -232,26 +267,28 @@ def toolchain_facts(recipe: Recipe) -> dict[str, Any]:
         If a framework cannot be imported.
     """
     done = subprocess.run(
-        [sys.executable, "-c", _ABI_PROGRAM, *recipe.frameworks],
+        [sys.executable, "-c", _FRAMEWORK_PROGRAM, *recipe.frameworks],
         capture_output=True,
         text=True,
         check=False,
     )
-    answers = [line[4:] for line in done.stdout.splitlines() if line.startswith("abi:")]
+    answers = [line[7:] for line in done.stdout.splitlines() if line.startswith("answer:")]
     if done.returncode != 0 or not answers:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise HorovodBuildError(
             f"the installed {recipe} cannot be imported by {sys.executable} ({last}); "
             "repair that first, then build Horovod"
         )
+    answer = json.loads(answers[0])
     compiler = prerequisites.compiler_command() or ["c++"]
     return {
-        "abi": json.loads(answers[0]),
+        "abi": answer["abi"],
+        "cxx": {name: max(said, prerequisites.OLDEST_CXX) for name, said in answer["cxx"].items()},
         "platform": [platform.system(), platform.machine(), platform.libc_ver()],
         "processor": _vector_extensions(),
         "compiler": _first_line([*compiler, "--version"]),
         "cmake": _first_line([prerequisites.cmake_command() or "cmake", "--version"]),
-        "nvcc": _nvcc_version() if recipe.gpu_operations else None,
+        "nvcc": _nvcc_version() if recipe.uses_cuda() else None,
     }
 
 

@@ -12,14 +12,14 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from horovodrunner import prerequisites
 from horovodrunner.errors import HorovodBuildError
-from horovodrunner.horovod_build.edits import RECORD_NAME, apply_edits
-from horovodrunner.horovod_build.recipe import HOROVOD_VERSION, Recipe, cuda_home
+from horovodrunner.horovod_build.edits import CXX_VARIABLES, RECORD_NAME, apply_edits
+from horovodrunner.horovod_build.recipe import HOROVOD_VERSION, Recipe, find_cuda
 
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 
@@ -60,15 +60,26 @@ _HINTS = (
 )
 
 
-def require_build_tools(recipe: Recipe) -> None:
+def require_build_tools(recipe: Recipe, cxx: Mapping[str, int] | None = None) -> None:
     """Check that everything a build needs is there, before anything is downloaded.
+
+    Parameters
+    ----------
+    recipe: what to build for.
+    cxx: C++ standard that each framework needs, such as ``{"torch": 20}``.
 
     Raises
     ------
     HorovodBuildError
         Naming all that is missing, and how to get it.
     """
-    problems = [str(problem) for problem in prerequisites.build_problems()]
+    needs = max(cxx.items(), key=lambda item: item[1]) if cxx else None
+    found = (
+        prerequisites.build_problems(needs[1], f"Horovod for {needs[0]}")
+        if needs
+        else prerequisites.build_problems()
+    )
+    problems = [str(problem) for problem in found]
     absent = [
         distribution
         for name, distribution in _BUILD_PACKAGES.items()
@@ -80,21 +91,25 @@ def require_build_tools(recipe: Recipe) -> None:
     if absent:
         names = " ".join(absent)
         problems.append(f"Python packages are missing: {sys.executable} -m pip install {names}")
-    if recipe.gpu_operations == "NCCL" and cuda_home() is None:
+    home, lack = find_cuda()
+    if recipe.gpu_operations == "NCCL" and home is None:
         problems.append(
-            "HOROVOD_GPU_OPERATIONS=NCCL needs the CUDA toolkit and no nvcc was found: install it "
+            f"HOROVOD_GPU_OPERATIONS=NCCL needs the CUDA toolkit, and {lack}: install it "
             f"for CUDA {recipe.cuda or '(as torch)'} or set CUDA_HOME"
         )
     if problems:
         raise HorovodBuildError("Horovod cannot be built yet:\n  " + "\n  ".join(problems))
 
 
-def make_wheel(recipe: Recipe, *, work: Path, log: Path, say: Say) -> Path:
+def make_wheel(
+    recipe: Recipe, *, cxx: Mapping[str, int] | None = None, work: Path, log: Path, say: Say
+) -> Path:
     """Fetch, unpack, edit and compile Horovod.
 
     Parameters
     ----------
     recipe: what to build for.
+    cxx: C++ standard that each framework needs; the compiler's own if it is not known.
     work: an empty folder for the sources and the wheel.
     log: file that keeps the whole output of the build.
     say: told each step.
@@ -113,7 +128,7 @@ def make_wheel(recipe: Recipe, *, work: Path, log: Path, say: Say) -> Path:
     apply_edits(source)
     record = json.dumps(asdict(recipe), indent=1)
     (source / "horovod" / RECORD_NAME).write_text(record, encoding="utf-8")
-    return compile_wheel(recipe, source=source, work=work, log=log, say=say)
+    return compile_wheel(recipe, cxx=cxx, source=source, work=work, log=log, say=say)
 
 
 def fetch_sdist(work: Path, say: Say) -> Path:
@@ -156,10 +171,11 @@ def unpack(archive: Path, work: Path) -> Path:
     return work / f"horovod-{HOROVOD_VERSION}"
 
 
-def build_environment(recipe: Recipe) -> dict[str, str]:
+def build_environment(recipe: Recipe, cxx: Mapping[str, int] | None = None) -> dict[str, str]:
     """Return the environment the build runs in."""
     environ = {name: v for name, v in os.environ.items() if not name.startswith("HOROVOD_WITH")}
     environ.update(recipe.variables())
+    environ.update({CXX_VARIABLES[name]: str(standard) for name, standard in (cxx or {}).items()})
     if prerequisites.cmake_command():
         environ["HOROVOD_CMAKE"] = str(prerequisites.cmake_command())
     # Gloo's CMake file asks for a compatibility that CMake 4 gives only on request.
@@ -171,10 +187,18 @@ def build_environment(recipe: Recipe) -> dict[str, str]:
     return environ
 
 
-def compile_wheel(recipe: Recipe, *, source: Path, work: Path, log: Path, say: Say) -> Path:
+def compile_wheel(
+    recipe: Recipe,
+    *,
+    cxx: Mapping[str, int] | None = None,
+    source: Path,
+    work: Path,
+    log: Path,
+    say: Say,
+) -> Path:
     """Compile the edited sources with ``pip wheel``, saying now and then how far it is."""
     # Measured on two cores; CUDA kernels are compiled for every architecture of the toolkit.
-    minutes = (1.5 * len(recipe.frameworks) + (2 if recipe.gpu_operations else 0)) * 2 / _cores()
+    minutes = (1.5 * len(recipe.frameworks) + (2 if recipe.uses_cuda() else 0)) * 2 / _cores()
     say(
         f"compiling for {recipe} on {_cores()} cores: about {max(1, round(minutes))} to "
         f"{max(2, round(2 * minutes))} minutes"
@@ -191,7 +215,7 @@ def compile_wheel(recipe: Recipe, *, source: Path, work: Path, log: Path, say: S
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env=build_environment(recipe),
+            env=build_environment(recipe, cxx),
             start_new_session=True,
         )
         try:

@@ -175,12 +175,25 @@ class TestMachine:
 
 
 class TestPrerequisites:
-    def test_a_compiler_without_cxx17_is_refused(
+    @pytest.mark.parametrize("standard", [17, 20])
+    def test_a_compiler_that_is_too_old_is_refused(
+        self, standard: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        refuse = f'*"-std=c++{standard} "*) echo "unrecognized option"; exit 1;;'
+        old = write_program(tmp_path / "c++", f'case "$*" in {refuse} esac')
+        monkeypatch.setenv("CXX", str(old))
+        problem = str(prerequisites.compiler_problem(standard))
+        assert "unrecognized option" in problem
+        assert f"C++{standard}" in problem
+
+    def test_a_library_that_is_too_old_is_refused(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        old = write_program(tmp_path / "c++", "echo 'unrecognized option -std=c++17'; exit 1")
-        monkeypatch.setenv("CXX", str(old))
-        assert "unrecognized option" in str(prerequisites.compiler_problem())
+        """The compiler takes -std=c++20, and its headers know only C++17."""
+        command = 'exec c++ "$(echo "$1" | sed s/20/17/)" -fsyntax-only -x c++ -'
+        monkeypatch.setenv("CXX", str(write_program(tmp_path / "c++20", command)))
+        assert prerequisites.compiler_problem(17) is None
+        assert "does not compile C++20" in str(prerequisites.compiler_problem(20))
 
     def test_an_old_cmake_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         old = write_program(tmp_path / "cmake", "echo 'cmake version 3.10.2'")

@@ -16,13 +16,23 @@ import pytest
 
 from horovodrunner.errors import ConfigurationError, HorovodBuildError
 from horovodrunner.horovod_build import install, wheel
-from horovodrunner.horovod_build.edits import EDITS, RECORD_NAME, Edit, apply_edits, fingerprint
+from horovodrunner.horovod_build.edits import (
+    CXX_VARIABLES,
+    EDITS,
+    RECORD_NAME,
+    WITHOUT_CUDA,
+    Edit,
+    apply_edits,
+    fingerprint,
+)
 from horovodrunner.horovod_build.recipe import (
     Recipe,
     cache_key,
     cuda_home,
     current_recipe,
+    find_cuda,
     installed_status,
+    toolchain_facts,
 )
 from horovodrunner.horovod_build.verify import verify_allreduce
 
@@ -35,7 +45,12 @@ RECIPE = Recipe(
     gpu_operations="",
     flags={},
 )
-TOOLCHAIN = {"abi": {"torch": ["2.13.0", None, True]}, "compiler": "g++ 12", "cmake": "3.25"}
+TOOLCHAIN = {
+    "abi": {"torch": ["2.13.0", None, True]},
+    "cxx": {"torch": 20},
+    "compiler": "g++ 12",
+    "cmake": "3.25",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -181,20 +196,6 @@ class TestRecipe:
         recipe = dataclasses.replace(RECIPE, cuda="12.8", gpu_operations="NCCL")
         assert recipe.variables()["HOROVOD_GPU_OPERATIONS"] == "NCCL"
 
-    def test_the_toolkit_is_the_one_with_headers_not_a_script_on_path(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"):
-            monkeypatch.delenv(name, raising=False)
-        nvcc = tmp_path / "bin" / "nvcc"
-        nvcc.parent.mkdir()
-        nvcc.touch(mode=0o755)
-        monkeypatch.setenv("PATH", str(nvcc.parent))
-        assert cuda_home() != str(tmp_path)
-        (tmp_path / "include").mkdir()
-        (tmp_path / "include" / "cuda_runtime.h").touch()
-        assert cuda_home() == str(tmp_path)
-
     def test_torchs_own_nccl_is_used_unless_the_user_names_another(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -243,6 +244,140 @@ class TestRecipe:
         monkeypatch.setenv("HOROVOD_WITHOUT_TENSORFLOW", "1")
         with pytest.raises(ConfigurationError, match="neither torch nor tensorflow"):
             current_recipe()
+
+
+class TestCuda:
+    """A folder stands for the toolkit, and a script in it for its compiler."""
+
+    @pytest.fixture
+    def toolkit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        (tmp_path / "include").mkdir()
+        (tmp_path / "include" / "cuda_runtime.h").touch()
+        self.write_nvcc(tmp_path, "echo release 13.0")
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+        return tmp_path
+
+    def write_nvcc(self, home: Path, command: str) -> None:
+        (home / "bin").mkdir(exist_ok=True)
+        (home / "bin" / "nvcc").write_text(f"#!/bin/sh\n{command}\n")
+        (home / "bin" / "nvcc").chmod(0o755)
+
+    def test_the_one_on_the_path_with_its_headers(self, toolkit: Path) -> None:
+        assert cuda_home() == str(toolkit)
+
+    def test_a_script_on_the_path_has_no_headers(self, toolkit: Path) -> None:
+        (toolkit / "include" / "cuda_runtime.h").unlink()
+        assert cuda_home() != str(toolkit)
+
+    @pytest.mark.parametrize("command", ["exec /no/such/nvcc", "echo broken; exit 1", "kill -9 $$"])
+    def test_a_compiler_that_does_not_run_counts_as_none(
+        self, command: str, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.write_nvcc(toolkit, command)
+        assert cuda_home() != str(toolkit)
+        monkeypatch.setenv("CUDA_HOME", str(toolkit))
+        home, lack = find_cuda()
+        assert home is None
+        assert f"CUDA_HOME: {toolkit}/bin/nvcc does not run" in lack
+        assert "\n" not in lack
+
+    @pytest.mark.parametrize("name", ["HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"])
+    def test_a_runtime_alone_is_no_toolkit(
+        self, name: str, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(name, str(toolkit))
+        assert cuda_home() == str(toolkit)
+        (toolkit / "bin" / "nvcc").unlink()
+        assert find_cuda() == (None, f"{name}: {toolkit} has no bin/nvcc")
+
+    def test_the_build_looks_for_cuda_only_where_it_can_use_it(
+        self, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CUDA_HOME", str(toolkit))
+        gpu = dataclasses.replace(RECIPE, cuda="13.0", gpu_operations="NCCL")
+        own = dataclasses.replace(RECIPE, flags={"HOROVOD_GPU_ALLREDUCE": "NCCL"})
+        for recipe in (gpu, own):
+            assert recipe.uses_cuda()
+            assert recipe.variables()["CUDA_HOME"] == str(toolkit)
+            assert WITHOUT_CUDA not in recipe.variables()
+        assert WITHOUT_CUDA in RECIPE.variables()
+        (toolkit / "bin" / "nvcc").unlink()
+        assert WITHOUT_CUDA in dataclasses.replace(RECIPE, cuda="13.0").variables()
+
+    def test_gpus_asked_for_without_a_compiler_are_an_error_that_says_where_it_looked(
+        self, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CUDA_HOME", str(toolkit))
+        (toolkit / "bin" / "nvcc").unlink()
+        with pytest.raises(HorovodBuildError, match=f"{toolkit} has no bin/nvcc"):
+            wheel.require_build_tools(dataclasses.replace(RECIPE, gpu_operations="NCCL"))
+
+
+class TestStandards:
+    """Packages of the frameworks' names that say what they are compiled with."""
+
+    def write_frameworks(self, folder: Path, config: str, extension: str, flags: str) -> None:
+        torch, cmake = folder / "torch", folder / "torch" / "share" / "cmake"
+        (cmake / "Torch").mkdir(parents=True)
+        (cmake / "Torch" / "TorchConfig.cmake").write_text(config)
+        (torch / "utils").mkdir()
+        (torch / "utils" / "__init__.py").write_text(f"cmake_prefix_path = {str(cmake)!r}\n")
+        (torch / "utils" / "cpp_extension.py").write_text(extension)
+        (torch / "__init__.py").write_text(
+            "from torch import utils\nfrom types import SimpleNamespace\n__version__ = '3.0'\n"
+            "version = SimpleNamespace(cuda=None)\ndef compiled_with_cxx11_abi(): return True\n"
+        )
+        (folder / "tensorflow.py").write_text(
+            "from types import SimpleNamespace\n__version__ = '3.0'\n"
+            f"sysconfig = SimpleNamespace(get_compile_flags=lambda: {flags.split()!r})\n"
+        )
+
+    @pytest.mark.parametrize(
+        ("config", "extension", "flags", "expected"),
+        [
+            ("    CXX_STANDARD 20\n", "['-std=c++20']", "--std=c++17", (20, 17)),
+            ("    CXX_STANDARD 17\n", "['-std=c++17']", "--std=c++20 -DX", (17, 20)),
+            ("    CXX_STANDARD 17\n", "['-std=c++23']", "-I/x/-std=c++26", (23, 17)),
+            ("    CXX_STANDARD 23\n", "", "", (23, 17)),
+            ("", "", "--std=c++14", (17, 17)),
+        ],
+    )
+    def test_each_framework_says_its_own(
+        self,
+        config: str,
+        extension: str,
+        flags: str,
+        expected: tuple[int, int],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        self.write_frameworks(tmp_path, config, extension, flags)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        cxx = toolchain_facts(RECIPE)["cxx"]
+        assert (cxx["torch"], cxx["tensorflow"]) == expected
+
+    def test_the_build_is_told_each(self) -> None:
+        environ = wheel.build_environment(RECIPE, {"torch": 20, "tensorflow": 17})
+        told = {name: environ[variable] for name, variable in CXX_VARIABLES.items()}
+        assert told == {"torch": "20", "tensorflow": "17"}
+        assert {
+            name for edit in EDITS for name in CXX_VARIABLES.values() if name in edit.new
+        } == set(CXX_VARIABLES.values())
+
+    def test_an_old_compiler_is_an_error_that_names_the_framework(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old = tmp_path / "c++"
+        old.write_text('#!/bin/sh\ncase "$*" in *c++20*) echo no such standard; exit 1;; esac\n')
+        old.chmod(0o755)
+        monkeypatch.setenv("CXX", str(old))
+        wheel.require_build_tools(RECIPE, {"torch": 17, "tensorflow": 17})
+        with pytest.raises(
+            HorovodBuildError, match=r"no such standard.*Horovod for torch.*C\+\+20"
+        ):
+            wheel.require_build_tools(RECIPE, {"torch": 20, "tensorflow": 17})
 
 
 class TestStatus:
