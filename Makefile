@@ -7,12 +7,17 @@ BIN := .venv/bin
 # What "make test-spark" runs, and with which releases of PySpark: the newest that begin so.
 SPARK ?= 3.5 4
 TESTS ?= tests/spark
+# What "make test-newest" and "make test-python" run, the latter with which Pythons.
+NEWEST ?= tests/docs/test_readme.py tests/horovod tests/spark/test_pyspark_version.py \
+  tests/spark/test_cluster_runs.py tests/spark/test_data.py tests/spark/test_connect.py
+PYTHONS ?= 3.10 3.12 3.13
+PYTHON_TESTS ?= tests/unit tests/process tests/spark
 # Two files at a time on two cores: with three, each test takes twice as long.
 # A file's tests share a session and stay together.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-spark bench lint docs clean
+.PHONY: help setup demo test test-all test-spark test-newest test-python bench lint docs clean
 
 help:
 	@echo "make demo        set everything up and train a small network on a two-executor Spark cluster"
@@ -20,6 +25,9 @@ help:
 	@echo "make test-all    the same, and the tests that are marked slow, too"
 	@echo "make test-spark  run the Spark tests with the oldest and the newest PySpark; SPARK=4.0 names"
 	@echo "                 another one. Each has an environment of its own in build/"
+	@echo "make test-newest run some of the tests with the newest packages that the registry has, in"
+	@echo "                 build/newest, with Horovod built for them: 5 GB, 10 minutes the first time"
+	@echo "make test-python run the tests that need no torch with other Pythons: PYTHONS='3.12 3.13'"
 	@echo "make bench       measure beside the peers (some cases: make bench CASES='launch result')"
 	@echo "make setup       only set everything up: .venv, all dependencies, Horovod built for them"
 	@echo "make lint        ruff, mypy and the import contracts"
@@ -49,6 +57,13 @@ test-all: lint docs
 test-spark: setup
 	@set -e; for release in $(SPARK); do \
 	  $(BIN)/python scripts/other_spark.py $$release $(PARALLEL) $(TESTS); done
+
+test-newest:
+	@$(PYTHON) scripts/newest.py $(PARALLEL) $(NEWEST)
+
+test-python:
+	@set -e; for version in $(PYTHONS); do \
+	  $(PYTHON) scripts/newest.py --python $$version $(PARALLEL) $(PYTHON_TESTS); done
 
 bench: setup
 	$(BIN)/python -m benchmarks $(CASES)

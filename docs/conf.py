@@ -1,11 +1,11 @@
 """Configuration of the documentation; build it with ``make docs``."""
 
-import importlib.metadata
+from horovodrunner import __version__
 
 project = "HorovodRunner"
 author = "the HorovodRunner authors"
 copyright = author
-version = release = importlib.metadata.version("horovodrunner")
+version = release = __version__
 
 extensions = [
     "myst_parser",

@@ -52,6 +52,8 @@ __all__ = [
     "log_to_driver",
 ]
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "HorovodRunner": "horovodrunner.driver.runner",
     "SavedCheckpoint": "horovodrunner.driver.runner",

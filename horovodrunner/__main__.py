@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import os
 import sys
+from typing import Any, TextIO
 
+from horovodrunner import __version__
 from horovodrunner.errors import HorovodRunnerError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, or 1 for a problem that is printed."""
+    """Run one command and return the exit code: 0, or 1 for a problem that is printed.
+
+    A reader that goes away (``doctor | head``) changes nothing but what is shown.
+    """
     parser = _parser()
     chosen = parser.parse_args(arguments)
     if chosen.command is None:
@@ -21,13 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.command == "doctor":
             from horovodrunner.doctor import run_doctor
 
-            return run_doctor()
+            return run_doctor(_say)
         return _build_horovod(check=chosen.check, force=chosen.force)
     except HorovodRunnerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was installed", file=sys.stderr)
+        _say("interrupted; nothing was installed", sys.stderr)
         return 130
 
 
@@ -35,25 +40,43 @@ def _build_horovod(*, check: bool, force: bool) -> int:
     from horovodrunner.horovod_build import build_horovod, check_horovod
 
     if not check:
-        build_horovod(force=force, say=lambda line: print(line, flush=True))
+        build_horovod(force=force, say=_say)
         return 0
     status = check_horovod()
-    print(status.text)
+    _say(status.text)
     if not status.fits:
-        print("build it with: python -m horovodrunner build-horovod")
+        _say("build it with: python -m horovodrunner build-horovod")
     return 0 if status.fits else 1
 
 
+def _say(text: str, stream: TextIO | None = None) -> None:
+    """Print a text; where nobody reads any more, it and all later ones are lost."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except UnicodeEncodeError:  # a path, say, in a terminal that knows ASCII alone
+        _say(text.encode("ascii", "backslashreplace").decode(), stream)
+    except BrokenPipeError:
+        # The interpreter flushes once more when it ends, and would complain.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Prints its help and its errors as everything else is printed."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message:
+            _say(message.rstrip("\n"), file)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m horovodrunner",
         description="HorovodRunner for every Apache Spark: set-up and diagnosis.",
     )
-    try:
-        version = importlib.metadata.version("horovodrunner")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout, on PYTHONPATH
-        version = "(not installed)"
-    parser.add_argument("--version", action="version", version=f"horovodrunner {version}")
+    parser.add_argument("--version", action="version", version=f"horovodrunner {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser(
         "doctor",

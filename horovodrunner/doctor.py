@@ -15,7 +15,7 @@ import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,12 @@ import psutil
 from horovodrunner import drop_in, prerequisites
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.horovod_build import check_horovod
-from horovodrunner.horovod_build.recipe import find_cuda, framework_versions, torch_cuda
+from horovodrunner.horovod_build.recipe import (
+    distribution_of,
+    find_cuda,
+    framework_versions,
+    torch_cuda,
+)
 
 _BUILD = "python -m horovodrunner build-horovod"
 _IMPORT_SECONDS = 90.0
@@ -59,17 +64,15 @@ class Finding:
     remedy: str = ""
 
 
-def run_doctor() -> int:
-    """Print the report and return 1 if it holds a problem, else 0."""
+def run_doctor(say: Callable[[str], None] = print) -> int:
+    """Say the report, line by line, and return 1 if it holds a problem, else 0."""
     problems = 0
     for finding in examine():
         problems += finding.verdict == "problem"
-        print(f"{finding.verdict:<8} {finding.subject:<11} {finding.text}", flush=True)
+        say(f"{finding.verdict:<8} {finding.subject:<11} {finding.text}")
         if finding.remedy:
-            print(f"{'':<8} {'':<11} -> {finding.remedy}", flush=True)
-    print(
-        f"\n{problems} problem{'s' * (problems != 1)} found" if problems else "\nno problem found"
-    )
+            say(f"{'':<8} {'':<11} -> {finding.remedy}")
+    say(f"\n{problems} problem{'s' * (problems != 1)} found" if problems else "\nno problem found")
     return 1 if problems else 0
 
 
@@ -158,7 +161,7 @@ def _spark() -> Iterator[Finding]:
             "problem",
             "Spark",
             "pyspark is not installed; only np < 0 works without it",
-            "pip install 'horovodrunner[spark]'",
+            prerequisites.INSTALL_SPARK,
         )
         return
     # The imported one counts: SPARK_HOME's pyspark has no distribution that pip knows.
@@ -178,7 +181,7 @@ def _spark() -> Iterator[Finding]:
             "problem",
             "Spark",
             f"{' and '.join(absent)} missing: the barrier stage exchanges Arrow batches",
-            "pip install 'horovodrunner[spark]'",
+            f"pip install {' '.join(absent)}",
         )
 
 
@@ -218,7 +221,7 @@ def _framework(name: str, version: str, probe: subprocess.Popen[str]) -> Finding
         "problem",
         name,
         f"{version} is installed but cannot be imported: {last[:160]}",
-        f"pip install --force-reinstall {name}=={version}",
+        f"pip install --force-reinstall {distribution_of(name)}=={version.partition('+')[0]}",
     )
 
 
@@ -230,7 +233,7 @@ def _horovod() -> Finding:
             "problem",
             "Horovod",
             "neither torch nor tensorflow is installed",
-            f"pip install 'horovodrunner[torch]' or 'horovodrunner[tensorflow]', then {_BUILD}",
+            f"{prerequisites.INSTALL_FRAMEWORK}, then {_BUILD}",
         )
     if not status.fits:
         return Finding("problem", "Horovod", status.text, _BUILD)
@@ -248,14 +251,14 @@ def _sparkdl() -> Iterator[Finding]:
             "note",
             "sparkdl",
             f"{found.path} is what gets imported; that is not horovodrunner's",
-            drop_in.REMEDY,
+            drop_in.remedy(),
         )
     elif others:
         yield Finding(
             "note",
             "sparkdl",
             f"horovodrunner's is imported ({found.path}); it hides {', '.join(others)}",
-            drop_in.REMEDY,
+            drop_in.remedy(),
         )
     else:
         yield Finding("ok", "sparkdl", f"horovodrunner's ({found.path})")

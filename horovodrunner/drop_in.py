@@ -12,18 +12,13 @@ from importlib.machinery import ModuleSpec, PathFinder
 from typing import NamedTuple
 
 __all__ = [
-    "REMEDY",
     "Found",
     "find_sparkdl",
     "import_package_instead",
     "other_sparkdls",
+    "remedy",
     "warn_of_others",
 ]
-
-REMEDY = (
-    "pip uninstall sparkdl, then pip install --force-reinstall --no-deps horovodrunner; or import "
-    "HorovodRunner from horovodrunner"
-)
 
 
 class Found(NamedTuple):
@@ -83,9 +78,36 @@ def warn_of_others(own: str) -> None:
     if others:
         warnings.warn(
             f"this is the sparkdl of horovodrunner ({own}), and there is another one, which it "
-            f"hides: {', '.join(others)}. Keep one of them: {REMEDY}",
+            f"hides: {', '.join(others)}. Keep one of them: {remedy()}",
             stacklevel=3,
         )
+
+
+def remedy() -> str:
+    """Return what to do where there is more than one ``sparkdl``."""
+    return (
+        "pip uninstall sparkdl, then pip install --force-reinstall --no-deps "
+        f"{_installed_from()}; or import HorovodRunner from horovodrunner"
+    )
+
+
+def _installed_from() -> str:
+    """Return what pip installed this package from, as its command takes it."""
+    # Imported here, because workers import this module and need them only for a message.
+    import json
+    import shlex
+    from urllib.parse import unquote
+
+    try:
+        text = importlib.metadata.distribution("horovodrunner").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        text = None
+    if not text:
+        return "the checkout or the wheel of horovodrunner"
+    source = json.loads(text)
+    url = source["url"]
+    place = shlex.quote(unquote(url.removeprefix("file://")) if url.startswith("file://") else url)
+    return f"--editable {place}" if source.get("dir_info", {}).get("editable") else place
 
 
 def import_package_instead(name: str) -> bool:

@@ -17,6 +17,9 @@ from typing import NamedTuple
 OLDEST_JAVA = 17
 OLDEST_CMAKE = (3, 13)
 
+INSTALL_SPARK = "pip install 'pyspark>=3.5' pyarrow pandas"
+INSTALL_FRAMEWORK = "pip install torch, or pip install tensorflow"
+
 _JAVA_REMEDY = (
     "install one (Debian/Ubuntu: apt install openjdk-17-jre-headless; "
     "conda: conda install -c conda-forge openjdk=17; macOS: brew install openjdk@17) "

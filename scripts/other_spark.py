@@ -10,16 +10,13 @@ a newer release, remove the folder.
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from environments import ROOT, become_pytest, run, site_packages, versions_in
+
 SET_UP = ROOT / ".venv" / "set-up-for"
-# Packages that PYTHONPATH adds are not those of the environment.
-ENVIRON = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 OF_INTEREST = ("py4j", "pandas", "pyarrow", "numpy")
 # PySpark 3.5 asks for a NumPy before 2, which newer ones of these do not work with; these are the
 # oldest that setup.cfg allows.
@@ -42,13 +39,9 @@ def main() -> None:
     pyspark = versions["pyspark"]
     if not f"{pyspark}.".startswith(f"{release}."):
         sys.exit(f"error: {environment} finds pyspark {pyspark}: remove it and try again")
-    named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    print(f"Testing with {named} ({environment.relative_to(ROOT)})", flush=True)
-    pytest = [str(python), "-m", "pytest"]
     if is_spark_3(release):
-        pytest += ["-W", WARNING_OF_SPARK_3]
-    environ = {**os.environ, "TESTED_PYSPARK": pyspark}
-    os.execve(python, [*pytest, *arguments], environ)  # noqa: S606
+        arguments += ["-W", WARNING_OF_SPARK_3]
+    become_pytest(python, versions, arguments)
 
 
 def fingerprint() -> str:
@@ -74,33 +67,6 @@ def set_up(environment: Path, python: Path, release: str) -> None:
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     # Without --upgrade the 4.1 of .venv would do as the newest 4.
     run(*pip, "--upgrade", f"pyspark[connect]=={release}.*", *beside)
-
-
-def run(*command: str) -> None:
-    """Run a command; show what it printed if it fails."""
-    done = subprocess.run(
-        command,
-        env=ENVIRON,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        sys.exit(f"{done.stdout}\nerror: {' '.join(command)}: exit code {done.returncode}")
-
-
-def site_packages(python: Path) -> Path:
-    """Return where an interpreter's packages are."""
-    script = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    return Path(subprocess.check_output([python, "-c", script], text=True).strip())
-
-
-def versions_in(python: Path, *packages: str) -> dict[str, str]:
-    """Return the versions of packages that an interpreter finds."""
-    script = "import importlib.metadata as m, sys; print(*map(m.version, sys.argv[1:]))"
-    shown = subprocess.check_output([python, "-c", script, *packages], text=True)
-    return dict(zip(packages, shown.split(), strict=True))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "set-up-for"
 LOG = VENV / "set-up.log"
 CXX_STANDARD = 20  # what the torch of constraints.txt needs
-EXTRAS = "spark,connect,torch,tensorflow,horovod-build,images,demo,test,docs"
+EXTRAS = "spark,connect,torch,tensorflow,horovod-build,images,demo,test,test-torch,docs"
 # Packages that PYTHONPATH adds are not those of .venv.
 ENVIRON = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 # A change in any of these may ask for other packages or another Horovod.

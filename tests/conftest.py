@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import os
 import shutil
 import signal
@@ -40,6 +41,9 @@ TEMPORARY = tempfile.mkdtemp(prefix="tests-of-horovodrunner-")
 atexit.register(shutil.rmtree, TEMPORARY, ignore_errors=True)
 os.environ["TMPDIR"] = os.environ["SPARK_LOCAL_DIRS"] = tempfile.tempdir = TEMPORARY
 """Another test session on this machine has files of its own."""
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+"""Not in "make test-python": see scripts/newest.py."""
 
 LEAVING_SECONDS = 5.0
 _ALLOWED = ("java", "pyspark.daemon", "pyspark/daemon", "resource_tracker", "ipykernel")
@@ -105,6 +109,17 @@ def _present() -> set[str]:
         *listening_sockets(),
         *temporary_files(),
     }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Skip a test that needs torch where there is none."""
+    try:
+        yield
+    except Exception as error:
+        if HAS_TORCH or "No module named 'torch'" not in str(error):
+            raise
+        pytest.skip("needs torch")
 
 
 @pytest.fixture(autouse=True)

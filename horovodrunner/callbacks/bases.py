@@ -42,4 +42,7 @@ def base_classes(packages: Sequence[str], attribute: str) -> tuple[type, ...]:
             return (find(importlib.import_module(name)),)
         except ModuleNotFoundError:
             continue
-    raise ImportError(f"none of {', '.join(packages)} is installed here: this callback needs one")
+    raise ImportError(
+        f"none of {', '.join(packages)} is installed here, and this callback needs one: "
+        f"pip install {packages[0].partition('.')[0]}"
+    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from horovodrunner.errors import ArgumentValueError, DataError
+from horovodrunner.errors import ArgumentValueError, ConfigurationError, DataError
 
 __all__ = ["decode_images"]
 
@@ -80,8 +81,13 @@ class _ImageDecoder:
         return {**batch, self._column: np.stack(images)}
 
     def _decoded(self, place: int, encoded: bytes) -> Any:
-        import PIL.Image
-
+        try:
+            import PIL.Image
+        except ImportError as error:
+            raise ConfigurationError(
+                f"decode_images needs Pillow, which {sys.executable} cannot import ({error}): "
+                "pip install pillow"
+            ) from error
         try:
             with PIL.Image.open(io.BytesIO(encoded)) as file:
                 if self._size is not None:

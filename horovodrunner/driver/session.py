@@ -46,9 +46,11 @@ def find_session() -> SparkSession:
     try:
         from pyspark.sql import SparkSession
     except ImportError as error:
+        from horovodrunner.prerequisites import INSTALL_SPARK
+
         raise ConfigurationError(
             f"np > 0 needs pyspark, which {sys.executable} cannot import ({error}): install it "
-            "with `pip install 'pyspark>=3.5' pyarrow pandas`, or use a negative np"
+            f"with `{INSTALL_SPARK}`, or use a negative np"
         ) from error
     from pyspark.errors import PySparkException
 

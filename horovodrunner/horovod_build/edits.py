@@ -72,6 +72,25 @@ WITHOUT_CUDA = "HOROVODRUNNER_WITHOUT_CUDA"
 _CXX = "each framework's headers need a C++ standard of their own"
 _DISTUTILS = "Python 3.12 removed distutils"
 
+_TENSORFLOW_FOR_CPUS = """\
+execute_process(COMMAND ${PY_EXE} -c "\\
+import tensorflow as tf
+built = tf.sysconfig.get_build_info()
+print('GPU' if built.get('is_cuda_build') or built.get('is_rocm_build') else 'CPU')"
+                OUTPUT_VARIABLE Tensorflow_DEVICE OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+if(Tensorflow_DEVICE STREQUAL "CPU")
+    set(HAVE_CUDA FALSE)
+    set(HAVE_ROCM FALSE)
+    list(FILTER SOURCES EXCLUDE REGEX "(cuda|hip|gpu|nccl|ddl)[a-z_]*\\\\.cc$")
+    list(FILTER LINKER_LIBS EXCLUDE REGEX "cuda|nccl|rccl|libddl")
+    get_directory_property(definitions COMPILE_DEFINITIONS)
+    list(FILTER definitions EXCLUDE REGEX "^(HAVE_(CUDA|ROCM|GPU|NCCL|DDL)|HOROVOD_GPU_)")
+    set_directory_properties(PROPERTIES COMPILE_DEFINITIONS "${definitions}")
+endif()
+
+include_directories(SYSTEM ${Tensorflow_INCLUDE_DIRS})
+"""
+
 _GLOO_TCP = "third_party/gloo/gloo/transport/tcp"
 
 _GLOO_LISTENS = """\
@@ -345,6 +364,14 @@ endif()
         file="horovod/tensorflow/CMakeLists.txt",
         old='list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n',
         new="",
+    ),
+    Edit(
+        name="tensorflow-for-cpus",
+        why="where torch has CUDA and TensorFlow has not, Horovod's GPU code for TensorFlow "
+        "compiles and cannot be loaded",
+        file="horovod/tensorflow/CMakeLists.txt",
+        old="include_directories(SYSTEM ${Tensorflow_INCLUDE_DIRS})\n",
+        new=_TENSORFLOW_FOR_CPUS,
     ),
     Edit(
         name="nccl-of-torch",

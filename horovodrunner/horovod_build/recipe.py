@@ -157,6 +157,12 @@ def framework_versions() -> dict[str, str]:
     return found
 
 
+def distribution_of(name: str) -> str:
+    """Return what pip calls the package with that import name, such as ``tensorflow-cpu``."""
+    owners = importlib.metadata.packages_distributions().get(name)
+    return owners[0].replace("_", "-") if owners else name
+
+
 def torch_cuda() -> str | None:
     """Return the CUDA version the installed torch was built with, without importing torch."""
     cuda = _torch_version_file().get("cuda")
@@ -226,8 +232,7 @@ def current_recipe() -> Recipe:
     if not frameworks:
         raise ConfigurationError(
             f"neither torch nor tensorflow is installed for {sys.executable}, so there is nothing "
-            "to build Horovod for; install one: pip install 'horovodrunner[torch]' or "
-            "'horovodrunner[tensorflow]'"
+            f"to build Horovod for; install one: {prerequisites.INSTALL_FRAMEWORK}"
         )
     cuda = torch_cuda() if "torch" in frameworks else None
     operations = "NCCL" if cuda and cuda_home() else ""

@@ -100,6 +100,11 @@ class TestPage:
         for names in re.findall(r"pip install '\.\[(.*?)\]'", page.read_text()):
             assert set(names.split(",")) <= extras
 
+    def test_nothing_is_installed_from_an_index_that_does_not_have_it(self, page: Path) -> None:
+        """horovodrunner itself comes from a checkout or a wheel: with a path."""
+        installed = re.findall(r"pip install ([^`\n]*)", page.read_text())
+        assert not [line for line in installed if re.search(r"(^|[\s'])horovodrunner\b", line)]
+
     def test_links_lead_somewhere(self, page: Path) -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith("https://"):

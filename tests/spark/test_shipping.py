@@ -93,6 +93,33 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment
 
 
+TYPED = """
+    import sparkdl
+    from sparkdl import HorovodRunner
+    from sparkdl.horovod import log_to_driver
+
+
+    def main(epochs: int) -> int:
+        log_to_driver(sparkdl.__version__)
+        return epochs
+
+
+    HorovodRunner(np=-1).run(main, epochs=1)
+    HorovodRunner(np="two")
+"""
+
+
+def test_type_checkers_see_the_annotations_of_what_is_installed(
+    environment: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "typed.py").write_text(textwrap.dedent(TYPED))
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache")]
+    command += ["--python-executable", str(environment / "bin/python"), "typed.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    [error] = [line for line in done.stdout.splitlines() if "error:" in line]
+    assert error.startswith('typed.py:13: error: Argument "np" to "HorovodRunner" has incompatible')
+
+
 @pytest.fixture(scope="module")
 def archive(environment: Path) -> Path:
     path = environment.with_suffix(".tar.gz")

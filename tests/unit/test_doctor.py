@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 import socket
 import subprocess
 import sys
@@ -34,6 +36,17 @@ class TestExitCode:
         at = next(n for n, line in enumerate(lines) if line.startswith("problem  Horovod"))
         assert "neither torch nor tensorflow" in lines[at]
         assert "-> pip install" in lines[at + 1]
+
+    def test_what_it_advises_can_be_installed(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """There is no horovodrunner on the index."""
+        monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+        doctor.run_doctor()
+        advised = re.findall(r"-> (pip install .*)", capsys.readouterr().out)
+        assert len(advised) >= 2
+        assert "pip install 'pyspark>=3.5' pyarrow pandas" in advised
+        assert not [line for line in advised if "horovodrunner[" in line]
 
     def test_notes_are_no_problem(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -133,6 +146,17 @@ class TestFramework:
         finding = self.finding("raise ImportError('libcudart.so.12 not found')")
         assert finding.verdict == "problem"
         assert "libcudart.so.12 not found" in finding.text
+
+    def test_a_broken_one_is_installed_again_by_its_name_on_the_index(self) -> None:
+        [owner, *_] = importlib.metadata.packages_distributions()["pytest"]
+        probe = subprocess.Popen(
+            [sys.executable, "-c", "raise ImportError"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        finding = doctor._framework("pytest", "2.15.0+cu132", probe)
+        assert finding.remedy == f"pip install --force-reinstall {owner}==2.15.0"
 
     def test_one_that_crashes_is_a_problem(self) -> None:
         finding = self.finding("import os; os.abort()")

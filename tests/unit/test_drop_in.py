@@ -103,6 +103,7 @@ class TestHorovodRunner:
     def test_it_runs_and_its_names_are_those_of_horovodrunner(
         self, capfd: pytest.CaptureFixture[str]
     ) -> None:
+        import sparkdl
         from sparkdl import HorovodRunner
         from sparkdl.horovod import log_to_driver
 
@@ -113,6 +114,7 @@ class TestHorovodRunner:
         assert HorovodRunner(np=-1).run(main=main, start=1) == 2
         assert "from the worker" in capfd.readouterr().out.splitlines()
         assert issubclass(HorovodRunner, horovodrunner.HorovodRunner)
+        assert sparkdl.__version__ == horovodrunner.__version__
         assert log_to_driver is horovodrunner.log_to_driver
 
 
@@ -170,6 +172,28 @@ class TestImport:
         (information / "METADATA").write_text("Metadata-Version: 2.1\nName: sparkdl\nVersion: 9.1")
         output = python("import sparkdl", behind=(tmp_path,))
         assert "the distribution sparkdl 9.1" in output
+
+    @pytest.mark.parametrize(
+        ("source", "advised"),
+        [
+            ({"url": "file:///my%20code", "dir_info": {"editable": True}}, "--editable '/my code'"),
+            ({"url": "file:///code", "dir_info": {}}, "/code"),
+            ({"url": "file:///a.whl", "archive_info": {}}, "/a.whl"),
+            ({"url": "https://host/a.whl", "archive_info": {}}, "https://host/a.whl"),
+            (None, "the checkout or the wheel of horovodrunner"),
+        ],
+    )
+    def test_ours_is_installed_again_from_where_it_came(
+        self, source: object, advised: str, another: Path, tmp_path: Path
+    ) -> None:
+        information = tmp_path / "horovodrunner-0.1.0.dist-info"
+        information.mkdir()
+        text = "Metadata-Version: 2.1\nName: horovodrunner\nVersion: 0.1.0\n"
+        (information / "METADATA").write_text(text)
+        if source:
+            (information / "direct_url.json").write_text(json.dumps(source))
+        output = python("import sparkdl", tmp_path, behind=(another,))
+        assert f"pip install --force-reinstall --no-deps {advised}; or import" in output
 
     def test_alone_it_says_nothing(self) -> None:
         assert python("import sparkdl") == ""

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import re
+import shutil
+import subprocess
 import sys
 import textwrap
 import zipfile
@@ -109,6 +113,46 @@ class TestEdits:
     def test_the_fingerprint_ignores_how_an_edit_is_explained(self) -> None:
         changed = dataclasses.replace(EDITS[0], why="better words")
         assert fingerprint([changed, *EDITS[1:]]) == fingerprint(EDITS)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize("is_cuda_build", [True, False])
+def test_a_tensorflow_without_cuda_gets_no_gpu_code(is_cuda_build: bool, tmp_path: Path) -> None:
+    """Beside a torch with CUDA: what CMake compiles for it, and with which definitions."""
+    module = "import types\n"
+    module += f"info = {{'is_cuda_build': {is_cuda_build}}}\n"
+    module += "sysconfig = types.SimpleNamespace(get_build_info=lambda: info)\n"
+    (tmp_path / "tensorflow.py").write_text(module)
+    [edit] = [edit for edit in EDITS if edit.name == "tensorflow-for-cpus"]
+    folder = "/the/gpu/horovod/common/ops"
+    sources = f"{folder}/gloo_operations.cc {folder}/cuda_operations.cc {folder}/nccl_operations.cc"
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.13)\n"
+        "project(edited NONE)\n"
+        f"set(PY_EXE {sys.executable})\n"
+        "set(HAVE_CUDA TRUE)\n"
+        f"set(SOURCES {sources} {folder}/gpu_operations.cc)\n"
+        "set(LINKER_LIBS /lib/libnccl.so.2 gloo)\n"
+        "add_definitions(-DHAVE_GLOO=1 -DHAVE_CUDA=1 -DHAVE_GPU=1 -DHAVE_NCCL=1)\n"
+        "add_definitions(-DHOROVOD_GPU_ALLREDUCE=78)\n"
+        f"{edit.new}"
+        "get_directory_property(left COMPILE_DEFINITIONS)\n"
+        'message(STATUS "left: ${HAVE_CUDA} ${SOURCES} ${LINKER_LIBS} ${left}")\n'
+    )
+    done = subprocess.run(
+        ["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    [left] = [line for line in done.stdout.splitlines() if "left:" in line]
+    if is_cuda_build:
+        assert {"nccl_operations.cc", "libnccl.so.2", "HOROVOD_GPU_ALLREDUCE=78"} <= set(
+            re.split("[/; ]", left)
+        )
+    else:
+        assert left == f"-- left: FALSE {folder}/gloo_operations.cc gloo HAVE_GLOO=1"
 
 
 class Stepper:

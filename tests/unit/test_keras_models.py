@@ -129,6 +129,7 @@ def run(script: str, *arguments: str | Path, backend: str = "") -> str:
 @pytest.fixture(scope="module")
 def of_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a driver with Keras on PyTorch sends."""
+    pytest.importorskip("torch")
     target = tmp_path_factory.mktemp("torch") / "cases"
     run(DRIVER, "keras", target, backend="torch")
     return target

@@ -21,6 +21,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 
 from horovodrunner.core.env import KEPT_MODELS

@@ -3,10 +3,11 @@
 Installed as the top-level package ``sparkdl``.
 """
 
+from horovodrunner import __version__
 from horovodrunner.drop_in import warn_of_others
 
 from .runner import HorovodRunner
 
-__all__ = ["HorovodRunner"]
+__all__ = ["HorovodRunner", "__version__"]
 
 warn_of_others(__file__)

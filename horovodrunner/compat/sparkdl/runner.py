@@ -1,5 +1,7 @@
 """HorovodRunner with exactly the documented signatures. Runs in: the driver."""
 
+from typing import TYPE_CHECKING
+
 import horovodrunner
 
 __all__ = ["HorovodRunner"]
@@ -20,23 +22,29 @@ class HorovodRunner(horovodrunner.HorovodRunner):
 
     _frames_to_user = horovodrunner.HorovodRunner._frames_to_user + 1
 
-    # Code looks at these signatures: they have no annotations.
-    def __init__(self, *, np, driver_log_verbosity="log_callback_only"):  # type: ignore[no-untyped-def]
-        super().__init__(np=np, driver_log_verbosity=driver_log_verbosity)
+    # Code looks at these signatures, which have no annotations; type checkers see some.
+    if TYPE_CHECKING:
 
-    def run(self, main, **kwargs):  # type: ignore[no-untyped-def]
-        """Run ``main(**kwargs)`` once on every rank and give back what rank 0 returned.
+        def __init__(self, *, np: int, driver_log_verbosity: str = "log_callback_only") -> None: ...
 
-        Parameters
-        ----------
-        main
-            The training function; it and its arguments travel by cloudpickle.
-        **kwargs
-            Its keyword arguments.
+    else:
 
-        Returns
-        -------
-        object
-            Rank 0's return value; the other ranks' are dropped.
-        """
-        return super().run(main, **kwargs)
+        def __init__(self, *, np, driver_log_verbosity="log_callback_only"):
+            super().__init__(np=np, driver_log_verbosity=driver_log_verbosity)
+
+        def run(self, main, **kwargs):
+            """Run ``main(**kwargs)`` once on every rank and give back what rank 0 returned.
+
+            Parameters
+            ----------
+            main
+                The training function; it and its arguments travel by cloudpickle.
+            **kwargs
+                Its keyword arguments.
+
+            Returns
+            -------
+            object
+                Rank 0's return value; the other ranks' are dropped.
+            """
+            return super().run(main, **kwargs)
