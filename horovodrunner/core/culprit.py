@@ -19,7 +19,7 @@ from horovodrunner.core.pickled import Pickler
 
 __all__ = ["DeepPickler", "TooDeepError", "find_culprit", "name_of_type"]
 
-MAX_DEPTH = 1_000_000
+MAX_DEPTH = 250_000
 """Containers and objects within each other. A ``__reduce__`` that never ends must not fill memory."""
 
 SEARCH_SECONDS = 20.0
@@ -313,7 +313,7 @@ def find_culprit(
         except (KeyboardInterrupt, _OutOfTimeError) as stop:
             if isinstance(stop, KeyboardInterrupt):
                 raise
-            return None
+            return None  # more than can be looked through
         except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
             return _where_it_failed(pickler, called), error.with_traceback(None)
     return None
@@ -323,13 +323,14 @@ def _where_it_failed(pickler: DeepPickler, called: str) -> str:
     """Return the path and the type, such as ``the argument 'tree'.lock (_thread.lock)``."""
     way, culprit = pickler.path()
     start, steps = called, list[str]()
-    while way:
-        whole, shown, taken = _first_step(way)
+    begin = 0
+    while begin < len(way):
+        whole, shown, taken = _first_step(way[begin : begin + 4])
         if whole:
             start, steps = shown, []
         elif shown:
             steps.append(shown)
-        way = way[taken:]
+        begin += taken
     if len(steps) > 2 * _STEPS_SHOWN + 1:
         left_out = len(steps) - 2 * _STEPS_SHOWN
         steps[_STEPS_SHOWN:-_STEPS_SHOWN] = [f" … ({left_out:,} more) … "]
@@ -340,7 +341,7 @@ def _first_step(way: list[tuple[Any, object]]) -> tuple[bool, str, int]:
     """Return whether the path starts anew here, what is shown, and how many steps that is."""
     owner, step = way[0]
     kind = type(owner)
-    inner = [key for _, key in way[1:4]]
+    inner = [key for _, key in way[1:]]
     if kind is types.FunctionType and step is _STATE and len(inner) >= 2:
         return _step_in_function(owner, inner)
     if kind is types.MethodType and step is _ARGUMENTS and inner[:1] == [1]:
@@ -358,6 +359,8 @@ def _first_step(way: list[tuple[Any, object]]) -> tuple[bool, str, int]:
         return False, _attribute(inner[0]), 2
     if step is _STATE and len(inner) > 1 and type(way[1][0]) is tuple and type(way[2][0]) is dict:
         return False, _attribute(inner[1]), 3
+    if step is _STATE and inner[:1] == [4] and name_of_type(kind) == "numpy.ndarray":
+        return False, f"{'' if owner.ndim == 1 else '.flat'}[{_text_of(inner[1])}]", 3
     if issubclass(kind, tuple) and step is _ARGUMENTS and inner:
         return False, f"[{_text_of(inner[0])}]", 2
     if step is _ELEMENT:

@@ -18,7 +18,7 @@ import types
 import typing
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import cloudpickle
 
@@ -325,12 +325,22 @@ class Pickled:
         self._parts.clear()
         return value
 
-    def missing_name(self) -> str:
-        """Give the class or function that is referred to and cannot be imported here, if any."""
+    def obstacle(self) -> tuple[str, bool]:
+        """Name what cannot be unpickled, after :meth:`load` has failed.
+
+        Returns
+        -------
+        tuple of str and bool
+            The class or function, or an empty string; and whether it could not be imported.
+        """
         unpickler = _NamingUnpickler(io.BytesIO(self._parts[0]), buffers=self._parts[1:])
-        with contextlib.suppress(Exception):
+        try:
             unpickler.load()
-        return unpickler.missing
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # noqa: BLE001 - that is what is looked for
+            return unpickler.missing or unpickler.made, bool(unpickler.missing)
+        return "", False
 
     def keep(self, file: BinaryIO) -> None:
         """Write a file that ``pickle.load`` reads, without this package.
@@ -357,10 +367,12 @@ class _Nested:
         return functools.partial(pickle.loads, buffers=buffers), (stream,)
 
 
-class _NamingUnpickler(pickle.Unpickler):
-    """Remembers the name that could not be found."""
+class _NamingUnpickler(pickle._Unpickler):  # type: ignore[misc]
+    """Remembers the name that could not be found, and what was made last."""
 
     missing = ""
+    made = ""
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -368,6 +380,32 @@ class _NamingUnpickler(pickle.Unpickler):
         except Exception:
             self.missing = f"{module}.{name}"
             raise
+
+    def _reduce(self) -> None:
+        function, args = self.stack[-2:]
+        if function is cloudpickle.cloudpickle._make_skeleton_class:
+            self.made = f"the class {args[1]}"
+        elif function is cloudpickle.cloudpickle._class_setstate:
+            self.made = f"the class {args[0].__qualname__}"
+        else:
+            self.made = f"{function.__module__}.{function.__qualname__}"
+        super().load_reduce()
+
+    def _new(self) -> None:
+        self.made = _full_name(self.stack[-2])
+        super().load_newobj()
+
+    def _build(self) -> None:
+        self.made = _full_name(type(self.stack[-2]))
+        super().load_build()
+
+    dispatch[pickle.REDUCE[0]] = _reduce
+    dispatch[pickle.NEWOBJ[0]] = _new
+    dispatch[pickle.BUILD[0]] = _build
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def reader_of_pieces(pieces: Iterable[bytes]) -> Callable[[memoryview], None]:

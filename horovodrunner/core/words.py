@@ -1,4 +1,4 @@
-"""Ranks in words, for messages. Runs in: every process."""
+"""Ranks and errors in words, for messages. Runs in: every process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ __all__ = ["in_one_line", "ranks_in_words"]
 
 _MAX_NAMED = 8
 
-
-TEXT_CHARS = 500
+_TEXT_CHARS = 500
 """As much of an error's text is repeated."""
 
 
@@ -55,7 +54,7 @@ def in_one_line(error: BaseException) -> str:
         One line of bounded length.
     """
     try:
-        text = str(error)[:TEXT_CHARS]
+        text = str(error)[:_TEXT_CHARS]
     except Exception as broken:  # noqa: BLE001 - it is the user's code
         text = f"(its text cannot be had: {type(broken).__name__})"
     name = type.__dict__["__name__"].__get__(type(error))
