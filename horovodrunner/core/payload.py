@@ -15,7 +15,9 @@ from typing import Any
 
 import cloudpickle
 
-from horovodrunner.core.pickled import Layout, SinkError, write_pickle
+from horovodrunner.core.pickled import Layout, SinkError, dumps, write_pickle
+from horovodrunner.core.pickled import travels_by_reference as _travels_by_reference
+from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import PayloadError
 
 __all__ = [
@@ -32,8 +34,6 @@ __all__ = [
 
 WARN_BYTES = 10 * 1024 * 1024
 """A pickled main larger than this is warned about."""
-
-_MAX_DEPTH = 6
 
 _EARLY_MODULES = (
     "numpy",
@@ -107,14 +107,15 @@ def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
         If something does not pickle; the text names the variable and where it comes from.
     """
     try:
-        return bytes(cloudpickle.dumps((main, dict(kwargs))))
-    except Exception as error:
-        parts = list(_call_parts(main, kwargs))
-        culprit = _find_unpicklable(parts) or f"main ({_name(main)})"
+        return dumps((main, dict(kwargs)))
+    except BaseException as error:
+        parts = [(f"main ({_name(main)})", main)]
+        parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
+        what, cause = _culprit(parts, error) or (f"main ({_name(main)}) or an argument", error)
         raise PayloadError(
-            f"{culprit} cannot be sent to the workers: {_one_line(error)}. Create it inside main, "
+            f"{what} cannot be sent to the workers: {in_one_line(cause)}. Create it inside main, "
             "or leave it out of what main refers to."
-        ) from error
+        ) from cause
 
 
 def write_result(result: object, descriptor: int) -> Layout:
@@ -143,16 +144,17 @@ def write_result(result: object, descriptor: int) -> Layout:
     except SinkError as error:
         raise PayloadError(
             "the value that main returned cannot be kept until it is sent to the driver: "
-            f"{_one_line(error.__cause__ or error)}. It needs as much memory (or, where files "
+            f"{in_one_line(error.__cause__ or error)}. It needs as much memory (or, where files "
             "cannot be in memory, as much of the temporary directory) again on rank 0's host: "
             "free some there, or return less"
         ) from error
-    except Exception as error:
-        culprit = _find_unpicklable([("the value that main returned", result)])
+    except BaseException as error:  # a __reduce__ may call sys.exit
+        what = "the value that main returned"
+        what, cause = _culprit([(what, result)], error) or (what, error)
         raise PayloadError(
-            f"{culprit or 'the value that main returned'} cannot be sent to the driver: "
-            f"{_one_line(error)}. Return plain data (numbers, arrays, state_dict()) instead."
-        ) from error
+            f"{what} cannot be sent to the driver: {in_one_line(cause)}. Return plain data "
+            "(numbers, arrays, state_dict()) instead."
+        ) from cause
 
 
 def load(data: bytes | bytearray | memoryview) -> Any:
@@ -266,33 +268,13 @@ def _strings_of_pickle(payload: bytes) -> bytes:
     return b"\n".join(found)
 
 
-def _travels_by_reference(value: Any) -> bool:
-    """Whether cloudpickle stores a function or class as a name to import."""
-    module = getattr(value, "__module__", None)
-    name = getattr(value, "__qualname__", None)
-    if module in (None, "__main__") or name is None or module not in sys.modules:
-        return False
-    found: Any = sys.modules[module]
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    by_value = any(
-        module == registered or module.startswith(registered + ".")
-        for registered in cloudpickle.list_registry_pickle_by_value()
-    )
-    return found is value and not by_value
-
-
 def _name(main: Any) -> str:
     return getattr(main, "__qualname__", None) or type(main).__qualname__
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")
-
-
 def _pickled_size(value: object) -> int:
     try:
-        return len(cloudpickle.dumps(value))
+        return len(dumps(value))
     except Exception:  # noqa: BLE001 - sizes are a courtesy; the real dump has its own error
         return 0
 
@@ -359,26 +341,15 @@ def _global_names(code: types.CodeType) -> set[str]:
     return names
 
 
-def _find_unpicklable(parts: list[tuple[str, Any]], depth: int = 0) -> str | None:
-    """Name the innermost part that does not pickle."""
-    for where, value in parts:
-        try:
-            cloudpickle.dumps(value)
-        except Exception:  # noqa: BLE001 - whatever it is, this part is the culprit
-            deeper = _find_unpicklable(list(_children(where, value)), depth + 1)
-            if depth < _MAX_DEPTH and deeper:
-                return deeper
-            return f"{where} ({type(value).__module__}.{type(value).__qualname__})"
-    return None
+def _culprit(
+    parts: list[tuple[str, Any]], error: BaseException
+) -> tuple[str, BaseException] | None:
+    """Return the path to what does not pickle and why; let an interrupt pass."""
+    from horovodrunner.core.culprit import find_culprit  # hardly ever needed
 
-
-def _children(where: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield f"{where}[{key!r}]", item
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for index, item in enumerate(value):
-            yield f"{where}[{index}]", item
-    else:
-        for name, item in getattr(value, "__dict__", {}).items():
-            yield f"{where}.{name}", item
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    found = find_culprit(parts)
+    if found is None and not isinstance(error, Exception):
+        raise error  # it came from outside, as a thread's end does
+    return found

@@ -13,12 +13,25 @@ import io
 import mmap
 import os
 import pickle
-from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO
+import sys
+import types
+import typing
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, ClassVar
 
 import cloudpickle
 
-__all__ = ["Layout", "Pickled", "SinkError", "reader_of_pieces", "write_pickle"]
+__all__ = [
+    "Layout",
+    "Pickled",
+    "Pickler",
+    "SinkError",
+    "dumps",
+    "reader_of_pieces",
+    "travels_by_reference",
+    "write_pickle",
+]
 
 Layout = tuple[int, ...]
 """Bytes of the pickle itself and of each buffer beside it, in the order in which they stand."""
@@ -29,12 +42,106 @@ BESIDE_BYTES = 64 * 1024
 MOST_BESIDE = 10_000
 """Further buffers stay in the pickle: the layout has to fit a frame's header."""
 
+SAFE_RECURSION = 10_000
+"""Half as many calls within each other overflow no stack of 8 MiB while something is pickled."""
+
 MAPPED_BYTES = 4 * 1024 * 1024
 """A buffer from this size on gets a mapping of its own."""
 
 
 class SinkError(OSError):
     """The file does not take the pickle."""
+
+
+class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """cloudpickle's, which can also bring back what it cannot: see `_REDUCERS`, and slots."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Take care of classes with ``__slots__``; the rest is cloudpickle's."""
+        if issubclass(type(obj), type):
+            reduced = super().reducer_override(obj)
+            if isinstance(reduced, tuple) and "__slots__" in obj.__dict__:
+                return _with_slots(obj, *reduced)
+            return reduced
+        if isinstance(obj, types.FunctionType):
+            return super().reducer_override(obj)
+        return NotImplemented
+
+
+def _with_slots(kind: type, make: Any, args: Any, state: Any, *rest: Any) -> Any:
+    """Let a class get its slots when it is made; cloudpickle only writes their names into it."""
+    bases = args[2]
+    if make is not cloudpickle.cloudpickle._make_skeleton_class or typing.NamedTuple in bases:
+        return make, args, state, *rest
+    slots = [name for name in ("__dict__", "__weakref__") if name in kind.__dict__]
+    attributes = dict(state[0])
+    for name, member in kind.__dict__.items():
+        if isinstance(member, types.MemberDescriptorType) and member.__objclass__ is kind:
+            slots.append(name)
+            attributes.pop(name, None)
+    namespace = {**args[3], "__slots__": tuple(slots)}
+    return make, (*args[:3], namespace, *args[4:]), (attributes, *state[1:]), *rest
+
+
+class _LruCache:
+    """Pickles as the decorator that `functools.lru_cache` makes, which has no name."""
+
+    def __init__(self, parameters: dict[str, Any]) -> None:
+        self._parameters = parameters
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.lru_cache, (self._parameters["maxsize"], self._parameters["typed"])
+
+    def __call__(self, function: Any) -> Any:
+        return function
+
+
+def _reduce_cached(function: Any) -> Any:
+    """Pickle a function that remembers its results without the results."""
+    if travels_by_reference(function):
+        return function.__qualname__
+    return _LruCache(function.cache_parameters()), (function.__wrapped__,)
+
+
+def _reduce_new_type(new_type: Any) -> Any:
+    if travels_by_reference(new_type):
+        return new_type.__qualname__
+    attributes = {"__module__": new_type.__module__, "__qualname__": new_type.__qualname__}
+    return typing.NewType, (new_type.__name__, new_type.__supertype__), attributes
+
+
+def _reduce_cached_property(cached: functools.cached_property[Any]) -> Any:
+    return functools.cached_property, (cached.func,), {"attrname": cached.attrname}
+
+
+_REDUCERS: dict[type, Callable[[Any], Any]] = {
+    functools.cached_property: _reduce_cached_property,  # holds a lock before Python 3.12
+    type(functools.lru_cache(len)): _reduce_cached,
+    typing.NewType: _reduce_new_type,
+}
+Pickler.dispatch_table = ChainMap(_REDUCERS, *Pickler.dispatch_table.maps)
+
+
+def travels_by_reference(value: Any) -> bool:
+    """Whether cloudpickle stores a function or class as a name to import.
+
+    Parameters
+    ----------
+    value
+        The function or class.
+    """
+    module = getattr(value, "__module__", None)
+    name = getattr(value, "__qualname__", None)
+    if module in (None, "__main__") or name is None or module not in sys.modules:
+        return False
+    found: Any = sys.modules[module]
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    by_value = any(
+        module == registered or module.startswith(registered + ".")
+        for registered in cloudpickle.list_registry_pickle_by_value()
+    )
+    return found is value and not by_value
 
 
 def write_pickle(value: object, descriptor: int) -> Layout:
@@ -59,6 +166,60 @@ def write_pickle(value: object, descriptor: int) -> Layout:
     Exception
         Whatever pickling raises.
     """
+    try:
+        return _write(Pickler, value, descriptor)
+    except (RecursionError, pickle.PicklingError) as error:
+        if not _nested_too_deeply(error):
+            raise
+    os.ftruncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return _write(_deep_pickler(), value, descriptor)
+
+
+def dumps(value: object) -> bytes:
+    """Pickle a value into memory.
+
+    Parameters
+    ----------
+    value
+        Any object.
+
+    Returns
+    -------
+    bytes
+        For ``pickle.loads``.
+
+    Raises
+    ------
+    Exception
+        Whatever pickling raises.
+    """
+    try:
+        return _dumps(Pickler, value)
+    except (RecursionError, pickle.PicklingError) as error:
+        if not _nested_too_deeply(error):
+            raise
+    return _dumps(_deep_pickler(), value)
+
+
+def _deep_pickler() -> type[Any]:
+    from horovodrunner.core.culprit import DeepPickler  # hardly ever needed
+
+    return DeepPickler
+
+
+def _nested_too_deeply(error: BaseException) -> bool:
+    """Whether the pickler in C recursed too deeply, as far as one can see; or a reducer did."""
+    return isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError)
+
+
+def _dumps(pickler: type[Any], value: object) -> bytes:
+    with io.BytesIO() as file, _bounded_recursion():
+        pickler(file).dump(value)
+        return file.getvalue()
+
+
+def _write(pickler: type[Any], value: object, descriptor: int) -> Layout:
     beside: list[memoryview] = []
 
     def stays(buffer: pickle.PickleBuffer) -> bool:
@@ -69,11 +230,30 @@ def write_pickle(value: object, descriptor: int) -> Layout:
         return False
 
     sink = _Sink(descriptor)
-    cloudpickle.Pickler(sink, pickle.HIGHEST_PROTOCOL, buffer_callback=stays).dump(value)
+    with _bounded_recursion():
+        pickler(sink, buffer_callback=stays).dump(value)
     layout = (sink.written, *(view.nbytes for view in beside))
     for view in beside:
         sink.write(view)
     return layout
+
+
+@contextlib.contextmanager
+def _bounded_recursion() -> Iterator[None]:
+    """Let the pickler in C raise a RecursionError where the stack would overflow otherwise.
+
+    Notebooks that set a high limit have thought of Python's own frames, which are not on the stack.
+    """
+    limit = sys.getrecursionlimit()
+    if limit <= SAFE_RECURSION:
+        yield
+        return
+    with contextlib.suppress(RecursionError):  # there already
+        sys.setrecursionlimit(SAFE_RECURSION)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 class _Sink:
@@ -145,12 +325,22 @@ class Pickled:
         self._parts.clear()
         return value
 
-    def missing_name(self) -> str:
-        """Give the class or function that is referred to and cannot be imported here, if any."""
+    def obstacle(self) -> tuple[str, bool]:
+        """Name what cannot be unpickled, after :meth:`load` has failed.
+
+        Returns
+        -------
+        tuple of str and bool
+            The class or function, or an empty string; and whether it could not be imported.
+        """
         unpickler = _NamingUnpickler(io.BytesIO(self._parts[0]), buffers=self._parts[1:])
-        with contextlib.suppress(Exception):
+        try:
             unpickler.load()
-        return unpickler.missing
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # noqa: BLE001 - that is what is looked for
+            return unpickler.missing or unpickler.made, bool(unpickler.missing)
+        return "", False
 
     def keep(self, file: BinaryIO) -> None:
         """Write a file that ``pickle.load`` reads, without this package.
@@ -177,10 +367,12 @@ class _Nested:
         return functools.partial(pickle.loads, buffers=buffers), (stream,)
 
 
-class _NamingUnpickler(pickle.Unpickler):
-    """Remembers the name that could not be found."""
+class _NamingUnpickler(pickle._Unpickler):  # type: ignore[misc]
+    """Remembers the name that could not be found, and what was made last."""
 
     missing = ""
+    made = ""
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -188,6 +380,32 @@ class _NamingUnpickler(pickle.Unpickler):
         except Exception:
             self.missing = f"{module}.{name}"
             raise
+
+    def _reduce(self) -> None:
+        function, args = self.stack[-2:]
+        if function is cloudpickle.cloudpickle._make_skeleton_class:
+            self.made = f"the class {args[1]}"
+        elif function is cloudpickle.cloudpickle._class_setstate:
+            self.made = f"the class {args[0].__qualname__}"
+        else:
+            self.made = f"{function.__module__}.{function.__qualname__}"
+        super().load_reduce()
+
+    def _new(self) -> None:
+        self.made = _full_name(self.stack[-2])
+        super().load_newobj()
+
+    def _build(self) -> None:
+        self.made = _full_name(type(self.stack[-2]))
+        super().load_build()
+
+    dispatch[pickle.REDUCE[0]] = _reduce
+    dispatch[pickle.NEWOBJ[0]] = _new
+    dispatch[pickle.BUILD[0]] = _build
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def reader_of_pieces(pieces: Iterable[bytes]) -> Callable[[memoryview], None]:

@@ -9,6 +9,7 @@ from typing import Any
 from horovodrunner.core import payload
 from horovodrunner.core.job import Failure, FailureKind, Outcome
 from horovodrunner.core.pickled import Pickled
+from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import (
     CheckpointError,
     ConfigurationError,
@@ -95,24 +96,32 @@ def _worker_failure(failure: Failure, consequences: tuple[Failure, ...]) -> Work
 def _open_result(result: Pickled) -> Any:
     try:
         return result.load()
-    except Exception as error:
-        path = _keep(result)
-        named = result.missing_name()
-        raise PayloadError(
-            f"what rank 0 returned cannot be unpickled here: {type(error).__name__}: {error}. "
-            + (f"It needs {named}, which cannot be imported here. " if named else "")
-            + f"Its {payload.format_bytes(result.size)} are kept in {path}: make the class "
-            f"importable on the driver and read them with pickle.load(open({path!r}, 'rb')), or "
-            "return plain data"
-        ) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # unpickling runs the classes' own code
+        name, is_missing = result.obstacle()
+        text = f"what rank 0 returned cannot be unpickled here: {in_one_line(error)}. "
+        if is_missing:
+            text += f"It needs {name}, which cannot be imported here. "
+            remedy = "make the class importable on the driver and"
+        else:
+            text += f"It fails where {name} is restored. " if name else ""
+            remedy = "once what it needs is there"
+        raise PayloadError(f"{text}{_keep(result, remedy)}, or return plain data") from error
 
 
-def _keep(result: Pickled) -> str:
-    """Put bytes that may have taken days to compute where the user finds them."""
-    descriptor, path = tempfile.mkstemp(prefix="horovodrunner-result-", suffix=".pkl")
-    with os.fdopen(descriptor, "wb") as file:
-        result.keep(file)
-    return path
+def _keep(result: Pickled, remedy: str) -> str:
+    """Put bytes that may have taken days to compute where the user finds them, and say where."""
+    size = payload.format_bytes(result.size)
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="horovodrunner-result-", suffix=".pkl")
+        with os.fdopen(descriptor, "wb") as file:
+            result.keep(file)
+    except OSError as error:
+        return f"Its {size} could not be kept in {tempfile.gettempdir()} ({error.strerror})"
+    return (
+        f"Its {size} are kept in {path}: {remedy} read them with pickle.load(open({path!r}, 'rb'))"
+    )
 
 
 def _unpickled_exception(failure: Failure) -> BaseException | None:

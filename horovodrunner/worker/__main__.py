@@ -129,8 +129,9 @@ def run(
         layout: Layout = ()
         if spec.return_result and result_fd is not None:
             layout = payload.write_result(result, result_fd)
-    except PayloadError as error:
-        return _failed(spec, error, "", with_traceback=False), 1
+    except BaseException as error:  # noqa: BLE001 - main has returned: only this may be told
+        prefix = "" if isinstance(error, PayloadError) else "what main returned was not pickled: "
+        return _failed(spec, error, prefix, with_traceback=False), 1
     return Outcome(success=Success(spec.rank, layout)), 0
 
 
