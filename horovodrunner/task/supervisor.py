@@ -78,6 +78,7 @@ class Supervisor:
         self._answers: list[asyncio.Task[None]] = []
         self._last_stderr = b""
         self._ready_at = 0.0
+        self._part_of_life = "before main was called"
 
     async def run(self, call: bytes, spec: WorkerSpec) -> Outcome:
         """Supervise the worker until it has ended.
@@ -107,6 +108,8 @@ class Supervisor:
             status = await worker.wait()
             worker.catch_up()
             await asyncio.wait(readers, timeout=DRAIN_SECONDS)
+            if readers[1].done() and (error := readers[1].exception()) is not None:
+                self._part_of_life = f"after a report that cannot be read ({error})"
         finally:
             tasks = [*readers, *others, *self._answers]
             for task in tasks:
@@ -130,7 +133,10 @@ class Supervisor:
             self._worker.shows_stacks = True
             self._ready_at = float(frame.header["at"])
         elif frame.kind == "started":
+            self._part_of_life = "before main returned (os._exit?)"
             self._events.started(rank)
+        elif frame.kind == "main_ended":
+            self._part_of_life = "after main had ended, before it could be reported how"
         elif frame.kind == "times":
             self._events.times(rank, self._spans(frame.header["times"]))
         elif frame.kind == "state":
@@ -173,11 +179,13 @@ class Supervisor:
             f"HorovodRunner: rank {self._slot.rank} is still there {TEARDOWN_SECONDS:g} s after "
             "main returned (a thread that is not a daemon?); it is stopped\n"
         )
-        self._on_lines("stderr", text.encode())
+        self._on_lines("stderr", text.encode(errors="backslashreplace"))
         self._worker.stop()
 
     def _silent_end(self, status: ExitStatus) -> Failure:
-        text, exit_code, signal_name = describe_exit(status, self._worker.killed_by_kernel())
+        text, exit_code, signal_name = describe_exit(
+            status, self._worker.killed_by_kernel(), self._part_of_life
+        )
         last_lines = self._last_lines()
         return Failure(
             rank=self._slot.rank,
