@@ -28,8 +28,9 @@ def show_text(text: str) -> bool:
     """
     try:
         stream: Any = sys.stdout
-        if getattr(stream, "isatty", bool)():  # what stands in for it may have none
-            text = _CLEAR_LINE + text
+        with contextlib.suppress(Exception):  # what stands in for it may have none
+            if stream.isatty():
+                text = _CLEAR_LINE + text
         _write(stream, text)
         if hasattr(stream, "flush"):
             stream.flush()
@@ -42,7 +43,7 @@ def _write(stream: Any, text: str) -> None:
     with contextlib.suppress(UnicodeEncodeError):
         stream.write(text)
         return
-    with contextlib.suppress(UnicodeError, LookupError, TypeError):
+    with contextlib.suppress(Exception):  # it has no encoding, or a wrong one
         encoding = stream.encoding
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return

@@ -10,8 +10,8 @@ _MAX_NAMED = 8
 _MAX_CLASSES = 100
 _MAX_NAME = 200
 
-_DICT, _MRO, _QUALNAME = (
-    vars(type)[name].__get__ for name in ("__dict__", "__mro__", "__qualname__")
+_MODULE, _MRO, _QUALNAME = (
+    vars(type)[name].__get__ for name in ("__module__", "__mro__", "__qualname__")
 )
 """What ``type`` itself knows of a class: a metaclass may answer with anything."""
 
@@ -64,7 +64,7 @@ def class_names(cls: type) -> tuple[str, ...]:
     """
     names = []
     for each in _MRO(cls)[:_MAX_CLASSES]:
-        module = _DICT(each).get("__module__")
+        module = _MODULE(each)
         prefix = f"{module[:_MAX_NAME]}." if type(module) is str else ""
         names.append(prefix + short_name(each))
     return tuple(names)

@@ -21,8 +21,8 @@ from horovodrunner.core.words import class_names, cut, short_name
 
 __all__ = ["Description", "describe", "exit_code_of"]
 
-MAX_TEXT = 8_000
-MAX_TRACEBACK = 64_000
+MAX_TEXT = 20_000
+MAX_TRACEBACK = 200_000
 MAX_FRAMES = 100
 """Characters and frames that are kept; in JSON a character may take twelve bytes."""
 
@@ -150,14 +150,15 @@ def _text(error: BaseException) -> str:
 
 def _plain(text: str, most: int, *, keep_end: bool = False) -> str:
     """Cut a text, and make it a real one that every encoding for Unicode can take."""
-    text = str.__str__(text)
-    return cut(text, most, keep_end=keep_end).encode(errors="backslashreplace").decode()
+    text = cut(str.__str__(text), most, keep_end=keep_end)
+    escaped = text.encode(errors="backslashreplace").decode()
+    return text if escaped == text else cut(escaped, most, keep_end=keep_end)
 
 
 def _formatted(error: BaseException, own: TracebackType | None) -> str:
     described = traceback.TracebackException(type(error), error, own)
     # Each piece by itself first: a text of megabytes must not push the frames out.
-    pieces = [_plain(piece, 2 * MAX_TEXT, keep_end=True) for piece in described.format()]
+    pieces = [_plain(piece, MAX_TEXT, keep_end=True) for piece in described.format()]
     return _plain("".join(pieces), MAX_TRACEBACK, keep_end=True)
 
 
