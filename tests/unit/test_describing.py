@@ -69,7 +69,7 @@ class _Unspeakable:
     ("members", "text"),
     [
         ({"__str__": lambda self: 5}, "told (its __str__ raised TypeError)"),
-        ({"__str__": lambda self: str(self)}, "told (its __str__ raised RecursionError)"),
+        ({"__str__": lambda self: f"{self}"}, "told (its __str__ raised RecursionError)"),
         ({"__str__": lambda self: _Text("told")}, "told"),
         ({"__str__": lambda self: ""}, "(no message)"),
         ({"__getattribute__": raising(RuntimeError)}, "told"),
@@ -159,7 +159,7 @@ def test_a_text_of_megabytes_is_cut_with_a_mark_and_the_frames_stay(character: s
     error.__cause__ = OSError(character * 2_000_000)
     told = described(error)
     assert told.text.startswith("first ")
-    assert "...(truncated: 2,000,006 characters)" in told.text
+    assert re.search(r"\.\.\.\(truncated: [\d,]+ characters\)$", told.text)
     assert "OSError: " in told.traceback
     assert len(json.dumps([told.text, told.traceback])) < 2_000_000
     assert len(told.pickled) < describing.MAX_PICKLE_BYTES
