@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from horovodrunner.core.frames import Frame
 from horovodrunner.core.job import (
+    EXIT_WITHOUT_PIPES,
     Failure,
     FailureKind,
     Outcome,
@@ -191,7 +192,8 @@ class Supervisor:
             rank=self._slot.rank,
             host=self._slot.host,
             summary=text,
-            kind=FailureKind.PROCESS,
+            # What main closed once it closes again: another attempt would end the same way.
+            kind=FailureKind.EXCEPTION if status == EXIT_WITHOUT_PIPES else FailureKind.PROCESS,
             exit_code=exit_code,
             signal=signal_name,
             # Horovod's background thread aborts the process when a peer's connection breaks.
