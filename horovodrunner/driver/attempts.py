@@ -7,13 +7,16 @@ from typing import Any
 
 from horovodrunner.core import payload
 from horovodrunner.core.job import Outcome
-from horovodrunner.core.words import class_names, short_name
+from horovodrunner.core.words import class_names, cut, short_name
 from horovodrunner.driver.console import Console
 from horovodrunner.driver.outcome import open_outcome
 from horovodrunner.errors import BarrierStageError, HorovodRunnerError, WorkerFailedError
 from horovodrunner.task.store import CheckpointStore
 
 __all__ = ["run_attempts"]
+
+_CAUSE_CHARACTERS = 1000
+"""So much is told of what ended an attempt."""
 
 
 def run_attempts(
@@ -85,7 +88,7 @@ def _names_on_ranks(kind: type) -> list[str]:
 
 
 def _in_one_line(error: HorovodRunnerError) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return cut((str(error).splitlines() or [type(error).__name__])[0], _CAUSE_CHARACTERS)
 
 
 def _where_it_goes_on(store: CheckpointStore | None) -> str:

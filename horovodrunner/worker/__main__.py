@@ -19,7 +19,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def run(
     except BaseException as error:
         if os.getpid() != own_pid:
             raise
-        return _failed(spec, error, "main could not be unpickled: ", hint=_import_hint(error)), 1
+        return _failed(spec, error, "main could not be unpickled: ", hint=_import_hint), 1
     horovod_keras.announce()  # what was imported early had nobody to tell
     control.main_begins()
     try:
@@ -178,19 +178,20 @@ def _failed(
     error: BaseException,
     prefix: str,
     *,
-    hint: str = "",
+    hint: Callable[[BaseException], str] | None = None,
     exit_code: int | None = None,
     with_traceback: bool = True,
 ) -> Outcome:
     told = describe(error)
     _print_traceback(told.traceback)
-    collective = ""
-    with contextlib.suppress(Exception):  # names in main's frames may be any object
+    advice = collective = ""
+    with contextlib.suppress(BaseException):  # it is the user's object, and so are names in frames
+        advice = hint(error) if hint is not None else ""
         collective = collective_of(told.frames)
     failure = Failure(
         rank=spec.rank,
         host=spec.host,
-        summary=f"{prefix}{told.name}: {told.text}{hint}",
+        summary=f"{prefix}{told.name}: {told.text}{advice}",
         kind=FailureKind.EXCEPTION,
         traceback=told.traceback if with_traceback else "",
         exit_code=exit_code,
@@ -211,13 +212,12 @@ def _print_traceback(text: str) -> None:
 
 
 def _import_hint(error: BaseException) -> str:
-    if type(error) is not ModuleNotFoundError:
+    if not isinstance(error, ModuleNotFoundError):
         return ""
-    name = error.name if isinstance(error.name, str) else "module"
     return (
-        f". The module {name!r} exists on the driver but not for {sys.executable} here: "
+        f". The module {error.name!r} exists on the driver but not for {sys.executable} here: "
         "install it on the executors, ship it with spark.sparkContext.addPyFile(...), or call "
-        f"cloudpickle.register_pickle_by_value({name.split('.')[0]})"
+        f"cloudpickle.register_pickle_by_value({(error.name or 'module').split('.')[0]})"
     )
 
 
@@ -249,7 +249,7 @@ def _prepare_streams() -> None:
 def _import_early(modules: Sequence[str]) -> None:
     gc.disable()  # hardly anything is freed meanwhile, and looking takes a tenth of the time
     for module in modules:
-        with contextlib.suppress(Exception):  # main meets the same error, with its own traceback
+        with contextlib.suppress(BaseException):  # main meets the same one, with its own traceback
             importlib.import_module(module)
     gc.enable()
 
