@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import cloudpickle
 
@@ -38,7 +38,7 @@ _OF_ITSELF: Callable[[BaseException], TracebackType | None] = vars(BaseException
 ].__get__
 
 
-class Description(NamedTuple):
+class Description:
     """What can be told of an exception.
 
     Parameters
@@ -57,12 +57,22 @@ class Description(NamedTuple):
         The exception itself, or b"" where it does not pickle or is too large.
     """
 
-    name: str
-    types: tuple[str, ...]
-    text: str
-    traceback: str
-    frames: list[FrameType]
-    pickled: bytes
+    def __init__(  # written out: a dataclass takes every worker time to make
+        self,
+        *,
+        name: str,
+        types: tuple[str, ...],
+        text: str,
+        traceback: str,
+        frames: list[FrameType],
+        pickled: bytes,
+    ) -> None:
+        self.name = name
+        self.types = types
+        self.text = text
+        self.traceback = traceback
+        self.frames = frames
+        self.pickled = pickled
 
 
 def describe(error: BaseException) -> Description:

@@ -79,7 +79,7 @@ BREAKS: dict[str, Callable[[], object]] = {
     "no streams": lambda: _replace_streams(None),
     "leaving": lambda: _replace_streams(_Leaves()),
     "closed": lambda: [sys.stdout.close(), sys.stderr.close()],
-    "detached": lambda: [sys.stdout.detach(), sys.stderr.detach()],  # type: ignore[attr-defined]
+    "detached": lambda: [sys.stdout.detach(), sys.stderr.detach()],  # type: ignore[union-attr]
     "deleted": _delete_streams,
     "closed below": lambda: _close_descriptors(1, 2),
     "redirected": lambda: contextlib.redirect_stderr(io.StringIO()).__enter__(),
@@ -94,7 +94,7 @@ BREAKS: dict[str, Callable[[], object]] = {
     "JSON": lambda: _set(json, dumps=broken, loads=broken),
     "hooks": lambda: _set(sys, excepthook=broken, unraisablehook=broken),
     "recursion": lambda: sys.setrecursionlimit(40),
-    "exit functions": lambda: [atexit.register(broken), atexit.register(os._exit, 9)],
+    "exit functions": lambda: [atexit.register(broken), atexit.register(lambda: os._exit(9))],
     "SIGTERM": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
     "alarm": _alarm_at_any_moment,
 }
