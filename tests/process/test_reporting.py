@@ -74,7 +74,10 @@ def test_a_worker_that_cannot_report_says_why(at_once: bool) -> None:
         if not at_once:
             time.sleep(60)
 
-    error = failure(main)
+    with pytest.raises(WorkerFailedError) as caught:
+        HorovodRunner(np=-1, max_restarts=1).run(main)
+    error = caught.value
+    assert error.attempts == ()  # another one would end the same way
     assert error.summary.startswith("main closed the descriptors by which the worker process")
     assert "before main returned" not in str(error)
     assert "os.closerange?" in error.last_lines
@@ -100,6 +103,14 @@ def test_when_the_process_left_is_said_as_far_as_it_is_known() -> None:
     assert unpickled == left + "before main was called"
     ended = left + "after main had ended, before it could be reported how"
     assert summary(_LeavesWhenPickled) == ended
+
+    def garbles() -> None:
+        numbers = sorted(int(path.name) for path in Path("/proc/self/fd").iterdir())
+        _, report, *_ = [number for number in numbers if number >= 900]
+        os.write(report, b"\xff" * 100)
+        os._exit(5)
+
+    assert summary(garbles).startswith(left + "after a report that cannot be read (a header of ")
 
 
 def test_an_exception_of_megabytes_arrives_from_every_rank() -> None:
