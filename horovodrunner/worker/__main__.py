@@ -149,6 +149,9 @@ def run(
             layout = payload.write_result(result, result_fd)
     except PayloadError as error:
         return _failed(spec, error, "", with_traceback=False), 1
+    except BaseException as error:  # noqa: BLE001 - pickling runs the user's code
+        what = "the value that main returned cannot be pickled: "
+        return _failed(spec, error, what, kind=FailureKind.RESULT), 1
     return Outcome(success=Success(spec.rank, layout)), 0
 
 
@@ -181,6 +184,7 @@ def _failed(
     hint: Callable[[BaseException], str] | None = None,
     exit_code: int | None = None,
     with_traceback: bool = True,
+    kind: FailureKind = FailureKind.EXCEPTION,
 ) -> Outcome:
     told = describe(error)
     _print_traceback(told.traceback)
@@ -192,7 +196,7 @@ def _failed(
         rank=spec.rank,
         host=spec.host,
         summary=f"{prefix}{told.name}: {told.text}{advice}",
-        kind=FailureKind.EXCEPTION,
+        kind=kind,
         traceback=told.traceback if with_traceback else "",
         exit_code=exit_code,
         exception_types=told.types,

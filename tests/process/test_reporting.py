@@ -17,7 +17,13 @@ from typing import Any, NoReturn
 
 import pytest
 
-from horovodrunner import HorovodRunner, WorkerFailedError, checkpoint, log_to_driver
+from horovodrunner import (
+    HorovodRunner,
+    PayloadError,
+    WorkerFailedError,
+    checkpoint,
+    log_to_driver,
+)
 from tests.process import breaks
 
 
@@ -91,6 +97,20 @@ class _LeavesWhenUnpickled:
 class _LeavesWhenPickled:
     def __reduce__(self) -> NoReturn:
         os._exit(5)
+
+
+class _RaisesWhenPickled:
+    def __init__(self, problem: type[BaseException]) -> None:
+        self.problem = problem
+
+    def __reduce__(self) -> NoReturn:
+        raise self.problem("told")
+
+
+@pytest.mark.parametrize("problem", [SystemExit, KeyboardInterrupt])
+def test_a_value_that_leaves_when_it_is_pickled_is_told(problem: type[BaseException]) -> None:
+    with pytest.raises(PayloadError, match=f"the value that main returned .*{problem.__name__}"):
+        run(lambda: _RaisesWhenPickled(problem))
 
 
 def test_when_the_process_left_is_said_as_far_as_it_is_known() -> None:
