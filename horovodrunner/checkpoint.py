@@ -149,15 +149,15 @@ def save(step: int) -> Iterator[Path]:
         _note_once(context)
     scratch = context.spec.scratch if context is not None else None
     directory = Path(tempfile.mkdtemp(prefix="horovodrunner-saving-", dir=scratch))
+    own_pid, handed_over = os.getpid(), False
     try:
         yield directory
         if context is not None and context.spec.keeps_checkpoints and context.spec.rank == 0:
             context.link.send("checkpoint", step=step, directory=str(directory))
-            return
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
-    shutil.rmtree(directory, ignore_errors=True)
+            handed_over = True
+    finally:
+        if not handed_over and os.getpid() == own_pid:  # not by a process forked in the block
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 class _HasState(Protocol):

@@ -7,9 +7,10 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-import warnings
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import NamedTuple
+
+from horovodrunner.core.showing import warn
 
 __all__ = [
     "Found",
@@ -76,7 +77,7 @@ def warn_of_others(own: str) -> None:
     """
     others = other_sparkdls(own)
     if others:
-        warnings.warn(
+        warn(
             f"this is the sparkdl of horovodrunner ({own}), and there is another one, which it "
             f"hides: {', '.join(others)}. Keep one of them: {remedy()}",
             stacklevel=3,

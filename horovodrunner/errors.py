@@ -118,6 +118,9 @@ class WorkerFailedError(HorovodRunnerError):
         ``max_restarts`` is for.
     last_lines : str
         What the rank wrote last to standard error, when its process ended without an exception.
+    exception_types : tuple of str
+        Qualified names of the class of what main raised and of its bases, in the order of its
+        MRO, such as ``"builtins.ConnectionError"``; also where it does not unpickle here.
 
     Examples
     --------
@@ -148,6 +151,7 @@ class WorkerFailedError(HorovodRunnerError):
         self.consequences = consequences
         self.worker_was_lost = False
         self.last_lines = ""
+        self.exception_types: tuple[str, ...] = ()
 
     def _text(self) -> str:
         who = "the run" if self.rank is None else f"rank {self.rank}"

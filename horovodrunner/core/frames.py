@@ -13,9 +13,9 @@ The handshake proves on both sides that the peer holds the run's token without s
 
 from __future__ import annotations
 
-import json
 import struct
 from dataclasses import dataclass, field
+from json import dumps, loads  # main may put others in their place in json
 from typing import Any
 
 __all__ = [
@@ -106,7 +106,7 @@ def encode_prefix_and_header(kind: str, body_bytes: int, **header: Any) -> bytes
     bytes
         Prefix and header.
     """
-    encoded = json.dumps({"kind": kind, **header}).encode()
+    encoded = dumps({"kind": kind, **header}).encode()
     return _PREFIX.pack(len(encoded), body_bytes) + encoded
 
 
@@ -157,7 +157,7 @@ def parse_header(encoded: bytes) -> dict[str, Any]:
         If it is not a JSON object with a ``"kind"``.
     """
     try:
-        header = json.loads(encoded)
+        header = loads(encoded)
     except ValueError as error:
         raise FrameError(f"a header that is not JSON: {error}") from None
     if not isinstance(header, dict) or "kind" not in header:

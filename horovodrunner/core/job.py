@@ -9,16 +9,17 @@
 from __future__ import annotations
 
 import enum
-import json
 import signal
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from json import dumps, loads  # main may put others in their place in json
 from typing import Any
 
 from horovodrunner.core.pickled import Layout, Pickled, reader_of_pieces
 
 __all__ = [
+    "EXIT_WITHOUT_PIPES",
     "STACK_SIGNAL",
     "Failure",
     "FailureKind",
@@ -31,6 +32,9 @@ __all__ = [
     "split_chunks",
     "with_result",
 ]
+
+EXIT_WITHOUT_PIPES = 113
+"""A worker leaves with it when main has closed the descriptors by which it talks to its task."""
 
 STACK_SIGNAL = int(getattr(signal, "SIGRTMIN", signal.SIGUSR1)) + 1
 """Makes a worker write its Python stacks; a number that training code has no habit of using."""
@@ -222,8 +226,8 @@ class Failure:
         The exit code when the worker left by itself, else None.
     signal
         The signal's name when one ended the worker, else None.
-    exception_type
-        Qualified name of the exception, or "".
+    exception_types
+        Qualified names of the exception's class and its bases, in the order of its MRO.
     exception
         The pickled exception, or b"" when it does not pickle.
     after_peer_loss
@@ -243,7 +247,7 @@ class Failure:
     traceback: str = ""
     exit_code: int | None = None
     signal: str | None = None
-    exception_type: str = ""
+    exception_types: tuple[str, ...] = ()
     exception: bytes = field(default=b"", repr=False)
     after_peer_loss: bool = False
     collective: str = ""
@@ -314,7 +318,8 @@ class Outcome:
     def to_frame(self) -> tuple[dict[str, Any], bytes]:
         """Split the outcome into a JSON-compatible header and one body of bytes.
 
-        A pickled return value is no part of it.
+        Texts are in the body: those of many ranks are more than a header may have. A pickled
+        return value is no part of it.
 
         Returns
         -------
@@ -325,9 +330,8 @@ class Outcome:
             return {"rank": self.success.rank, "layout": self.success.layout}, b""
         failures = [f for f in (self.failure, *self.consequences) if f is not None]
         fields = [{k: v for k, v in asdict(f).items() if k != "exception"} for f in failures]
-        sizes = [len(f.exception) for f in failures]
-        body = b"".join(f.exception for f in failures)
-        return {"failures": fields, "sizes": sizes}, body
+        parts = [dumps(fields).encode(), *(f.exception for f in failures)]
+        return {"sizes": [len(part) for part in parts]}, b"".join(parts)
 
     @classmethod
     def from_frame(cls, header: dict[str, Any], body: bytes | bytearray | memoryview) -> Outcome:
@@ -338,7 +342,7 @@ class Outcome:
         header
             JSON-compatible fields.
         body
-            The pickled exceptions one after another.
+            The failures as JSON, and their pickled exceptions, one after another.
 
         Returns
         -------
@@ -347,14 +351,17 @@ class Outcome:
         """
         if "rank" in header:
             return cls(success=Success(header["rank"], tuple(header["layout"])))
-        failures, start = [], 0
-        for original, size in zip(header["failures"], header["sizes"], strict=True):
-            fields = dict(original)
-            kind = FailureKind(fields.pop("kind"))
-            failures.append(
-                Failure(**fields, kind=kind, exception=bytes(body[start : start + size]))
-            )
+        parts, start = [], 0
+        for size in header["sizes"]:
+            parts.append(bytes(body[start : start + size]))
             start += size
+        failures = []
+        for fields, exception in zip(loads(parts[0]), parts[1:], strict=True):
+            kind = FailureKind(fields.pop("kind"))
+            types = tuple(fields.pop("exception_types"))
+            failures.append(
+                Failure(**fields, kind=kind, exception_types=types, exception=exception)
+            )
         if not failures:
             return cls()
         return cls(failure=failures[0], consequences=tuple(failures[1:]))
@@ -400,7 +407,7 @@ def split_chunks(
         First the header, then the body in pieces of at most `chunk_bytes`, or the result.
     """
     header, body = outcome.to_frame()
-    encoded = json.dumps(header).encode()
+    encoded = dumps(header).encode()
     yield _HEADER_LENGTH.pack(len(encoded)) + encoded
     view = memoryview(body)
     for start in range(0, len(view), chunk_bytes):
@@ -424,7 +431,7 @@ def join_chunks(chunks: Iterable[bytes]) -> Outcome:
     """
     head, *pieces = chunks
     (length,) = _HEADER_LENGTH.unpack_from(head)
-    header = json.loads(head[_HEADER_LENGTH.size : _HEADER_LENGTH.size + length])
+    header = loads(head[_HEADER_LENGTH.size : _HEADER_LENGTH.size + length])
     if "layout" not in header:
         return Outcome.from_frame(header, b"".join(pieces))
     outcome = Outcome.from_frame(header, b"")

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from horovodrunner.core import payload
 from horovodrunner.core.job import Outcome
+from horovodrunner.core.words import class_names, cut, short_name
 from horovodrunner.driver.console import Console
 from horovodrunner.driver.outcome import open_outcome
 from horovodrunner.errors import BarrierStageError, HorovodRunnerError, WorkerFailedError
 from horovodrunner.task.store import CheckpointStore
 
 __all__ = ["run_attempts"]
+
+_CAUSE_CHARACTERS = 1000
+"""So much is told of what ended an attempt."""
 
 
 def run_attempts(
@@ -65,15 +70,25 @@ def run_attempts(
 def _is_worth_another(
     error: HorovodRunnerError, restart_on: tuple[type[BaseException], ...]
 ) -> bool:
-    if isinstance(error, restart_on) or isinstance(error.__cause__, restart_on):
+    if isinstance(error, restart_on):
         return True
     if isinstance(error, WorkerFailedError):
-        return error.worker_was_lost
+        # By name: what main raised need not unpickle here, or not as what it was there.
+        wanted = {name for kind in restart_on for name in _names_on_ranks(kind)}
+        return error.worker_was_lost or not wanted.isdisjoint(error.exception_types)
     return isinstance(error, BarrierStageError) and error.executor_was_lost
 
 
+def _names_on_ranks(kind: type) -> list[str]:
+    """List what a class may be called there: one that travels by value loses where it stood."""
+    name = class_names(kind)[0]
+    if payload._travels_by_reference(kind):
+        return [name]
+    return [name, name.removesuffix(short_name(kind)) + kind.__name__]
+
+
 def _in_one_line(error: HorovodRunnerError) -> str:
-    return str(error).splitlines()[0]
+    return cut((str(error).splitlines() or [type(error).__name__])[0], _CAUSE_CHARACTERS)
 
 
 def _where_it_goes_on(store: CheckpointStore | None) -> str:

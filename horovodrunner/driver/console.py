@@ -6,6 +6,7 @@ lands in the right cell, redirected standard output works, and Ctrl-C is met the
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from horovodrunner.core.job import Outcome
 from horovodrunner.core.lines import count_lines, missing_mark
 from horovodrunner.core.phases import Phase
+from horovodrunner.core.showing import show_text
 from horovodrunner.core.topology import Slot
 from horovodrunner.driver.interrupt import main_thread_was_interrupted
 
@@ -25,9 +27,6 @@ MAX_WAITING_BYTES = 16 * 1024 * 1024
 
 LOOK_UP_SECONDS = 0.2
 """How often a thread that is not the main one looks whether it was interrupted."""
-
-_CLEAR_LINE = "\r\x1b[K"
-"""Takes Spark's progress bar off the line it shares with us on a terminal."""
 
 
 class Console:
@@ -46,6 +45,7 @@ class Console:
         self._waiting_bytes = 0
         self._dropped_lines = 0
         self._woken = False
+        self._tells_it_is_not_shown = False
         self.run_phases: tuple[Phase, ...] = ()
         """What the run told of its phases."""
 
@@ -132,11 +132,8 @@ class Console:
                 self._waiting.clear()
                 self._waiting_bytes = 0
                 woken, self._woken = self._woken, False
-            if text:
-                if getattr(sys.stdout, "isatty", bool)():  # what stands in for it may have none
-                    text = _CLEAR_LINE + text
-                sys.stdout.write(text)
-                sys.stdout.flush()
+            if text and not show_text(text):
+                self._tell_that_nothing_is_shown()
             if woken:
                 return True
             if deadline is not None and time.monotonic() >= deadline:
@@ -160,6 +157,16 @@ class Console:
                 self._changed.wait(LOOK_UP_SECONDS if left is None else min(left, LOOK_UP_SECONDS))
                 if main_thread_was_interrupted():
                     raise KeyboardInterrupt
+
+    def _tell_that_nothing_is_shown(self) -> None:
+        """Say so once, by the only other way there is, which may be as broken."""
+        if not self._tells_it_is_not_shown:
+            self._tells_it_is_not_shown = True
+            with contextlib.suppress(Exception):
+                sys.stderr.write(
+                    f"HorovodRunner: nothing can be written to sys.stdout ({sys.stdout!r:.200}), "
+                    "so what the run prints is not shown; the run goes on\n"
+                )
 
     def _put(self, text: str) -> None:
         self._waiting.append(text)

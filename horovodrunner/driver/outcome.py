@@ -88,6 +88,7 @@ def _worker_failure(failure: Failure, consequences: tuple[Failure, ...]) -> Work
     )
     error.worker_was_lost = failure.kind in {FailureKind.PROCESS, FailureKind.LOST}
     error.last_lines = failure.last_lines
+    error.exception_types = failure.exception_types
     if isinstance(error, StallTimeoutError):
         error.stacks = {int(rank): text for rank, text in failure.stacks.items()}
     return error
@@ -129,6 +130,8 @@ def _unpickled_exception(failure: Failure) -> BaseException | None:
         return None
     try:
         error = payload.load(failure.exception)
-    except Exception:  # noqa: BLE001 - its text and traceback are in the failure
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - its text and traceback are in the failure
         return None
-    return error if isinstance(error, BaseException) else None
+    return error if issubclass(type(error), BaseException) else None

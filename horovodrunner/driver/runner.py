@@ -6,7 +6,6 @@ import os
 import secrets
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -17,6 +16,7 @@ from horovodrunner.core.env import TF_CONFIG, forwarded_environment
 from horovodrunner.core.job import JobSpec, Outcome
 from horovodrunner.core.phases import Phase, Spans, in_words
 from horovodrunner.core.places import is_url
+from horovodrunner.core.showing import warn
 from horovodrunner.core.versions import installed_versions
 from horovodrunner.driver import interrupt
 from horovodrunner.driver.attempts import run_attempts
@@ -374,7 +374,7 @@ class HorovodRunner:
         ranks = "all slots" if self._np == 0 else f"{abs(self._np)} rank{'s' * (abs(self._np) > 1)}"
         console.note(f"{ranks} {mode}")
         if self._np == 0:
-            warnings.warn(
+            warn(
                 "np=0 (all slots) is deprecated: give the number of ranks",
                 DeprecationWarning,
                 stacklevel=self._frames_to_user,
@@ -388,11 +388,12 @@ class HorovodRunner:
         if len(call) > payload.WARN_BYTES:
             parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
             named = "; ".join(f"{where} ({payload.format_bytes(size)})" for where, size in parts)
-            warnings.warn(
+            warn(
                 f"the pickled main and its arguments have {payload.format_bytes(len(call))}, "
                 "which every executor has to fetch"
                 + (f". Largest: {named}" if named else "")
                 + ". Load large data inside main instead",
+                UserWarning,
                 stacklevel=self._frames_to_user,
             )
 

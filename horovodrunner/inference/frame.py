@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
+from horovodrunner.core.showing import show_text
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 from horovodrunner.inference.files import FileScan, parts_dataframe, plain_scan, read_parts
 from horovodrunner.inference.model import Model
@@ -130,9 +131,9 @@ def predict(
     schema = _schema(df, kept, kind, added)
     scan = plain_scan(df, columns) if read_files else "read_files=False"
     if isinstance(scan, FileScan):
-        print(  # noqa: T201
+        show_text(
             f"HorovodRunner: predict reads {scan.files:,} Parquet files ({scan.rows:,} rows) in "
-            "Python, past the JVM; read_files=False switches this off"
+            "Python, past the JVM; read_files=False switches this off\n"
         )
         parts = parts_dataframe(spark, scan)
         return parts.mapInArrow(functools.partial(_score_files, call), schema)

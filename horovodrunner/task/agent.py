@@ -297,7 +297,7 @@ class Agent:
             if (error := bringing.exception()) is not None:
                 text = f"{variable}: the file is lost: {type(error).__name__}: {error}"
                 driver.note(text)
-                self._surroundings.log(f"HorovodRunner: {text}\n".encode())
+                self._surroundings.log(f"HorovodRunner: {text}\n".encode(errors="backslashreplace"))
 
     def _written_files(self) -> dict[str, Path]:
         """Say where Horovod writes, by variable, what the driver wants."""
@@ -307,7 +307,7 @@ class Agent:
         self, text: str, slot: Slot, driver: DriverLink, coordinator: Coordinator
     ) -> None:
         driver.note(text)
-        self._surroundings.log(f"HorovodRunner: {text}\n".encode())
+        self._surroundings.log(f"HorovodRunner: {text}\n".encode(errors="backslashreplace"))
         if self._job.fail_on_checkpoint_error:
             coordinator.failed(Failure(slot.rank, slot.host, text, kind=FailureKind.STORAGE))
 
@@ -337,7 +337,7 @@ class Agent:
                 f"{own[0].host} ({own[0].address}) cannot reach rank 0's task on {leader.host} "
                 f"({leader.address}:{leader.hub_port}): {error}; {REACH_EACH_OTHER}"
             )
-            self._surroundings.log(f"HorovodRunner: {text}\n".encode())
+            self._surroundings.log(f"HorovodRunner: {text}\n".encode(errors="backslashreplace"))
             return Outcome(failure=Failure(own[0].rank, own[0].host, text))
         resources.push_async_callback(link.close)
         self._latest = LatestCopy(

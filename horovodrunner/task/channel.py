@@ -127,7 +127,7 @@ class HubLink:
 
     def stack(self, rank: int, text: str) -> None:
         """Forward the rank's Python stack."""
-        self._connection.send("stack", text.encode(), rank=rank)
+        self._connection.send("stack", text.encode(errors="backslashreplace"), rank=rank)
 
     def ended(self, rank: int, outcome: Outcome) -> None:
         """Forward how the rank ended; rank 0's result is never on this way."""
@@ -219,7 +219,7 @@ class RemoteDriver:
 
     def note(self, text: str) -> None:
         """Forward a line of the run's own."""
-        self._connection.send("note", text.encode())
+        self._connection.send("note", text.encode(errors="backslashreplace"))
 
     def placed(self, slots: Sequence[Slot]) -> None:
         """Tell which task and host has which rank."""
@@ -255,7 +255,7 @@ class RemoteDriver:
             f"HorovodRunner: the connection {self._ends} is lost: the run goes on, its output "
             "stays in this executor's log\n"
         )
-        self._log(warning.encode())
+        self._log(warning.encode(errors="backslashreplace"))
 
 
 async def register_with_driver(
@@ -293,7 +293,7 @@ async def register_with_driver(
             f"({socket.gethostname()}): {error}: the run goes on, its output stays in this "
             "executor's log\n"
         )
-        log(warning.encode())
+        log(warning.encode(errors="backslashreplace"))
         return SilentDriver(log)
     if answer is None or answer.kind != "accepted":
         await connection.close()

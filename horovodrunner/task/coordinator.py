@@ -13,7 +13,7 @@ from horovodrunner.core.job import Failure, FailureKind, Outcome
 from horovodrunner.core.lines import prefix_lines
 from horovodrunner.core.phases import Phase, Spans
 from horovodrunner.core.topology import Slot
-from horovodrunner.core.words import ranks_in_words
+from horovodrunner.core.words import cut, ranks_in_words
 from horovodrunner.task.stall import RankState, Stall, StallWatch
 
 __all__ = ["Coordinator", "DriverLink", "RankEvents"]
@@ -23,6 +23,13 @@ STALL_WARNING_SECONDS = 60.0
 
 STACKS_SECONDS = 5.0
 """How long the ranks may take to show their stacks."""
+
+STACKS_CHARACTERS = 1_000_000
+"""Of all ranks' stacks together, in an error; the log has all of them whole."""
+
+MAX_CONSEQUENCES = 1000
+CONSEQUENCE_CHARACTERS = 500
+"""How many failures are told beside the first cause, and how much of each."""
 
 
 class RankEvents(Protocol):
@@ -229,15 +236,16 @@ class Coordinator:
         if self.stopping.is_set():
             return  # something failed meanwhile, and that is the cause
         for rank, text in stacks.items():
-            self.lines(rank, "stack", text.rstrip().encode() + b"\n")
+            self.lines(rank, "stack", text.rstrip().encode(errors="backslashreplace") + b"\n")
         rank = stall.missing[0] if stall.missing else 0
+        most = STACKS_CHARACTERS // max(1, len(stacks))
         self.failed(
             Failure(
                 rank,
                 self._slots[rank].host,
                 f"the run made no progress for stall_timeout={stall_timeout:g} s: {stall.text}",
                 kind=FailureKind.STALL,
-                stacks={str(rank): text for rank, text in stacks.items()},
+                stacks={str(rank): cut(text, most) for rank, text in stacks.items()},
             )
         )
 
@@ -316,10 +324,10 @@ class Coordinator:
         # What says "my peer went away" is a cause only when nothing else is.
         causes = [f for f in self._failures if not f.after_peer_loss] or self._failures
         cause = causes[0]
-        others = tuple(f for f in self._failures if f is not cause)
+        others = [f for f in self._failures if f is not cause][:MAX_CONSEQUENCES]
         if cause.after_peer_loss:
             cause = self._with_early_leavers(cause)
-        return Outcome(failure=cause, consequences=others)
+        return Outcome(failure=cause, consequences=tuple(map(_in_brief, others)))
 
     def _with_early_leavers(self, cause: Failure) -> Failure:
         left = {rank for rank, outcome in self._outcomes.items() if outcome.success is not None}
@@ -343,4 +351,10 @@ class Coordinator:
 
 
 def _own_line(text: str) -> bytes:
-    return f"HorovodRunner: {text}\n".encode()
+    return f"HorovodRunner: {text}\n".encode(errors="backslashreplace")
+
+
+def _in_brief(failure: Failure) -> Failure:
+    """Keep what is shown of a consequence: all ranks' together have to fit a frame."""
+    summary = cut(failure.summary, CONSEQUENCE_CHARACTERS)
+    return replace(failure, summary=summary, traceback="", exception=b"", last_lines="")

@@ -26,7 +26,7 @@ import psutil
 
 from horovodrunner.core.connection import read_frame
 from horovodrunner.core.frames import Frame, encode_frame, encode_prefix_and_header
-from horovodrunner.core.job import STACK_SIGNAL
+from horovodrunner.core.job import EXIT_WITHOUT_PIPES, STACK_SIGNAL
 from horovodrunner.core.lines import LineAssembler
 from horovodrunner.task.memory import OomWitness
 from horovodrunner.task.warm import fork_worker
@@ -462,7 +462,7 @@ def _process_state(pid: int) -> str:
 
 
 def describe_exit(
-    status: ExitStatus, killed_by_kernel: str = ""
+    status: ExitStatus, killed_by_kernel: str = "", when: str = ""
 ) -> tuple[str, int | None, str | None]:
     """Say how a process ended that gave no outcome.
 
@@ -472,6 +472,8 @@ def describe_exit(
         The exit code, or minus the signal's number.
     killed_by_kernel
         What the kernel tells about it, if it does.
+    when
+        In which part of its life, as far as that is known.
 
     Returns
     -------
@@ -480,12 +482,18 @@ def describe_exit(
 
     Examples
     --------
-    >>> describe_exit(3)[0]
+    >>> describe_exit(3, when="before main returned (os._exit?)")[0]
     'the worker process left with exit code 3 before main returned (os._exit?)'
     """
-    if status >= 0:
-        text = f"the worker process left with exit code {status} before main returned (os._exit?)"
+    if status == EXIT_WITHOUT_PIPES:
+        text = (
+            "main closed the descriptors by which the worker process talks to its task "
+            "(os.closerange?), so that what it returned or raised cannot be reported: close only "
+            "what main has opened"
+        )
         return text, status, None
+    if status >= 0:
+        return f"the worker process left with exit code {status} {when}".rstrip(), status, None
     try:
         name = signal.Signals(-status).name
     except ValueError:

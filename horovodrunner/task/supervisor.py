@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from horovodrunner.core.frames import Frame
 from horovodrunner.core.job import (
+    EXIT_WITHOUT_PIPES,
     Failure,
     FailureKind,
     Outcome,
@@ -78,6 +79,7 @@ class Supervisor:
         self._answers: list[asyncio.Task[None]] = []
         self._last_stderr = b""
         self._ready_at = 0.0
+        self._part_of_life = "before main was called"
 
     async def run(self, call: bytes, spec: WorkerSpec) -> Outcome:
         """Supervise the worker until it has ended.
@@ -107,6 +109,8 @@ class Supervisor:
             status = await worker.wait()
             worker.catch_up()
             await asyncio.wait(readers, timeout=DRAIN_SECONDS)
+            if readers[1].done() and (error := readers[1].exception()) is not None:
+                self._part_of_life = f"after a report that cannot be read ({error})"
         finally:
             tasks = [*readers, *others, *self._answers]
             for task in tasks:
@@ -130,7 +134,10 @@ class Supervisor:
             self._worker.shows_stacks = True
             self._ready_at = float(frame.header["at"])
         elif frame.kind == "started":
+            self._part_of_life = "before main returned (os._exit?)"
             self._events.started(rank)
+        elif frame.kind == "main_ended":
+            self._part_of_life = "after main had ended, before it could be reported how"
         elif frame.kind == "times":
             self._events.times(rank, self._spans(frame.header["times"]))
         elif frame.kind == "state":
@@ -173,17 +180,20 @@ class Supervisor:
             f"HorovodRunner: rank {self._slot.rank} is still there {TEARDOWN_SECONDS:g} s after "
             "main returned (a thread that is not a daemon?); it is stopped\n"
         )
-        self._on_lines("stderr", text.encode())
+        self._on_lines("stderr", text.encode(errors="backslashreplace"))
         self._worker.stop()
 
     def _silent_end(self, status: ExitStatus) -> Failure:
-        text, exit_code, signal_name = describe_exit(status, self._worker.killed_by_kernel())
+        text, exit_code, signal_name = describe_exit(
+            status, self._worker.killed_by_kernel(), self._part_of_life
+        )
         last_lines = self._last_lines()
         return Failure(
             rank=self._slot.rank,
             host=self._slot.host,
             summary=text,
-            kind=FailureKind.PROCESS,
+            # What main closed once it closes again: another attempt would end the same way.
+            kind=FailureKind.EXCEPTION if status == EXIT_WITHOUT_PIPES else FailureKind.PROCESS,
             exit_code=exit_code,
             signal=signal_name,
             # Horovod's background thread aborts the process when a peer's connection breaks.

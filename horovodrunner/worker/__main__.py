@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import faulthandler
+import fcntl
 import gc
 import importlib
 import os
 import re
+import signal
 import sys
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
-
-import cloudpickle
 
 from horovodrunner.core import payload
 from horovodrunner.core.job import (
@@ -38,12 +37,14 @@ from horovodrunner.core.pickled import Layout
 from horovodrunner.errors import PayloadError
 from horovodrunner.worker import horovod_keras
 from horovodrunner.worker.context import TaskLink, WorkerContext, set_context
-from horovodrunner.worker.control import ControlPipe
-from horovodrunner.worker.leaving import leave
+from horovodrunner.worker.control import ControlPipe, leave_without_pipes
+from horovodrunner.worker.describing import RECURSION_LIMIT, describe, exit_code_of
+from horovodrunner.worker.leaving import flush_output, leave
 from horovodrunner.worker.watch import collective_of
 
-MAX_EXCEPTION_BYTES = 1024 * 1024
-"""A pickled exception larger than this is left out; its text is enough."""
+OUT_OF_THE_WAY = 4000
+"""Our own descriptors are moved up to this number, or as far as the limit allows: main may close or
+replace what it takes for its own (``os.closerange(3, 1000)``)."""
 
 _OF_A_PYTHON = re.compile(r"/lib(?:64)?/python[\d.]*(?:/|$)")
 """In the path of every directory in which an installed Python keeps modules and packages."""
@@ -62,10 +63,10 @@ def main() -> int:
     arguments = _parse_arguments()
     if arguments.keep_warm:
         vars(arguments).update(_forked_from_warm_parent(arguments))
+    _move_descriptors(arguments)
     link = TaskLink(arguments.report)
     control = ControlPipe(arguments.control, link)
-    fds = (arguments.control, arguments.report, arguments.stacks, arguments.result)
-    _prepare_process(*(fd for fd in fds if fd is not None))
+    _prepare_streams()
     faulthandler.register(STACK_SIGNAL, file=arguments.stacks, all_threads=True)
     link.send("ready", at=time.time())
     horovod_keras.install()
@@ -74,11 +75,16 @@ def main() -> int:
     spec, call = control.wait_for_job()
     set_context(WorkerContext(spec, link, control))
     outcome, exit_code = run(spec, call, control, arguments.result)
-    _flush_output()
+    flush_output()
     times = {"imported_at": imported_at, **control.times_of_main()}
-    link.send("times", times=times)
     header, body = outcome.to_frame()
-    link.send("outcome", body, **header)
+    try:
+        link.send("times", times=times)
+        link.send("outcome", body, **header)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            leave_without_pipes()
+        raise
     return exit_code
 
 
@@ -89,6 +95,9 @@ def run(
     result_fd: int | None,
 ) -> tuple[Outcome, int]:
     """Call main and turn whatever happens into an outcome.
+
+    Only this process does so. One that main forked and that falls out of main ends as that of a
+    script does: with its own exit code, and without a word to the task.
 
     Parameters
     ----------
@@ -106,32 +115,43 @@ def run(
     tuple of Outcome and int
         What happened, and the exit code that says the same.
     """
+    own_pid = os.getpid()
     os.environ.update(spec.environment)
     sys.path += [entry for entry in spec.sys_path if _is_lent(entry)]
     try:
         function, kwargs = payload.load(call)
-    except BaseException as error:  # noqa: BLE001 - unpickling runs arbitrary code
-        return _failed(spec, error, "main could not be unpickled: ", hint=_import_hint(error)), 1
+    except BaseException as error:
+        if os.getpid() != own_pid:
+            raise
+        return _failed(spec, error, "main could not be unpickled: ", hint=_import_hint), 1
     horovod_keras.announce()  # what was imported early had nobody to tell
     control.main_begins()
     try:
         result = function(**kwargs)
-    except SystemExit as leaving:
-        if leaving.code not in (None, 0):
-            code = leaving.code if isinstance(leaving.code, int) else 1
-            return _failed(spec, leaving, "main called sys.exit: ", exit_code=code), code
+        _cancel_timers()
+    except BaseException as error:
+        if os.getpid() != own_pid:
+            raise
+        _cancel_timers()
+        _end_main(control)
+        if not issubclass(type(error), SystemExit):
+            return _failed(spec, error, ""), 1
+        if code := exit_code_of(error):
+            return _failed(spec, error, "main called sys.exit: ", exit_code=code), code
         result = None
-    except BaseException as error:  # noqa: BLE001 - reported, never swallowed
-        return _failed(spec, error, ""), 1
-    finally:
-        control.main_ends()
+    else:
+        if os.getpid() != own_pid:
+            sys.exit()
+        _end_main(control)
     try:
         layout: Layout = ()
         if spec.return_result and result_fd is not None:
             layout = payload.write_result(result, result_fd)
-    except BaseException as error:  # noqa: BLE001 - main has returned: only this may be told
-        prefix = "" if isinstance(error, PayloadError) else "what main returned was not pickled: "
-        return _failed(spec, error, prefix, with_traceback=False), 1
+    except PayloadError as error:
+        return _failed(spec, error, "", with_traceback=False), 1
+    except BaseException as error:  # noqa: BLE001 - pickling runs the user's code
+        what = "the value that main returned cannot be pickled: "
+        return _failed(spec, error, what, kind=FailureKind.RESULT), 1
     return Outcome(success=Success(spec.rank, layout)), 0
 
 
@@ -144,50 +164,55 @@ def _is_lent(entry: str) -> bool:
     return entry not in sys.path and Path(entry).exists() and not _OF_A_PYTHON.search(entry)
 
 
+def _cancel_timers() -> None:
+    """Cancel main's timers: what their handlers raise would end the report."""
+    for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+        signal.setitimer(timer, 0)
+
+
+def _end_main(control: ControlPipe) -> None:
+    control.main_ends()
+    if sys.getrecursionlimit() < RECURSION_LIMIT:
+        sys.setrecursionlimit(RECURSION_LIMIT)
+
+
 def _failed(
     spec: WorkerSpec,
     error: BaseException,
     prefix: str,
     *,
-    hint: str = "",
+    hint: Callable[[BaseException], str] | None = None,
     exit_code: int | None = None,
     with_traceback: bool = True,
+    kind: FailureKind = FailureKind.EXCEPTION,
 ) -> Outcome:
-    own_frames = error.__traceback__
-    if own_frames is not None and own_frames.tb_next is not None:
-        own_frames = own_frames.tb_next  # the frame of this file says nothing to the user
-    text = "".join(traceback.format_exception(type(error), error, own_frames))
-    with contextlib.suppress(OSError, ValueError):  # main may have closed it
-        sys.stderr.write(text)
-    name = type(error).__qualname__
-    message = str(error) or "(no message)"
-    after_peer_loss = name in _PEER_LOSS_TYPES or speaks_of_peer_loss(message)
+    told = describe(error)
+    _print_traceback(told.traceback)
+    advice = collective = ""
+    with contextlib.suppress(BaseException):  # it is the user's object, and so are names in frames
+        advice = hint(error) if hint is not None else ""
+        collective = collective_of(told.frames)
     failure = Failure(
         rank=spec.rank,
         host=spec.host,
-        summary=f"{prefix}{name}: {message}{hint}",
-        kind=FailureKind.EXCEPTION,
-        traceback=text if with_traceback else "",
+        summary=f"{prefix}{told.name}: {told.text}{advice}",
+        kind=kind,
+        traceback=told.traceback if with_traceback else "",
         exit_code=exit_code,
-        exception_type=f"{type(error).__module__}.{name}",
-        exception=_pickle_exception(error),
-        after_peer_loss=after_peer_loss,
-        collective=collective_of(_frames_of(error)),
+        exception_types=told.types,
+        exception=told.pickled,
+        after_peer_loss=told.name in _PEER_LOSS_TYPES or speaks_of_peer_loss(told.text),
+        collective=collective,
     )
     return Outcome(failure=failure)
 
 
-def _frames_of(error: BaseException) -> list[FrameType]:
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[::-1]
-
-
-def _pickle_exception(error: BaseException) -> bytes:
+def _print_traceback(text: str) -> None:
     try:
-        data = bytes(cloudpickle.dumps(error))
-    except Exception:  # noqa: BLE001 - its text is enough
-        return b""
-    return data if len(data) <= MAX_EXCEPTION_BYTES else b""
+        sys.stderr.write(text)
+    except BaseException:  # noqa: BLE001 - main may have put anything there
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
 
 
 def _import_hint(error: BaseException) -> str:
@@ -200,24 +225,35 @@ def _import_hint(error: BaseException) -> str:
     )
 
 
-def _prepare_process(*own_fds: int) -> None:
-    for fd in own_fds:
-        os.set_inheritable(fd, False)
+def _move_descriptors(arguments: Any) -> None:
+    """Move our own descriptors out of main's way; those that main forks do not keep them."""
+    limit = os.sysconf("SC_OPEN_MAX")
+    lowest = OUT_OF_THE_WAY if limit < 0 else max(0, min(OUT_OF_THE_WAY, limit - 24))
+    moved = []
+    for name in ("control", "report", "stacks", "result"):
+        if (descriptor := getattr(arguments, name)) is not None:
+            moved.append(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest))
+            os.close(descriptor)
+            setattr(arguments, name, moved[-1])
+
+    def close_in_child() -> None:
+        for descriptor in moved:
+            with contextlib.suppress(OSError):  # main has closed it
+                os.close(descriptor)
+
+    os.register_at_fork(after_in_child=close_in_child)
+
+
+def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
     os.environ["PYTHONUNBUFFERED"] = "1"  # for Python processes that main starts
 
 
-def _flush_output() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # main may have closed it
-            stream.flush()
-
-
 def _import_early(modules: Sequence[str]) -> None:
     gc.disable()  # hardly anything is freed meanwhile, and looking takes a tenth of the time
     for module in modules:
-        with contextlib.suppress(Exception):  # main meets the same error, with its own traceback
+        with contextlib.suppress(BaseException):  # main meets the same one, with its own traceback
             importlib.import_module(module)
     gc.enable()
 

@@ -47,7 +47,7 @@ class TaskLink:
         return os.getpid() == self._owner_pid
 
     def send(self, kind: str, body: bytes = b"", **header: object) -> None:
-        """Write one frame as a whole.
+        """Write one frame as a whole; a process that main forked writes nothing.
 
         Parameters
         ----------
@@ -58,6 +58,8 @@ class TaskLink:
         **header
             More JSON-compatible fields.
         """
+        if not self.is_usable:
+            return
         with self._lock:
             self._write(encode_frame(kind, body, **header))
             self._write(body)

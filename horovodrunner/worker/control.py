@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import queue
 import select
@@ -9,14 +11,14 @@ import signal
 import threading
 import time
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 from horovodrunner.core.frames import PREFIX_BYTES, Frame, parse_header, parse_prefix
-from horovodrunner.core.job import WorkerSpec
+from horovodrunner.core.job import EXIT_WITHOUT_PIPES, WorkerSpec
 from horovodrunner.worker.context import TaskLink
 from horovodrunner.worker.watch import MainThreadWatch
 
-__all__ = ["ControlPipe"]
+__all__ = ["ControlPipe", "leave_without_pipes"]
 
 _Bytes = bytes | bytearray | memoryview
 
@@ -37,6 +39,9 @@ class ControlPipe:
     link
         The pipe to the task.
     """
+
+    _now, _monotonic = staticmethod(time.time), staticmethod(time.monotonic)
+    """Kept here: main may put clocks of its own in their place, as freezegun does."""
 
     def __init__(self, control_fd: int, link: TaskLink) -> None:
         self._control_fd = control_fd
@@ -63,14 +68,16 @@ class ControlPipe:
 
     def main_begins(self) -> None:
         """Tell the task so, and from now on where main is."""
-        self._main_began = time.time()
+        self._main_began = self._now()
         self._link.send("started")
         self._main_runs = True
 
     def main_ends(self) -> None:
-        """Tell the task no longer where main is."""
+        """Tell the task so, and no longer where main is."""
         self._main_runs = False
-        self._main_ended = time.time()
+        self._main_ended = self._now()
+        with contextlib.suppress(OSError):  # the outcome will meet it, too
+            self._link.send("main_ended")
 
     def times_of_main(self) -> dict[str, float]:
         """Say when main ran.
@@ -104,10 +111,13 @@ class ControlPipe:
     def _serve(self) -> None:
         try:
             self._take_what_comes()
-        except OSError:
-            pass  # the task went just while it was being told something
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                leave_without_pipes()
+            # Else the task went just while it was being told something.
         except BaseException:  # noqa: BLE001 - nobody would end this process any more
-            traceback.print_exc()
+            with contextlib.suppress(BaseException):  # standard error is main's
+                traceback.print_exc()
         self._end_everything()
 
     def _take_what_comes(self) -> None:
@@ -133,9 +143,12 @@ class ControlPipe:
     def _look_at_main(self) -> None:
         if not self._main_runs:
             return
-        state = self._watch.sample()
-        if time.monotonic() >= self._next_beat:
-            self._next_beat = time.monotonic() + self._beat_seconds * 0.9
+        try:
+            state = self._watch.sample()
+        except Exception:  # noqa: BLE001 - names in main's frames may be any object
+            return
+        if self._monotonic() >= self._next_beat:
+            self._next_beat = self._monotonic() + self._beat_seconds * 0.9
             self._link.send_unless_busy("state", **state)
 
     def _end_everything(self) -> None:
@@ -165,3 +178,14 @@ class ControlPipe:
                 return None
             view = view[read:]
         return data
+
+
+def leave_without_pipes() -> NoReturn:
+    """End this process, which can neither tell its task anything nor see it go."""
+    with contextlib.suppress(OSError):
+        os.write(
+            2,
+            b"HorovodRunner: main has closed the descriptors by which this process talks to its "
+            b"task (os.closerange?), so that nothing more of it can be reported\n",
+        )
+    os._exit(EXIT_WITHOUT_PIPES)

@@ -18,7 +18,7 @@ import threading
 from _io import _IOBase  # io.IOBase is an abstract class, which takes ten times as long to ask
 from typing import Any, NoReturn
 
-__all__ = ["leave"]
+__all__ = ["flush_output", "leave"]
 
 _INJECTED = ("LD_PRELOAD", "CUDA_INJECTION64_PATH")
 """Profilers come this way, and write what they have when the C library ends the process."""
@@ -38,14 +38,22 @@ def leave(exit_code: int) -> NoReturn:
     exit_code
         Of the process.
     """
-    if _NEEDS_THE_C_LIBRARY in sys.modules or any(os.environ.get(name) for name in _INJECTED):
+    ordinary = False
+    with contextlib.suppress(BaseException):  # main may have put anything in their places
+        ordinary = _NEEDS_THE_C_LIBRARY in sys.modules or any(map(os.environ.get, _INJECTED))
+    if ordinary:
         sys.exit(exit_code)
-    threading._shutdown()  # type: ignore[attr-defined] # as multiprocessing does for its processes
-    with contextlib.suppress(BaseException):  # it has been printed
-        atexit._run_exitfuncs()
-    close_files()
-    ctypes.CDLL(None).fflush(None)  # what native code printed
-    os._exit(exit_code)
+    try:
+        with contextlib.suppress(BaseException):  # as multiprocessing does for its processes
+            threading._shutdown()  # type: ignore[attr-defined]
+        with contextlib.suppress(BaseException):  # it has been printed
+            atexit._run_exitfuncs()
+        with contextlib.suppress(BaseException):  # what stands for h5py may be anything
+            close_files()
+        flush_output()
+        ctypes.CDLL(None).fflush(None)  # what native code printed
+    finally:
+        os._exit(exit_code)
 
 
 def close_files() -> None:
@@ -55,14 +63,18 @@ def close_files() -> None:
     files: list[Any] = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
     # From the outside to the inside: a text file first, then a compressed one, then its bytes.
     for file in sorted(files, key=_depth):
-        with contextlib.suppress(Exception):  # a closed one; bytes in memory, which have no fileno
+        with contextlib.suppress(BaseException):  # a closed one; one of main's own kind
             if not isinstance(file, io.IOBase) or (
                 file.writable() and stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             ):
                 file.close()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # main may have closed it
-            stream.flush()
+
+
+def flush_output() -> None:
+    """Let out all that was printed, also through what main put in the place of the streams."""
+    for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
+        with contextlib.suppress(BaseException):  # main may have closed or replaced it
+            getattr(sys, name).flush()
 
 
 def _depth(file: object) -> int:

@@ -100,6 +100,8 @@ class MainThreadWatch:
     collective is therefore kept from one sample to the next, and no other one.
     """
 
+    _now = staticmethod(time.monotonic)  # main may put a clock of its own in its place
+
     def __init__(self) -> None:
         self._thread_id = threading.main_thread().ident
         self._call: FrameType | None = None
@@ -118,7 +120,7 @@ class MainThreadWatch:
         frame = sys._current_frames().get(self._thread_id or 0)
         frames = list(_outwards(frame))
         call, waits_in, surely = self._waiting_call(frames)
-        now = time.monotonic()
+        now = self._now()
         if call is None or call is not self._call:
             self._since = now
         self._call = call

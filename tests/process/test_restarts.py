@@ -9,6 +9,7 @@ import pickle
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -195,6 +196,103 @@ def test_an_exception_of_the_notebooks_own_counts(tmp_path: Path) -> None:
 
     runner = HorovodRunner(np=-2, max_restarts=1, restart_on=(DataServerError,))
     assert runner.run(main, directory=str(tmp_path)) == 2
+
+
+class TwoArgumentsError(TrainingError):
+    def __init__(self, batch: int, loss: float) -> None:
+        super().__init__(f"batch {batch}: {loss}")
+
+
+class LockedError(TrainingError):
+    def __init__(self) -> None:
+        super().__init__("locked")
+        self.lock = threading.Lock()
+
+
+class LargeError(TrainingError):
+    def __init__(self) -> None:
+        super().__init__(bytes(10_000_000))
+
+
+class OtherError(TrainingError):
+    """Unpickles as something else."""
+
+    def __reduce__(self) -> Any:
+        return KeyError, ("other",)
+
+
+class Outer:
+    class TrainingError(Exception):
+        """Another one of that name."""
+
+
+def raise_what(what: str) -> NoReturn:
+    if what == "cause":
+        try:
+            raise TrainingError("first")
+        except TrainingError as error:
+            raise KeyError("second") from error
+    if what == "here":
+        raise type("LocalError", (TrainingError,), {})("from here")
+    if what == "OSError":
+        raise ConnectionResetError("gone")
+    if what == "group":
+        raise BaseExceptionGroup("several", [TrainingError("in it")])  # noqa: F821
+    if what == "two":
+        raise TwoArgumentsError(3, 0.5)
+    raise {"locked": LockedError, "large": LargeError, "other": OtherError}[what]
+
+
+@pytest.mark.parametrize(
+    ("what", "restart_on", "matches"),
+    [
+        ("two", TwoArgumentsError, True),
+        ("two", (KeyError, ArithmeticError), True),
+        ("two", (LockedError, Outer.TrainingError), False),
+        ("locked", TrainingError, True),
+        ("large", LargeError, True),
+        ("other", TrainingError, True),
+        ("other", KeyError, False),
+        ("here", TrainingError, True),
+        ("cause", TrainingError, False),
+        ("cause", LookupError, True),
+        ("OSError", IOError, True),
+        ("OSError", TimeoutError, False),
+        ("group", TrainingError, False),
+        ("group", Exception, True),
+    ],
+)
+def test_what_is_tried_again_is_what_except_would_catch(
+    what: str, restart_on: Any, matches: bool
+) -> None:
+    """Whether or not the exception can be brought here."""
+    if what == "group" and sys.version_info < (3, 11):
+        pytest.skip("exception groups came with Python 3.11")
+    runner = HorovodRunner(np=-1, max_restarts=1, restart_on=restart_on)
+    with pytest.raises(WorkerFailedError) as caught:
+        runner.run(raise_what, what=what)
+    assert len(caught.value.attempts) == (2 if matches else 0)
+
+
+def test_what_the_notebook_defines_is_tried_again_though_it_does_not_unpickle() -> None:
+    class DataServerError(Exception):
+        def __init__(self, host: str, port: int) -> None:
+            super().__init__(host)
+
+    class GoneError(DataServerError):
+        pass
+
+    def main() -> int:
+        if checkpoint.attempt == 1:
+            raise GoneError("host", 80)
+        return checkpoint.attempt
+
+    runner = HorovodRunner(np=-1, max_restarts=1, restart_on=(DataServerError,))
+    assert runner.run(main) == 2
+    with pytest.raises(WorkerFailedError, match="GoneError: host") as caught:
+        HorovodRunner(np=-1, max_restarts=1).run(main)
+    assert caught.value.__cause__ is None
+    assert caught.value.exception_types[-3:-1] == ("builtins.Exception", "builtins.BaseException")
 
 
 def test_when_all_attempts_are_used_every_cause_is_told(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,10 +24,11 @@ from horovodrunner import (
     PayloadError,
     StartTimeoutError,
     WorkerFailedError,
+    checkpoint,
 )
 from horovodrunner.driver import addresses, cluster, session, slots
 from tests.conftest import marked_processes, workers_left
-from tests.process import mains
+from tests.process import breaks, mains
 
 pytestmark = [pytest.mark.spark, pytest.mark.usefixtures("spark")]
 
@@ -83,6 +86,59 @@ def test_a_failing_rank_ends_the_run_with_its_own_cause(
     assert isinstance(caught.value.__cause__, ValueError) == (how == "exception")
     assert caught.value.__suppress_context__
     assert "org.apache.spark" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["no streams", "descriptors closed", "JSON"])
+def test_whatever_main_breaks_its_value_and_its_exception_arrive(what: str, tmp_path: Path) -> None:
+    directory = str(tmp_path)
+    assert run(breaks.break_and_end, what=what, directory=directory, how="return") == "value"
+    with pytest.raises(WorkerFailedError) as caught:
+        run(breaks.break_and_end, what=what, directory=directory, how="raise")
+    assert caught.value.summary == "ValueError: told"
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_an_exception_of_megabytes_arrives_from_every_rank() -> None:
+    def main() -> None:
+        raise ValueError("\U0001f600" * 350_000)
+
+    with pytest.raises(WorkerFailedError) as caught:
+        run(main)
+    assert caught.value.summary.endswith("\U0001f600...(truncated: 350,000 characters)")
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_child_of_main_does_not_report_and_output_for_an_ascii_stream_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def main() -> str:
+        print("\xe9 \u258f")
+        if not (pid := os.fork()):
+            return "the child's own value"
+        os.waitpid(pid, 0)
+        time.sleep(0.2)
+        return "value"
+
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert run(main, verbosity="all") == "value"
+    monkeypatch.undo()
+    stream.flush()
+    assert b"[1]<stdout>:\\xe9 \\u258f\n" in stream.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_does_not_unpickle_here_is_tried_again_by_its_name() -> None:
+    class TwoArgumentsError(Exception):
+        def __init__(self, batch: int, loss: float) -> None:
+            super().__init__(batch)
+
+    def main() -> int:
+        if checkpoint.attempt == 1 and os.environ["RANK"] == "1":
+            raise TwoArgumentsError(3, 0.5)
+        return checkpoint.attempt
+
+    runner = HorovodRunner(np=2, max_restarts=1, restart_on=TwoArgumentsError)
+    assert runner.run(main) == 2
 
 
 def test_the_phases_of_a_run_come_from_all_three_processes() -> None:

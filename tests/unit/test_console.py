@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import os
+import sys
 import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import pytest
 
+from horovodrunner.core import showing
 from horovodrunner.driver import console as console_module
 from horovodrunner.driver.console import Console
 
@@ -68,3 +75,118 @@ def test_the_mark_names_an_executors_log_only_where_there_is_one(
         console.lines(b"dropped\n")
         console.show(timeout=0)
         assert ("executor" in capsys.readouterr().out) == there_is_one
+
+
+def encoded(encoding: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+
+
+class Listed:
+    """What a notebook may have put in the place of the stream: it has nothing but write()."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def write(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def broken(*_: Any) -> NoReturn:
+    raise RuntimeError("this stream is the user's")
+
+
+class Terminal(Listed):
+    isatty = broken
+
+
+def closed() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+def terminal_is_gone() -> Any:
+    stream = Listed()
+    stream.write = broken  # type: ignore[method-assign]
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", "\\xe9 \\u258f \\ufffd"),
+        ("latin-1", "é \\u258f \\ufffd"),
+        ("cp1251", "\\xe9 \\u258f \\ufffd"),
+        ("utf-16", "é \u258f \ufffd"),
+    ],
+)
+def test_what_the_streams_encoding_lacks_is_shown_as_escapes(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, shown: str
+) -> None:
+    stream = encoded(encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    console = Console()
+    console.message(0, "é \u258f \ufffd".encode())
+    console.show(timeout=0)
+    assert stream.buffer.getvalue().decode(encoding) == shown + "\n"  # type: ignore[attr-defined]
+
+
+def test_a_stream_without_an_encoding_gets_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    below = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", codecs.getwriter("ascii")(below))
+    assert showing.show_text("é\n")
+    assert below.getvalue() == b"\\xe9\n"
+
+
+@pytest.mark.parametrize("kind", [Listed, Terminal])
+def test_write_is_all_that_a_stream_needs(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Listed]
+) -> None:
+    stream = kind()
+    monkeypatch.setattr(sys, "stdout", stream)
+    console = Console()
+    console.note("é")
+    console.show(timeout=0)
+    assert stream.texts == ["HorovodRunner: é\n"]
+
+
+@pytest.mark.parametrize(
+    "make", [object, lambda: None, io.BytesIO, closed, terminal_is_gone], ids=str
+)
+def test_what_cannot_be_shown_ends_nothing_and_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
+) -> None:
+    errors = Listed()
+    monkeypatch.setattr(sys, "stdout", make())
+    monkeypatch.setattr(sys, "stderr", errors)
+    console = Console()
+    for _ in range(2):
+        console.note("hello")
+        console.show(timeout=0)
+    (told,) = errors.texts
+    assert told.startswith("HorovodRunner: nothing can be written to sys.stdout (")
+    monkeypatch.setattr(sys, "stderr", object())
+    Console().note("hello")
+    console.show(timeout=0)
+
+
+def test_a_pipe_that_nobody_reads_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb", buffering=0) as raw:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, write_through=True))
+        assert not showing.show_text("hello\n")
+
+
+def test_a_warning_that_cannot_be_shown_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("warnings.showwarning", broken)
+    monkeypatch.setattr("warnings._showwarnmsg_impl", broken)
+    with pytest.warns(UserWarning, match="large"):  # recorded, not shown
+        showing.warn("large")
+    with pytest.raises(UserWarning, match="large"):  # the filters say so
+        showing.warn("large")
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        showing.warn("large")
