@@ -12,19 +12,21 @@ import contextlib
 import faulthandler
 import gc
 import importlib
+import json
 import os
-import re
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import cloudpickle
 
 from horovodrunner.core import payload
+from horovodrunner.core.env import IMPORT_PATH
+from horovodrunner.core.import_path import before_stdlib
 from horovodrunner.core.job import (
     STACK_SIGNAL,
     Failure,
@@ -45,9 +47,6 @@ from horovodrunner.worker.watch import collective_of
 MAX_EXCEPTION_BYTES = 1024 * 1024
 """A pickled exception larger than this is left out; its text is enough."""
 
-_OF_A_PYTHON = re.compile(r"/lib(?:64)?/python[\d.]*(?:/|$)")
-"""In the path of every directory in which an installed Python keeps modules and packages."""
-
 _PEER_LOSS_TYPES = ("HorovodInternalError", "HorovodShutdownError", "DistBackendError")
 
 
@@ -60,6 +59,7 @@ def main() -> int:
         The process's exit code: 0 if main returned.
     """
     arguments = _parse_arguments()
+    _take_over_surroundings()
     if arguments.keep_warm:
         vars(arguments).update(_forked_from_warm_parent(arguments))
     link = TaskLink(arguments.report)
@@ -107,7 +107,6 @@ def run(
         What happened, and the exit code that says the same.
     """
     os.environ.update(spec.environment)
-    sys.path += [entry for entry in spec.sys_path if _is_lent(entry)]
     try:
         function, kwargs = payload.load(call)
     except BaseException as error:  # noqa: BLE001 - unpickling runs arbitrary code
@@ -132,15 +131,6 @@ def run(
     except PayloadError as error:
         return _failed(spec, error, "", with_traceback=False), 1
     return Outcome(success=Success(spec.rank, layout)), 0
-
-
-def _is_lent(entry: str) -> bool:
-    """Whether a directory of the driver's import path serves here, too.
-
-    Packages of the driver's own Python may not fit this one; and a rank on the driver's machine
-    must not find what ranks elsewhere lack.
-    """
-    return entry not in sys.path and Path(entry).exists() and not _OF_A_PYTHON.search(entry)
 
 
 def _failed(
@@ -199,12 +189,24 @@ def _import_hint(error: BaseException) -> str:
     )
 
 
+def _take_over_surroundings() -> None:
+    """See to it that main finds what it would find elsewhere, on Spark or without it."""
+    # Spark's JVMs leave SIGQUIT blocked in the processes that they start.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGQUIT])
+    del sys.argv[1:]  # a parser in main has no use for ours
+    if given := os.environ.pop(IMPORT_PATH, None):
+        sys.path[:] = json.loads(given)
+
+
 def _prepare_process(*own_fds: int) -> None:
     for fd in own_fds:
         os.set_inheritable(fd, False)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
-    os.environ["PYTHONUNBUFFERED"] = "1"  # for Python processes that main starts
+        # Its task reads UTF-8, whatever the executor's locale.
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    # for Python processes that main starts
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(before_stdlib(sys.path))
 
 
 def _flush_output() -> None:

@@ -154,6 +154,26 @@ def test_the_documented_variables_travel(monkeypatch: pytest.MonkeyPatch) -> Non
     assert run(lambda: os.environ.get("MLFLOW_RUN_ID")).startswith("set before run")
 
 
+def test_a_debug_run_and_a_cluster_run_have_the_same_surroundings(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    monkeypatch.setenv("PYTHONHASHSEED", "random")
+    facts = run(mains.surroundings)
+    assert facts == run(mains.surroundings, np=-2)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "surroundings" in line]
+    assert len(shown) == 4
+    assert len(set(shown)) == 1
+
+
+def test_a_module_of_the_users_that_hides_another_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    tmp_path.joinpath("numpy.py").touch()  # is imported early, if it is the installed one
+    assert run(mains.own_module, np=1, name="numpy") == str(tmp_path / "numpy.py")
+
+
 def test_a_result_larger_than_spark_takes_comes_back_whole(spark: Any) -> None:
     def main() -> Any:
         import numpy as np
