@@ -38,7 +38,7 @@ from horovodrunner.core.job import (
 )
 from horovodrunner.core.pickled import Layout
 from horovodrunner.errors import PayloadError
-from horovodrunner.worker import horovod_keras
+from horovodrunner.worker import horovod_keras, notices
 from horovodrunner.worker.context import TaskLink, WorkerContext, set_context
 from horovodrunner.worker.control import ControlPipe
 from horovodrunner.worker.leaving import leave
@@ -69,6 +69,7 @@ def main() -> int:
     faulthandler.register(STACK_SIGNAL, file=arguments.stacks, all_threads=True)
     link.send("ready", at=time.time())
     horovod_keras.install()
+    notices.install()
     _import_early(arguments.early_imports)
     imported_at = time.time()
     spec, call = control.wait_for_job()
@@ -111,7 +112,6 @@ def run(
         function, kwargs = payload.load(call)
     except BaseException as error:  # noqa: BLE001 - unpickling runs arbitrary code
         return _failed(spec, error, "main could not be unpickled: ", hint=_import_hint(error)), 1
-    horovod_keras.announce()  # what was imported early had nobody to tell
     control.main_begins()
     try:
         result = function(**kwargs)
@@ -180,6 +180,10 @@ def _pickle_exception(error: BaseException) -> bytes:
 
 
 def _import_hint(error: BaseException) -> str:
+    if "Broadcast variable" in str(error):
+        return (
+            " Spark's broadcast variables reach its own tasks only: pass broadcast.value to run()"
+        )
     if not isinstance(error, ModuleNotFoundError):
         return ""
     return (
