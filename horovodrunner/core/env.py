@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,10 +16,12 @@ __all__ = [
     "DATA_DIRECTORY",
     "FORWARDED_PREFIXES",
     "GLOO_INTERFACE",
+    "IMPORT_PATH",
     "KEPT_MODELS",
     "KERAS_SWITCH",
     "TF_CONFIG",
     "forwarded_environment",
+    "hash_seed",
     "slot_environment",
     "tf_config",
     "torchrun_environment",
@@ -35,6 +40,9 @@ DATA_DIRECTORY = "HOROVODRUNNER_DATA"
 KEPT_MODELS = "HOROVODRUNNER_MODELS"
 """How many models a Python worker of Spark's keeps; ``spark.executorEnv.HOROVODRUNNER_MODELS``."""
 
+IMPORT_PATH = "HOROVODRUNNER_IMPORT_PATH"
+"""JSON: what ``sys.path`` is to be in a worker, which removes the variable when it starts."""
+
 GLOO_INTERFACE = "HOROVOD_GLOO_IFACE"
 """Names the network interface that the ranks use."""
 
@@ -44,8 +52,23 @@ TF_CONFIG = "TF_CONFIG"
 _TORCH_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 """The same as `GLOO_INTERFACE` for ``torch.distributed``, which goes by the host's name without."""
 
-_FORWARDED_NAMES = frozenset({"KERAS_BACKEND", KERAS_SWITCH, _TORCH_GLOO_INTERFACE})
-"""Reach the workers as well; a model made for one backend of Keras is not trained on another."""
+HASH_SEED = "PYTHONHASHSEED"
+"""Decides about ``hash()`` of text and the order of sets."""
+
+_FORWARDED_NAMES = frozenset(
+    {
+        "KERAS_BACKEND",
+        KERAS_SWITCH,
+        _TORCH_GLOO_INTERFACE,
+        "PYTHONDEVMODE",
+        "PYTHONINTMAXSTRDIGITS",
+        "PYTHONIOENCODING",
+        "PYTHONOPTIMIZE",
+        "PYTHONUTF8",
+        "PYTHONWARNINGS",
+    }
+)
+"""Reach the workers as well, because they change what the same code does."""
 
 _USER_WINS = frozenset(
     {GLOO_INTERFACE, "HOROVOD_GLOO_PORTS", "NCCL_SOCKET_IFNAME", _TORCH_GLOO_INTERFACE}
@@ -56,10 +79,12 @@ _THREAD_COUNTS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 """What torch, MKL, OpenBLAS and NumPy read, and what TensorFlow reads. Without it every rank starts
 a thread for each core of the machine, and the ranks on one machine get in each other's way."""
 
+_MAX_HASH_SEED = 2**32 - 1
+
 _SPARK_SECRETS = frozenset({"PYTHON_WORKER_FACTORY_SECRET", "PYSPARK_GATEWAY_SECRET"})
 """Secrets of Spark's own sockets, which user code has no business with."""
 
-_NOT_INHERITED = _SPARK_SECRETS | {TF_CONFIG}
+_NOT_INHERITED = _SPARK_SECRETS | {TF_CONFIG, "PYSPARK_GATEWAY_PORT"}
 
 
 def forwarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -88,8 +113,51 @@ def forwarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+@functools.cache
+def _random_hash_seed() -> str:
+    """Return a number that is another one in each process of the user's."""
+    return str(int.from_bytes(os.urandom(4), sys.byteorder))
+
+
+def hash_seed(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the seed of all ranks' hashes, if the user chose one.
+
+    Parameters
+    ----------
+    environ
+        The driver's environment.
+
+    Returns
+    -------
+    dict of str
+        ``PYTHONHASHSEED``, or nothing. For ``"random"`` it is a number, so that the ranks agree;
+        each driver process has another one.
+
+    Raises
+    ------
+    ValueError
+        If no Python would start with that value.
+
+    Examples
+    --------
+    >>> hash_seed({"PYTHONHASHSEED": "42"}), hash_seed({})
+    ({'PYTHONHASHSEED': '42'}, {})
+    """
+    value = environ.get(HASH_SEED, "")
+    if not value:  # as Python takes it
+        return {}
+    if value == "random":
+        return {HASH_SEED: _random_hash_seed()}
+    if not (value.isascii() and value.isdigit() and int(value) <= _MAX_HASH_SEED):
+        raise ValueError(
+            f"{HASH_SEED}={value!r} lets no Python process start: set os.environ[{HASH_SEED!r}] "
+            f'to "random" or to a whole number from 0 to {_MAX_HASH_SEED}, or delete it'
+        )
+    return {HASH_SEED: value}
+
+
 def worker_base_environment(
-    environ: Mapping[str, str], forwarded: Mapping[str, str], python_path: str, cores: int
+    environ: Mapping[str, str], forwarded: Mapping[str, str], import_path: Sequence[str], cores: int
 ) -> dict[str, str]:
     """Build the environment a worker process is started with, before its slot is known.
 
@@ -99,26 +167,33 @@ def worker_base_environment(
         The task's own environment.
     forwarded
         The driver's variables.
-    python_path
-        The worker's ``PYTHONPATH``.
+    import_path
+        The worker's ``sys.path``.
     cores
         How many cores the worker may use; the numbers of threads follow unless they were set.
 
     Returns
     -------
     dict of str
-        The environment, without Spark's secrets and another process's ``TF_CONFIG``.
+        The environment, without Spark's secrets and another process's ``TF_CONFIG``. All ranks have
+        the same ``PYTHONHASHSEED``.
 
     Examples
     --------
-    >>> given = worker_base_environment({}, {"OMP_NUM_THREADS": "3"}, "", cores=8)
+    >>> given = worker_base_environment({}, {"OMP_NUM_THREADS": "3"}, [], cores=8)
     >>> given["OMP_NUM_THREADS"], given["TF_NUM_INTRAOP_THREADS"]
     ('3', '3')
     """
     kept = {name: value for name, value in environ.items() if name not in _NOT_INHERITED}
     chosen = {**kept, **forwarded}
     threads = chosen.get("OMP_NUM_THREADS") or str(max(1, cores))
-    return {**dict.fromkeys(_THREAD_COUNTS, threads), **chosen, "PYTHONPATH": python_path}
+    if chosen.get(HASH_SEED, "") in ("", "random"):  # else two ranks would not agree
+        chosen[HASH_SEED] = "0"  # as Spark has it
+    return {
+        **dict.fromkeys(_THREAD_COUNTS, threads),
+        **chosen,
+        IMPORT_PATH: json.dumps(import_path),
+    }
 
 
 def slot_environment(

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from json import dumps, loads  # main may put others in their place in json
 from typing import Any
 
+from horovodrunner.core.import_path import ImportPath
 from horovodrunner.core.pickled import Layout, Pickled, reader_of_pieces
 
 __all__ = [
@@ -66,8 +67,8 @@ class JobSpec:
         Modules the worker may import before it knows its rank.
     environment
         The driver's environment variables that the workers get.
-    sys_path
-        The driver's import path; entries that exist on the executor are appended there.
+    import_path
+        The driver's; what exists on the executor has the same place in the worker's.
     token
         32 random bytes that prove, on every connection of this run, that the peer belongs to it.
     driver_address
@@ -107,7 +108,7 @@ class JobSpec:
     token: bytes = field(repr=False)
     early_imports: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict, repr=False)
-    sys_path: tuple[str, ...] = ()
+    import_path: ImportPath = field(default_factory=ImportPath)
     driver_address: tuple[str, int] | None = None
     stream_output: bool = False
     shares_terminal: bool = False
@@ -134,8 +135,6 @@ class WorkerSpec:
         Whom failures are reported for.
     environment
         The slot's variables (``HOROVOD_RANK``, ``RANK``, ...).
-    sys_path
-        Import path entries to append where they exist.
     return_result
         Whether this worker's return value is wanted; only rank 0's is.
     attempt
@@ -151,7 +150,6 @@ class WorkerSpec:
     rank: int
     host: str
     environment: dict[str, str] = field(repr=False)
-    sys_path: tuple[str, ...] = ()
     return_result: bool = False
     attempt: int = 1
     scratch: str = ""
@@ -182,7 +180,7 @@ class WorkerSpec:
         WorkerSpec
             An equal object.
         """
-        return cls(**{**header, "sys_path": tuple(header["sys_path"])})
+        return cls(**header)
 
 
 class FailureKind(str, enum.Enum):

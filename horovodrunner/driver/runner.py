@@ -12,7 +12,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.core import checked, payload
-from horovodrunner.core.env import TF_CONFIG, forwarded_environment
+from horovodrunner.core.env import TF_CONFIG, forwarded_environment, hash_seed
+from horovodrunner.core.import_path import ImportPath, are_installed
 from horovodrunner.core.job import JobSpec, Outcome
 from horovodrunner.core.phases import Phase, Spans, in_words
 from horovodrunner.core.places import is_url
@@ -247,12 +248,15 @@ class HorovodRunner:
         checked.main(main, kwargs)
         if self._store is not None:
             self._store.check()
-        environment = {**forwarded_environment(os.environ), **self._options}
+        environment = {**forwarded_environment(os.environ), **_hash_seed(), **self._options}
         files = BroughtFiles(environment)
         with payload.companions() as companions:
             call = payload.dump_call(main, kwargs)
         spans.add("pickle", began, time.time())
         data = tuple(companions.values())
+        early_imports = payload.early_imports(main, call)
+        if not are_installed(early_imports):
+            early_imports = ()  # what the user wrote is to be run by main, when main wants it
         console = Console(executors_have_lines=self._np >= 0)
         self._announce(console, main, kwargs, call)
         job = JobSpec(
@@ -260,9 +264,9 @@ class HorovodRunner:
             size=abs(self._np),
             payload=call,
             token=secrets.token_bytes(TOKEN_BYTES),
-            early_imports=payload.early_imports(main, call),
+            early_imports=early_imports,
             environment={k: v for k, v in environment.items() if k not in files.variables},
-            sys_path=tuple(os.path.abspath(entry) for entry in sys.path),  # noqa: PTH100
+            import_path=ImportPath.of_this_process(),
             stream_output=self._verbosity == "all" or self._np < 0,
             stall_timeout=self._stall_timeout,
             checkpoint_location=None if self._store is None else self._store.location,
@@ -396,6 +400,13 @@ class HorovodRunner:
                 UserWarning,
                 stacklevel=self._frames_to_user,
             )
+
+
+def _hash_seed() -> dict[str, str]:
+    try:
+        return hash_seed(os.environ)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def _environment_of(options: Sequence[str]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from horovodrunner.core.env import (
     torchrun_environment,
     worker_base_environment,
 )
+from horovodrunner.core.import_path import of_worker
 from horovodrunner.core.job import Failure, FailureKind, JobSpec, Outcome, WorkerSpec
 from horovodrunner.core.phases import Spans
 from horovodrunner.core.pickled import Layout
@@ -167,11 +168,10 @@ class Agent:
             scratch.delete()
 
     def _spawn(self) -> WorkerProcess:
-        python_path = os.pathsep.join(entry for entry in sys.path if entry)
         environment = worker_base_environment(
             self._surroundings.environ,
             self._job.environment,
-            python_path,
+            of_worker(self._job.import_path, sys.path),
             self._surroundings.cores_per_worker,
         )
         return WorkerProcess(
@@ -457,7 +457,6 @@ class Agent:
             rank=slot.rank,
             host=slot.host,
             environment=environment,
-            sys_path=self._job.sys_path,
             return_result=slot.rank == 0,
             attempt=self._job.attempt,
             scratch=str(self._scratch),

@@ -113,6 +113,10 @@ class HubLink:
         """Forward a ``log_to_driver`` message."""
         self._connection.send("message", message, rank=rank)
 
+    def notice(self, rank: int, key: str, text: bytes) -> None:
+        """Forward what is to be shown once."""
+        self._connection.send("notice", text, rank=rank, key=key)
+
     def started(self, rank: int) -> None:
         """Forward that the rank calls main."""
         self._connection.send("started", rank=rank)

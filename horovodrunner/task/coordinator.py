@@ -41,6 +41,9 @@ class RankEvents(Protocol):
     def message(self, rank: int, message: bytes) -> None:
         """Take a ``log_to_driver`` message."""
 
+    def notice(self, rank: int, key: str, text: bytes) -> None:
+        """Take a line of this package's that is to be shown once, whichever ranks send it."""
+
     def started(self, rank: int) -> None:
         """Note that the rank calls main now."""
 
@@ -111,6 +114,7 @@ class Coordinator:
         self._driver = driver
         self._log = log
         self._started: set[int] = set()
+        self._noticed: set[str] = set()
         self._outcomes: dict[int, Outcome] = {}
         self._failures: list[Failure] = []
         self._stop_callbacks: list[Callable[[], None]] = []
@@ -152,6 +156,12 @@ class Coordinator:
     def message(self, rank: int, message: bytes) -> None:
         """Pass on a ``log_to_driver`` message of one rank."""
         self._driver.message(rank, message)
+
+    def notice(self, rank: int, key: str, text: bytes) -> None:
+        """Show a line unless a rank has sent one with the same key."""
+        if key not in self._noticed:
+            self._noticed.add(key)
+            self._say(text.decode(errors="replace"))
 
     def started(self, rank: int) -> None:
         """Note that a rank calls main."""

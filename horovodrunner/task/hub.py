@@ -179,6 +179,8 @@ def _pass_on(frame: Frame, events: RankEvents) -> None:
         events.lines(rank, str(frame.header["stream"]), bytes(frame.body))
     elif frame.kind == "message":
         events.message(rank, bytes(frame.body))
+    elif frame.kind == "notice":
+        events.notice(rank, str(frame.header["key"]), bytes(frame.body))
     elif frame.kind == "started":
         events.started(rank)
     elif frame.kind == "state":

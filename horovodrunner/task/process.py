@@ -16,7 +16,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ import psutil
 
 from horovodrunner.core.connection import read_frame
 from horovodrunner.core.frames import Frame, encode_frame, encode_prefix_and_header
+from horovodrunner.core.import_path import start_command
 from horovodrunner.core.job import EXIT_WITHOUT_PIPES, STACK_SIGNAL
 from horovodrunner.core.lines import LineAssembler
 from horovodrunner.task.memory import OomWitness
@@ -54,7 +54,10 @@ OUTPUT_PIPE_BYTES = 256 * 1024
 An unprivileged user's pipes may have 64 MiB in all; what is made beyond that gets a page each.
 """
 
-_OWN_FRAMES = re.compile(r'File "(.*/horovodrunner/worker/__main__\.py|<frozen runpy>)"')
+_OWN_FRAMES = re.compile(
+    r'File "(?:.*/horovodrunner/worker/__main__\.py|<frozen runpy>)"'
+    r'|File "<string>", line 1 in <module>$'  # the command itself
+)
 _PIPE_BYTES = 1024 * 1024
 _EXIT_ON_SIGTERM = 128 + signal.SIGTERM
 
@@ -316,7 +319,7 @@ class _OwnWorker:
     def __init__(
         self, early_imports: Sequence[str], environment: Mapping[str, str], passed: Sequence[int]
     ) -> None:
-        command = [sys.executable, "-m", "horovodrunner.worker"]
+        command = start_command("horovodrunner.worker")
         for name, fd in zip(("control", "report", "stacks", "result"), passed, strict=False):
             command += [f"--{name}", str(fd)]
         for module in early_imports:

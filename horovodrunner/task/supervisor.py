@@ -126,10 +126,12 @@ class Supervisor:
 
     def _on_frame(self, frame: Frame) -> None:
         rank = self._slot.rank
-        if frame.kind in ("message", "outcome"):
+        if frame.kind in ("message", "notice", "outcome"):
             self._worker.catch_up()  # what was printed before it comes before it
         if frame.kind == "message":
             self._events.message(rank, bytes(frame.body))
+        elif frame.kind == "notice":
+            self._events.notice(rank, str(frame.header["key"]), bytes(frame.body))
         elif frame.kind == "ready":
             self._worker.shows_stacks = True
             self._ready_at = float(frame.header["at"])

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from horovodrunner.core.import_path import start_command
 from horovodrunner.core.peers import is_our_own
 
 __all__ = ["ForkedWorker", "fork_worker"]
@@ -183,7 +184,7 @@ def _connect(
     address = _address(owner, early_imports, environment)
     if (connection := _try_to_connect(address)) is not None:
         return connection
-    command = [sys.executable, "-m", "horovodrunner.worker", "--keep-warm", address]
+    command = [*start_command("horovodrunner.worker"), "--keep-warm", address]
     command += ["--owner", str(owner), "--idle-seconds", str(IDLE_SECONDS)]
     for module in early_imports:
         command += ["--import", module]
@@ -219,12 +220,12 @@ def _address(owner: int, early_imports: Sequence[str], environment: Mapping[str,
     """Name the warm parent that fits: anything that could change what an import does counts."""
     changed = {  # by pip, for one
         directory: Path(directory).stat().st_mtime_ns
-        for directory in environment.get("PYTHONPATH", "").split(os.pathsep)
+        for directory in filter(None, sys.path)
         if directory.endswith("-packages") and Path(directory).exists()
     }
     facts = {
         "owner": owner,  # the warm parent is gone before that number is used anew
-        "python": sys.executable,
+        "command": start_command("horovodrunner.worker"),
         "directory": os.getcwd(),  # noqa: PTH109
         "imports": list(early_imports),
         "environment": dict(environment),

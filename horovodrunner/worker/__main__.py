@@ -14,16 +14,17 @@ import faulthandler
 import fcntl
 import gc
 import importlib
+import json
 import os
-import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from horovodrunner.core import payload
+from horovodrunner.core.env import IMPORT_PATH
+from horovodrunner.core.import_path import before_stdlib
 from horovodrunner.core.job import (
     STACK_SIGNAL,
     Failure,
@@ -35,7 +36,7 @@ from horovodrunner.core.job import (
 )
 from horovodrunner.core.pickled import Layout
 from horovodrunner.errors import PayloadError
-from horovodrunner.worker import horovod_keras
+from horovodrunner.worker import horovod_keras, notices
 from horovodrunner.worker.context import TaskLink, WorkerContext, set_context
 from horovodrunner.worker.control import ControlPipe, leave_without_pipes
 from horovodrunner.worker.describing import RECURSION_LIMIT, describe, exit_code_of
@@ -45,9 +46,6 @@ from horovodrunner.worker.watch import collective_of
 OUT_OF_THE_WAY = 4000
 """Our own descriptors are moved up to this number, or as far as the limit allows: main may close or
 replace what it takes for its own (``os.closerange(3, 1000)``)."""
-
-_OF_A_PYTHON = re.compile(r"/lib(?:64)?/python[\d.]*(?:/|$)")
-"""In the path of every directory in which an installed Python keeps modules and packages."""
 
 _PEER_LOSS_TYPES = ("HorovodInternalError", "HorovodShutdownError", "DistBackendError")
 
@@ -61,6 +59,7 @@ def main() -> int:
         The process's exit code: 0 if main returned.
     """
     arguments = _parse_arguments()
+    _take_over_surroundings()
     if arguments.keep_warm:
         vars(arguments).update(_forked_from_warm_parent(arguments))
     _move_descriptors(arguments)
@@ -70,6 +69,7 @@ def main() -> int:
     faulthandler.register(STACK_SIGNAL, file=arguments.stacks, all_threads=True)
     link.send("ready", at=time.time())
     horovod_keras.install()
+    notices.install()
     _import_early(arguments.early_imports)
     imported_at = time.time()
     spec, call = control.wait_for_job()
@@ -117,14 +117,12 @@ def run(
     """
     own_pid = os.getpid()
     os.environ.update(spec.environment)
-    sys.path += [entry for entry in spec.sys_path if _is_lent(entry)]
     try:
         function, kwargs = payload.load(call)
     except BaseException as error:
         if os.getpid() != own_pid:
             raise
         return _failed(spec, error, "main could not be unpickled: ", hint=_import_hint), 1
-    horovod_keras.announce()  # what was imported early had nobody to tell
     control.main_begins()
     try:
         result = function(**kwargs)
@@ -153,15 +151,6 @@ def run(
         what = "the value that main returned cannot be pickled: "
         return _failed(spec, error, what, kind=FailureKind.RESULT), 1
     return Outcome(success=Success(spec.rank, layout)), 0
-
-
-def _is_lent(entry: str) -> bool:
-    """Whether a directory of the driver's import path serves here, too.
-
-    Packages of the driver's own Python may not fit this one; and a rank on the driver's machine
-    must not find what ranks elsewhere lack.
-    """
-    return entry not in sys.path and Path(entry).exists() and not _OF_A_PYTHON.search(entry)
 
 
 def _cancel_timers() -> None:
@@ -216,6 +205,10 @@ def _print_traceback(text: str) -> None:
 
 
 def _import_hint(error: BaseException) -> str:
+    if "Broadcast variable" in str(error):
+        return (
+            " Spark's broadcast variables reach its own tasks only: pass broadcast.value to run()"
+        )
     if not isinstance(error, ModuleNotFoundError):
         return ""
     return (
@@ -223,6 +216,15 @@ def _import_hint(error: BaseException) -> str:
         "install it on the executors, ship it with spark.sparkContext.addPyFile(...), or call "
         f"cloudpickle.register_pickle_by_value({(error.name or 'module').split('.')[0]})"
     )
+
+
+def _take_over_surroundings() -> None:
+    """See to it that main finds what it would find elsewhere, on Spark or without it."""
+    # Spark's JVMs leave SIGQUIT blocked in the processes that they start.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGQUIT])
+    del sys.argv[1:]  # a parser in main has no use for ours
+    if given := os.environ.pop(IMPORT_PATH, None):
+        sys.path[:] = json.loads(given)
 
 
 def _move_descriptors(arguments: Any) -> None:
@@ -246,8 +248,11 @@ def _move_descriptors(arguments: Any) -> None:
 
 def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
-    os.environ["PYTHONUNBUFFERED"] = "1"  # for Python processes that main starts
+        # Its task reads UTF-8, whatever the executor's locale.
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    # for Python processes that main starts
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(before_stdlib(sys.path))
 
 
 def _import_early(modules: Sequence[str]) -> None:

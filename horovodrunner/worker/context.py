@@ -20,6 +20,7 @@ __all__ = [
     "WorkerContext",
     "current_context",
     "log_to_driver",
+    "notice",
     "set_context",
 ]
 
@@ -110,6 +111,8 @@ class WorkerContext:
 
 
 _context: WorkerContext | None = None
+_notices: dict[str, str] = {}
+"""What was said by this process, or waits until it has somebody to say it to."""
 
 
 def set_context(context: WorkerContext) -> None:
@@ -122,6 +125,8 @@ def set_context(context: WorkerContext) -> None:
     """
     global _context
     _context = context
+    for key, text in _notices.items():
+        context.link.send("notice", text.encode(errors="replace"), key=key)
 
 
 def current_context() -> WorkerContext | None:
@@ -133,6 +138,23 @@ def current_context() -> WorkerContext | None:
         None outside a run, and in a process forked from a worker.
     """
     return _context if _context is not None and _context.link.is_usable else None
+
+
+def notice(key: str, text: str) -> None:
+    """Let the driver show something once, however often and on however many ranks it happens.
+
+    Parameters
+    ----------
+    key
+        What happened.
+    text
+        One line about it.
+    """
+    if key in _notices:
+        return
+    _notices[key] = text
+    if (context := current_context()) is not None:
+        context.link.send("notice", text.encode(errors="replace"), key=key)
 
 
 def log_to_driver(message: str) -> None:

@@ -11,98 +11,66 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.machinery
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from horovodrunner.core.env import KERAS_SWITCH
-from horovodrunner.worker.context import current_context, log_to_driver
+from horovodrunner.worker.context import notice
+from horovodrunner.worker.import_hook import Execute, instead_of_import
 
-if TYPE_CHECKING:  # it imports a lot, and every worker would pay for it
-    from importlib.abc import Loader
-
-__all__ = ["announce", "install"]
+__all__ = ["install"]
 
 _OF_TENSORFLOW = "horovod.tensorflow"
 _OF_KERAS = ("horovod.tensorflow.keras", "horovod.keras")
 _CALLBACKS = tuple(f"{name}.callbacks" for name in _OF_KERAS)
 
-_state = {"replaced": "", "announced": ""}
-
 
 def install() -> None:
     """Be asked whenever one of Horovod's modules for Keras is imported in this process."""
-    sys.meta_path.insert(0, _Finder())
+    for name in (_OF_TENSORFLOW, *_OF_KERAS, *_CALLBACKS):
+        instead_of_import(name, _execute)
 
 
-def announce() -> None:
-    """Say once, from rank 0, that Horovod's code for Keras was replaced, if it was."""
-    context = current_context()
-    if context is None or not _state["replaced"] or _state["announced"]:
-        return
-    _state["announced"] = "yes"
-    if context.spec.rank == 0:
-        log_to_driver(
-            f"HorovodRunner: with Keras {_state['replaced']}, hvd.DistributedOptimizer, load_model "
-            "and the callbacks are those of horovodrunner.keras, because Horovod's own do not "
-            f"average gradients ({KERAS_SWITCH}=horovod brings them back)"
-        )
-
-
-class _Finder:
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _OF_TENSORFLOW and fullname not in _OF_KERAS + _CALLBACKS:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = cast("Loader", _Loader(spec.loader))
-        return spec
-
-
-class _Loader:
-    def __init__(self, horovods: Loader) -> None:
-        self._horovods = horovods
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._horovods.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        name = module.__name__
-        if os.environ.get(KERAS_SWITCH, "").lower() == "horovod":
-            self._horovods.exec_module(module)
-        elif name == _OF_TENSORFLOW:
-            self._horovods.exec_module(module)
-            _take_keras_variables(module)
-        elif _uses_keras_2():
-            self._horovods.exec_module(module)
-            if name.startswith(_OF_TENSORFLOW):
-                # What Horovod took is Keras 3's, which lacks most of what its callbacks call.
-                module.K = importlib.import_module("tensorflow").keras.backend  # type: ignore[attr-defined]
-            else:
-                # There "keras" is Keras 3, even when TensorFlow's is not.
-                right = name.replace("horovod", _OF_TENSORFLOW)
-                _take_names(module, importlib.import_module(right))
+def _execute(module: ModuleType, horovods: Execute) -> None:
+    name = module.__name__
+    if os.environ.get(KERAS_SWITCH, "").lower() == "horovod":
+        horovods(module)
+    elif name == _OF_TENSORFLOW:
+        horovods(module)
+        _take_keras_variables(module)
+    elif _uses_keras_2():
+        horovods(module)
+        if name.startswith(_OF_TENSORFLOW):
+            # What Horovod took is Keras 3's, which lacks most of what its callbacks call.
+            module.K = importlib.import_module("tensorflow").keras.backend  # type: ignore[attr-defined]
         else:
-            self._execute_for_keras_3(module)
-            announce()
+            # There "keras" is Keras 3, even when TensorFlow's is not.
+            right = name.replace("horovod", _OF_TENSORFLOW)
+            _take_names(module, importlib.import_module(right))
+    else:
+        _execute_for_keras_3(module, horovods)
 
-    def _execute_for_keras_3(self, module: ModuleType) -> None:
-        ours = importlib.import_module("horovodrunner.keras")
-        keras = importlib.import_module("keras")
-        is_main = module.__name__ in _OF_KERAS
-        if keras.backend.backend() == "tensorflow":
-            self._horovods.exec_module(module)
-        elif is_main:
-            _take_names(module, importlib.import_module("horovod.torch"))
-            module.callbacks = importlib.import_module(f"{module.__name__}.callbacks")  # type: ignore[attr-defined]
-        for name in ("DistributedOptimizer", "load_model") if is_main else ours.__all__:
-            setattr(module, name, getattr(ours, name))
-        _state["replaced"] = f"{keras.__version__} on {keras.backend.backend()}"
+
+def _execute_for_keras_3(module: ModuleType, horovods: Execute) -> None:
+    ours = importlib.import_module("horovodrunner.keras")
+    keras = importlib.import_module("keras")
+    is_main = module.__name__ in _OF_KERAS
+    if keras.backend.backend() == "tensorflow":
+        horovods(module)
+    elif is_main:
+        _take_names(module, importlib.import_module("horovod.torch"))
+        module.callbacks = importlib.import_module(f"{module.__name__}.callbacks")  # type: ignore[attr-defined]
+    for name in ("DistributedOptimizer", "load_model") if is_main else ours.__all__:
+        setattr(module, name, getattr(ours, name))
+    notice(
+        "keras 3",
+        f"with Keras {keras.__version__} on {keras.backend.backend()}, hvd.DistributedOptimizer, "
+        "load_model and the callbacks are those of horovodrunner.keras, because Horovod's own do "
+        f"not average gradients ({KERAS_SWITCH}=horovod brings them back)",
+    )
 
 
 def _uses_keras_2() -> bool:

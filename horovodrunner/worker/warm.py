@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import selectors
 import signal
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from horovodrunner.core.env import IMPORT_PATH
 from horovodrunner.core.peers import is_our_own
 
 __all__ = ["DESCRIPTORS", "WarmParent"]
@@ -212,7 +214,8 @@ def _threads() -> int:
 
 def _start_anew(descriptors: Mapping[str, int]) -> NoReturn:
     """Become a fresh process instead of a fork of this one."""
-    command = [sys.executable, "-m", "horovodrunner.worker"]
+    os.environ[IMPORT_PATH] = json.dumps(sys.path)
+    command = sys.orig_argv[:3]  # as start_command() gave it
     for name in DESCRIPTORS[2:]:
         if name in descriptors:
             os.set_inheritable(descriptors[name], True)

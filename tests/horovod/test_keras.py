@@ -243,3 +243,30 @@ def test_a_backend_without_horovod_is_refused() -> None:
     with pytest.raises(WorkerFailedError, match=r"backend 'jax'.*set KERAS_BACKEND to") as caught:
         HorovodRunner(np=-1).run(main)
     assert isinstance(caught.value.__cause__, ConfigurationError)
+
+
+def test_what_tensorflow_and_keras_ignore_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> list[Any]:
+        import keras
+        import tensorflow as tf
+        import tf_keras
+
+        sgd = keras.optimizers.SGD(0.1, decay=0.5)
+        sgd.lr = 3
+        fresh = keras.optimizers.SGD(0.1)
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        adadelta = tf_keras.optimizers.Adadelta(lr=0.5)
+        legacy = tf_keras.optimizers.legacy.SGD(lr=0.5)
+        rates = [float(each.learning_rate.numpy()) for each in (adadelta, legacy)]
+        return [sgd.lr, hasattr(fresh, "lr"), strategy.num_replicas_in_sync, *rates]
+
+    assert HorovodRunner(np=-2).run(main) == [3, False, 1, pytest.approx(0.001), 0.5]
+    out = capsys.readouterr().out
+    for text in (
+        "HorovodRunner: SGD of this Keras ignores decay=0.5 (",
+        "HorovodRunner: SGD of this Keras ignores lr=3 (",
+        "HorovodRunner: Adadelta of this Keras ignores lr=0.5 (",
+        "HorovodRunner: MultiWorkerMirroredStrategy sees one worker on each of the 2 ranks (",
+    ):
+        assert out.count(text) == 1, text
+    assert out.count("of this Keras ignores") == 3

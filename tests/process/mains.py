@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,33 @@ import time
 from pathlib import Path
 
 from horovodrunner import log_to_driver
+
+
+def surroundings() -> dict[str, object]:
+    """What code may depend on without saying so; a child's hash is among it."""
+    child = [sys.executable, "-c", "print(hash('x'))"]
+    names = ("PYTHONHASHSEED", "PYTHONOPTIMIZE", "PYTHONUTF8")
+    facts = {
+        "hash": hash("x"),
+        "hash in a child": int(subprocess.check_output(child)),
+        "order": list({"a", "b", "c", "d", "e", "f"}),
+        "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+        "arguments": sys.argv[1:],
+        "encoding": sys.stdout.encoding,
+        "stdin": Path("/proc/self/fd/0").readlink().name,
+        "flags": str(sys.flags),
+        **{name: os.environ.get(name) for name in names},
+    }
+    log_to_driver(f"surroundings: {facts}")
+    return facts
+
+
+def own_module(name: str) -> str:
+    """Import a module, here and in a child, and tell whose it is."""
+    child = [sys.executable, "-c", f"import {name}; print({name}.__file__)"]
+    file = str(importlib.import_module(name).__file__)
+    assert subprocess.check_output(child, text=True).strip() == file
+    return file
 
 
 def rank() -> int:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import horovodrunner
-from horovodrunner import HorovodRunner, PayloadError, WorkerFailedError
+from horovodrunner import ConfigurationError, HorovodRunner, PayloadError, WorkerFailedError
 from tests.process import mains
 
 
@@ -306,6 +306,48 @@ def test_the_documented_variables_travel(monkeypatch: pytest.MonkeyPatch) -> Non
         return [os.environ.get(n) for n in ("MLFLOW_RUN_ID", "HOROVOD_CYCLE_TIME")]
 
     assert run(main, np=-1) == ["abc", "2.5"]
+
+
+@pytest.mark.parametrize("seed", ["", "7", "random"])
+def test_all_ranks_and_all_runs_hash_alike(
+    seed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", seed)
+    facts, others = run(mains.surroundings), run(mains.surroundings, np=-1)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "surroundings" in line]
+    assert len(shown) == 3
+    assert set(shown) == {f"surroundings: {facts}"}
+    assert facts == others
+    assert facts["hash"] == facts["hash in a child"]
+    if seed != "random":
+        assert facts["PYTHONHASHSEED"] == seed or "0"
+
+
+def test_a_hash_seed_with_which_no_python_starts_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "4294967296")
+    with pytest.raises(ConfigurationError, match="PYTHONHASHSEED='4294967296' lets no Python"):
+        run(mains.surroundings)
+
+
+@pytest.mark.parametrize("name", ["wheel", "numpy", "code"])
+def test_a_module_of_the_users_that_hides_another_is_found(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    tmp_path.joinpath(f"{name}.py").touch()
+    assert run(mains.own_module, np=-1, name=name) == str(tmp_path / f"{name}.py")
+
+
+def test_modules_in_the_working_directory_do_not_get_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("queue", "argparse", "cloudpickle", "runpy", "_queue"):
+        tmp_path.joinpath(f"{name}.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.syspath_prepend(tmp_path)  # after this process has imported them
+    assert run(os.getcwd, np=-1) == str(tmp_path)
 
 
 def test_every_run_has_fresh_processes() -> None:

@@ -34,7 +34,7 @@ PRELUDE = """
         import numpy, torch
         leaked, torch.leaked = hasattr(torch, "leaked"), True
         place = os.getppid(), os.getpgrp() == os.getpid(), torch.__spec__ is not None
-        return [early, leaked, float(numpy.random.rand()), *place]
+        return [early, leaked, float(numpy.random.rand()), *place, hash("x")]
 """
 
 
@@ -71,6 +71,7 @@ def test_runs_share_imports_and_nothing_else() -> None:
         first, second = run(look), run(look)
         assert first[:2] == second[:2] == [True, False], (first, second)
         assert first[2] != second[2], "numpy's random numbers are those of the run before"
+        assert first[-1] == second[-1], "they hash differently"
         assert first[3] == second[3] != os.getpid(), "another process forked the second run's rank"
         assert first[4] and second[4], "the worker does not lead a process group"
         os.environ["OMP_NUM_THREADS"] = "3"  # OpenBLAS starts threads when it is loaded

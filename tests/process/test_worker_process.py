@@ -7,7 +7,6 @@ import contextlib
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def test_a_worker_ends_when_it_can_tell_its_task_nothing_more() -> None:
         worker = WorkerProcess([], os.environ)
         try:
             call = payload.dump_call(mains.wait_for_ever, {})
-            spec = WorkerSpec(0, "h", {}, sys_path=tuple(sys.path), beat_seconds=0.1)
+            spec = WorkerSpec(0, "h", {}, beat_seconds=0.1)
             await worker.send_job(call, spec.to_header())
             reported = b""
             while b"started" not in reported:
@@ -181,7 +180,7 @@ def test_lines_that_come_one_by_one_are_taken_together(monkeypatch: pytest.Monke
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         reading = asyncio.create_task(worker.read_output(take))
         try:
-            spec = WorkerSpec(0, "h", {}, sys_path=tuple(sys.path))
+            spec = WorkerSpec(0, "h", {})
             await worker.send_job(payload.dump_call(main, {}), spec.to_header())
             await asyncio.wait_for(first.wait(), 20)
             os.kill(worker.pid, signal.SIGUSR1)

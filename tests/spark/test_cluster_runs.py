@@ -210,6 +210,67 @@ def test_the_documented_variables_travel(monkeypatch: pytest.MonkeyPatch) -> Non
     assert run(lambda: os.environ.get("MLFLOW_RUN_ID")).startswith("set before run")
 
 
+def test_a_debug_run_and_a_cluster_run_have_the_same_surroundings(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    monkeypatch.setenv("PYTHONHASHSEED", "random")
+    facts = run(mains.surroundings)
+    assert facts == run(mains.surroundings, np=-2)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "surroundings" in line]
+    assert len(shown) == 4
+    assert len(set(shown)) == 1
+
+
+def test_a_module_of_the_users_that_hides_another_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    tmp_path.joinpath("numpy.py").touch()  # is imported early, if it is the installed one
+    assert run(mains.own_module, np=1, name="numpy") == str(tmp_path / "numpy.py")
+
+
+@pytest.mark.parametrize("np", [2, -2])
+def test_what_works_on_the_driver_only_is_said_once(
+    np: int, spark: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counter = spark.sparkContext.accumulator(0)
+
+    def main(starts_session: bool, counter: Any = counter) -> str:
+        counter += 1
+        if mains.rank() == 1:
+            from pyspark import TaskContext
+
+            counter.add(2)
+            return str(TaskContext.get())
+        if starts_session:
+            from pyspark.sql import SparkSession
+
+            own = SparkSession.builder.config("spark.ui.enabled", "false").getOrCreate()
+            master = own.sparkContext.master
+            own.stop()
+            return str(master)
+        return ""
+
+    assert run(main, np=np, starts_session=np > 0) == ("local[*]" if np > 0 else "")
+    assert counter.value == 0
+    out = capsys.readouterr().out
+    here = rf"\({re.escape(__file__)}:\d+\)"
+    for text, is_expected in [
+        (rf"adds to an accumulator of Spark {here}", True),
+        (rf"TaskContext.get\(\) is None in main {here}", True),
+        (rf"starts a Spark session of its own on rank 0 {here}", np > 0),
+    ]:
+        assert len(re.findall(text, out)) == is_expected, text
+
+
+@pytest.mark.parametrize("np", [1, -1])
+def test_a_broadcast_variable_is_refused_with_what_to_do(np: int, spark: Any) -> None:
+    broadcast = spark.sparkContext.broadcast([1, 2])
+    with pytest.raises(WorkerFailedError, match=r"pass broadcast\.value to run"):
+        run(lambda: broadcast.value, np=np)
+
+
 def test_a_result_larger_than_spark_takes_comes_back_whole(spark: Any) -> None:
     def main() -> Any:
         import numpy as np

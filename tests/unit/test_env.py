@@ -79,25 +79,26 @@ def test_tensorflows_variable_is_every_ranks_own() -> None:
 
 def test_another_processs_tf_config_does_not_reach_the_workers() -> None:
     assert forwarded_environment({"TF_CONFIG": "{}", "TF_X": "1"}) == {"TF_X": "1"}
-    assert "TF_CONFIG" not in worker_base_environment({"TF_CONFIG": "{}"}, {}, "", cores=1)
+    assert "TF_CONFIG" not in worker_base_environment({"TF_CONFIG": "{}"}, {}, [], cores=1)
 
 
 def test_workers_do_not_get_sparks_secrets() -> None:
     own = {"PYTHON_WORKER_FACTORY_SECRET": "s", "HOME": "/h", "OMP_NUM_THREADS": "8"}
-    given = worker_base_environment(own, {"OMP_NUM_THREADS": "2"}, "/a:/b", cores=8)
+    given = worker_base_environment(own, {"OMP_NUM_THREADS": "2"}, ["/a", "/b"], cores=8)
     threads = {"OMP_NUM_THREADS": "2", "TF_NUM_INTRAOP_THREADS": "2"}
-    assert given == {"HOME": "/h", "PYTHONPATH": "/a:/b", **threads}
+    path = {"HOROVODRUNNER_IMPORT_PATH": '["/a", "/b"]'}
+    assert given == {"HOME": "/h", "PYTHONHASHSEED": "0", **path, **threads}
 
 
 def test_without_the_users_word_threads_are_the_workers_cores() -> None:
-    given = worker_base_environment({}, {}, "", cores=4)
+    given = worker_base_environment({}, {}, [], cores=4)
     assert (given["OMP_NUM_THREADS"], given["TF_NUM_INTRAOP_THREADS"]) == ("4", "4")
-    assert worker_base_environment({}, {}, "", cores=0)["OMP_NUM_THREADS"] == "1"
+    assert worker_base_environment({}, {}, [], cores=0)["OMP_NUM_THREADS"] == "1"
 
 
 def test_the_users_numbers_of_threads_are_kept() -> None:
     own = {"OMP_NUM_THREADS": "3", "TF_NUM_INTRAOP_THREADS": "2"}
-    given = worker_base_environment(own, {}, "", cores=8)
+    given = worker_base_environment(own, {}, [], cores=8)
     assert (given["OMP_NUM_THREADS"], given["TF_NUM_INTRAOP_THREADS"]) == ("3", "2")
 
 

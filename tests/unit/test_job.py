@@ -71,7 +71,7 @@ def test_an_outcome_of_many_ranks_fits_a_frame() -> None:
 def test_a_worker_spec_survives_json() -> None:
     import json
 
-    spec = WorkerSpec(2, "h", {"RANK": "2"}, ("/a", "/b"), return_result=True)
+    spec = WorkerSpec(2, "h", {"RANK": "2"}, return_result=True)
     assert WorkerSpec.from_header(json.loads(json.dumps(spec.to_header()))) == spec
 
 

@@ -1,0 +1,204 @@
+"""Where modules are looked for, and in which order. Runs in: every process.
+
+main is to import the modules that it imports in the notebook. So what the user has in front of the
+installed packages is in front of them in the worker, too, while the packages themselves are those
+of the worker's own Python.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import os
+import re
+import site
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["ImportPath", "are_installed", "before_stdlib", "of_worker", "start_command"]
+
+_INSTALLED = re.compile(r"/lib(?:64)?/python[\d.]*(?:/|$)")
+"""In the path of every directory in which an installed Python keeps modules and packages."""
+
+_STDLIB = os.path.dirname(os.__file__)  # noqa: PTH120
+_STDLIB_ZIP = f"python{sys.version_info.major}{sys.version_info.minor}.zip"
+
+
+@dataclass(frozen=True)
+class ImportPath:
+    """A process's import path without the directories of its Python itself.
+
+    Parameters
+    ----------
+    first
+        What comes before the standard library.
+    before_packages
+        What comes after it and before the installed packages: the notebook's directory in IPython.
+    last
+        What comes after them.
+    """
+
+    first: tuple[str, ...] = ()
+    before_packages: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+
+    @classmethod
+    def of_this_process(cls) -> ImportPath:
+        """Split this process's ``sys.path``.
+
+        Returns
+        -------
+        ImportPath
+            Absolute entries.
+        """
+        entries = _absolute(sys.path)
+        stdlib, packages = _boundaries(entries)
+        middle, last = entries[stdlib:packages], entries[packages:]
+        return cls(
+            first=tuple(e for e in entries[:stdlib] if not _is_own(e)),
+            before_packages=tuple(e for e in middle if not _is_own(e)),
+            # Packages of another Python, which came with this one, may not fit the executor's.
+            last=tuple(e for e in last if not _is_own(e) and not _INSTALLED.search(e)),
+        )
+
+
+def of_worker(users: ImportPath, own: Iterable[object]) -> list[str]:
+    """Put the user's directories in their places in a worker's import path.
+
+    Parameters
+    ----------
+    users
+        The driver's, of which this machine may lack some.
+    own
+        The ``sys.path`` of the task.
+
+    Returns
+    -------
+    list of str
+        What ``sys.path`` is to be in the worker.
+    """
+    entries = _absolute(own)
+    stdlib, _ = _boundaries(entries)
+    # Spark puts files that were added to the session (addPyFile) in a directory of each machine's.
+    added = {os.path.basename(e): e for e in entries[:stdlib] if os.path.isfile(e)}  # noqa: PTH113, PTH119
+
+    def here(lent: Sequence[str]) -> list[str]:
+        found = (e if _exists(e) else added.get(os.path.basename(e)) for e in lent)  # noqa: PTH119
+        return [e for e in found if e is not None]
+
+    first, middle = here(users.first), here(users.before_packages)
+    middle = [e for e in middle if e not in first]
+    rest = [e for e in entries if e not in first and e not in middle]
+    _, packages = _boundaries(rest)
+    path = [*first, *rest[:packages], *middle, *rest[packages:]]
+    return [*path, *(e for e in here(users.last) if e not in path)]
+
+
+def are_installed(modules: Iterable[str]) -> bool:
+    """Whether none of some modules is the user's own file instead of an installed package.
+
+    Parameters
+    ----------
+    modules
+        Their names.
+
+    Returns
+    -------
+    bool
+        False if one of them is found among the user's directories, by this process, and nothing
+        was installed there.
+    """
+    for name in {module.partition(".")[0] for module in modules}:
+        spec = importlib.machinery.PathFinder.find_spec(name)
+        if spec is None:  # it may be installed elsewhere
+            continue
+        file = Path(spec.origin or next(iter(spec.submodule_search_locations or ()), ""))
+        directory = file.parent.parent if spec.submodule_search_locations else file.parent
+        if not (_is_own(str(directory)) or any(directory.glob("*.dist-info"))):
+            return False
+    return True
+
+
+def before_stdlib(path: Sequence[str]) -> list[str]:
+    """Return what a child's ``PYTHONPATH`` has to be: the rest its own Python adds.
+
+    Parameters
+    ----------
+    path
+        An import path.
+
+    Returns
+    -------
+    list of str
+        Its entries before the standard library.
+    """
+    return list(path[: _boundaries(path)[0]])
+
+
+def start_command(module: str) -> list[str]:
+    """Return the command that runs a module which this process can import.
+
+    The directories of the user must not get in the way of a start: a ``queue.py`` among them, or
+    in the working directory, would be taken for the standard library's.
+
+    Parameters
+    ----------
+    module
+        Its name.
+
+    Returns
+    -------
+    list of str
+        To be followed by the module's arguments.
+    """
+    entries = _absolute(sys.path)
+    loaded = [sys.modules.get(name) for name in (module.partition(".")[0], "cloudpickle")]
+    roots = [os.path.dirname(os.path.dirname(m.__file__)) for m in loaded if m and m.__file__]  # noqa: PTH120
+    path = list(dict.fromkeys([*filter(_is_stdlib, entries), *roots, *entries]))
+    source = (
+        f"import sys; sys.path[:] = {path!a}; import runpy; "
+        f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    return [sys.executable, "-c", source]
+
+
+def _absolute(path: Iterable[object]) -> list[str]:
+    """Return a path's entries once each, those that mean a directory in full."""
+    entries = (entry for entry in path if isinstance(entry, str))  # Python ignores others, too
+    # What names no file belongs to a hook (sys.path_hooks), which knows what it means.
+    full = (os.path.abspath(e) if not e or os.path.exists(e) else e for e in entries)  # noqa: PTH100, PTH110
+    return list(dict.fromkeys(full))
+
+
+def _boundaries(entries: Sequence[str]) -> tuple[int, int]:
+    """Return where the standard library begins, and where the installed packages do."""
+    indices = range(len(entries))
+    stdlib = next((i for i in indices if _is_stdlib(entries[i])), len(entries))
+    own = (i for i in indices[stdlib:] if _is_own(entries[i]) and not _is_stdlib(entries[i]))
+    return stdlib, next(own, len(entries))
+
+
+def _is_stdlib(entry: str) -> bool:
+    name = os.path.basename(entry)  # noqa: PTH119
+    is_inside = entry == _STDLIB or entry.startswith(_STDLIB + os.sep)
+    return (is_inside and not name.endswith("-packages")) or name == _STDLIB_ZIP
+
+
+def _is_own(entry: str) -> bool:
+    """Whether a directory is there because of the Python that runs, not of the user."""
+    return (
+        _is_stdlib(entry) or entry.startswith(_STDLIB + os.sep) or entry in _package_directories()
+    )
+
+
+@functools.cache
+def _package_directories() -> frozenset[str]:
+    return frozenset([*site.getsitepackages(), site.getusersitepackages()])
+
+
+def _exists(entry: str) -> bool:
+    """Whether there is such a directory or archive; modules may lie deeper in an archive."""
+    path = Path(entry)
+    return path.exists() or any(parent.is_file() for parent in path.parents)

@@ -1,0 +1,56 @@
+"""What does nothing in main is said on the driver, once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from horovodrunner import HorovodRunner
+
+
+@pytest.fixture
+def mpi4py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can be seen of mpi4py without MPI: the real one needs its libraries."""
+    package = tmp_path / "mpi4py"
+    package.mkdir()
+    package.joinpath("__init__.py").touch()
+    package.joinpath("MPI.py").write_text(
+        "class COMM_WORLD:\n    Get_size = staticmethod(lambda: 1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def use_mpi(on_ranks: list[str]) -> Any:
+    import mpi4py
+
+    if os.environ["RANK"] in on_ranks:
+        from mpi4py import MPI
+
+        return MPI.__loader__.get_source("mpi4py.MPI") is not None  # as inspect asks
+    return "MPI" in vars(mpi4py)
+
+
+@pytest.mark.usefixtures("mpi4py")
+@pytest.mark.parametrize("on_ranks", [["0", "1"], ["1"]])
+def test_mpi_among_processes_that_mpirun_did_not_start(
+    on_ranks: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert HorovodRunner(np=-2).run(use_mpi, on_ranks=on_ranks) == ("0" in on_ranks)
+    out = capsys.readouterr().out
+    assert out.count("MPI.COMM_WORLD has size 1 on each of the 2 ranks") == 1
+    assert f"({__file__}:{use_mpi.__code__.co_firstlineno + 4})" in out
+
+
+@pytest.mark.usefixtures("mpi4py")
+def test_of_one_rank_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    HorovodRunner(np=-1).run(use_mpi, on_ranks=["0"])
+    assert "MPI.COMM_WORLD" not in capsys.readouterr().out
+
+
+def test_a_worker_imports_none_of_what_it_watches() -> None:
+    watched = "jax keras mpi4py pyspark tensorflow tf_keras"
+    assert HorovodRunner(np=-1).run(lambda: {*watched.split()} & {*sys.modules}) == set()

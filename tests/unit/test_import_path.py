@@ -1,0 +1,104 @@
+"""Which directories a worker looks for modules in, and in which order."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from horovodrunner.core.import_path import (
+    ImportPath,
+    are_installed,
+    before_stdlib,
+    of_worker,
+    start_command,
+)
+
+STDLIB = os.path.dirname(os.__file__)  # noqa: PTH120
+PACKAGES = next(entry for entry in sys.path if entry.endswith("site-packages"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with one directory for each letter."""
+    for letter in "abcdeft":
+        tmp_path.joinpath(letter).mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_path_is_split_at_the_directories_of_its_python(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = here / "lib" / "python3.11" / "site-packages"
+    others.mkdir(parents=True)
+    hook = "__editable__.something.finder.__path_hook__"
+    monkeypatch.setattr(
+        sys, "path", ["a", "b", "a", here, STDLIB, "", PACKAGES, "c", str(others), hook]
+    )
+    assert ImportPath.of_this_process() == ImportPath(
+        first=(f"{here}/a", f"{here}/b"), before_packages=(f"{here}",), last=(f"{here}/c", hook)
+    )
+
+
+def test_the_users_directories_are_where_the_driver_has_them(here: Path) -> None:
+    users = ImportPath(
+        first=(f"{here}/a", f"{here}/missing", f"{here}/t"),
+        before_packages=(f"{here}/b",),
+        last=(f"{here}/c", f"{here}/d", "hook"),
+    )
+    own = [f"{here}/e", f"{here}/t", STDLIB, f"{STDLIB}/lib-dynload", PACKAGES, f"{here}/d"]
+    path = of_worker(users, own)
+    first = [f"{here}/a", f"{here}/t", f"{here}/e"]
+    assert path[:3] == first == before_stdlib(path)
+    assert path[3:] == [
+        STDLIB,
+        f"{STDLIB}/lib-dynload",
+        f"{here}/b",
+        PACKAGES,
+        f"{here}/d",
+        f"{here}/c",
+    ]
+
+
+def test_an_archive_that_spark_brought_takes_the_place_of_the_drivers(here: Path) -> None:
+    here.joinpath("e", "lib.zip").touch()
+    brought = f"{here}/e/lib.zip"
+    users = ImportPath(first=(f"{here}/a", "/driver/only/lib.zip", f"{here}/b"))
+    assert of_worker(users, [f"{here}/t", brought, STDLIB])[:4] == [
+        f"{here}/a",
+        brought,
+        f"{here}/b",
+        f"{here}/t",
+    ]
+
+
+def test_modules_deep_in_an_archive_are_lent(here: Path) -> None:
+    here.joinpath("lib.egg").touch()
+    users = ImportPath(first=(f"{here}/lib.egg/src", f"{here}/a/src"))
+    assert of_worker(users, [STDLIB]) == [f"{here}/lib.egg/src", STDLIB]
+
+
+def test_a_module_of_the_users_is_not_imported_early(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert are_installed(["numpy", "no_such_module"])
+    monkeypatch.syspath_prepend(here)
+    here.joinpath("numpy.py").touch()
+    assert not are_installed(["horovod.torch", "numpy"])
+    here.joinpath("something-1.dist-info").mkdir()  # by pip install --target
+    assert are_installed(["numpy"])
+
+
+def test_a_start_meets_no_module_of_the_users(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("queue", "runpy", "json"):
+        here.joinpath(f"{name}.py").write_text("raise SystemExit('the wrong one')")
+    here.joinpath("greets.py").write_text("import json, queue, sys; print(sys.argv[1:])")
+    monkeypatch.setattr(sys, "path", [str(here), *sys.path])
+    done = subprocess.run(
+        [*start_command("greets"), "hello"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "['hello']\n", done.stderr
