@@ -246,7 +246,8 @@ def _commands(rdd: Any) -> Iterator[list[Any]]:
     if _name(rdd) == "PythonRDD":
         field = rdd.getClass().getDeclaredField("func")
         field.setAccessible(True)
-        command = bytes(field.get(rdd).command().toArray())
+        numbers = field.get(rdd).command().mkString(" ").split()
+        command = bytes(int(number) % 256 for number in numbers)
         yield [
             (code.name, argument)
             for code, argument, _ in pickletools.genops(command)
