@@ -215,7 +215,7 @@ def test_files_that_changed_are_read_again(spark: Any, tmp_path: Path, kind: str
     assert data.from_dataframe(read.load(str(tmp_path / "table"))) is stored
     written(3.0, "table/p=2/rows")
     assert sorted(values(read.load(str(tmp_path / "table")))) == [2.0, 3.0]
-    assert sorted(values(read.load(str(tmp_path / "table/*")))) == [2.0, 3.0]
+    assert sorted(values(read.load(str(tmp_path / "table/*")).select("x"))) == [2.0, 3.0]
     written(4.0, "table/p=2/rows")
     largest = f"SELECT (SELECT max(x) FROM parquet.`{tmp_path}/table`) AS x"
     if kind == "parquet":
