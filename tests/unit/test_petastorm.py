@@ -330,6 +330,38 @@ class TestTensorFlow:
                 assert "Repeat" in names[1]
                 assert not [name for name in names[1:] if "Prefetch" in name]
 
+    def test_a_digest_of_rows_without_end_fails_instead_of_never_ending(
+        self, converter: SparkDatasetConverter, parquet: Path
+    ) -> None:
+        """MLflow's autologging computes one, of whatever the dataset was made into."""
+        from mlflow.data.code_dataset_source import CodeDatasetSource
+        from mlflow.data.tensorflow_dataset import from_tensorflow
+
+        from horovodrunner.compat.petastorm.tf_utils import make_petastorm_dataset
+
+        def digest_of(rows: Any) -> str:
+            return str(from_tensorflow(rows, CodeDatasetSource(tags={})).digest)
+
+        with (
+            converter.make_tf_dataset(schema_fields=["features", "label"]) as rows,
+            make_batch_reader(parquet.as_uri(), ["label"], num_epochs=None) as reader,
+        ):
+            pairs = rows.map(lambda row: (row.features, row.label))
+            for endless in (
+                rows,
+                pairs,
+                pairs.unbatch().batch(4).prefetch(1),
+                pairs.filter(lambda features, label: True),
+                make_petastorm_dataset(reader).map(lambda row: row.label).unbatch(),
+                converter._stored.tf(4, columns=["label"]).repeat(),
+            ):
+                with pytest.raises(Exception, match=r"has no end.*log_datasets=False"):
+                    digest_of(endless)
+            assert next(iter(pairs))[1].shape == (32,)
+            assert digest_of(pairs.take(3))
+        with converter.make_tf_dataset(num_epochs=2, schema_fields=["label"]) as rows:
+            assert digest_of(rows) == digest_of(rows)
+
     def test_transformed_rows(self, converter: SparkDatasetConverter) -> None:
         spec = TransformSpec(image, edit_fields=IMAGE, selected_fields=["label", "image"])
         with converter.make_tf_dataset(
