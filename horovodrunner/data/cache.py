@@ -15,7 +15,8 @@ from typing import Any
 
 from horovodrunner.core.places import LocalPlace, open_place
 from horovodrunner.data.dataset import DataSet
-from horovodrunner.data.stored import Manifest
+from horovodrunner.data.origin import Origin
+from horovodrunner.data.stored import MANIFEST, Manifest
 from horovodrunner.errors import DataError
 
 __all__ = ["DataSetCache", "cache"]
@@ -26,8 +27,10 @@ class _Entry:
     identity: str
     location: str
     manifest: Manifest
-    is_of: Callable[[Any, Any], bool]
-    """Whether a DataFrame, stored with certain settings, is this data set."""
+    origin: Origin | None
+    """What the rows were computed from, as far as that can be told."""
+    settings: Any
+    """What else the stored rows depend on."""
     owner: int = field(default_factory=os.getpid)
     used_at: float = field(default_factory=time.monotonic)
     handle: Callable[[], DataSet | None] = lambda: None
@@ -36,21 +39,21 @@ class _Entry:
 class DataSetCache:
     """What was stored and not deleted yet.
 
-    A data set that nobody holds a handle of is kept for the next ``from_dataframe`` of the same
-    plan, until the space is needed.
+    A data set that nobody holds a handle of is kept for the next ``from_dataframe`` that would
+    compute the same rows, until the space is needed.
     """
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.RLock()
 
-    def find(self, df: Any, settings: Any) -> DataSet | None:
-        """Look for the data set of a DataFrame.
+    def find(self, origin: Origin, settings: Any) -> DataSet | None:
+        """Look for the data set that a DataFrame would become now.
 
         Parameters
         ----------
-        df
-            The DataFrame.
+        origin
+            What the DataFrame's rows would be computed from.
         settings
             What else the stored rows depend on.
 
@@ -61,8 +64,12 @@ class DataSetCache:
         """
         with self._lock:
             for entry in list(self._entries.values()):
-                if entry.owner == os.getpid() and entry.is_of(df, settings):
-                    return self._handle(entry)
+                if entry.owner != os.getpid() or entry.origin is None:
+                    continue
+                if entry.settings == settings and entry.origin.is_same_as(origin):
+                    if is_there(entry.location):
+                        return self._handle(entry)
+                    self.delete(entry.identity)  # somebody else has emptied the directory
         return None
 
     def add(
@@ -70,8 +77,10 @@ class DataSetCache:
         identity: str,
         location: str,
         manifest: Manifest,
-        is_of: Callable[[Any, Any], bool],
         limit: int | None,
+        *,
+        origin: Origin | None = None,
+        settings: Any = None,
     ) -> DataSet:
         """Take in a data set that is complete.
 
@@ -83,10 +92,12 @@ class DataSetCache:
             Its directory or URL.
         manifest
             What it consists of.
-        is_of
-            Whether a DataFrame, stored with certain settings, is this data set.
         limit
             Bytes that all data sets may have together; None: half of what the disk has free.
+        origin
+            What the rows were computed from, if that can be told.
+        settings
+            What else the stored rows depend on.
 
         Returns
         -------
@@ -99,7 +110,7 @@ class DataSetCache:
             If there is no room for it even without those that nobody holds.
         """
         with self._lock:
-            self._entries[identity] = entry = _Entry(identity, location, manifest, is_of)
+            self._entries[identity] = entry = _Entry(identity, location, manifest, origin, settings)
             handle = self._handle(entry)
             self._make_room(entry, limit)
             return handle
@@ -163,6 +174,27 @@ def _limit_of_disk(location: str, stored_bytes: int) -> int:
     if not isinstance(place, LocalPlace):
         return 2**63
     return (shutil.disk_usage(place.root).free + stored_bytes) // 2
+
+
+def is_there(location: str) -> bool:
+    """Tell whether a data set's directory still has its manifest.
+
+    Parameters
+    ----------
+    location
+        The directory or URL.
+
+    Returns
+    -------
+    bool
+        False, too, where it cannot be reached.
+    """
+    place = open_place(location)
+    place.refresh()
+    try:
+        return place.size(MANIFEST) > 0
+    except OSError:
+        return False
 
 
 def remove(location: str) -> None:

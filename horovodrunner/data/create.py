@@ -26,6 +26,7 @@ from horovodrunner.data.columns import (
     with_masks,
 )
 from horovodrunner.data.dataset import DataSet
+from horovodrunner.data.origin import Origin, origin_of
 from horovodrunner.data.stored import MANIFEST, Manifest, StoredFile
 from horovodrunner.data.unshared import UnsharedDataSet
 from horovodrunner.data.writing import REPORT_SCHEMA, WriteJob, write_rows
@@ -60,9 +61,10 @@ def from_dataframe(
 ) -> DataSet:
     """Store the rows of a DataFrame for training.
 
-    The executors compute the DataFrame once and write it as Arrow files. Calling this again with a
-    DataFrame of the same plan, over the same input files, gives the data set that is there already.
-    It is deleted by ``delete()``, at the end of a ``with`` block, and when this process ends.
+    The executors compute the DataFrame once and write it as Arrow files. Calling this again returns
+    the data set that is there already if Spark would compute the same rows: from the same files,
+    with nothing written to them since. It is deleted by ``delete()``, at the end of a ``with``
+    block, and when this process ends.
 
     Parameters
     ----------
@@ -79,8 +81,9 @@ def from_dataframe(
         What becomes of null values, by column name: :func:`fill` or :func:`mask`. A null in
         another column is an error.
     reuse
-        Whether a data set of the same plan is good enough. Spark cannot see all that a plan depends
-        on, a JDBC table's rows say.
+        False: store the rows anew in any case. That is done anyway where it cannot be told whether
+        the rows would be the same: after a UDF, of a cached DataFrame, of a JDBC table;
+        docs/data.md has the list.
     shared
         False: nothing is stored now. Each run that the data set is given to computes the DataFrame,
         deals its rows out to the ranks, and every task writes those of its rank to a file of its
@@ -119,11 +122,12 @@ def from_dataframe(
     if not shared:
         return UnsharedDataSet(uuid.uuid4().hex, tuple(columns), source, nulls)
     settings = (base, tuple(columns), tuple(sorted(nulls.items(), key=lambda each: each[0])))
-    if reuse and (found := cache.find(df, settings)) is not None:
+    origin = origin_of(df)  # before the rows are computed: what changes meanwhile is another one
+    if reuse and origin is not None and (found := cache.find(origin, settings)) is not None:
         return found
-
-    is_of = _same_plan(df, settings)
-    return _stored(base, columns, _writer(source, columns, nulls), is_of, limit)
+    return _stored(
+        base, columns, _writer(source, columns, nulls), limit, origin=origin, settings=settings
+    )
 
 
 def store_here(data: UnsharedDataSet, directory: Path) -> None:
@@ -212,19 +216,22 @@ def from_arrow(
         reports = write_rows(job, iter(table.to_batches()))
         return [text for report in reports for text in report.column("report").to_pylist()]
 
-    return _stored(base, columns, write, lambda df, settings: False, None)
+    return _stored(base, columns, write, None)
 
 
 def _stored(
     base: str,
     columns: Sequence[Column],
     write: Callable[[str], Iterable[str]],
-    is_of: Callable[[Any, Any], bool],
     limit: int | None,
+    *,
+    origin: Origin | None = None,
+    settings: Any = None,
 ) -> DataSet:
     identity = uuid.uuid4().hex
     location = f"{base.rstrip('/')}/horovodrunner-data-{identity}"
-    return cache.add(identity, location, _write(location, columns, write), is_of, limit)
+    manifest = _write(location, columns, write)
+    return cache.add(identity, location, manifest, limit, origin=origin, settings=settings)
 
 
 def _write(
@@ -323,18 +330,3 @@ def _limit(spark: SparkSession) -> int | None:
         return int(text)
     except ValueError as error:
         raise ConfigurationError(f"{CACHE_LIMIT_CONF}={text!r}: give a number of bytes") from error
-
-
-def _same_plan(df: DataFrame, settings: Any) -> Callable[[Any, Any], bool]:
-    """Tell whether another DataFrame has the same rows, as far as Spark knows."""
-    files = sorted(df.inputFiles())
-
-    def is_of(other: Any, other_settings: Any) -> bool:
-        return (
-            other_settings == settings
-            and other.sparkSession is df.sparkSession
-            and other.sameSemantics(df)
-            and sorted(other.inputFiles()) == files
-        )
-
-    return is_of

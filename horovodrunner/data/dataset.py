@@ -297,7 +297,8 @@ class DataSet:
         Parameters
         ----------
         prefetch
-            How many batches are made ahead.
+            How many batches are made ahead; 0: none, for a dataset that you repeat and prefetch
+            yourself, in this order.
         state
             ``{"epoch": ..., "position": ...}`` to go on from: rows that all ranks have taken.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,9 @@ from horovodrunner.data.batches import Batches
 from horovodrunner.data.columns import Column
 from horovodrunner.data.formats import nested
 from horovodrunner.data.ragged import Ragged
+from horovodrunner.errors import DataError
 
-__all__ = ["tf_dataset"]
+__all__ = ["refuse_a_digest", "tf_dataset"]
 
 STEPS_AT_ONCE = 16
 """So many batches go to TensorFlow in one call, where they have the same shape."""
@@ -33,7 +36,7 @@ def tf_dataset(
         Their columns; None when a transform has made something else of them, at which the first
         batch is looked at.
     prefetch
-        How many batches are made ahead.
+        How many batches are made ahead; 0: the caller does that.
 
     Returns
     -------
@@ -51,14 +54,59 @@ def tf_dataset(
             lambda spec: tf.TensorSpec([None, *spec.shape], spec.dtype), signature
         )
         dataset = tf.data.Dataset.from_generator(
-            lambda: _stacked(batches), output_signature=stacked
+            lambda: _stacked(_epoch(batches)), output_signature=stacked
         ).unbatch()
     else:
         dataset = tf.data.Dataset.from_generator(
-            lambda: map(_tensors, batches), output_signature=signature
+            lambda: map(_tensors, _epoch(batches)), output_signature=signature
         )
     dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(batches)))
-    return dataset.prefetch(prefetch)
+    return dataset.prefetch(prefetch) if prefetch else dataset
+
+
+def _epoch(batches: Batches[Any]) -> Iterator[Any]:
+    refuse_a_digest()
+    yield from batches
+
+
+def refuse_a_digest() -> None:
+    """Fail if MLflow is just computing a digest of a dataset without end, for which it never ends.
+
+    Its autologging does so before training, and goes on with a warning where that fails. A dataset
+    that was made of ours, with ``map`` say, has nothing of ours. But the rows come from here, in a
+    thread of TensorFlow's, while MLflow waits for them in another one.
+
+    Raises
+    ------
+    DataError
+        If so.
+    """
+    if "mlflow.data" not in sys.modules:
+        return
+    for frame in _frames_of_a_digest():
+        if any(map(_has_no_end, frame.f_locals.values())):
+            raise DataError(
+                "MLflow wants to read all rows, for a digest, and this dataset has no end: train "
+                "without it, with autolog(log_datasets=False), or give from_tensorflow a digest="
+            )
+
+
+def _frames_of_a_digest() -> Iterator[FrameType]:
+    for top in sys._current_frames().values():
+        frame: FrameType | None = top
+        while frame is not None:
+            if str(frame.f_globals.get("__name__")).startswith("mlflow.data."):
+                yield frame
+            frame = frame.f_back
+
+
+def _has_no_end(value: Any) -> bool:
+    if not isinstance(value, tf.data.Dataset):
+        return False
+    rows = int(value.cardinality())
+    if rows == tf.data.experimental.UNKNOWN_CARDINALITY:  # as after filter()
+        return any(map(_has_no_end, value._inputs()))
+    return rows == tf.data.experimental.INFINITE_CARDINALITY
 
 
 def _spec_of(value: Any, rows: int | None) -> Any:

@@ -159,9 +159,8 @@ def _plain_scan(df: DataFrame, columns: Sequence[str]) -> FileScan:
         raise _NotPlainError("df is a stream")
     _check_settings(df.sparkSession)
     schema = _needed_schema(df, columns)
-    storage = df.storageLevel
-    if storage.useMemory or storage.useDisk or storage.useOffHeap:
-        raise _NotPlainError("df is cached")  # and its files may have changed since
+    if _uses_cached_rows(df):  # and the files may have changed since
+        raise _NotPlainError("df is cached")
     paths = _local_paths(df.inputFiles())
     if not _is_scan_of(df, paths):
         raise _NotPlainError("df is not a plain scan of one path of Parquet files")
@@ -175,6 +174,13 @@ def _plain_scan(df: DataFrame, columns: Sequence[str]) -> FileScan:
     return FileScan(
         parts, schema, sum(part.rows for part in parts), sum(part.bytes for part in parts)
     )
+
+
+def _uses_cached_rows(df: DataFrame) -> bool:
+    # a DataFrame of its own: one that Spark has planned before does not see what was cached since
+    leaves = df.select("*")._jdf.queryExecution().withCachedData().collectLeaves()
+    names = (leaves.apply(index).getClass().getSimpleName() for index in range(leaves.size()))
+    return "InMemoryRelation" in names
 
 
 def _check_settings(spark: SparkSession) -> None:

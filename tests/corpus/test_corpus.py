@@ -100,6 +100,13 @@ def test_mlflow_on_rank_0_logs_into_the_run_of_the_driver(shown: dict[str, str])
     assert "the last is the same: True" in lines
 
 
+def test_autologging_computes_no_digest_of_a_dataset_without_end(shown: dict[str, str]) -> None:
+    output = shown["mlflow_search.py"]
+    for ranks in (2, -2):
+        assert f"autologged with np={ranks}: 2 ['loss']" in output.splitlines()
+    assert "this dataset has no end" in output
+
+
 def test_lightning_trains_alone_and_together(shown: dict[str, str]) -> None:
     lines = shown["lightning_trainer.py"].splitlines()
     assert "alone: {'hidden': 4, 'lr': 0.01} 16 steps" in lines

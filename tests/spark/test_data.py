@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import datetime
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from horovodrunner import DataError, HorovodRunner, data
+from horovodrunner.data import origin
 from horovodrunner.data.cache import cache
+from horovodrunner.data.origin import origin_of
 
 pytestmark = [pytest.mark.spark]
 
@@ -173,6 +179,162 @@ def test_a_plan_is_stored_once_until_it_is_deleted(spark: Any, tmp_path: Path) -
         assert len(again) == 7
     cache.delete_all()
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["of-others"]
+
+
+def values(df: Any, **options: Any) -> list[Any]:
+    """Store one partition of a column x, and read it."""
+    rows = data.from_dataframe(df.coalesce(1), **options)
+    return next(iter(rows.numpy(len(rows), rank=0, size=1)))["x"].tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_files_that_changed_are_read_again(spark: Any, tmp_path: Path, kind: str) -> None:
+    """Whatever stays: the path, the size, the time of the last change, the DataFrame itself."""
+    read = spark.read.format(kind).schema("x double, p int")
+
+    def written(number: float, path: str) -> Path:
+        """Write one file, with the name that the last one had."""
+        spark.range(1).selectExpr(f"{number}D AS x").coalesce(1).write.format(kind).mode(
+            "overwrite"
+        ).save(str(tmp_path / "new"))
+        [new] = (tmp_path / "new").glob("part-*")
+        target = tmp_path / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return new.rename(target)
+
+    first = written(1.0, "table/p=1/rows")
+    df = read.load(str(tmp_path / "table"))
+    assert values(df) == [1.0]
+    times = first.stat()
+    written(2.0, "table/p=1/rows")
+    os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert first.stat().st_size == times.st_size
+    assert values(read.load(str(tmp_path / "table"))) == [2.0]
+    assert values(df) == [2.0]
+    stored = data.from_dataframe(df)
+    assert data.from_dataframe(read.load(str(tmp_path / "table"))) is stored
+    written(3.0, "table/p=2/rows")
+    assert sorted(values(read.load(str(tmp_path / "table")))) == [2.0, 3.0]
+    assert sorted(values(read.load(str(tmp_path / "table/*")).select("x"))) == [2.0, 3.0]
+    written(4.0, "table/p=2/rows")
+    largest = f"SELECT (SELECT max(x) FROM parquet.`{tmp_path}/table`) AS x"
+    if kind == "parquet":
+        assert values(spark.sql(largest)) == [4.0]
+        written(5.0, "table/p=2/rows")
+        assert values(spark.sql(largest)) == [5.0]
+
+
+def test_rows_that_may_be_others_are_computed_again(spark: Any, tmp_path: Path) -> None:
+    from pyspark.ml.feature import VectorAssembler
+    from pyspark.sql import functions
+
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"x": [1.0, 2.0]}), file)
+    df = spark.read.parquet(str(file))
+    udf = functions.udf(lambda x: x, "double")
+    cached = spark.read.parquet(str(file)).where("x > 0").cache()
+    for unknown in (
+        df.select(functions.rand(seed=1).alias("x")),
+        df.selectExpr("monotonically_increasing_id() AS x"),
+        df.selectExpr("x", "input_file_name() AS f"),
+        df.selectExpr("reflect('java.util.UUID', 'randomUUID') AS x"),
+        df.select(udf("x").alias("x")),
+        df.where(udf("x") > 0),
+        spark.range(1).where(f"id IN (SELECT cast(x * rand() AS int) FROM parquet.`{file}`)"),
+        df.mapInArrow(lambda batches: batches, "x double"),
+        df.groupBy("x").applyInPandas(lambda frame: frame, "x double"),
+        VectorAssembler(inputCols=["x"], outputCol="v").transform(df),
+        cached,
+        cached.select("x"),
+        df.localCheckpoint(),
+        df.rdd.toDF(),
+        spark.sparkContext.parallelize([1]).map(lambda _: (file.stat().st_size,)).toDF("x int"),
+        spark.sql("SHOW TABLES"),
+    ):
+        assert origin_of(unknown) is None
+    cached.unpersist()
+
+    now = df.selectExpr("unix_micros(current_timestamp()) AS x")
+    assert values(now) != values(now)
+    local = spark.createDataFrame([(1.0,)], "x double")
+    for known in (
+        df.groupBy("x").count(),
+        df.randomSplit([0.5, 0.5], seed=1)[0],
+        df.join(df.withColumnRenamed("x", "y"), functions.expr("x < y")).orderBy("x"),
+        df.selectExpr("explode(array(x, x)) AS x", "struct(x) AS s"),
+        spark.sql(f"WITH t AS (SELECT * FROM parquet.`{file}`) SELECT * FROM t UNION ALL TABLE t"),
+        df.selectExpr("current_date() AS day", "x"),
+        spark.range(3),
+        spark.sql("VALUES (1), (2)"),
+        local,
+        local.coalesce(1).select("x"),
+    ):
+        found, again = origin_of(known), origin_of(known.select("*"))
+        assert found is not None
+        assert again is not None
+        assert found.is_same_as(again)
+    assert values(spark.createDataFrame([(2.0,)], "x double")) == [2.0]
+    assert values(spark.createDataFrame([(3.0,)], "x double")) == [3.0]
+    assert len(values(spark.read.parquet(str(file), str(file)))) == 4
+    assert len(values(spark.read.parquet(*[str(file)] * 3))) == 6
+
+
+def test_tables_and_views_that_changed_are_read_again(spark: Any, tmp_path: Path) -> None:
+    spark.range(1).selectExpr("1.0D AS x").createOrReplaceTempView("changing")
+    assert values(spark.table("changing")) == [1.0]
+    spark.range(1).selectExpr("2.0D AS x").createOrReplaceTempView("changing")
+    assert values(spark.table("changing")) == [2.0]
+    name = f"changing_{tmp_path.name}"
+    try:
+        for number, how in ((1.0, "errorifexists"), (2.0, "overwrite")):
+            rows = spark.sql(f"SELECT {number}D AS x, 1 AS p")
+            rows.write.mode(how).partitionBy("p").option("path", str(tmp_path / name)).saveAsTable(
+                name
+            )
+            assert values(spark.table(name)) == [number]
+        assert origin_of(spark.table(name)) is not None
+        spark.sql("SELECT 3.0D AS x, 2 AS p").write.insertInto(name)
+        assert sorted(values(spark.table(name))) == [2.0, 3.0]
+    finally:
+        spark.sql(f"DROP TABLE IF EXISTS {name}")
+
+
+def test_settings_belong_to_what_is_read(spark: Any, tmp_path: Path) -> None:
+    (tmp_path / "times.csv").write_text("2020-01-01 00:00:00\n")
+
+    def stored() -> Any:
+        df = spark.read.schema("t timestamp").csv(str(tmp_path / "times.csv"))
+        return next(iter(data.from_dataframe(df).numpy(1, rank=0, size=1)))["t"][0]
+
+    before = spark.conf.get("spark.sql.session.timeZone")
+    found = []
+    try:
+        for zone in ("UTC", "Asia/Tokyo"):
+            spark.conf.set("spark.sql.session.timeZone", zone)
+            found.append(stored())
+    finally:
+        spark.conf.set("spark.sql.session.timeZone", before)
+    assert str(found[0] - found[1]) == "32400000000 microseconds"
+
+
+def test_a_hadoop_file_system_says_what_changed(spark: Any, tmp_path: Path) -> None:
+    """Not Python's view of the file, but that of the file system which Spark reads."""
+    file = tmp_path / "rows.parquet"
+    states = []
+    for number in (1, 2):
+        pq.write_table(pa.table({"x": [number]}), file)
+        os.utime(file, (number, number + 0.125))
+        states.append(origin._hadoop_status(spark, file.as_uri()))
+    assert states == [(file.stat().st_size, changed_ms, "") for changed_ms in (1125, 2125)]
+
+
+def test_what_somebody_else_deleted_is_stored_again(spark: Any, tmp_path: Path) -> None:
+    first = data.from_dataframe(spark.range(5), tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    again = data.from_dataframe(spark.range(5), tmp_path / "cache")
+    assert again is not first
+    assert len(list(again.numpy(5, rank=0, size=1))) == 1
+    again.delete()
 
 
 def test_what_fails_leaves_nothing(spark: Any, tmp_path: Path) -> None:

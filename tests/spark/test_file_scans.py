@@ -231,6 +231,14 @@ def test_sources_that_are_not_files(spark: Any, folder: str, tmp_path: Path) -> 
         assert reason(spark.read.parquet(folder).select("id", "s")) == "df is cached"
     finally:
         df.unpersist()
+    whole = spark.read.parquet(folder)
+    before = whole.select("id")
+    assert isinstance(plain_scan(before, ["id"]), FileScan)
+    whole.cache()
+    try:  # Spark takes a part of what is cached, which the files may no longer have
+        assert reason(whole.select("id")) == reason(before) == "df is cached"
+    finally:
+        whole.unpersist()
 
 
 def test_settings_that_change_how_spark_reads(spark: Any, folder: str) -> None:

@@ -318,6 +318,53 @@ class TestTensorFlow:
             assert len(found) == 6
             assert found[2] == found[5] == last
 
+    def test_batches_are_made_ahead_after_they_are_repeated(
+        self, converter: SparkDatasetConverter
+    ) -> None:
+        """Each pass would take a buffer of its own from TensorFlow's budget otherwise."""
+        for num_epochs in (None, 2):
+            for prefetch in (None, 3):
+                with converter.make_tf_dataset(prefetch=prefetch, num_epochs=num_epochs) as dataset:
+                    names, found = [], dataset
+                    while found is not None:
+                        names.append(type(found).__name__)
+                        found = next(iter(found._inputs()), None)
+                assert "Prefetch" in names[0]
+                assert "Repeat" in names[1]
+                assert not [name for name in names[1:] if "Prefetch" in name]
+
+    def test_a_digest_of_rows_without_end_fails_instead_of_never_ending(
+        self, converter: SparkDatasetConverter, parquet: Path
+    ) -> None:
+        """MLflow's autologging computes one, of whatever the dataset was made into."""
+        from mlflow.data.code_dataset_source import CodeDatasetSource
+        from mlflow.data.tensorflow_dataset import from_tensorflow
+
+        from horovodrunner.compat.petastorm.tf_utils import make_petastorm_dataset
+
+        def digest_of(rows: Any) -> str:
+            return str(from_tensorflow(rows, CodeDatasetSource(tags={})).digest)
+
+        with (
+            converter.make_tf_dataset(schema_fields=["features", "label"]) as rows,
+            make_batch_reader(parquet.as_uri(), ["label"], num_epochs=None) as reader,
+        ):
+            pairs = rows.map(lambda row: (row.features, row.label))
+            for endless in (
+                rows,
+                pairs,
+                pairs.unbatch().batch(4).prefetch(1),
+                pairs.filter(lambda features, label: True),
+                make_petastorm_dataset(reader).map(lambda row: row.label).unbatch(),
+                converter._stored.tf(4, columns=["label"]).repeat(),
+            ):
+                with pytest.raises(Exception, match=r"has no end.*log_datasets=False"):
+                    digest_of(endless)
+            assert next(iter(pairs))[1].shape == (32,)
+            assert digest_of(pairs.take(3))
+        with converter.make_tf_dataset(num_epochs=2, schema_fields=["label"]) as rows:
+            assert digest_of(rows) == digest_of(rows)
+
     def test_transformed_rows(self, converter: SparkDatasetConverter) -> None:
         spec = TransformSpec(image, edit_fields=IMAGE, selected_fields=["label", "image"])
         with converter.make_tf_dataset(
@@ -390,6 +437,39 @@ class TestBatchReader:
             batch = next(reader)
         assert batch.image.shape[1:] == (3, 2)
         assert batch.image[:, 0, 0].tolist() == batch.label.tolist()
+
+    def test_a_seed_fixes_the_sequence_and_not_each_group(self, tmp_path: Path) -> None:
+        table = pa.table({"row": range(120)})
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=40)
+
+        def passes(seed: int | None, pool: str = "thread") -> list[list[int]]:
+            with make_batch_reader(
+                tmp_path.as_uri(), num_epochs=2, seed=seed, reader_pool_type=pool,
+                shuffle_rows=True, shuffle_row_groups=False,
+            ) as reader:  # fmt: skip
+                found = [batch.row.tolist() for batch in reader]
+                reader.reset()
+                return found + [batch.row.tolist() for batch in reader]
+
+        found = passes(7)
+        within = {tuple(row % 40 for row in rows) for rows in found}
+        assert len(within) == len(found) == 12  # another permutation each, in each epoch and pass
+        assert all(sorted(rows) == list(range(min(rows), min(rows) + 40)) for rows in found)
+        assert passes(7, "dummy") == found  # whatever the threads
+        assert passes(8) != found
+        assert passes(None) != passes(None)
+
+    def test_a_seed_fixes_what_the_loaders_mix(self, parquet: Path) -> None:
+        def passes(seed: int | None, loader: Any) -> list[list[int]]:
+            reader = make_batch_reader(parquet.as_uri(), ["label"], seed=seed)
+            with loader(reader, batch_size=28, shuffling_queue_capacity=100) as mixed:
+                return [batch["label"].tolist() for _ in range(2) for batch in mixed]
+
+        for loader in (DataLoader, BatchedDataLoader):
+            first, second = passes(3, loader)
+            assert first != second
+            assert passes(3, loader) == [first, second]
+            assert passes(4, loader) != [first, second]
 
     def test_what_cannot_be_read_is_told(self, parquet: Path) -> None:
         with pytest.raises(DataError, match="cannot be read as Parquet"):

@@ -256,7 +256,8 @@ class SparkDatasetConverter:
         if data_loader_fn is None:
             return _torch_loader(self._stored, reading, num_epochs)
         reading["remainder"] = "pad"
-        reader = _BatchReader(self._stored.numpy(**reading), num_epochs, self._schema(options))
+        rows = self._stored.numpy(**reading)
+        reader = _BatchReader(rows, num_epochs, self._schema(options), options.seed)
         return _own_loader(reader, data_loader_fn, batch_size or 32, shuffling_queue_capacity)
 
     def _options(
@@ -339,9 +340,11 @@ def _tf_dataset(
     import tensorflow as tf
 
     row = schema.row_class
-    ahead = tf.data.AUTOTUNE if prefetch is None else prefetch
-    rows = stored.tf(**reading, prefetch=ahead)
-    yield rows.map(lambda batch: row(*(batch[name] for name in row._fields))).repeat(num_epochs)
+    # Repeated first and made ahead last: a prefetch below repeat() begins anew in each pass, and
+    # each time TensorFlow takes its buffer from the same budget.
+    rows = stored.tf(**reading, prefetch=0)
+    rows = rows.map(lambda batch: row(*(batch[name] for name in row._fields))).repeat(num_epochs)
+    yield rows.prefetch(tf.data.AUTOTUNE if prefetch is None else prefetch)
 
 
 @contextmanager
@@ -394,9 +397,12 @@ class _BatchReader:
     batched_output = True
     ngram = None
 
-    def __init__(self, epoch: Any, num_epochs: int | None, schema: Schema) -> None:
+    def __init__(
+        self, epoch: Any, num_epochs: int | None, schema: Schema, seed: int | None
+    ) -> None:
         self._loader = _Loader(epoch, num_epochs)
         self.schema = schema
+        self.seed = seed
         self.num_epochs = num_epochs
         self.last_row_consumed = False
         self._batches = iter(self._loader)

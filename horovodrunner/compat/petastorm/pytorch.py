@@ -26,14 +26,15 @@ class _Loader:
     batch_size
         Rows a batch has; the last one may have fewer.
     shuffling_queue_capacity
-        If not 0, rows are mixed among about so many; all shards have the same number of batches
-        either way.
+        If not 0, rows are mixed among about so many, in an order that the reader's seed chooses;
+        all shards have the same number of batches either way.
     """
 
     def __init__(self, reader: Any, batch_size: int, shuffling_queue_capacity: int) -> None:
         self.reader = reader
         self.batch_size = batch_size
         self.shuffling_queue_capacity = shuffling_queue_capacity
+        self._random = np.random.default_rng(getattr(reader, "seed", None))
         self._is_running = False
         self._was_iterated = False
 
@@ -46,7 +47,8 @@ class _Loader:
             self.reader.reset()
         self._was_iterated = self._is_running = True
         try:
-            for rows in _batches(self.reader, self.batch_size, self.shuffling_queue_capacity):
+            capacity = self.shuffling_queue_capacity
+            for rows in _batches(self.reader, self.batch_size, capacity, self._random):
                 yield self._collated(rows)
         finally:
             self._is_running = False
@@ -135,8 +137,9 @@ class BatchedDataLoader(_Loader):
         return {name: make(values) for name, values in rows.items()}
 
 
-def _batches(reader: Any, batch_size: int, capacity: int) -> Generator[_Rows, None, None]:
-    generator = np.random.default_rng()
+def _batches(
+    reader: Any, batch_size: int, capacity: int, generator: np.random.Generator
+) -> Generator[_Rows, None, None]:
     kept: _Rows = {}
     at_least = max(0, capacity - 1)
     for row_group in reader:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from horovodrunner.compat.petastorm.frames import arrays_of, transformed
 from horovodrunner.compat.petastorm.options import ReaderOptions
@@ -23,6 +23,8 @@ from horovodrunner.errors import (
 )
 
 __all__ = ["Reader", "make_batch_reader", "make_reader"]
+
+_Item = TypeVar("_Item")
 
 
 def make_reader(*arguments: Any, **options: Any) -> Any:
@@ -161,6 +163,7 @@ class Reader:
         self._pieces = _share([each for each in groups if each.rows], *options.shard)
         self._random = random.Random(options.seed)  # noqa: S311 - an order, no secret
         self.num_epochs = options.num_epochs
+        self.seed = options.seed
         self.last_row_consumed = False
         self.stopped = False
         self._batches = self._epochs()
@@ -220,22 +223,25 @@ class Reader:
         epochs = itertools.count() if self.num_epochs is None else range(self.num_epochs)
         return _read_ahead(self._read, self._in_order(epochs), self._options.threads)
 
-    def _in_order(self, epochs: Any) -> Iterator[_Piece]:
+    def _in_order(self, epochs: Any) -> Iterator[tuple[_Piece, int]]:
+        """Say what to read when, each with a seed of its own: threads may read in any order."""
         for _ in epochs:
             pieces = list(self._pieces)
             if self._options.shuffle_row_groups:
                 self._random.shuffle(pieces)
-            yield from pieces
+            for piece in pieces:
+                yield piece, self._random.getrandbits(64)
 
-    def _read(self, piece: _Piece) -> Any:
+    def _read(self, piece_and_seed: tuple[_Piece, int]) -> Any:
         import numpy as np
 
+        piece, seed = piece_and_seed
         columns = list(self._stored.fields)
         table = piece.group.to_table(schema=self._arrow_schema, columns=columns)
         frame = table.slice(piece.start, piece.rows).to_pandas()
         if self._options.shuffle_rows:
-            generator = np.random.default_rng(self._options.seed)
-            frame = frame.take(generator.permutation(len(frame))).reset_index(drop=True)
+            chosen = np.random.default_rng(seed).permutation(len(frame))
+            frame = frame.take(chosen).reset_index(drop=True)
         spec = self._options.transform_spec
         arrays = (
             arrays_of(frame, self.schema) if spec is None else transformed(frame, spec, self.schema)
@@ -264,7 +270,7 @@ def _share(groups: list[_Piece], shard: int, shards: int) -> list[_Piece]:
     return found
 
 
-def _read_ahead(read: Callable[[_Piece], Any], pieces: Iterator[_Piece], threads: int) -> Any:
+def _read_ahead(read: Callable[[_Item], Any], pieces: Iterator[_Item], threads: int) -> Any:
     """Read with some threads, in order."""
     if not threads:
         yield from map(read, pieces)

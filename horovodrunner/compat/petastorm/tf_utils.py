@@ -32,10 +32,13 @@ def make_petastorm_dataset(reader: Any) -> tf.data.Dataset:
     """
     import tensorflow as tf
 
+    from horovodrunner.data.tf_dataset import refuse_a_digest
+
     fields = reader.schema.fields.values()
     row = reader.schema.row_class
 
     def batches() -> Iterator[tuple[Any, ...]]:
+        refuse_a_digest()
         if reader.last_row_consumed:
             reader.reset()
         for batch in reader:
@@ -43,6 +46,9 @@ def make_petastorm_dataset(reader: Any) -> tf.data.Dataset:
 
     signature = tuple(tf.TensorSpec((None, *each.shape), _dtype(each)) for each in fields)
     dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
+    if reader.num_epochs is None:
+        endless = tf.data.experimental.INFINITE_CARDINALITY
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(endless))
     return dataset.map(row)
 
 

@@ -88,3 +88,38 @@ seen = client.get_run(run_id).data
 history = client.get_metric_history(run_id, "loss_0.5")
 print("tracked:", sorted(seen.metrics), seen.tags["ranks"], [metric.step for metric in history])
 print("the last is the same:", bool(np.isclose(history[-1].value, losses[-1])))
+
+# COMMAND ----------
+
+# MAGIC %md ## Autologging of Keras, with Petastorm's converter
+
+# COMMAND ----------
+
+from petastorm.spark import SparkDatasetConverter, make_spark_converter
+
+spark.conf.set(SparkDatasetConverter.PARENT_CACHE_DIR_URL_CONF, "file://" + tempfile.mkdtemp(prefix="petastorm_"))
+converter = make_spark_converter(spark.range(64).selectExpr("cast(id / 64 as float) x", "cast(id / 32 as float) y"))
+
+
+def train_keras(run_id):
+    import horovod.tensorflow.keras as hvd
+    import keras
+
+    hvd.init()
+    if hvd.rank() == 0:
+        mlflow.keras.autolog(log_models=False)
+        mlflow.start_run(run_id=run_id)
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
+    with converter.make_tf_dataset(batch_size=8, cur_shard=hvd.rank(), shard_count=hvd.size()) as dataset:
+        pairs = dataset.map(lambda row: (row.x[:, None], row.y))
+        history = model.fit(pairs, steps_per_epoch=len(converter) // (8 * hvd.size()), epochs=2, verbose=0)
+    return len(history.history["loss"])
+
+
+for np_ in (2, -2):
+    with mlflow.start_run() as run:
+        pass
+    epochs = HorovodRunner(np=np_).run(train_keras, run_id=run.info.run_id)
+    print(f"autologged with np={np_}:", epochs, sorted(client.get_run(run.info.run_id).data.metrics))
+converter.delete()
