@@ -14,9 +14,12 @@ import signal
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from horovodrunner.core.pickled import Layout, Pickled, reader_of_pieces
+
+if TYPE_CHECKING:
+    from horovodrunner.core.record import RunRecord
 
 __all__ = [
     "STACK_SIGNAL",
@@ -82,6 +85,9 @@ class JobSpec:
         Path on the driver, or URL, where checkpoints are kept; None when there is none.
     keep_checkpoints
         How many of them are kept.
+    record
+        What the run is called with, for those that go on from its checkpoints; None when it keeps
+        none.
     fail_on_checkpoint_error
         Whether a checkpoint that cannot be stored ends the run.
     brought_files
@@ -112,6 +118,7 @@ class JobSpec:
     stall_timeout: float | None = None
     checkpoint_location: str | None = None
     keep_checkpoints: int = 3
+    record: RunRecord | None = field(default=None, repr=False)
     fail_on_checkpoint_error: bool = False
     brought_files: tuple[str, ...] = ()
     ports: tuple[int, int] | None = None
