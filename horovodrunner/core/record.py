@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["HIDDEN", "MAX_ENTRIES", "MAX_TEXT", "RunRecord", "differences"]
+__all__ = ["HIDDEN", "MAX_ENTRIES", "MAX_TEXT", "RunRecord", "changes"]
 
 HIDDEN = "(not shown)"
 """How the text begins that stands for what may be a secret."""
@@ -64,18 +64,20 @@ class RunRecord:
         RunRecord or None
             None when it is not such a record.
         """
-        if not isinstance(fields, dict):
+        try:
+            record = cls(**fields)
+        except TypeError:
             return None
-        run_id, size, python = (fields.get(name) for name in ("run_id", "size", "python"))
-        texts = [fields.get(name) for name in ("arguments", "variables", "code")]
-        if not isinstance(run_id, str) or type(size) is not int or not isinstance(python, str):
-            return None
-        if not all(isinstance(each, dict) and _are_short(each) for each in texts):
-            return None
-        return cls(run_id, size, python, *texts)
+        is_record = (
+            isinstance(record.run_id, str)
+            and type(record.size) is int
+            and isinstance(record.python, str)
+            and all(map(_are_texts, (record.arguments, record.variables, record.code)))
+        )
+        return record if is_record else None
 
 
-def differences(old: RunRecord, new: RunRecord) -> list[str]:
+def changes(old: RunRecord, new: RunRecord) -> list[str]:
     """Name what differs between two runs.
 
     Parameters
@@ -101,7 +103,7 @@ def differences(old: RunRecord, new: RunRecord) -> list[str]:
     for name in new.variables:
         if name in old.variables:
             found += _change(f"the variable {name}", old.variables[name], new.variables[name])
-    if old.size != new.size:
+    if new.size and old.size != new.size:  # np=0 is not known at first
         found.append(f"the number of ranks was {old.size}, is {new.size}")
     if old.python == new.python:
         changed = [
@@ -125,9 +127,14 @@ def _change(name: str, was: str, now: str) -> list[str]:
     return [f"{name} was {was}, is {now}"]
 
 
-def _are_short(texts: dict[Any, Any]) -> bool:
-    return len(texts) <= 2 * MAX_ENTRIES and all(
-        isinstance(text, str) and len(text) <= 4 * MAX_TEXT and text.isprintable()
-        for pair in texts.items()
-        for text in pair
+def _are_texts(texts: Any) -> bool:
+    # they are shown in a terminal
+    return (
+        isinstance(texts, dict)
+        and len(texts) <= MAX_ENTRIES
+        and all(
+            isinstance(text, str) and len(text) <= 2 * MAX_TEXT and text.isprintable()
+            for pair in texts.items()
+            for text in pair
+        )
     )

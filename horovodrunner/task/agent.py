@@ -29,7 +29,7 @@ from horovodrunner.core.job import Failure, FailureKind, JobSpec, Outcome, Worke
 from horovodrunner.core.manifest import Manifest
 from horovodrunner.core.phases import Spans
 from horovodrunner.core.pickled import Layout
-from horovodrunner.core.record import differences
+from horovodrunner.core.record import changes
 from horovodrunner.core.topology import Member, Slot, tf_workers
 from horovodrunner.core.versions import (
     Difference,
@@ -447,7 +447,7 @@ class Agent:
         if record is None or location is None or is_of_run(manifest, record):
             return False
         self._went_on_from = manifest
-        found = [] if manifest.run is None else differences(manifest.run, record)
+        found = [] if manifest.run is None else changes(manifest.run, record)
         if self._job.attempt == 1:  # later attempts are announced by the driver
             path = CheckpointStore(location, self._job.keep_checkpoints).path_of(manifest.step)
             for text in resumption_in_words(manifest, path, found):

@@ -268,13 +268,13 @@ class LatestDecision:
             return answer
         try:
             manifest, damaged = await in_thread(self._depot.find_latest)
+            for sentence in damaged:
+                self._note(sentence)
+            differs = manifest is not None and self._on_found(manifest)
         except Exception as error:  # noqa: BLE001 - starting anew would lose work: main must know
             return {**answer, "error": f"{type(error).__name__}: {error}"}
-        for sentence in damaged:
-            self._note(sentence)
-        if manifest is None:
-            return answer
-        return {**answer, "manifest": manifest.to_json(), "differs": self._on_found(manifest)}
+        text = manifest.to_json() if manifest is not None else ""
+        return {**answer, "manifest": text, "differs": differs}
 
 
 class LatestCopy:

@@ -140,6 +140,28 @@ class CheckpointStore:
         """
         return self._read_manifests()[0]
 
+    def has_any(self, *, recover: bool = False) -> bool:
+        """Tell whether there is a checkpoint, be it a damaged one.
+
+        Parameters
+        ----------
+        recover
+            Whether to put back first what a crash left aside; not while another run may write.
+
+        Returns
+        -------
+        bool
+            True if there is.
+
+        Raises
+        ------
+        OSError
+            When the location exists and cannot be listed.
+        """
+        if recover:
+            self._place.recover()
+        return any(self._read_manifests())
+
     def path_of(self, step: int) -> str:
         """Say where a step's checkpoint is, or would be.
 
