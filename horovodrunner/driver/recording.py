@@ -347,7 +347,9 @@ def _type_text(value: Any) -> str:
         return f"the function {_name(value)}"
     kind = type(value)
     library = kind.__module__.partition(".")[0]
-    if library in {"numpy", "torch"} and kind.__name__ in {"dtype", "device", "Size"}:
+    if library in {"numpy", "torch"} and {"dtype", "device"} & {
+        each.__name__ for each in kind.mro()
+    }:
         return str(value)
     text = f"of type {kind.__qualname__}"
     if library in _HAVE_SHAPES:
