@@ -171,9 +171,14 @@ def train(epochs: int, lr: float, fails_at: int = -1, directory: str = "") -> li
     for epoch in epochs_left:
         save(epoch, text=str(lr * LR))
         if epoch == fails_at and checkpoint.attempt == 1:
-            wait_until(lambda: list(Path(directory).rglob(f"step-*{epoch}/manifest.json")))
+            manifests = f"step-*{epoch}/manifest.json"
+            wait_until(functools.partial(any_below, directory, manifests))
             os.kill(os.getpid(), signal.SIGKILL)
     return list(epochs_left)
+
+
+def any_below(directory: str, pattern: str) -> bool:
+    return any(Path(directory).rglob(pattern))
 
 
 RESUMED = "going on from step"
