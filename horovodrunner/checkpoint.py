@@ -53,11 +53,14 @@ class Checkpoint(type(Path())):  # type: ignore[misc]  # Path's class for this s
     """
 
     step: int
+    _differs: bool
+    """Whether the run that saved it was called with something else."""
 
     @classmethod
-    def _at(cls, directory: str, step: int) -> Checkpoint:
+    def _at(cls, directory: str, step: int, differs: bool) -> Checkpoint:
         checkpoint = cls(directory)
         checkpoint.step = step
+        checkpoint._differs = differs
         return checkpoint
 
     def with_segments(self, *segments: str | os.PathLike[str]) -> Path:
@@ -108,7 +111,9 @@ def latest() -> Checkpoint | None:
             f"rank {context.spec.rank} on {context.spec.host} cannot get the latest checkpoint: "
             f"{answer['error']}"
         )
-    return Checkpoint._at(answer["directory"], answer["step"]) if answer["directory"] else None
+    if not answer["directory"]:
+        return None
+    return Checkpoint._at(answer["directory"], answer["step"], answer["differs"])
 
 
 @contextlib.contextmanager
@@ -244,8 +249,41 @@ def load_torch(**objects: _HasState) -> int:
                 f"the checkpoint of step {found.step} has no {name}.pt, only {held}: "
                 f"load_torch() takes the names that save_torch() was given"
             )
+        made_with = _settings(item)
         item.load_state_dict(torch.load(path, map_location="cpu"))
+        if found._differs:
+            _tell_of_old_settings(name, made_with, _settings(item))
     return found.step + 1
+
+
+def _settings(item: Any) -> list[dict[str, Any]]:
+    """List an optimizer's settings by group; a scheduler's changes to lr are none."""
+    return [
+        {
+            name: value
+            for name, value in {**group, "lr": group.get("initial_lr", group.get("lr"))}.items()
+            if isinstance(value, (bool, int, float, tuple)) and name != "initial_lr"
+        }
+        for group in getattr(item, "param_groups", ())
+    ]
+
+
+def _tell_of_old_settings(
+    name: str, made_with: list[dict[str, Any]], loaded: list[dict[str, Any]]
+) -> None:
+    """Say on the driver, once, that an optimizer's new settings were replaced."""
+    changes = dict.fromkeys(
+        f"{setting} is {value!r} again, not {new[setting]!r}"
+        for new, old in zip(made_with, loaded, strict=False)
+        for setting, value in old.items()
+        if setting in new and new[setting] != value
+    )
+    context = current_context()
+    if changes and context is not None and context.spec.rank == 0:
+        log_to_driver(
+            f"HorovodRunner: checkpoint.load_torch() put the saved settings into {name!r}: "
+            f"{', '.join(changes)}. Set them after loading to use the new ones"
+        )
 
 
 def _check_objects(call: str, objects: dict[str, Any]) -> None:

@@ -14,10 +14,13 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from json import dumps, loads  # main may put others in their place in json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from horovodrunner.core.import_path import ImportPath
 from horovodrunner.core.pickled import Layout, Pickled, reader_of_pieces
+
+if TYPE_CHECKING:
+    from horovodrunner.core.record import RunRecord
 
 __all__ = [
     "EXIT_WITHOUT_PIPES",
@@ -87,6 +90,9 @@ class JobSpec:
         Path on the driver, or URL, where checkpoints are kept; None when there is none.
     keep_checkpoints
         How many of them are kept.
+    record
+        What the run is called with, for those that go on from its checkpoints; None when it keeps
+        none.
     fail_on_checkpoint_error
         Whether a checkpoint that cannot be stored ends the run.
     brought_files
@@ -117,6 +123,7 @@ class JobSpec:
     stall_timeout: float | None = None
     checkpoint_location: str | None = None
     keep_checkpoints: int = 3
+    record: RunRecord | None = field(default=None, repr=False)
     fail_on_checkpoint_error: bool = False
     brought_files: tuple[str, ...] = ()
     ports: tuple[int, int] | None = None

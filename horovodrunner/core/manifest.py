@@ -14,6 +14,8 @@ from datetime import datetime, timedelta
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from horovodrunner.core.record import RunRecord
+
 __all__ = ["MANIFEST_NAME", "Manifest", "StoredFile", "safe_path"]
 
 MANIFEST_NAME = "manifest.json"
@@ -59,6 +61,9 @@ class Manifest:
         The files with their hashes.
     directories
         The empty directories, which some formats need (TensorFlow's SavedModel has ``assets/``).
+    run
+        What the run was called with that saved it; None where that is not known, as in checkpoints
+        of earlier releases.
     """
 
     step: int
@@ -66,6 +71,7 @@ class Manifest:
     saved_at: str
     files: tuple[StoredFile, ...]
     directories: tuple[str, ...] = ()
+    run: RunRecord | None = None
 
     @property
     def size(self) -> int:
@@ -117,6 +123,7 @@ class Manifest:
                 safe_path(_checked("a directory", each, str))
                 for each in _field(fields, "directories", list)
             ),
+            run=RunRecord.from_fields(fields.get("run")),
         )
         _refuse_conflicts([file.path for file in manifest.files], manifest.directories)
         return manifest

@@ -7,6 +7,7 @@ from typing import Any
 
 from horovodrunner.core import payload
 from horovodrunner.core.job import Outcome
+from horovodrunner.core.record import changes
 from horovodrunner.core.words import class_names, cut, short_name
 from horovodrunner.driver.console import Console
 from horovodrunner.driver.outcome import open_outcome
@@ -98,4 +99,10 @@ def _where_it_goes_on(store: CheckpointStore | None) -> str:
         saved = store.manifests()
     except OSError as error:
         return f"whether there is a checkpoint cannot be told: {error}"
-    return f"going on from step {saved[0].step}" if saved else "starting anew (nothing saved yet)"
+    if not saved:
+        return "starting anew (nothing saved yet)"
+    text, run = f"going on from step {saved[0].step}", saved[0].run
+    if store.run is None or (run is not None and run.run_id == store.run.run_id):
+        return text
+    found = "; ".join(changes(run, store.run)) if run is not None else ""
+    return f"{text} of an earlier run" + f" (warning: {found})" * bool(found)

@@ -83,7 +83,7 @@ def run_locally(
         log=lambda lines: None,  # the console shows them
         result=result,
         depot=(
-            StoreDepot(CheckpointStore(job.checkpoint_location, job.keep_checkpoints))
+            StoreDepot(CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record))
             if job.checkpoint_location is not None
             else None
         ),

@@ -22,6 +22,7 @@ from horovodrunner.core.versions import installed_versions
 from horovodrunner.driver import interrupt
 from horovodrunner.driver.attempts import run_attempts
 from horovodrunner.driver.console import Console
+from horovodrunner.driver.histories import new_history, newest_history
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.files import BroughtFiles
 from horovodrunner.task.store import CheckpointStore
@@ -95,6 +96,10 @@ class HorovodRunner:
         ``file://...`` for a path that all machines share), to which rank 0 writes itself.
     keep_checkpoints
         How many checkpoints are kept; older ones are deleted.
+    resume
+        Whether main finds the newest checkpoint in ``checkpoint_dir``. False starts anew: older
+        ones are kept beside the new ones and are neither found nor deleted. Restarts within the
+        run find the run's own in any case.
     checkpoint_errors
         ``"warn"``: training goes on when a checkpoint cannot be stored. ``"raise"``: the run ends
         with a :class:`CheckpointError`.
@@ -149,6 +154,7 @@ class HorovodRunner:
         stall_timeout: float | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         keep_checkpoints: int = 3,
+        resume: bool = True,
         checkpoint_errors: str = "warn",
         max_restarts: int = 0,
         restart_on: tuple[type[BaseException], ...] = (),
@@ -174,7 +180,8 @@ class HorovodRunner:
             if checkpoint_dir is None
             else CheckpointStore(checked.path("checkpoint_dir", checkpoint_dir), keep)
         )
-        self._keep_checkpoints = keep
+        self._resume = checked.boolean("resume", resume)
+        self._history: CheckpointStore | None = None
         self._checkpoint_errors = checked.choice(
             "checkpoint_errors", checkpoint_errors, CHECKPOINT_ERRORS
         )
@@ -187,17 +194,22 @@ class HorovodRunner:
 
     @property
     def checkpoints(self) -> tuple[SavedCheckpoint, ...]:
-        """The checkpoints that are kept in ``checkpoint_dir`` now, the newest one last."""
+        """The checkpoints in ``checkpoint_dir`` that runs go on from now, the newest one last.
+
+        With ``resume=False`` the last run's own, as soon as there was one.
+        """
         if self._store is None:
             return ()
+        # a run that was to start anew has its own, even if it saved nothing
+        store = self._history or newest_history(self._store)
         return tuple(
             SavedCheckpoint(
                 step=manifest.step,
-                path=self._store.path_of(manifest.step),
+                path=store.path_of(manifest.step),
                 size=manifest.size,
                 time=datetime.fromisoformat(manifest.saved_at),
             )
-            for manifest in reversed(self._store.manifests())
+            for manifest in reversed(store.manifests())
         )
 
     @property
@@ -246,8 +258,8 @@ class HorovodRunner:
         """
         spans, began = Spans(), time.time()
         checked.main(main, kwargs)
-        if self._store is not None:
-            self._store.check()
+        run_id = secrets.token_hex(4)
+        store = self._store_of_run(run_id, main, kwargs)
         environment = {**forwarded_environment(os.environ), **_hash_seed(), **self._options}
         files = BroughtFiles(environment)
         with payload.companions() as companions:
@@ -260,7 +272,7 @@ class HorovodRunner:
         console = Console(executors_have_lines=self._np >= 0)
         self._announce(console, main, kwargs, call)
         job = JobSpec(
-            run_id=secrets.token_hex(4),
+            run_id=run_id,
             size=abs(self._np),
             payload=call,
             token=secrets.token_bytes(TOKEN_BYTES),
@@ -269,8 +281,9 @@ class HorovodRunner:
             import_path=ImportPath.of_this_process(),
             stream_output=self._verbosity == "all" or self._np < 0,
             stall_timeout=self._stall_timeout,
-            checkpoint_location=None if self._store is None else self._store.location,
-            keep_checkpoints=self._keep_checkpoints,
+            checkpoint_location=None if store is None else store.location,
+            keep_checkpoints=3 if store is None else store.keep,
+            record=None if store is None else store.run,
             fail_on_checkpoint_error=self._checkpoint_errors == "raise",
             brought_files=files.variables,
             tf_config=self._tf_config,
@@ -293,13 +306,34 @@ class HorovodRunner:
             return self._run_on_spark(this, console, files, data)
 
         try:
-            return run_attempts(launch, self._max_restarts, self._restart_on, self._store, console)
+            return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
         finally:
             self._note_phases(spans, console, began)
-            if self._store is not None:
-                self._store.release()
-                self._store.prune()
+            if store is not None:
+                store.prune()
             console.show(0)
+
+    def _store_of_run(
+        self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]
+    ) -> CheckpointStore | None:
+        """Choose where this run's checkpoints are, and prove that it can be written to."""
+        if self._store is None:
+            return None
+        from horovodrunner.driver.recording import record_call
+
+        self._store.check()
+        try:
+            if self._resume:
+                history = newest_history(self._store, recover=True)
+            else:
+                history = self._history = new_history(self._store)
+        except OSError as error:
+            raise ConfigurationError(
+                f"the checkpoints in {self._store.location} cannot be read: {error}. Choose a "
+                "checkpoint_dir that this process may read"
+            ) from error
+        record = record_call(run_id, abs(self._np), main, kwargs)
+        return CheckpointStore(history.location, history.keep, record)
 
     def _note_phases(self, spans: Spans, console: Console, began: float) -> None:
         for phase in console.run_phases:
@@ -335,14 +369,15 @@ class HorovodRunner:
         job = replace(
             job,
             size=size,
+            record=None if job.record is None else replace(job.record, size=size),
             max_result_bytes=session.max_result_bytes(spark),
             versions=installed_versions(),
             environment={**session.chosen_threads(spark), **job.environment},
             shares_terminal=session.shares_terminal(spark),
         )
-        store = self._store
-        if store is not None and is_url(store.location):
-            store = None  # rank 0 writes there itself
+        location, store = job.checkpoint_location, None
+        if location is not None and not is_url(location):  # there rank 0 writes itself
+            store = CheckpointStore(location, job.keep_checkpoints, job.record)
         with interrupt.only_this_run():
             return BarrierRun(
                 spark,

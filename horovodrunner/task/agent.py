@@ -27,8 +27,10 @@ from horovodrunner.core.env import (
 )
 from horovodrunner.core.import_path import of_worker
 from horovodrunner.core.job import Failure, FailureKind, JobSpec, Outcome, WorkerSpec
+from horovodrunner.core.manifest import Manifest
 from horovodrunner.core.phases import Spans
 from horovodrunner.core.pickled import Layout
+from horovodrunner.core.record import changes
 from horovodrunner.core.topology import Member, Slot, tf_workers
 from horovodrunner.core.versions import (
     Difference,
@@ -37,7 +39,15 @@ from horovodrunner.core.versions import (
     must_fail,
 )
 from horovodrunner.task.channel import HubLink
-from horovodrunner.task.checkpoints import Courier, LatestCopy, LatestDecision, in_thread
+from horovodrunner.task.checkpoints import (
+    Courier,
+    LatestCopy,
+    LatestDecision,
+    in_thread,
+    is_of_run,
+    nothing_saved_in_words,
+    resumption_in_words,
+)
 from horovodrunner.task.coordinator import Coordinator, DriverLink, RankEvents
 from horovodrunner.task.depot import Depot
 from horovodrunner.task.files import FileTaker
@@ -46,6 +56,7 @@ from horovodrunner.task.network import LOOPBACK, REACH_EACH_OTHER, on_free_port
 from horovodrunner.task.process import GRACE_SECONDS, WorkerProcess
 from horovodrunner.task.results import ResultCourier, ResultTaker
 from horovodrunner.task.scratch import Scratch
+from horovodrunner.task.store import CheckpointStore
 from horovodrunner.task.supervisor import TEARDOWN_SECONDS, Supervisor
 from horovodrunner.task.taking import RowsTaker, data_directory, with_rows
 
@@ -131,6 +142,8 @@ class Agent:
         self._stack_tasks: set[asyncio.Task[None]] = set()
         self._courier: Courier | None = None
         self._latest: LatestCopy | None = None
+        self._went_on_from: Manifest | None = None
+        self._has_saved = False
         self._spans = Spans()
 
     async def run(self) -> Outcome:
@@ -230,7 +243,12 @@ class Agent:
         coordinator = Coordinator(slots, driver, self._surroundings.log, self._spans)
         coordinator.on_stop(self._stop_workers)
         coordinator.on_stack_request(lambda: self._show_stacks(own, coordinator))
-        latest = LatestDecision(self._surroundings.depot, members, driver.note)
+        latest = LatestDecision(
+            self._surroundings.depot,
+            members,
+            driver.note,
+            lambda manifest: self._goes_on_from(manifest, driver),
+        )
         self._latest = LatestCopy(
             self._surroundings.depot,
             self._scratch,
@@ -273,6 +291,8 @@ class Agent:
         has_result = await self._result.finish(self._stop_requested)
         if (verdict := coordinator.verdict()) is not None:
             return verdict  # the last checkpoint could not be stored, or the result not sent
+        if self._went_on_from is not None and not self._has_saved:
+            driver.note(nothing_saved_in_words(self._went_on_from))
         return outcomes[0] if has_result and coordinator.all_ended.is_set() else Outcome()
 
     async def _finish_storing(self, driver: DriverLink) -> None:
@@ -421,8 +441,23 @@ class Agent:
         assert self._latest is not None  # noqa: S101 - set before the workers get their jobs
         return await self._latest.get()
 
+    def _goes_on_from(self, manifest: Manifest, driver: DriverLink) -> bool:
+        """Tell the user, once in a run, that it goes on from another one's checkpoint."""
+        record, location = self._job.record, self._job.checkpoint_location
+        if record is None or location is None or is_of_run(manifest, record):
+            return False
+        self._went_on_from = manifest
+        found = [] if manifest.run is None else changes(manifest.run, record)
+        if self._job.attempt == 1:  # later attempts are announced by the driver
+            path = CheckpointStore(location, self._job.keep_checkpoints).path_of(manifest.step)
+            for text in resumption_in_words(manifest, path, found):
+                driver.note(text)
+                self._surroundings.log(f"HorovodRunner: {text}\n".encode())
+        return bool(found)
+
     def checkpoint_saved(self, step: int, directory: Path) -> None:
         """Take over a checkpoint that rank 0 has written."""
+        self._has_saved = True
         if self._courier is not None:
             self._courier.saved(step, directory)
 

@@ -172,7 +172,8 @@ def _depot(job: JobSpec) -> Depot | None:
     if job.checkpoint_location is None:
         return None
     if is_url(job.checkpoint_location):
-        return StoreDepot(CheckpointStore(job.checkpoint_location, job.keep_checkpoints))
+        store = CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
+        return StoreDepot(store)
     return DriverDepot(job)
 
 

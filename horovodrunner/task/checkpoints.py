@@ -8,20 +8,32 @@ import os
 import shutil
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
 from horovodrunner.core.manifest import Manifest
+from horovodrunner.core.record import RunRecord
 from horovodrunner.core.topology import Member
 from horovodrunner.task.depot import Depot
 
-__all__ = ["Courier", "LatestAnswer", "LatestCopy", "LatestDecision", "in_thread"]
+__all__ = [
+    "Courier",
+    "LatestAnswer",
+    "LatestCopy",
+    "LatestDecision",
+    "in_thread",
+    "is_of_run",
+    "nothing_saved_in_words",
+    "resumption_in_words",
+]
 
 PUT_ATTEMPTS = 3
 RETRY_SECONDS = 2.0
 
 LatestAnswer = dict[str, Any]
-"""JSON-compatible: ``manifest`` (text, or ""), ``copy_from`` (a directory, or ""), ``error``."""
+"""JSON-compatible: ``manifest`` (text, or ""), ``copy_from`` (a directory, or ""), ``error``, and
+``differs``: whether the checkpoint is of a run that was called with something else."""
 
 _Result = TypeVar("_Result")
 
@@ -191,12 +203,20 @@ class LatestDecision:
         The run's tasks.
     note
         Takes a line for the user.
+    on_found
+        Called with the checkpoint that the ranks start from, if there is one; whether it is of a
+        run that was called with something else.
     """
 
     def __init__(
-        self, depot: Depot | None, members: Sequence[Member], note: Callable[[str], None]
+        self,
+        depot: Depot | None,
+        members: Sequence[Member],
+        note: Callable[[str], None],
+        on_found: Callable[[Manifest], bool] = lambda manifest: False,
     ) -> None:
         self._depot = depot
+        self._on_found = on_found
         self._hosts = {member.partition: member.host_id for member in members}
         self._note = note
         self._decision: asyncio.Task[LatestAnswer] | None = None
@@ -243,16 +263,18 @@ class LatestDecision:
             future.set_result(directory)
 
     async def _decide(self) -> LatestAnswer:
-        answer: LatestAnswer = {"manifest": "", "copy_from": "", "error": ""}
+        answer: LatestAnswer = {"manifest": "", "copy_from": "", "error": "", "differs": False}
         if self._depot is None:
             return answer
         try:
             manifest, damaged = await in_thread(self._depot.find_latest)
+            for sentence in damaged:
+                self._note(sentence)
+            differs = manifest is not None and self._on_found(manifest)
         except Exception as error:  # noqa: BLE001 - starting anew would lose work: main must know
             return {**answer, "error": f"{type(error).__name__}: {error}"}
-        for sentence in damaged:
-            self._note(sentence)
-        return {**answer, "manifest": manifest.to_json() if manifest is not None else ""}
+        text = manifest.to_json() if manifest is not None else ""
+        return {**answer, "manifest": text, "differs": differs}
 
 
 class LatestCopy:
@@ -289,8 +311,8 @@ class LatestCopy:
         Returns
         -------
         dict
-            JSON-compatible: ``step`` and ``directory`` ("" when there is no checkpoint), or
-            ``error``.
+            JSON-compatible: ``step``, ``directory`` ("" when there is no checkpoint) and
+            ``differs``, or ``error``.
         """
         if self._answer is None:
             self._answer = asyncio.create_task(self._fetch())
@@ -301,7 +323,7 @@ class LatestCopy:
         if answer["error"]:
             return {"error": answer["error"]}
         if not answer["manifest"] or self._depot is None:
-            return {"directory": "", "step": -1}
+            return {"directory": "", "step": -1, "differs": False}
         manifest = Manifest.from_json(answer["manifest"])
         directory = self._scratch / f"latest-{manifest.step}"
         try:
@@ -312,7 +334,65 @@ class LatestCopy:
             self._tell("")
             return {"error": f"{type(error).__name__}: {error}"}
         self._tell(str(directory))
-        return {"directory": str(directory), "step": manifest.step}
+        return {
+            "directory": str(directory),
+            "step": manifest.step,
+            "differs": answer["differs"],
+        }
+
+
+def is_of_run(manifest: Manifest, record: RunRecord) -> bool:
+    """Tell whether a checkpoint was saved by an attempt of this very run."""
+    return manifest.run is not None and manifest.run.run_id == record.run_id
+
+
+def resumption_in_words(manifest: Manifest, path: str, differences: Sequence[str]) -> list[str]:
+    """Write that a run goes on from an earlier one's checkpoint, and what differs.
+
+    Parameters
+    ----------
+    manifest
+        The checkpoint.
+    path
+        Where it is.
+    differences
+        What this run is called with that the other one was not, in words.
+
+    Returns
+    -------
+    list of str
+        One line, and a second one where something differs.
+    """
+    saved_at = datetime.fromisoformat(manifest.saved_at)
+    age = _age_in_words((datetime.now(timezone.utc) - saved_at).total_seconds())
+    unknown = " (what that was called with is not recorded)" if manifest.run is None else ""
+    lines = [
+        f"going on from step {manifest.step}, saved {age} by an earlier run{unknown}: {path}. "
+        "resume=False starts anew"
+    ]
+    if differences:
+        lines.append(
+            "warning: this run differs from the one that saved that checkpoint: "
+            f"{'; '.join(differences)}. What main loads from it, such as an optimizer's learning "
+            "rate, replaces new values"
+        )
+    return lines
+
+
+def nothing_saved_in_words(manifest: Manifest) -> str:
+    """Write that a run which went on from a checkpoint may have had nothing left to do."""
+    return (
+        f"main went on from step {manifest.step} and returned without saving a checkpoint. If it "
+        "was to train, there was nothing left to do: raise the number of epochs, or start anew "
+        "with resume=False"
+    )
+
+
+def _age_in_words(seconds: float) -> str:
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        if (count := int(seconds // length)) >= 1:
+            return f"{count} {unit}{'s' * (count > 1)} ago"
+    return "just now"  # or in the future, by another machine's clock
 
 
 def _link_copy(manifest: Manifest, source: str, directory: Path) -> bool:

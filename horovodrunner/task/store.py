@@ -30,6 +30,7 @@ from typing import BinaryIO
 
 from horovodrunner.core.manifest import MANIFEST_NAME, Manifest, StoredFile, safe_path
 from horovodrunner.core.places import as_os_error, open_place
+from horovodrunner.core.record import RunRecord
 from horovodrunner.errors import ArgumentValueError, ConfigurationError
 
 __all__ = [
@@ -55,6 +56,8 @@ class CheckpointStore:
         A directory, or a URL that fsspec knows. It need not exist yet.
     keep
         How many checkpoints to keep, at least 1.
+    run
+        What the run is called with whose checkpoints are written.
 
     Raises
     ------
@@ -63,10 +66,13 @@ class CheckpointStore:
         when `keep` is less than 1.
     """
 
-    def __init__(self, location: str | os.PathLike[str], keep: int) -> None:
+    def __init__(
+        self, location: str | os.PathLike[str], keep: int, run: RunRecord | None = None
+    ) -> None:
         if keep < 1:
             raise ArgumentValueError(f"keep is {keep}; at least 1 checkpoint must be kept.")
         self.keep = keep
+        self.run = run
         self._place = open_place(location)
         self._held: str | None = None
 
@@ -133,6 +139,28 @@ class CheckpointStore:
             When the location exists and cannot be listed.
         """
         return self._read_manifests()[0]
+
+    def has_any(self, *, recover: bool = False) -> bool:
+        """Tell whether there is a checkpoint, be it a damaged one.
+
+        Parameters
+        ----------
+        recover
+            Whether to put back first what a crash left aside; not while another run may write.
+
+        Returns
+        -------
+        bool
+            True if there is.
+
+        Raises
+        ------
+        OSError
+            When the location exists and cannot be listed.
+        """
+        if recover:
+            self._place.recover()
+        return any(self._read_manifests())
 
     def path_of(self, step: int) -> str:
         """Say where a step's checkpoint is, or would be.
@@ -521,6 +549,7 @@ class IncomingCheckpoint:
             saved_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             files=files,
             directories=tuple(sorted(self._directories - self._inhabited)),
+            run=self._store.run,
         )
 
     def _claim(self, path: str, *, for_directory: bool) -> None:

@@ -145,6 +145,27 @@ def test_what_was_loaded_before_wrapping_is_kept(tmp_path: Path) -> None:
     assert whole["SGD"][1:] == ([0.05 / 4, 0.1 / 4], {**whole["SGD"][2], "lr": 0.1})
 
 
+def test_an_optimizers_old_settings_are_told_of_when_main_has_new_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(epochs: int, lr: float) -> float:
+        import torch
+
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        for epoch in range(checkpoint.load_torch(model=model, optimizer=optimizer), epochs):
+            checkpoint.save_torch(epoch, model=model, optimizer=optimizer)
+        return float(optimizer.param_groups[0]["lr"])
+
+    runner = HorovodRunner(np=-2, checkpoint_dir=tmp_path)
+    assert runner.run(main, epochs=1, lr=0.1) == 0.1
+    assert runner.run(main, epochs=1, lr=0.01) == 0.1
+    shown = capsys.readouterr().out
+    (line,) = [line for line in shown.splitlines() if "load_torch()" in line]
+    assert "the saved settings into 'optimizer': lr is 0.1 again, not 0.01. Set them" in line
+    assert "differs from the one that saved that checkpoint: lr was 0.1, is 0.01" in shown
+
+
 def test_a_name_that_was_not_saved_is_told_with_those_that_were(tmp_path: Path) -> None:
     def save() -> None:
         import torch

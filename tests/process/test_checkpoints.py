@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -158,6 +159,135 @@ def test_what_a_crash_left_is_no_checkpoint(kept: Path, tmp_path: Path, leftover
         manifest.parent.rename(kept / ".incoming-step-00000002-00000000")
     assert [each.step for each in runner.checkpoints] == [1]
     assert latest_of_every_rank(runner, tmp_path) == ["1: rank 0 step 1"] * 2
+
+
+LR = 0.1
+
+
+def train(epochs: int, lr: float, fails_at: int = -1, directory: str = "") -> list[int]:
+    """Go on from the latest checkpoint; return the epochs that were trained."""
+    latest = checkpoint.latest()
+    epochs_left = range(0 if latest is None else latest.step + 1, epochs)
+    for epoch in epochs_left:
+        save(epoch, text=str(lr * LR))
+        if epoch == fails_at and checkpoint.attempt == 1:
+            manifests = f"step-*{epoch}/manifest.json"
+            wait_until(functools.partial(any_below, directory, manifests))
+            os.kill(os.getpid(), signal.SIGKILL)
+    return list(epochs_left)
+
+
+def any_below(directory: str, pattern: str) -> bool:
+    return any(Path(directory).rglob(pattern))
+
+
+RESUMED = "going on from step"
+DIFFERS = "this run differs from the one that saved that checkpoint"
+NOTHING_SAVED = "returned without saving a checkpoint"
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_run_that_goes_on_from_another_says_so_and_what_differs(
+    kept: Path, scheme: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = HorovodRunner(np=-2, checkpoint_dir=f"{scheme}{kept}", keep_checkpoints=9)
+    assert runner.run(train, epochs=3, lr=0.1) == [0, 1, 2]
+    first = capsys.readouterr().out
+    assert RESUMED not in first
+    assert NOTHING_SAVED not in first
+
+    # the same cell again: said once, without a warning
+    assert runner.run(train, epochs=3, lr=0.1) == []
+    shown = capsys.readouterr().out
+    assert shown.count(f"HorovodRunner: {RESUMED} 2, saved ") == 1
+    assert f"by an earlier run: {scheme}{kept}/step-00000002. resume=False starts anew" in shown
+    assert DIFFERS not in shown
+    assert shown.count(NOTHING_SAVED) == 1
+
+    # a run that was trained elsewhere, with another lr and another number of ranks
+    assert HorovodRunner(np=-1, checkpoint_dir=f"{scheme}{kept}").run(train, epochs=4, lr=0.01) == [
+        3
+    ]
+    shown = capsys.readouterr().out
+    assert shown.count(DIFFERS) == 1
+    (warning,) = [line for line in shown.splitlines() if DIFFERS in line]
+    for text in ("lr was 0.1, is 0.01", "epochs was 3, is 4", "ranks was 2, is 1"):
+        assert text in warning
+    assert NOTHING_SAVED not in shown
+
+    # a run that does not ask goes on from nothing
+    runner.run(save, step=9)
+    assert RESUMED not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_an_earlier_release_does_not_tell_what_its_run_was_called_with(
+    kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = HorovodRunner(np=-1, checkpoint_dir=kept)
+    assert runner.run(train, epochs=1, lr=0.1) == [0]
+    manifest = kept / "step-00000000" / "manifest.json"
+    fields = json.loads(manifest.read_text())
+    del fields["run"]
+    manifest.write_text(json.dumps(fields))
+    capsys.readouterr()
+    assert runner.run(train, epochs=2, lr=0.2) == [1]
+    shown = capsys.readouterr().out
+    assert "by an earlier run (what that was called with is not recorded)" in shown
+    assert DIFFERS not in shown
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_run_that_starts_anew_leaves_older_checkpoints_alone(
+    kept: Path, scheme: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    location = f"{scheme}{kept}"
+    HorovodRunner(np=-2, checkpoint_dir=location, keep_checkpoints=2).run(
+        save_and_wait, location=str(kept), steps=[7, 8]
+    )
+    old = content_of(kept)
+    capsys.readouterr()
+    anew = HorovodRunner(
+        np=-2, checkpoint_dir=location, keep_checkpoints=2, resume=False, max_restarts=1
+    )
+    assert [each.step for each in anew.checkpoints] == [7, 8]
+    # the second attempt goes on from this run's own, and nothing is said of the old ones
+    directory = str(kept)
+    assert anew.run(train, epochs=3, lr=0.1, fails_at=1, directory=directory) == [2]
+    shown = capsys.readouterr().out
+    assert "going on from step 1\n" in shown
+    assert "earlier run" not in shown
+    assert [each.step for each in anew.checkpoints] == [1, 2]
+    assert all(f"{location}/run-0002-" in each.path for each in anew.checkpoints)
+    assert {path: text for path, text in content_of(kept).items() if path in old} == old
+
+    # a later run goes on from the newest run's, though others have higher steps
+    later = HorovodRunner(np=-2, checkpoint_dir=location)
+    assert [each.step for each in later.checkpoints] == [1, 2]
+    assert later.run(train, epochs=4, lr=0.1, directory=directory) == [3]
+    assert f"{RESUMED} 2, saved" in capsys.readouterr().out
+
+
+def content_of(directory: Path) -> dict[str, bytes]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def test_an_attempt_after_one_that_never_asked_says_what_differs(
+    kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(lr: float) -> int:
+        if checkpoint.attempt == 1 and lr < 0.1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        latest = checkpoint.latest()
+        save(4)
+        return -1 if latest is None else latest.step
+
+    runner = HorovodRunner(np=-1, checkpoint_dir=kept, max_restarts=1)
+    assert runner.run(main, lr=0.1) == -1
+    assert runner.run(main, lr=0.01) == 4
+    shown = capsys.readouterr().out
+    assert "going on from step 4 of an earlier run (warning: lr was 0.1, is 0.01)" in shown
+    assert shown.count("going on from") == 1
 
 
 def test_a_save_that_raises_saves_nothing(kept: Path) -> None:

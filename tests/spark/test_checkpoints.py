@@ -46,12 +46,13 @@ def in_run(directory: Path, epochs: int) -> Any:
 
 @pytest.mark.parametrize("prefix", ["", "file://"], ids=["path", "URL"])
 def test_a_second_run_goes_on_where_the_first_stopped_on_every_rank(
-    tmp_path: Path, prefix: str, spark: Any
+    tmp_path: Path, prefix: str, spark: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runner = HorovodRunner(np=2, checkpoint_dir=f"{prefix}{tmp_path}/kept", keep_checkpoints=2)
     main = in_run(tmp_path, 3)
     assert runner.run(main, epochs=3, directory=str(tmp_path)) == {"start": 0, "total": 3}
     assert starts(tmp_path) == [0, 0]
+    assert "going on from" not in capsys.readouterr().out
     last = runner.checkpoints[-1]
     assert (last.step, last.size) == (2, 3_000_001)
     assert (tmp_path / "kept" / "step-00000002" / "deep" / "total.txt").read_text() == "3"
@@ -59,8 +60,18 @@ def test_a_second_run_goes_on_where_the_first_stopped_on_every_rank(
     again = HorovodRunner(np=2, checkpoint_dir=f"{prefix}{tmp_path}/kept", keep_checkpoints=2)
     assert again.run(main, epochs=5, directory=str(tmp_path)) == {"start": 3, "total": 10}
     assert starts(tmp_path) == [3, 3]
+    shown = capsys.readouterr().out
+    where = f"{prefix}{tmp_path}/kept/step-00000002"
+    assert shown.count("going on from step 2, saved ") == 1
+    assert f"by an earlier run: {where}. resume=False starts anew" in shown
+    assert shown.count("saved that checkpoint: epochs was 3, is 5. ") == 1
     assert [saved.step for saved in again.checkpoints][-1] == 4
     assert len(again.checkpoints) <= 2
+
+    anew = HorovodRunner(np=2, checkpoint_dir=f"{prefix}{tmp_path}/kept", resume=False)
+    assert anew.run(main, epochs=1, directory=str(tmp_path)) == {"start": 0, "total": 0}
+    assert [saved.step for saved in anew.checkpoints] == [0]
+    assert "going on from" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_on_the_driver_while_training_goes_on(tmp_path: Path) -> None:
