@@ -367,12 +367,15 @@ class _Nested:
         return functools.partial(pickle.loads, buffers=buffers), (stream,)
 
 
-class _NamingUnpickler(pickle._Unpickler):  # type: ignore[misc]
+_PythonUnpickler: Any = vars(pickle)["_Unpickler"]  # its stub is empty
+
+
+class _NamingUnpickler(_PythonUnpickler):  # type: ignore[misc]
     """Remembers the name that could not be found, and what was made last."""
 
     missing = ""
     made = ""
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         try:
