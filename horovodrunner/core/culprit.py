@@ -23,7 +23,7 @@ __all__ = ["DeepPickler", "TooDeepError", "find_culprit", "name_of_type"]
 MAX_DEPTH = 250_000
 """Containers and objects within each other; a ``__reduce__`` that never ends fills no memory."""
 
-SEARCH_SECONDS = 20.0
+SEARCH_SECONDS = 30.0
 """The search for what cannot be pickled stops after this."""
 
 _KEY_CHARS = 40

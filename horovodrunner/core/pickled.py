@@ -391,7 +391,7 @@ class _NamingUnpickler(_PythonUnpickler):  # type: ignore[misc]
         elif function is cloudpickle.cloudpickle._class_setstate:
             self.made = f"the class {args[0].__qualname__}"
         else:
-            self.made = f"{function.__module__}.{function.__qualname__}"
+            self.made = _full_name(function)
         super().load_reduce()
 
     def _new(self) -> None:
@@ -407,8 +407,9 @@ class _NamingUnpickler(_PythonUnpickler):  # type: ignore[misc]
     dispatch[pickle.BUILD[0]] = _build
 
 
-def _full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _full_name(what: Any) -> str:
+    module = getattr(what, "__module__", type(what).__module__)
+    return f"{module}.{getattr(what, '__qualname__', type(what).__qualname__)}"
 
 
 def reader_of_pieces(pieces: Iterable[bytes]) -> Callable[[memoryview], None]:
