@@ -7,6 +7,7 @@ nested too deeply for the C stack, and names the path to what cannot be pickled,
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import pickle
 import time
@@ -20,9 +21,9 @@ from horovodrunner.core.pickled import Pickler
 __all__ = ["DeepPickler", "TooDeepError", "find_culprit", "name_of_type"]
 
 MAX_DEPTH = 250_000
-"""Containers and objects within each other. A ``__reduce__`` that never ends must not fill memory."""
+"""Containers and objects within each other; a ``__reduce__`` that never ends fills no memory."""
 
-SEARCH_SECONDS = 20.0
+SEARCH_SECONDS = 30.0
 """The search for what cannot be pickled stops after this."""
 
 _KEY_CHARS = 40
@@ -39,6 +40,9 @@ _Steps = Generator[tuple[object, Any], None, None]
 _CALLABLE, _ARGUMENTS, _STATE, _KEY, _ELEMENT, _ITSELF = (object() for _ in range(6))
 
 
+_PythonPickler: Any = vars(pickle)["_Pickler"]  # its stub is empty
+
+
 class TooDeepError(pickle.PicklingError):
     """More is within each other than this pickler follows."""
 
@@ -47,7 +51,7 @@ class _OutOfTimeError(Exception):
     """The search has taken long enough."""
 
 
-class DeepPickler(pickle._Pickler):  # type: ignore[misc]
+class DeepPickler(_PythonPickler):  # type: ignore[misc]
     """Pickles what a :class:`~horovodrunner.core.pickled.Pickler` pickles, however deep it is.
 
     Parameters
@@ -96,7 +100,9 @@ class DeepPickler(pickle._Pickler):  # type: ignore[misc]
             The objects on the way, each with the step to the next one, and the object itself.
         """
         way = [(owner, step) for (_, owner), step in zip(self._open, self._next, strict=True)]
-        if way and self._open[-1][0].gi_frame is None:  # it failed between two of its parts
+        if (
+            way and inspect.getgeneratorstate(self._open[-1][0]) == inspect.GEN_CLOSED
+        ):  # it failed between two of its parts
             return way[:-1], way[-1][0]
         return way, self._at
 
@@ -207,7 +213,7 @@ class DeepPickler(pickle._Pickler):  # type: ignore[misc]
                 yield key, value
             self.write(pickle.SETITEMS)
 
-    def _rebuild(
+    def _rebuild(  # noqa: PLR0917 - as __reduce__ returns them
         self,
         obj: Any,
         function: Any,
@@ -266,7 +272,7 @@ def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield batch
 
 
-_OF_PICKLE = pickle._Pickler.dispatch  # type: ignore[attr-defined]
+_OF_PICKLE = _PythonPickler.dispatch
 _ATOMS: dict[type, Any] = {kind: _OF_PICKLE[kind] for kind in (type(None), bool, int, float)}
 _LEAVES: dict[type, Any] = {
     kind: _OF_PICKLE[kind] for kind in (str, bytes, bytearray, pickle.PickleBuffer)
@@ -337,7 +343,9 @@ def _where_it_failed(pickler: DeepPickler, called: str) -> str:
     return f"{start}{''.join(steps)} ({name_of_type(type(culprit))})"
 
 
-def _first_step(way: list[tuple[Any, object]]) -> tuple[bool, str, int]:
+def _first_step(  # noqa: PLR0911, PLR0912 - a table of what the parts of objects are called
+    way: list[tuple[Any, object]],
+) -> tuple[bool, str, int]:
     """Return whether the path starts anew here, what is shown, and how many steps that is."""
     owner, step = way[0]
     kind = type(owner)
@@ -373,7 +381,9 @@ def _first_step(way: list[tuple[Any, object]]) -> tuple[bool, str, int]:
     return False, f"[{_text_of(step)}]", 1
 
 
-def _step_in_function(function: types.FunctionType, inner: list[object]) -> tuple[bool, str, int]:
+def _step_in_function(  # noqa: PLR0911 - a table, too
+    function: types.FunctionType, inner: list[object]
+) -> tuple[bool, str, int]:
     """Tell what of a function does not pickle: `inner` goes from its state inwards."""
     name = _qualname(function)
     place, key = inner[1], inner[2] if len(inner) > 2 else None

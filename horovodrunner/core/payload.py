@@ -108,7 +108,7 @@ def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
     """
     try:
         return dumps((main, dict(kwargs)))
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
         parts = [(f"main ({_name(main)})", main)]
         parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
         what, cause = _culprit(parts, error) or (f"main ({_name(main)}) or an argument", error)
@@ -148,7 +148,7 @@ def write_result(result: object, descriptor: int) -> Layout:
             "cannot be in memory, as much of the temporary directory) again on rank 0's host: "
             "free some there, or return less"
         ) from error
-    except BaseException as error:  # a __reduce__ may call sys.exit
+    except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
         what = "the value that main returned"
         what, cause = _culprit([(what, result)], error) or (what, error)
         raise PayloadError(

@@ -367,12 +367,15 @@ class _Nested:
         return functools.partial(pickle.loads, buffers=buffers), (stream,)
 
 
-class _NamingUnpickler(pickle._Unpickler):  # type: ignore[misc]
+_PythonUnpickler: Any = vars(pickle)["_Unpickler"]  # its stub is empty
+
+
+class _NamingUnpickler(_PythonUnpickler):  # type: ignore[misc]
     """Remembers the name that could not be found, and what was made last."""
 
     missing = ""
     made = ""
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -388,7 +391,7 @@ class _NamingUnpickler(pickle._Unpickler):  # type: ignore[misc]
         elif function is cloudpickle.cloudpickle._class_setstate:
             self.made = f"the class {args[0].__qualname__}"
         else:
-            self.made = f"{function.__module__}.{function.__qualname__}"
+            self.made = _full_name(function)
         super().load_reduce()
 
     def _new(self) -> None:
@@ -404,8 +407,9 @@ class _NamingUnpickler(pickle._Unpickler):  # type: ignore[misc]
     dispatch[pickle.BUILD[0]] = _build
 
 
-def _full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _full_name(what: Any) -> str:
+    module = getattr(what, "__module__", type(what).__module__)
+    return f"{module}.{getattr(what, '__qualname__', type(what).__qualname__)}"
 
 
 def reader_of_pieces(pieces: Iterable[bytes]) -> Callable[[memoryview], None]:

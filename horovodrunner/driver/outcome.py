@@ -107,7 +107,7 @@ def _open_result(result: Pickled) -> Any:
             remedy = "make the class importable on the driver and"
         else:
             text += f"It fails where {name} is restored. " if name else ""
-            remedy = "once what it needs is there"
+            remedy = "once that can be restored,"
         raise PayloadError(f"{text}{_keep(result, remedy)}, or return plain data") from error
 
 

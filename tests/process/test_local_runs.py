@@ -440,6 +440,98 @@ def test_a_result_that_does_not_pickle_is_named() -> None:
         run(main, np=-1)
 
 
+def test_what_leaves_while_it_is_pickled_ends_no_worker() -> None:
+    def main() -> Any:
+        class Leaves:
+            def __reduce__(self) -> Any:
+                sys.exit(3)
+
+        return {"x": [Leaves()]}
+
+    with pytest.raises(PayloadError, match=r"main returned\['x'\]\[0\] .*SystemExit: 3"):
+        run(main, np=-1)
+
+
+def test_classes_of_the_notebook_come_back_as_they_are_there(tmp_path: Path) -> None:
+    script = tmp_path / "notebook.py"
+    script.write_text("""if True:
+        import collections, dataclasses, enum, functools, typing
+        from horovodrunner import HorovodRunner
+
+        T = typing.TypeVar("T")
+        UserId = typing.NewType("UserId", int)
+
+        class Plain:
+            __slots__ = ("a", "__hidden")
+            def __init__(self): self.a, self.__hidden = 1, 2
+
+        class OneName:
+            __slots__ = "a"
+            def __init__(self): self.a = 1
+
+        class Child(Plain):
+            __slots__ = {"b": "a comment"}
+            def __init__(self): super().__init__(); self.b = 3
+
+        class WithDict(Plain):
+            __slots__ = ("__dict__", "__weakref__")
+            def __init__(self): super().__init__(); self.c = 4
+
+        class Listed(list):
+            __slots__ = ("a",)
+            def __init__(self): super().__init__([1]); self.a = 1
+
+        class Generic(typing.Generic[T]):
+            __slots__ = ("a",)
+            def __init__(self): self.a = 1
+
+        class Outer:
+            class Inner(Plain):
+                __slots__ = ()
+
+        class Row(typing.NamedTuple):
+            a: int = 1
+
+        class Colour(enum.Enum):
+            RED = 1
+
+        class Remembers:
+            @functools.cached_property
+            def cached(self): return 1
+            @functools.lru_cache
+            def a(self): return 1
+
+        Data = dataclasses.make_dataclass("Data", [("a", int, 1)], slots=True)
+        Frozen = dataclasses.make_dataclass("Frozen", [("a", int, 1)], slots=True, frozen=True)
+        Data.__module__ = Frozen.__module__ = "__main__"
+
+        @functools.lru_cache
+        def fibonacci(n: UserId): return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
+
+        KINDS = [Plain, OneName, Child, WithDict, Listed, Generic, Outer.Inner, Row,
+                 lambda: Colour.RED, Remembers, Data, Frozen]
+
+        def main(sent):
+            made = [kind() for kind in KINDS]
+            assert not hasattr(made[0], "__dict__")
+            assert [type(each) for each in made] == [type(each) for each in sent]
+            return made, sent, fibonacci(30), UserId
+
+        made, sent, number, _ = HorovodRunner(np=-1).run(main, sent=[kind() for kind in KINDS])
+        assert number == 832040
+        for values in made, sent:
+            for value, kind in zip(values, KINDS):
+                assert type(value) is type(kind()), (value, kind)
+                assert getattr(value, "a", 1) == 1 or value.a() == 1
+        assert values[2].b + values[3].c + values[2]._Plain__hidden == 9
+        print("all of them")
+    """)
+    done = subprocess.run(
+        [sys.executable, str(script)], check=False, capture_output=True, text=True
+    )
+    assert "all of them" in done.stdout, done.stdout + done.stderr
+
+
 def test_only_rank_0s_result_has_to_pickle() -> None:
     def main() -> Any:
         return "fine" if mains.rank() == 0 else threading.Lock()

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
+import io
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import pytest
 
-from horovodrunner.core import payload
+from horovodrunner.core import culprit, payload
+from horovodrunner.core.pickled import Pickled
 from horovodrunner.errors import PayloadError
 
 
@@ -74,6 +81,226 @@ def test_an_unpicklable_closure_variable_is_named() -> None:
 def test_an_unpicklable_bound_argument_is_named() -> None:
     main = functools.partial(in_a_notebook("def main(lock): pass"), lock=threading.Lock())
     assert "'lock' bound by functools.partial" in refusal(main)
+
+
+class Node:
+    """Knows its neighbours."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+
+@dataclasses.dataclass
+class Link:
+    """One of a chain."""
+
+    next: Any = None
+
+
+def raises(error: type[BaseException]) -> Any:
+    class Refuses:
+        def __reduce__(self) -> Any:
+            raise error("refused")
+
+    return Refuses()
+
+
+class NeverEnds:
+    def __reduce__(self) -> Any:
+        return NeverEnds, (NeverEnds(),)
+
+
+class Recurses:
+    def __reduce__(self) -> Any:
+        return self.__reduce__()
+
+
+class HasNoName:
+    """Neither its text nor its class can be asked anything."""
+
+    def __repr__(self) -> str:
+        raise ValueError("no text")
+
+
+class Slots:
+    __slots__ = ("locks",)
+
+
+def cyclic() -> Any:
+    parent: Any = Node()
+    child = Node(parent=parent)
+    parent.child = child
+    parent.lock = threading.Lock()
+    return child
+
+
+def with_slots() -> Any:
+    slots: Any = Slots()
+    slots.locks = [threading.Lock()]
+    return slots
+
+
+def within_itself() -> Any:
+    loop: dict[str, Any] = {}
+    loop["loop"] = loop
+    loop["late"] = threading.Lock()
+    return loop
+
+
+CULPRITS: dict[str, tuple[Callable[[], Any], str]] = {
+    "cycle": (cyclic, "the argument 'x'.parent.lock (_thread.lock)"),
+    "in itself": (within_itself, "the argument 'x'['late'] (_thread.lock)"),
+    "slots": (with_slots, "the argument 'x'.locks[0] (_thread.lock)"),
+    "set": (lambda: {threading.Lock()}, "the argument 'x'{…} (_thread.lock)"),
+    "key": (lambda: {threading.Lock(): 1}, "the argument 'x'.keys() (_thread.lock)"),
+    "queue": (
+        lambda: collections.deque([1, threading.Lock()]),
+        "the argument 'x'[1] (_thread.lock)",
+    ),
+    "huge key": (lambda: {"k" * 10**6: threading.Lock()}, "kkk…'] (_thread.lock)"),
+    "broken key": (
+        lambda: {HasNoName(): threading.Lock()},
+        "the argument 'x'[a tests.unit.test_payload.HasNoName] (_thread.lock)",
+    ),
+    "array": (
+        lambda: np.array([1, threading.Lock()], object),
+        "the argument 'x'[1] (_thread.lock)",
+    ),
+    "generator": (
+        lambda: [(each for each in "x")],
+        "'x'[0] (builtins.generator)",
+    ),
+    "exit": (lambda: [raises(SystemExit)], "the argument 'x'[0] (tests.unit"),
+    "no exception": (lambda: [raises(GeneratorExit)], "the argument 'x'[0] (tests.unit"),
+    "memory": (lambda: [raises(MemoryError)], "the argument 'x'[0] (tests.unit"),
+    "recursion": (lambda: [Recurses()], "the argument 'x'[0] (tests.unit.test_payload.Recurses)"),
+    "deep": (lambda: chain(5000, threading.Lock()), "… (4,988 more) … .next"),
+}
+
+
+def chain(length: int, end: Any = None) -> Any:
+    for _ in range(length):
+        end = Link(end)
+    return end
+
+
+@pytest.mark.parametrize(("make", "expected"), CULPRITS.values(), ids=CULPRITS.keys())
+def test_what_does_not_pickle_is_named_wherever_it_is(
+    make: Callable[[], Any], expected: str, tmp_path: Path
+) -> None:
+    value = make()
+    text = refusal(in_a_notebook("def main(x): pass"), x=value)
+    assert expected in text
+    assert len(text) < 1000
+    with pytest.raises(PayloadError) as caught, (tmp_path / "result").open("wb") as file:
+        payload.write_result(value, file.fileno())
+    assert expected.replace("the argument 'x'", "the value that main returned").split("'x'")[
+        -1
+    ] in (str(caught.value))
+
+
+def test_a_reducer_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(culprit, "MAX_DEPTH", 5000)
+    text = refusal(in_a_notebook("def main(x): pass"), x=NeverEnds())
+    assert "nested more than 5,000 levels deep" in text
+    assert "NeverEnds" in text
+
+
+def test_an_interrupt_interrupts() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        payload.dump_call(print, {"x": raises(KeyboardInterrupt)})
+
+
+def test_a_search_that_takes_too_long_ends() -> None:
+    many = [[number] for number in range(5000)]
+    assert culprit.find_culprit([("it", [many, threading.Lock()])], seconds=-1) is None
+
+
+def test_each_object_is_looked_at_once() -> None:
+    seen: list[int] = []
+
+    class Counted:
+        def __reduce__(self) -> Any:
+            seen.append(1)
+            return Counted, ()
+
+    counted = [Counted() for _ in range(100)]
+    found = culprit.find_culprit([("it", [[[counted]], {"a": {"b": threading.Lock()}}])])
+    assert found is not None
+    assert found[0] == "it[1]['a']['b'] (_thread.lock)"
+    assert len(seen) == 100
+
+
+@pytest.mark.parametrize("length", [5_000, 20_000])
+def test_what_is_nested_deeply_travels_both_ways(length: int, tmp_path: Path) -> None:
+    nested: Any = []
+    for _ in range(length):
+        nested = [nested]
+    for value in (nested, chain(length)):
+        call = payload.dump_call(in_a_notebook("def main(x): pass"), {"x": value})
+        arrived = payload.load(call)[1]["x"]
+        with (tmp_path / "result").open("w+b") as file:
+            layout = payload.write_result([arrived, np.zeros(100_000)], file.fileno())
+            result = Pickled(layout)
+            file.seek(0)
+            result.fill(file.readinto)
+        arrived, array = result.load()
+        assert array.nbytes == 800_000
+        depth = 0
+        while arrived:
+            arrived = arrived.next if isinstance(arrived, Link) else arrived[0]
+            depth += 1
+        assert depth == length
+
+
+def test_a_high_recursion_limit_of_the_notebook_overflows_no_stack() -> None:
+    script = """if True:
+        import sys
+        from horovodrunner.core import payload
+        from tests.unit.test_payload import chain
+        sys.setrecursionlimit(10**6)
+        payload.dump_call(print, {"x": chain(40_000)})
+        print("limit", sys.getrecursionlimit())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
+    assert done.stdout == "limit 1000000\n", (done.returncode, done.stderr)
+
+
+def test_the_pickler_without_recursion_pickles_the_same(tmp_path: Path) -> None:
+    loop: list[Any] = [1]
+    loop.append((loop,))
+    main = in_a_notebook(
+        "class Net:\n    scale = 2\n    def run(self, x): return x * self.scale\n"
+        "def helper(x): return helper if x is None else Net().run(x)\n"
+        "def main(x): return helper(x)"
+    )
+    value = [
+        main,
+        loop,
+        {"a": None, 2: (1, 2, 3, 4), (): 1.5, True: -(2**70)},
+        {1, "x"},
+        frozenset([b"y" * 70_000]),
+        "é" * 70_000,
+        bytearray(3),
+        collections.OrderedDict(a=collections.Counter("aab")),
+        collections.deque([1, 2], 5),
+        np.arange(100_000),
+        np.array([1, "x"], object),
+        functools.partial(int, base=2),
+        ValueError("x"),
+        Path("x"),
+        type(None),
+        Link(Link()),
+    ]
+    with io.BytesIO() as file:
+        culprit.DeepPickler(file).dump([*value, value[3]])
+        arrived = payload.load(file.getvalue())
+    assert arrived[0](21) == 42
+    assert arrived[1][1][0] is arrived[1]
+    assert arrived[3] is arrived[-1]
+    assert repr(arrived[2:]) == repr([*value, value[3]][2:])
 
 
 def test_an_unpicklable_result_is_named(tmp_path: Path) -> None:

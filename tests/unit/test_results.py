@@ -324,3 +324,55 @@ def test_a_result_that_cannot_be_unpickled_is_kept_in_a_file_that_pickle_reads(
     finally:
         del sys.modules[module.__name__]
         path.unlink()
+
+
+class Frozen:
+    """Cannot be restored: pickle sets slots as anybody does."""
+
+    __slots__ = ("a",)
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "a", 1)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("frozen")
+
+
+class Leaves:
+    def __init__(self) -> None:
+        self.a = 1
+
+    def __setstate__(self, state: object) -> None:
+        sys.exit(3)
+
+
+class Asks:
+    def __init__(self) -> None:
+        self.inner = 1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize("kind", [Frozen, Leaves, Asks])
+def test_a_result_whose_class_cannot_be_restored_is_named_and_kept(
+    kind: Callable[[], Any], file: File
+) -> None:
+    layout = file.write(["before", kind()])
+    outcome = Outcome(Success(0, layout, file.read(layout)))
+    with pytest.raises(PayloadError) as caught:
+        open_outcome(outcome)
+    text = str(caught.value)
+    assert f"fails where {Frozen.__module__}.{kind.__qualname__} is restored" in text
+    path = Path(text.split("kept in ")[1].split(": once", maxsplit=1)[0])
+    assert path.stat().st_size == layout[0]
+    path.unlink()
+
+
+def test_a_result_that_cannot_even_be_kept_is_still_explained(
+    file: File, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    layout = file.write(Leaves())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(PayloadError, match=r"could not be kept in .*gone \(No such file"):
+        open_outcome(Outcome(Success(0, layout, file.read(layout))))
