@@ -15,8 +15,7 @@ from typing import Any
 
 import cloudpickle
 
-from horovodrunner.core.pickled import Layout, SinkError, dumps, write_pickle
-from horovodrunner.core.pickled import travels_by_reference as _travels_by_reference
+from horovodrunner.core.pickled import Layout, SinkError, dumps, travels_by_reference, write_pickle
 from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import PayloadError
 
@@ -218,7 +217,7 @@ def early_imports(main: Callable[..., Any], payload: bytes) -> tuple[str, ...]:
     """
     text = _strings_of_pickle(payload)
     module = sys.modules.get(getattr(main, "__module__", None) or "")
-    if module is not None and _travels_by_reference(main):
+    if module is not None and travels_by_reference(main):
         try:
             text += b"\n" + re.sub(rb"[^\w.]+", b"\n", inspect.getsource(module).encode())
         except (OSError, TypeError):
@@ -300,7 +299,7 @@ def _function_parts(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
         for index, value in enumerate(function.args):
             yield f"positional argument {index} bound by functools.partial", value
         yield from _function_parts(function.func, seen)
-    elif isinstance(function, types.FunctionType) and not _travels_by_reference(function):
+    elif isinstance(function, types.FunctionType) and not travels_by_reference(function):
         yield from _variables_of(function, where, seen)
     elif not isinstance(function, (type, types.FunctionType)):
         for name, value in getattr(function, "__dict__", {}).items():

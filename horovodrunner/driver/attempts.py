@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from horovodrunner.core import payload
 from horovodrunner.core.job import Outcome
+from horovodrunner.core.pickled import travels_by_reference
 from horovodrunner.core.record import changes
 from horovodrunner.core.words import class_names, cut, short_name
 from horovodrunner.driver.console import Console
@@ -83,7 +83,7 @@ def _is_worth_another(
 def _names_on_ranks(kind: type) -> list[str]:
     """List what a class may be called there: one that travels by value loses where it stood."""
     name = class_names(kind)[0]
-    if payload._travels_by_reference(kind):
+    if travels_by_reference(kind):
         return [name]
     return [name, name.removesuffix(short_name(kind)) + kind.__name__]
 
