@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import collections
 import importlib
 import os
@@ -237,7 +238,7 @@ def raise_what(what: str) -> NoReturn:
     if what == "OSError":
         raise ConnectionResetError("gone")
     if what == "group":
-        raise BaseExceptionGroup("several", [TrainingError("in it")])  # noqa: F821
+        raise vars(builtins)["BaseExceptionGroup"]("several", [TrainingError("in it")])
     if what == "two":
         raise TwoArgumentsError(3, 0.5)
     raise {"locked": LockedError, "large": LargeError, "other": OtherError}[what]

@@ -124,7 +124,7 @@ def test_a_child_of_main_does_not_report_and_output_for_an_ascii_stream_ends_not
     assert run(main, verbosity="all") == "value"
     monkeypatch.undo()
     stream.flush()
-    assert b"[1]<stdout>:\\xe9 \\u258f\n" in stream.buffer.getvalue()  # type: ignore[attr-defined]
+    assert b"[1]<stdout>:\\xe9 \\u258f\n" in stream.buffer.getvalue()
 
 
 def test_what_does_not_unpickle_here_is_tried_again_by_its_name() -> None:
@@ -137,7 +137,7 @@ def test_what_does_not_unpickle_here_is_tried_again_by_its_name() -> None:
             raise TwoArgumentsError(3, 0.5)
         return checkpoint.attempt
 
-    runner = HorovodRunner(np=2, max_restarts=1, restart_on=TwoArgumentsError)
+    runner = HorovodRunner(np=2, max_restarts=1, restart_on=(TwoArgumentsError,))
     assert runner.run(main) == 2
 
 

@@ -107,7 +107,7 @@ def closed() -> io.StringIO:
 
 def terminal_is_gone() -> Any:
     stream = Listed()
-    stream.write = broken  # type: ignore[method-assign]
+    stream.write = broken  # type: ignore[method-assign, assignment]
     return stream
 
 
