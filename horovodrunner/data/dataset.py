@@ -249,7 +249,8 @@ class DataSet:
         TorchBatches
             Iterable of dicts: tensors of shape ``(batch, ...)`` by column name. Dates are days
             since 1970, timestamps microseconds (int64); strings and bytes are lists. It is also an
-            ``IterableDataset``, for a DataLoader of your own with ``batch_size=None``.
+            ``IterableDataset``, for a DataLoader of your own with ``batch_size=None``; with
+            ``num_workers`` its processes begin anew in each pass, so set ``epoch`` before each.
 
         Raises
         ------

@@ -74,7 +74,7 @@ _RDD = re.compile(r"(\w+)\[\d+\] at ")
 _RDDS_OF_ROWS = {"MapPartitionsRDD", "ParallelCollectionRDD", "PythonRDD"}
 
 _TEXT_OPERATORS = {"Filter", "LocalRelation", "Project", "Range"}
-_TEXT_FUNCTIONS = {"abs", "array", "cast", "cos", "exp", "named_struct", "sin", "sqrt"}
+_TEXT_FUNCTIONS = {"abs", "array", "cast", "cos", "exp", "named_struct", "sin", "sqrt", "Some"}
 
 
 class _UnknownError(Exception):

@@ -106,7 +106,7 @@ def _has_no_end(value: Any) -> bool:
     rows = int(value.cardinality())
     if rows == tf.data.experimental.UNKNOWN_CARDINALITY:  # as after filter()
         return any(map(_has_no_end, value._inputs()))
-    return rows == tf.data.experimental.INFINITE_CARDINALITY
+    return bool(rows == tf.data.experimental.INFINITE_CARDINALITY)
 
 
 def _spec_of(value: Any, rows: int | None) -> Any:
@@ -147,7 +147,6 @@ def _plain(array: Any) -> Any:
     return array.view(np.int64) if array.dtype.kind in "mM" else array
 
 
-def _stacked(batches: Batches[Any]) -> Iterator[Any]:
-    items = iter(batches)
-    while group := list(itertools.islice(items, STEPS_AT_ONCE)):
+def _stacked(batches: Iterator[Any]) -> Iterator[Any]:
+    while group := list(itertools.islice(batches, STEPS_AT_ONCE)):
         yield tf.nest.map_structure(lambda *each: np.stack([_plain(a) for a in each]), *group)

