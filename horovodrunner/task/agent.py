@@ -452,7 +452,6 @@ class Agent:
             path = CheckpointStore(location, self._job.keep_checkpoints).path_of(manifest.step)
             for text in resumption_in_words(manifest, path, found):
                 driver.note(text)
-                self._surroundings.log(f"HorovodRunner: {text}\n".encode())
         return bool(found)
 
     def checkpoint_saved(self, step: int, directory: Path) -> None:

@@ -163,7 +163,8 @@ class SilentDriver:
         self._log(prefix_lines(message + b"\n", rank, "log_to_driver"))
 
     def note(self, text: str) -> None:
-        """Do nothing."""
+        """Put the line where it can be found at least."""
+        self._log(f"HorovodRunner: {text}\n".encode())
 
     def placed(self, slots: Sequence[Slot]) -> None:
         """Do nothing."""

@@ -36,7 +36,9 @@ def train(epochs: int) -> tuple[int, list[float], int]:
     return start, agreed[0][1], scheduler.last_epoch
 
 
-def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = HorovodRunner(np=-2, checkpoint_dir=tmp_path / "whole").run(train, epochs=6)
     halves = HorovodRunner(np=-2, checkpoint_dir=tmp_path / "halves")
     assert halves.run(train, epochs=3)[0] == 0
@@ -44,6 +46,8 @@ def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(tmp_path: Pat
     assert (start, weights, steps) == (3, *whole[1:])
     names = sorted(path.name for path in Path(halves.checkpoints[-1].path).iterdir())
     assert names == ["manifest.json", "model.pt", "optimizer.pt", "scheduler.pt"]
+    # what the scheduler did to lr is no old setting
+    assert "load_torch()" not in capsys.readouterr().out
 
 
 def parts_of(kind: str) -> tuple[Any, Any, Any, Any]:

@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_on_every_rank(
     state.write_bytes(content)
     capsys.readouterr()
     assert latest_of_every_rank(runner, tmp_path) == ["1: rank 0 step 1"] * 2
-    (warning,) = notes(capsys, "damaged")
+    (warning,) = notes(capsys, "is damaged")
     assert str(kept / "step-00000002") in warning
     assert "state" in warning
 
