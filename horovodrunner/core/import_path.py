@@ -22,6 +22,10 @@ __all__ = ["ImportPath", "are_installed", "before_stdlib", "of_worker", "start_c
 _INSTALLED = re.compile(r"/lib(?:64)?/python[\d.]*(?:/|$)")
 """In the path of every directory in which an installed Python keeps modules and packages."""
 
+_ADDED_FILES = re.compile(r"/userFiles-[0-9a-f]{8}-[0-9a-f-]{27}(?=/|$)")
+"""Where Spark's driver keeps what is added to a session (addPyFile); an executor's are in its own
+working directory."""
+
 _STDLIB = os.path.dirname(os.__file__)  # noqa: PTH120
 _STDLIB_ZIP = f"python{sys.version_info.major}{sys.version_info.minor}.zip"
 
@@ -81,12 +85,21 @@ def of_worker(users: ImportPath, own: Iterable[object]) -> list[str]:
     """
     entries = _absolute(own)
     stdlib, _ = _boundaries(entries)
-    # Spark puts files that were added to the session (addPyFile) in a directory of each machine's.
     added = {os.path.basename(e): e for e in entries[:stdlib] if os.path.isfile(e)}  # noqa: PTH113, PTH119
 
+    def place_of(entry: str) -> str | None:
+        if entry in entries:
+            return entry
+        is_added = _ADDED_FILES.search(entry)
+        if is_added and is_added.end() == len(entry):
+            return os.getcwd() if os.getcwd() in entries else None  # noqa: PTH109
+        if is_added or not _exists(entry):
+            return added.get(os.path.basename(entry))  # noqa: PTH119
+        return entry
+
     def here(lent: Sequence[str]) -> list[str]:
-        found = (e if _exists(e) else added.get(os.path.basename(e)) for e in lent)  # noqa: PTH119
-        return [e for e in found if e is not None]
+        places = (place_of(entry) for entry in lent)
+        return list(dict.fromkeys(place for place in places if place is not None))
 
     first, middle = here(users.first), here(users.before_packages)
     middle = [e for e in middle if e not in first]

@@ -1,8 +1,9 @@
 """One rank: load the job, call main, write the outcome. Runs in: the worker.
 
-Started by the task, before the rank is known, as ``python -m horovodrunner.worker --control FD
---report FD --stacks FD [--result FD] [--import MODULE ...]``. The job comes through the control
-pipe, and what happens goes out through the report pipe; what main returned goes to a file.
+Started by the task, before the rank is known, as if by ``python -m horovodrunner.worker --control
+FD --report FD --stacks FD [--result FD] [--import MODULE ...]``; core/import_path.py says how. The
+job comes through the control pipe, and what happens goes out through the report pipe; what main
+returned goes to a file.
 """
 
 from __future__ import annotations

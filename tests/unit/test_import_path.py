@@ -76,6 +76,27 @@ def test_an_archive_that_spark_brought_takes_the_place_of_the_drivers(here: Path
     ]
 
 
+def test_what_was_added_to_the_session_is_the_executors_own(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drivers = here / "userFiles-c41d2dda-f142-404d-ae2e-918da11363f1"
+    drivers.mkdir()
+    for archive in (drivers / "lib.zip", here / "e" / "lib.zip"):
+        archive.touch()
+    executors = [f"{here}/e", f"{here}/e/lib.zip"]
+    monkeypatch.chdir(here / "e")
+    users = ImportPath(first=(f"{here}/a", f"{drivers}/lib.zip", str(drivers), f"{here}/b"))
+    assert of_worker(users, [*executors, f"{here}/t", STDLIB])[:5] == [
+        f"{here}/a",
+        f"{here}/e/lib.zip",
+        f"{here}/e",
+        f"{here}/b",
+        f"{here}/t",
+    ]
+    local = [f"{drivers}/lib.zip", str(drivers), STDLIB]  # a master that is this machine
+    assert of_worker(users, local)[1:3] == local[:2]
+
+
 def test_modules_deep_in_an_archive_are_lent(here: Path) -> None:
     here.joinpath("lib.egg").touch()
     users = ImportPath(first=(f"{here}/lib.egg/src", f"{here}/a/src"))
