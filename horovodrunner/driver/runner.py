@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.core import checked, payload
+from horovodrunner.core.early_imports import early_imports
 from horovodrunner.core.env import TF_CONFIG, forwarded_environment
 from horovodrunner.core.job import JobSpec, Outcome
 from horovodrunner.core.phases import Phase, Spans, in_words
@@ -260,7 +261,7 @@ class HorovodRunner:
             size=abs(self._np),
             payload=call,
             token=secrets.token_bytes(TOKEN_BYTES),
-            early_imports=payload.early_imports(main, call),
+            early_imports=early_imports(main, call),
             environment={k: v for k, v in environment.items() if k not in files.variables},
             sys_path=tuple(os.path.abspath(entry) for entry in sys.path),  # noqa: PTH100
             stream_output=self._verbosity == "all" or self._np < 0,

@@ -33,7 +33,7 @@ STARTING_SECONDS = 10.0
 END_SECONDS = 5.0
 """How long ending a worker may take."""
 
-_CAN_BE_FORKED = frozenset({"numpy", "torch", "horovod.torch"})
+_CAN_BE_FORKED = frozenset({"numpy", "torch", "torch._dynamo", "horovod.torch"})
 """Modules that start no threads when they are imported; TensorFlow does."""
 
 _WORD = struct.Struct(">q")
