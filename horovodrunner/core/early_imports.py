@@ -1,6 +1,6 @@
 """Which frameworks main will import, found without running any of its code. Runs in: the driver.
 
-What is looked at is bytecode: that in the pickle, and that of the user's own modules which it names.
+What is looked at is bytecode: that in the pickle, and that of the user's own modules that it names.
 Installed packages are not followed; a table says what the well-known ones import.
 """
 
@@ -47,8 +47,19 @@ _OURS = frozenset({"horovodrunner", "sparkdl", "petastorm", "pyspark", "py4j"})
 
 _MEAN_TENSORFLOW = frozenset({"tf_keras", "tensorflow_datasets", "tensorflow_hub"})
 _MEAN_TORCH = frozenset(
-    "diffusers fastai ignite monai peft sentence_transformers timm torch_geometric torchaudio "
-    "torchmetrics torchvision".split()
+    {
+        "diffusers",
+        "fastai",
+        "ignite",
+        "monai",
+        "peft",
+        "sentence_transformers",
+        "timm",
+        "torch_geometric",
+        "torchaudio",
+        "torchmetrics",
+        "torchvision",
+    }
 )
 _TRAIN_WITH_TORCH = frozenset({"accelerate", "lightning", "pytorch_lightning", "transformers"})
 _INSTALLED = frozenset(_FRAMEWORKS).union(_OURS, _MEAN_TENSORFLOW, _MEAN_TORCH, _TRAIN_WITH_TORCH)
@@ -60,9 +71,12 @@ _OF_OPTIMIZERS = frozenset(
 """Names in code that trains: torch imports ``torch._dynamo`` when the first optimizer is made."""
 
 _CHANGE_IMPORTS = frozenset(
-    "putenv unsetenv setenv delenv monkeypatch load_dotenv set_start_method setdlopenflags CDLL PyDLL "
-    "sched_setaffinity cpu_affinity meta_path path_hooks addsitedir import_module __import__ "
-    "reload exec_module run_path run_module exec".split()
+    {
+        *("putenv", "unsetenv", "setenv", "delenv", "monkeypatch", "load_dotenv"),
+        *("meta_path", "path_hooks", "addsitedir", "setdlopenflags", "CDLL", "PyDLL"),
+        *("import_module", "__import__", "reload", "exec_module", "exec", "run_path", "run_module"),
+        *("set_start_method", "sched_setaffinity", "cpu_affinity"),
+    }
 )
 """Names in code after which importing a framework may give something else than before."""
 
@@ -77,7 +91,12 @@ _VARIABLES = re.compile(
 _READS = frozenset({"get", "copy", "items", "keys", "values"})
 """Methods of ``os.environ`` that change nothing."""
 
-_SILENT = frozenset({"CACHE", "EXTENDED_ARG", "NOP", "NOT_TAKEN", "PUSH_NULL", "RESUME", "TO_BOOL"})
+_SILENT = frozenset(
+    {
+        *("CACHE", "COPY", "DUP_TOP", "EXTENDED_ARG", "NOP", "NOT_TAKEN", "PUSH_NULL", "RESUME"),
+        *("SWAP", "TO_BOOL"),
+    }
+)
 """Instructions that may stand between two that belong together."""
 
 _NO_OBSTACLES = frozenset({"benchmarks", "conftest", "docs", "examples", "setup", "test", "tests"})
@@ -363,7 +382,7 @@ class _Look:
                 self._take_import(index)
             elif each.opname == "IMPORT_FROM":
                 self._take_imported_name(index)
-            elif each.opname == "LOAD_CONST":
+            elif each.opname in ("LOAD_CONST", "KW_NAMES"):
                 self._take_constant(index)
             elif each.opname.startswith("LOAD_"):
                 self._take_name(index)
@@ -381,6 +400,8 @@ class _Look:
         self.imports.append((level, module, tuple(names or ())))
         if names == ("*",):
             self.names.add("*")
+        if module.partition(".")[0] in _COME_FIRST:
+            self.changes_imports = True
         stored = self._argument(index + 1)
         if module in ("os", "sys") and not names and stored != module:
             self.changes_imports = True  # by a name that is not looked for
@@ -480,7 +501,7 @@ def _is_installed(top: str, spec: ModuleSpec) -> bool:
     root = Path(spec.origin)
     for _ in range(spec.name.count(".") + (1 if spec.submodule_search_locations is None else 2)):
         root = root.parent
-    return any(root.glob(f"{top}-*.dist-info"))  # by pip install --target
+    return any(root.glob(f"{top}-*.dist-info"))  # by ``pip install --target``
 
 
 def _an_installed_module_is_hidden() -> bool:

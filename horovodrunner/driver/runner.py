@@ -22,6 +22,7 @@ from horovodrunner.core.versions import installed_versions
 from horovodrunner.driver import interrupt
 from horovodrunner.driver.attempts import run_attempts
 from horovodrunner.driver.console import Console
+from horovodrunner.driver.interactive import is_interactive
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.files import BroughtFiles
 from horovodrunner.task.store import CheckpointStore
@@ -33,6 +34,7 @@ __all__ = ["HorovodRunner", "SavedCheckpoint"]
 
 VERBOSITIES = ("all", "log_callback_only")
 CHECKPOINT_ERRORS = ("warn", "raise")
+AUTO = "auto"
 TOKEN_BYTES = 32
 
 
@@ -112,8 +114,10 @@ class HorovodRunner:
     keep_warm
         Whether a process that has PyTorch and Horovod imported stays on every executor (on the
         driver for a negative np) and forks the workers, so that the next runs start sooner. It
-        ends with the session, or after ten minutes without a run. Not for mains that use
-        TensorFlow: their workers are fresh processes in any case.
+        holds about 300 MiB, and ends with the session or after ten minutes without a run.
+        ``"auto"``: in notebooks and other interactive sessions, not in scripts. Mains that use
+        TensorFlow, or that change how frameworks are imported (``os.environ``, ``sys.path``),
+        get fresh processes in any case.
 
     Raises
     ------
@@ -154,7 +158,7 @@ class HorovodRunner:
         restart_on: tuple[type[BaseException], ...] = (),
         tf_config: bool = False,
         show_phases: bool = False,
-        keep_warm: bool = False,
+        keep_warm: bool | str = AUTO,
     ) -> None:
         self._np = checked.integer("np", np)
         self._verbosity = checked.choice("driver_log_verbosity", driver_log_verbosity, VERBOSITIES)
@@ -181,7 +185,7 @@ class HorovodRunner:
         self._max_restarts = checked.integer("max_restarts", max_restarts, at_least=0)
         self._restart_on = checked.exception_types("restart_on", restart_on)
         self._tf_config = checked.boolean("tf_config", tf_config)
-        self._keep_warm = checked.boolean("keep_warm", keep_warm)
+        self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
         self._show_phases = checked.boolean("show_phases", show_phases)
         self._phases: tuple[Phase, ...] = ()
 
@@ -252,6 +256,7 @@ class HorovodRunner:
         files = BroughtFiles(environment)
         with payload.companions() as companions:
             call = payload.dump_call(main, kwargs)
+        frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
         data = tuple(companions.values())
         console = Console(executors_have_lines=self._np >= 0)
@@ -261,7 +266,7 @@ class HorovodRunner:
             size=abs(self._np),
             payload=call,
             token=secrets.token_bytes(TOKEN_BYTES),
-            early_imports=early_imports(main, call),
+            early_imports=frameworks,
             environment={k: v for k, v in environment.items() if k not in files.variables},
             sys_path=tuple(os.path.abspath(entry) for entry in sys.path),  # noqa: PTH100
             stream_output=self._verbosity == "all" or self._np < 0,
@@ -271,7 +276,7 @@ class HorovodRunner:
             fail_on_checkpoint_error=self._checkpoint_errors == "raise",
             brought_files=files.variables,
             tf_config=self._tf_config,
-            keep_warm=self._keep_warm,
+            keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
         )
 
         def launch(attempt: int) -> Outcome:

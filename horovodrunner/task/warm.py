@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from horovodrunner.core.installed import holds_installed_packages
 from horovodrunner.core.peers import is_our_own
 
 __all__ = ["ForkedWorker", "fork_worker"]
@@ -156,7 +157,7 @@ def fork_worker(
     """
     if not (early_imports and _CAN_BE_FORKED.issuperset(early_imports)):
         return None
-    if not (hasattr(os, "pidfd_open") and hasattr(socket, "SO_PEERCRED")):
+    if not (_has_pidfds() and hasattr(socket, "SO_PEERCRED")):
         return None
     connection = _connect(owner, early_imports, environment)
     if connection is None:
@@ -175,6 +176,14 @@ def fork_worker(
         os.close(error_write)
     stdout, stderr = (os.fdopen(fd, "rb", buffering=0) for fd in (out_read, error_read))
     return ForkedWorker(connection, stdout, stderr)
+
+
+def _has_pidfds() -> bool:
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):  # not Linux, or before 5.3
+        return False
+    return True
 
 
 def _connect(
@@ -220,7 +229,7 @@ def _address(owner: int, early_imports: Sequence[str], environment: Mapping[str,
     changed = {  # by pip, for one
         directory: Path(directory).stat().st_mtime_ns
         for directory in environment.get("PYTHONPATH", "").split(os.pathsep)
-        if directory.endswith("-packages") and Path(directory).exists()
+        if Path(directory).exists() and holds_installed_packages(directory)
     }
     facts = {
         "owner": owner,  # the warm parent is gone before that number is used anew
@@ -231,7 +240,7 @@ def _address(owner: int, early_imports: Sequence[str], environment: Mapping[str,
         "changed": changed,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return f"horovodrunner-{os.getuid()}-{digest[:40]}"
+    return f"horovodrunner-{os.getuid()}-{owner}-{digest[:40]}"
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

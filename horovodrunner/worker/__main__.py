@@ -75,8 +75,7 @@ def main() -> int:
     set_context(WorkerContext(spec, link, control))
     outcome, exit_code = run(spec, call, control, arguments.result)
     _flush_output()
-    times = {"imported_at": imported_at, **control.times_of_main()}
-    link.send("times", times=times)
+    link.send("times", imported_at=imported_at, warmed=arguments.warmed, times=control.times())
     header, body = outcome.to_frame()
     link.send("outcome", body, **header)
     return exit_code
@@ -106,12 +105,15 @@ def run(
     tuple of Outcome and int
         What happened, and the exit code that says the same.
     """
+    began = time.time()
     os.environ.update(spec.environment)
     sys.path += [entry for entry in spec.sys_path if _is_lent(entry)]
     try:
         function, kwargs = payload.load(call)
     except BaseException as error:  # noqa: BLE001 - unpickling runs arbitrary code
         return _failed(spec, error, "main could not be unpickled: ", hint=_import_hint(error)), 1
+    finally:
+        control.unpickled(began)
     horovod_keras.announce()  # what was imported early had nobody to tell
     control.main_begins()
     try:
@@ -226,12 +228,18 @@ def _forked_from_warm_parent(arguments: Any) -> dict[str, Any]:
     from horovodrunner.worker.warm import WarmParent
 
     try:
-        parent = WarmParent(arguments.keep_warm, arguments.owner, arguments.idle_seconds)
+        parent = WarmParent(
+            arguments.keep_warm, arguments.owner, arguments.idle_seconds, arguments.listener
+        )
     except OSError:
         sys.exit(0)  # another task's is there already
-    parent.detach()
-    _import_early(arguments.early_imports)
-    return {**parent.serve(), "early_imports": []}
+    if arguments.listener is None:
+        parent.detach()
+    began = time.time()
+    if parent.may_fork:
+        _import_early(arguments.early_imports)
+    warmed = (began, time.time())
+    return {**parent.serve(), "early_imports": [], "warmed": warmed}
 
 
 def _parse_arguments() -> Any:
@@ -241,9 +249,11 @@ def _parse_arguments() -> Any:
     parser.add_argument("--stacks", type=int, help="file descriptor to write to")
     parser.add_argument("--result", type=int, help="file descriptor of an empty file")
     parser.add_argument("--import", dest="early_imports", action="append", default=[])
+    parser.set_defaults(warmed=(0.0, 0.0))
     warm = parser.add_argument_group("the process from which workers are forked")
     warm.add_argument("--keep-warm", help="its address")
     warm.add_argument("--owner", type=int, help="process with which it ends")
+    warm.add_argument("--listener", type=int, help="its socket, where there is one already")
     warm.add_argument("--idle-seconds", type=float, help="how long it stays without a worker")
     return parser.parse_args()
 
