@@ -383,7 +383,8 @@ class _Look:
             elif each.opname == "IMPORT_FROM":
                 self._take_imported_name(index)
             elif each.opname in ("LOAD_CONST", "KW_NAMES"):
-                self._take_constant(index)
+                assert each.arg is not None  # noqa: S101 - the constant's number
+                self._take_constant(index, code.co_consts[each.arg])
             elif each.opname.startswith("LOAD_"):
                 self._take_name(index)
 
@@ -417,8 +418,7 @@ class _Look:
         if module == "os" and name in ("environ", "environb") and renamed:
             self.changes_imports = True
 
-    def _take_constant(self, index: int) -> None:
-        value = self._found[index].argval
+    def _take_constant(self, index: int, value: object) -> None:
         if isinstance(value, types.CodeType):
             self.codes.append(value)
             return

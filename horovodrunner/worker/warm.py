@@ -39,7 +39,9 @@ MAX_PARENTS = 2
 _REPLACED = b"r"
 """What another parent of the same session sends; a task sends a byte that is none."""
 
-_NOT_OF_USERS = frozenset({"__main__", "horovodrunner", "sitecustomize", "usercustomize"})
+_NOT_OF_USERS = frozenset(
+    {"__main__", "__mp_main__", "horovodrunner", "sitecustomize", "usercustomize"}
+)
 
 _HARMLESS_DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "pts/", "ptmx", "shm/")
 
@@ -278,7 +280,7 @@ def _holds_code_of_users() -> bool:
         file = getattr(module, "__file__", None)
         if name.partition(".")[0] in _NOT_OF_USERS or not isinstance(file, str):
             continue
-        if not (is_of_a_python(file) or file.startswith(installed)):
+        if file.startswith("/") and not (is_of_a_python(file) or file.startswith(installed)):
             return True
     return False
 
