@@ -3,7 +3,7 @@
 It holds nothing of any run: no user code, no slot, no open device. A worker is a fork of it, which
 sees what a fresh process sees after the same imports. It serves tasks of its own user that came
 with the same environment, and ends with the session, when nobody has needed it for a while, or when
-runs of its session need another one. See ADR 19 and ADR 21 for what was weighed.
+runs of its session need another one. See ADR 19 and ADR 20 for what was weighed.
 """
 
 from __future__ import annotations

@@ -142,3 +142,111 @@ def test_executors_keep_their_own_until_the_session_ends() -> None:
     """)
     assert "done" in done.stdout, done.stderr
     assert gone_soon([int(done.stdout.split()[-1])])
+
+
+LOOKS = """
+    import os, sys
+    early = "numpy" in sys.modules
+    import numpy
+
+    def look():
+        return {version}, early, os.getppid()
+"""
+
+
+def test_an_edited_module_is_imported_anew_and_scripts_are_not_kept_warm(tmp_path: Path) -> None:
+    module = tmp_path / "mymodule.py"
+    module.write_text(textwrap.dedent(LOOKS).format(version=1))
+    done = drive(
+        f"""
+        from pathlib import Path
+        sys.path.insert(0, {str(tmp_path)!r})
+        import mymodule
+
+        def parent_of_default(**options):
+            return HorovodRunner(np=-1, **options).run(mymodule.look)[2]
+
+        assert parent_of_default() == os.getpid(), "a script's workers are forks"
+        first = run(mymodule.look, np=-2)
+        module = Path({str(module)!r})
+        module.write_text(module.read_text().replace("return 1,", "return 22,"))
+        second = run(mymodule.look, np=-2)
+        assert first[:2] == (1, True) and second[:2] == (22, True), (first, second)
+        assert first[2] == second[2] != os.getpid()
+        sys.ps1 = ">>> "  # as at a prompt
+        assert parent_of_default() == first[2]
+        assert parent_of_default(keep_warm=False) == os.getpid()
+        print(first[2])
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert gone_soon([int(done.stdout.split()[-1])])
+
+
+def test_a_session_keeps_two_processes_at_most() -> None:
+    done = drive("""
+        import psutil
+
+        def parent_with(number):
+            os.environ["OMP_NUM_THREADS"] = number
+            return run(lambda: (numpy.__name__, os.getppid()), np=-1)[1]
+
+        import numpy
+        oldest, older = parent_with("1"), parent_with("2")
+        assert parent_with("1") == oldest, "two may stay"
+        newest = parent_with("3")
+        psutil.Process(oldest).wait(60) if psutil.pid_exists(oldest) else None
+        assert parent_with("2") == older and parent_with("3") == newest
+        print(older, newest)
+    """)
+    assert done.returncode == 0, done.stderr
+    assert gone_soon([int(pid) for pid in done.stdout.splitlines()[-1].split()])
+
+
+def test_what_the_first_optimizer_imports_is_there_for_a_main_of_a_module(tmp_path: Path) -> None:
+    tmp_path.joinpath("mytraining.py").write_text(
+        textwrap.dedent("""
+        import sys
+        early = {"torch._dynamo", "horovod.torch"} & sys.modules.keys()
+        import torch
+        import horovod.torch as hvd
+
+        def fit():
+            model = torch.nn.Linear(2, 1)
+            torch.optim.SGD(model.parameters(), lr=0.1)
+            return sorted(early)
+        """)
+    )
+    done = drive(
+        """
+        from mytraining import fit
+        assert run(fit) == ["horovod.torch", "torch._dynamo"]
+        """,
+        PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path[1:]]),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_notebooks_second_run_is_warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    cell = """
+        import os
+        from horovodrunner import HorovodRunner
+
+        def main():
+            import sys
+            early = "numpy" in sys.modules
+            import numpy
+            return early, os.getppid()
+
+        first, second = (HorovodRunner(np=-2).run(main) for _ in range(2))
+        assert first == second and first[0] and first[1] != os.getpid(), (first, second)
+        assert HorovodRunner(np=-1, keep_warm=False).run(main)[1] == os.getpid()
+        first[1]
+    """
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(textwrap.dedent(cell))])
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=150, resources=resources).execute()
+    assert gone_soon([int(notebook.cells[0].outputs[-1].data["text/plain"])])
