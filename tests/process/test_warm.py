@@ -164,7 +164,7 @@ def test_an_edited_module_is_imported_anew_and_scripts_are_not_kept_warm(tmp_pat
         import mymodule
 
         def parent_of_default(**options):
-            return HorovodRunner(np=-1, **options).run(mymodule.look)[2]
+            return HorovodRunner(np=-2, **options).run(mymodule.look)[2]
 
         assert parent_of_default() == os.getpid(), "a script's workers are forks"
         first = run(mymodule.look, np=-2)
