@@ -48,6 +48,7 @@ _OURS = frozenset({"horovodrunner", "sparkdl", "petastorm", "pyspark", "py4j"})
 _MEAN_TENSORFLOW = frozenset({"tf_keras", "tensorflow_datasets", "tensorflow_hub"})
 _MEAN_TORCH = frozenset(
     {
+        "accelerate",
         "diffusers",
         "fastai",
         "ignite",
@@ -59,14 +60,18 @@ _MEAN_TORCH = frozenset(
         "torchaudio",
         "torchmetrics",
         "torchvision",
+        "transformers",
     }
 )
-_TRAIN_WITH_TORCH = frozenset({"accelerate", "lightning", "pytorch_lightning", "transformers"})
-_INSTALLED = frozenset(_FRAMEWORKS).union(_OURS, _MEAN_TENSORFLOW, _MEAN_TORCH, _TRAIN_WITH_TORCH)
+_IMPORT_DYNAMO = frozenset({"lightning", "pytorch_lightning"})
+_INSTALLED = frozenset(_FRAMEWORKS).union(_OURS, _MEAN_TENSORFLOW, _MEAN_TORCH, _IMPORT_DYNAMO)
 """Packages that are never followed, wherever they are."""
 
 _OF_OPTIMIZERS = frozenset(
-    {"*", "optim", "DistributedOptimizer", "DistributedDataParallel", "fully_shard", "backward"}
+    {
+        *("optim", "DistributedOptimizer", "DistributedDataParallel", "fully_shard", "backward"),
+        *("Trainer", "TrainingArguments"),
+    }
 )
 """Names in code that trains: torch imports ``torch._dynamo`` when the first optimizer is made."""
 
@@ -185,9 +190,9 @@ class _Search:
         found |= self._imported.intersection(_IN_ORDER)
         if tops & _MEAN_TENSORFLOW:
             found.add("tensorflow")
-        if "tensorflow" not in found and tops & (_MEAN_TORCH | _TRAIN_WITH_TORCH):
+        if "tensorflow" not in found and tops & (_MEAN_TORCH | _IMPORT_DYNAMO):
             found.add("torch")
-        trains = self._named & self._of_optimizers or tops & _TRAIN_WITH_TORCH
+        trains = self._named & self._of_optimizers or tops & _IMPORT_DYNAMO
         if trains and found & {"torch", "horovod.torch"}:
             found.add("torch._dynamo")
         return tuple(name for name in _IN_ORDER if name in found)
@@ -206,6 +211,8 @@ class _Search:
                 self._import(f"{base}.{name}")
             if _is_below(base, "torch.optim"):
                 self._of_optimizers.update(names)
+                if "*" in names:
+                    self._name(["optim"])
         self._name(facts.names)
 
     def _name(self, names: Iterable[str]) -> None:
@@ -399,8 +406,6 @@ class _Look:
         module = self._found[index].argval
         level, names = (each.argval for each in self._found[index - 2 : index])
         self.imports.append((level, module, tuple(names or ())))
-        if names == ("*",):
-            self.names.add("*")
         if module.partition(".")[0] in _COME_FIRST:
             self.changes_imports = True
         stored = self._argument(index + 1)

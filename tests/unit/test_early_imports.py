@@ -74,7 +74,8 @@ class _Frameworks:
         return None
 
     def exec_module(self, module: Any) -> None:
-        module.__getattr__ = lambda name: None if name.startswith("__") else _Anything
+        module.__all__ = []
+        module.__getattr__ = lambda _: _Anything
 
 
 class _Anything:
@@ -116,6 +117,8 @@ def found_for(main: Any, **kwargs: Any) -> tuple[str, ...]:
         ("def main():\n    import torch.optim", ("torch",)),
         ("def main():\n    import lightning", ("torch", "torch._dynamo")),
         ("def main():\n    import torchvision", ("torch",)),
+        ("def main():\n    from transformers import pipeline", ("torch",)),
+        ("def main():\n    import transformers as t\n    t.Trainer()", ("torch", "torch._dynamo")),
         ("def main():\n    import transformers, tensorflow", ("tensorflow",)),
     ],
 )
@@ -271,6 +274,8 @@ def test_changed_source_is_looked_at_anew_though_the_driver_has_imported_it(
             ("torch",),
         ),
         ({"mytraining": "import helper\ndef fit(): pass", "helper": "import mytraining"}, ()),
+        ({"mytraining": "from torch.optim import *\ndef fit(): pass"}, ("torch", "torch._dynamo")),
+        ({"mytraining": "import torch\nfrom h import *\ndef fit(): 1", "h": ""}, ("torch",)),
         (
             {
                 "mytraining": """
