@@ -17,7 +17,7 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -362,6 +362,22 @@ def _facts_of(code: types.CodeType, *, whole: bool) -> _Facts:
     return _Facts(tuple(imports), frozenset(names), tuple(later), changes, instructions)
 
 
+def _instructions_of(code: types.CodeType) -> Iterator[dis.Instruction]:
+    for each in dis.get_instructions(code):
+        if each.opname in _SILENT:
+            continue
+        if "_FAST_" in each.opname and isinstance(each.argval, tuple):  # two in one, since 3.13
+            first, second = each.argval
+            for name, is_stored in (
+                (first, each.opname.startswith("STORE")),
+                (second, each.opname.endswith("STORE_FAST")),
+            ):
+                opname = "STORE_FAST" if is_stored else "LOAD_FAST"
+                yield each._replace(opname=opname, argval=name)
+            continue
+        yield each
+
+
 class _Look:
     """One code object, without the code in it.
 
@@ -376,7 +392,7 @@ class _Look:
         self.names: set[str] = set()
         self.codes: list[types.CodeType] = []
         self.changes_imports = any(map(_VARIABLES.match, code.co_varnames))
-        found = [each for each in dis.get_instructions(code) if each.opname not in _SILENT]
+        found = list(_instructions_of(code))
         self.instructions = len(found)
         self._found = found
         skipped_until = -1
@@ -435,8 +451,6 @@ class _Look:
 
     def _take_name(self, index: int) -> None:
         name = self._found[index].argval
-        if isinstance(name, tuple):  # one instruction that loads two
-            self.names.update(name)
         if not isinstance(name, str):
             return
         self.names.add(name)
