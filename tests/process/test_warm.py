@@ -250,3 +250,37 @@ def test_a_notebooks_second_run_is_warm(tmp_path: Path, monkeypatch: pytest.Monk
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=150, resources=resources).execute()
     assert gone_soon([int(notebook.cells[0].outputs[-1].data["text/plain"])])
+
+
+def test_who_has_connected_is_served_before_a_process_ends() -> None:
+    done = drive("""
+        import socket, threading
+        from pathlib import Path
+        import numpy
+
+        def connections():
+            names = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()]
+            return [name for name in names if f"-{os.getpid()}-" in name]
+
+        def parent():
+            return run(lambda: (numpy.__name__, os.getppid()), np=-1)[1]
+
+        first = parent()
+        while len(connections()) > 1:
+            time.sleep(0.01)  # it has forgotten its worker
+        os.kill(first, signal.SIGSTOP)
+        told_to_end = socket.socket(socket.AF_UNIX)
+        told_to_end.connect("\\0" + connections()[0].removeprefix("@"))
+        told_to_end.sendall(b"r")
+        found = []
+        thread = threading.Thread(target=lambda: found.append(parent()))
+        thread.start()
+        while len(connections()) < 3:
+            time.sleep(0.01)  # the run's worker is asked for
+        os.kill(first, signal.SIGCONT)
+        thread.join()
+        assert found == [first], (found, first)
+        print(first)
+    """)
+    assert done.returncode == 0, done.stderr
+    assert gone_soon([int(done.stdout.split()[-1])])
