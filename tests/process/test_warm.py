@@ -284,3 +284,28 @@ def test_who_has_connected_is_served_before_a_process_ends() -> None:
     """)
     assert done.returncode == 0, done.stderr
     assert gone_soon([int(done.stdout.split()[-1])])
+
+
+def test_a_process_that_holds_a_users_module_does_not_fork(tmp_path: Path) -> None:
+    tmp_path.joinpath("sitecustomize.py").write_text("import of_the_user\n")
+    tmp_path.joinpath("of_the_user.py").write_text("VERSION = 1\n")
+    done = drive(
+        """
+        def look():
+            import numpy, of_the_user
+            return of_the_user.VERSION, os.getppid()
+
+        first = run(look, np=-1)
+        with open(sys.modules["of_the_user"].__file__, "w") as file:
+            file.write("VERSION = 22\\n")
+        second = run(look, np=-1)
+        assert (first[0], second[0]) == (1, 22), (first, second)
+        assert first[1] == second[1] != os.getpid()
+        memory = open(f"/proc/{first[1]}/maps").read()
+        assert "numpy" not in memory, "what it cannot give on it holds all the same"
+        print(first[1])
+        """,
+        PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path[1:]]),
+    )
+    assert done.returncode == 0, done.stderr
+    assert gone_soon([int(done.stdout.split()[-1])])
