@@ -1,10 +1,12 @@
-"""From run() to its value for a main that does the least: init, rank, leave.
+"""From run() to its value for a main that does the least, init and rank, and for one that trains.
 
 - ``floor``: a barrier job that does nothing, and then two processes that import torch and Horovod,
   init and leave. Nobody who starts a job and then processes can be faster; its two parts are
   shown, too.
 - ``np=2``: HorovodRunner on two executors of a session that has run jobs; ``np=-2``: on the driver.
   ``warm``: with ``keep_warm=True``, after a first run.
+- ``train``: the same for a main of a module that makes one step with an optimizer, for which torch
+  imports as much again, beside a floor whose processes do that, too.
 - ``horovodrun``, ``TorchDistributor``, ``horovod.spark.run``: the peers, with the same work.
 """
 
@@ -25,6 +27,7 @@ from benchmarks.report import Case, Figures, interleaved
 
 SIZE = 2
 _BARE = "import torch, horovod.torch as hvd; hvd.init(); assert hvd.size() == {size}; hvd.rank()"
+_BARE_TRAINING = "from benchmarks.mains import train; train()"
 
 
 def least() -> Callable[[], int]:
@@ -52,13 +55,15 @@ def _least_of_torch() -> Callable[[], int]:
     return main
 
 
-def bare_processes(size: int = SIZE) -> float:
+def bare_processes(size: int = SIZE, code: str = _BARE) -> float:
     """Start processes as horovodrun would, without anything around them.
 
     Parameters
     ----------
     size
         How many.
+    code
+        What they run.
 
     Returns
     -------
@@ -91,7 +96,7 @@ def bare_processes(size: int = SIZE) -> float:
             "OMP_NUM_THREADS": 1,
         }
         environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-        command = [sys.executable, "-c", _BARE.format(size=size)]
+        command = [sys.executable, "-c", code.format(size=size)]
         processes.append(subprocess.Popen(command, env=environment))
     assert [process.wait() for process in processes] == [0] * size
     seconds = time.perf_counter() - began
@@ -124,7 +129,9 @@ def barrier_job(spark: Any, size: int = SIZE) -> float:
     return time.perf_counter() - began
 
 
-def horovod_runner(np: int, keep_warm: bool = False) -> float:
+def horovod_runner(
+    np: int, keep_warm: bool = False, main: Callable[[], int] | None = None
+) -> float:
     """Run HorovodRunner once.
 
     Parameters
@@ -133,6 +140,8 @@ def horovod_runner(np: int, keep_warm: bool = False) -> float:
         As it takes it.
     keep_warm
         As it takes it.
+    main
+        What it runs; without it, what does the least.
 
     Returns
     -------
@@ -143,7 +152,7 @@ def horovod_runner(np: int, keep_warm: bool = False) -> float:
 
     with _quiet():
         began = time.perf_counter()
-        assert HorovodRunner(np=np, keep_warm=keep_warm).run(least()) == 0
+        assert HorovodRunner(np=np, keep_warm=keep_warm).run(main or least()) == 0
         return time.perf_counter() - began
 
 
@@ -194,17 +203,25 @@ def measure(rounds: int) -> Case:
     Case
         The table.
     """
+    from benchmarks.mains import train
+
     spark = session()
     barrier_job(spark)
     for np in (SIZE, -SIZE):
-        horovod_runner(np)
-        horovod_runner(np, keep_warm=True)
-    parts: dict[str, list[float]] = {"barrier job": [], "bare processes": []}
+        for main in (least(), train):
+            horovod_runner(np, main=main)
+            horovod_runner(np, keep_warm=True, main=main)
+    bare, bare_training = "bare processes", "bare processes, train"
+    parts: dict[str, list[float]] = {"barrier job": [], bare: [], bare_training: []}
 
     def floor() -> float:
         parts["barrier job"].append(barrier_job(spark))
-        parts["bare processes"].append(bare_processes())
-        return parts["barrier job"][-1] + parts["bare processes"][-1]
+        parts[bare].append(bare_processes())
+        return parts["barrier job"][-1] + parts[bare][-1]
+
+    def floor_of_training() -> float:
+        parts[bare_training].append(bare_processes(code=_BARE_TRAINING))
+        return barrier_job(spark) + parts[bare_training][-1]
 
     ways: dict[str, Callable[[], float]] = {
         "floor": floor,
@@ -212,13 +229,23 @@ def measure(rounds: int) -> Case:
         "np=-2": lambda: horovod_runner(-SIZE),
         "np=2, warm": lambda: horovod_runner(SIZE, keep_warm=True),
         "np=-2, warm": lambda: horovod_runner(-SIZE, keep_warm=True),
+        "floor, train": floor_of_training,
+        "np=2, train": lambda: horovod_runner(SIZE, main=train),
+        "np=-2, train": lambda: horovod_runner(-SIZE, main=train),
+        "np=2, train, warm": lambda: horovod_runner(SIZE, keep_warm=True, main=train),
+        "np=-2, train, warm": lambda: horovod_runner(-SIZE, keep_warm=True, main=train),
         "horovodrun": _horovodrun,
         "TorchDistributor": _torch_distributor,
         "horovod.spark.run": _horovod_spark,
     }
     values = {**interleaved(ways, rounds), **parts}
     spark.stop()
-    beside = dict.fromkeys(("np=-2", "np=-2, warm"), "bare processes")
-    order = ["floor", "barrier job", "bare processes", *(name for name in ways if name != "floor")]
+    beside = {
+        **dict.fromkeys(("np=-2", "np=-2, warm", bare_training), bare),
+        **dict.fromkeys(("np=2, train", "np=2, train, warm"), "floor, train"),
+        **dict.fromkeys(("np=-2, train", "np=-2, train, warm"), bare_training),
+    }
+    order = ["floor", "barrier job", bare, *(name for name in ways if name != "floor")]
+    order.insert(order.index("floor, train") + 1, bare_training)
     lines = [Figures(name, "s", values[name], beside.get(name, "floor")) for name in order]
-    return Case("launch", "a main that does the least, on two ranks", lines)
+    return Case("launch", "a main that does the least, and one that trains, on two ranks", lines)

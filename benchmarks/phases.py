@@ -22,6 +22,7 @@ _ORDER = (
     "imports",
     "gather",
     "rendezvous",
+    "unpickle",
     "init",
     "main",
     "outcome back",

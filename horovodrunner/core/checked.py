@@ -13,6 +13,7 @@ from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = [
     "boolean",
+    "boolean_or",
     "choice",
     "command_line",
     "exception_types",
@@ -49,6 +50,35 @@ def boolean(name: str, value: Any) -> bool:
             f"{name}={value!r}: it must be True or False, got {type(value).__name__}"
         )
     return value
+
+
+def boolean_or(other: str, name: str, value: Any) -> bool | str:
+    """Check a yes or no that may be left to something else.
+
+    Parameters
+    ----------
+    other
+        What may be given instead.
+    name
+        The argument's name, for the error.
+    value
+        What was given.
+
+    Returns
+    -------
+    bool or str
+        The same.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is neither.
+    """
+    if isinstance(value, bool) or (isinstance(value, str) and value == other):
+        return value
+    raise ArgumentTypeError(
+        f"{name}={value!r}: it must be {other!r}, True or False, got {type(value).__name__}"
+    )
 
 
 def integer(name: str, value: Any, at_least: int | None = None) -> int:

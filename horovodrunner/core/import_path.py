@@ -8,7 +8,6 @@ of the worker's own Python.
 from __future__ import annotations
 
 import functools
-import importlib.machinery
 import os
 import re
 import site
@@ -17,10 +16,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ImportPath", "are_installed", "before_stdlib", "of_worker", "start_command"]
+from horovodrunner.core.installed import is_of_a_python
 
-_INSTALLED = re.compile(r"/lib(?:64)?/python[\d.]*(?:/|$)")
-"""In the path of every directory in which an installed Python keeps modules and packages."""
+__all__ = ["ImportPath", "before_stdlib", "of_worker", "start_command"]
 
 _ADDED_FILES = re.compile(r"/userFiles-[0-9a-f]{8}-[0-9a-f-]{27}(?=/|$)")
 """Where Spark's driver keeps what is added to a session (addPyFile); an executor's are in its own
@@ -64,7 +62,7 @@ class ImportPath:
             first=tuple(e for e in entries[:stdlib] if not _is_own(e)),
             before_packages=tuple(e for e in middle if not _is_own(e)),
             # Packages of another Python, which came with this one, may not fit the executor's.
-            last=tuple(e for e in last if not _is_own(e) and not _INSTALLED.search(e)),
+            last=tuple(e for e in last if not _is_own(e) and not is_of_a_python(e)),
         )
 
 
@@ -107,31 +105,6 @@ def of_worker(users: ImportPath, own: Iterable[object]) -> list[str]:
     _, packages = _boundaries(rest)
     path = [*first, *rest[:packages], *middle, *rest[packages:]]
     return [*path, *(e for e in here(users.last) if e not in path)]
-
-
-def are_installed(modules: Iterable[str]) -> bool:
-    """Whether none of some modules is the user's own file instead of an installed package.
-
-    Parameters
-    ----------
-    modules
-        Their names.
-
-    Returns
-    -------
-    bool
-        False if one of them is found among the user's directories, by this process, and nothing
-        was installed there.
-    """
-    for name in {module.partition(".")[0] for module in modules}:
-        spec = importlib.machinery.PathFinder.find_spec(name)
-        if spec is None:  # it may be installed elsewhere
-            continue
-        file = Path(spec.origin or next(iter(spec.submodule_search_locations or ()), ""))
-        directory = file.parent.parent if spec.submodule_search_locations else file.parent
-        if not (_is_own(str(directory)) or any(directory.glob("*.dist-info"))):
-            return False
-    return True
 
 
 def before_stdlib(path: Sequence[str]) -> list[str]:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
-import inspect
-import re
-import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -23,7 +20,6 @@ __all__ = [
     "WARN_BYTES",
     "companions",
     "dump_call",
-    "early_imports",
     "format_bytes",
     "largest_parts",
     "load",
@@ -33,22 +29,6 @@ __all__ = [
 
 WARN_BYTES = 10 * 1024 * 1024
 """A pickled main larger than this is warned about."""
-
-_EARLY_MODULES = (
-    "numpy",
-    "torch",
-    "horovod.torch",
-    "tensorflow",
-    "horovod.tensorflow",
-    "horovod.tensorflow.keras",
-)
-"""Modules that take long to import and that a worker may import before it knows its rank."""
-
-_CHANGES_IMPORTS = re.compile(
-    rb"environ|putenv|setenv|monkeypatch|\b(?:KERAS_|TF_|OMP_|MKL_|CUDA_|XLA_|TORCH_|PYTORCH_|LD_)"
-    rb"|sys\.path|importlib|set_start_method"
-)
-"""What in a pickled main says that the way frameworks are imported may matter to it."""
 
 
 _companions: ContextVar[dict[str, Any] | None] = ContextVar("companions", default=None)
@@ -196,38 +176,6 @@ def largest_parts(
     return sorted(large, key=lambda part: -part[1])[:3]
 
 
-def early_imports(main: Callable[..., Any], payload: bytes) -> tuple[str, ...]:
-    """Find the slow modules that a worker may import while its peers are being gathered.
-
-    Names are looked for in the strings of the pickle. Nothing is imported early when the pickle
-    holds a sign that main sets up its environment first, or when main travels by reference and
-    the source of its module cannot be read.
-
-    Parameters
-    ----------
-    main
-        The training function.
-    payload
-        The pickled call.
-
-    Returns
-    -------
-    tuple of str
-        Module names, in the order in which they are safe to import; often empty.
-    """
-    text = _strings_of_pickle(payload)
-    module = sys.modules.get(getattr(main, "__module__", None) or "")
-    if module is not None and travels_by_reference(main):
-        try:
-            text += b"\n" + re.sub(rb"[^\w.]+", b"\n", inspect.getsource(module).encode())
-        except (OSError, TypeError):
-            return ()
-    if _CHANGES_IMPORTS.search(text):
-        return ()
-    words = set(text.split(b"\n"))
-    return tuple(name for name in _EARLY_MODULES if name.encode() in words)
-
-
 def format_bytes(count: int) -> str:
     """Write a number of bytes for people.
 
@@ -252,19 +200,6 @@ def format_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
-
-
-def _strings_of_pickle(payload: bytes) -> bytes:
-    import pickletools  # for the driver alone
-
-    found = []
-    for opcode, argument, _ in pickletools.genops(payload):
-        if isinstance(argument, str):
-            found.append(argument.encode(errors="replace"))
-        elif isinstance(argument, bytes) and "BYTES" in opcode.name and len(argument) < WARN_BYTES:
-            # Bytecode does not hold names; small byte strings may be nested pickles.
-            found.append(argument if b"environ" in argument else b"")
-    return b"\n".join(found)
 
 
 def _name(main: Any) -> str:

@@ -12,8 +12,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.core import checked, payload
+from horovodrunner.core.early_imports import early_imports
 from horovodrunner.core.env import TF_CONFIG, forwarded_environment, hash_seed
-from horovodrunner.core.import_path import ImportPath, are_installed
+from horovodrunner.core.import_path import ImportPath
 from horovodrunner.core.job import JobSpec, Outcome
 from horovodrunner.core.phases import Phase, Spans, in_words
 from horovodrunner.core.places import is_url
@@ -23,6 +24,7 @@ from horovodrunner.driver import interrupt
 from horovodrunner.driver.attempts import run_attempts
 from horovodrunner.driver.console import Console
 from horovodrunner.driver.histories import new_history, newest_history
+from horovodrunner.driver.interactive import is_interactive
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.files import BroughtFiles
 from horovodrunner.task.store import CheckpointStore
@@ -34,6 +36,7 @@ __all__ = ["HorovodRunner", "SavedCheckpoint"]
 
 VERBOSITIES = ("all", "log_callback_only")
 CHECKPOINT_ERRORS = ("warn", "raise")
+AUTO = "auto"
 TOKEN_BYTES = 32
 
 
@@ -117,8 +120,10 @@ class HorovodRunner:
     keep_warm
         Whether a process that has PyTorch and Horovod imported stays on every executor (on the
         driver for a negative np) and forks the workers, so that the next runs start sooner. It
-        ends with the session, or after ten minutes without a run. Not for mains that use
-        TensorFlow: their workers are fresh processes in any case.
+        holds about 300 MiB, and ends with the session or after ten minutes without a run.
+        ``"auto"``: in notebooks and other interactive sessions, not in scripts. Mains that use
+        TensorFlow, or that change how frameworks are imported (``os.environ``, ``sys.path``),
+        get fresh processes in any case.
 
     Raises
     ------
@@ -160,7 +165,7 @@ class HorovodRunner:
         restart_on: tuple[type[BaseException], ...] = (),
         tf_config: bool = False,
         show_phases: bool = False,
-        keep_warm: bool = False,
+        keep_warm: bool | str = AUTO,
     ) -> None:
         self._np = checked.integer("np", np)
         self._verbosity = checked.choice("driver_log_verbosity", driver_log_verbosity, VERBOSITIES)
@@ -188,7 +193,7 @@ class HorovodRunner:
         self._max_restarts = checked.integer("max_restarts", max_restarts, at_least=0)
         self._restart_on = checked.exception_types("restart_on", restart_on)
         self._tf_config = checked.boolean("tf_config", tf_config)
-        self._keep_warm = checked.boolean("keep_warm", keep_warm)
+        self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
         self._show_phases = checked.boolean("show_phases", show_phases)
         self._phases: tuple[Phase, ...] = ()
 
@@ -264,11 +269,9 @@ class HorovodRunner:
         files = BroughtFiles(environment)
         with payload.companions() as companions:
             call = payload.dump_call(main, kwargs)
+        frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
         data = tuple(companions.values())
-        early_imports = payload.early_imports(main, call)
-        if not are_installed(early_imports):
-            early_imports = ()  # what the user wrote is to be run by main, when main wants it
         console = Console(executors_have_lines=self._np >= 0)
         self._announce(console, main, kwargs, call)
         job = JobSpec(
@@ -276,7 +279,7 @@ class HorovodRunner:
             size=abs(self._np),
             payload=call,
             token=secrets.token_bytes(TOKEN_BYTES),
-            early_imports=early_imports,
+            early_imports=frameworks,
             environment={k: v for k, v in environment.items() if k not in files.variables},
             import_path=ImportPath.of_this_process(),
             stream_output=self._verbosity == "all" or self._np < 0,
@@ -287,7 +290,7 @@ class HorovodRunner:
             fail_on_checkpoint_error=self._checkpoint_errors == "raise",
             brought_files=files.variables,
             tf_config=self._tf_config,
-            keep_warm=self._keep_warm,
+            keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
         )
 
         def launch(attempt: int) -> Outcome:

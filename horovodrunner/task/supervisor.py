@@ -141,7 +141,7 @@ class Supervisor:
         elif frame.kind == "main_ended":
             self._part_of_life = "after main had ended, before it could be reported how"
         elif frame.kind == "times":
-            self._events.times(rank, self._spans(frame.header["times"]))
+            self._events.times(rank, self._spans(frame.header))
         elif frame.kind == "state":
             fields = {name: value for name, value in frame.header.items() if name != "kind"}
             self._events.state(rank, fields)
@@ -157,14 +157,16 @@ class Supervisor:
                 self._services.result_written(outcome.success.layout)
             self._events.ended(rank, outcome)
 
-    def _spans(self, times: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-        spans = {
-            "worker spawn": (self._worker.spawned_at, self._ready_at),
-            "imports": (self._ready_at, times["imported_at"]),
+    def _spans(self, told: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+        spawned, ready = self._worker.spawned_at, self._ready_at
+        began, ended = told["warmed"]
+        if ended > spawned:  # the warm parent had to import first, and then forked it
+            ready = max(began, spawned)
+        return {
+            "worker spawn": (spawned, ready),
+            "imports": (ready, told["imported_at"]),
+            **told["times"],
         }
-        if "main_began" in times:
-            spans["main"] = (times["main_began"], times["main_ended"])
-        return spans
 
     def _on_lines(self, stream: str, lines: bytes) -> None:
         if stream == "stderr":

@@ -14,13 +14,14 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from horovodrunner.core.env import IMPORT_PATH
 from horovodrunner.core.import_path import start_command
+from horovodrunner.core.installed import holds_installed_packages
 from horovodrunner.core.peers import is_our_own
 
 __all__ = ["ForkedWorker", "fork_worker"]
@@ -34,7 +35,7 @@ STARTING_SECONDS = 10.0
 END_SECONDS = 5.0
 """How long ending a worker may take."""
 
-_CAN_BE_FORKED = frozenset({"numpy", "torch", "horovod.torch"})
+_CAN_BE_FORKED = frozenset({"numpy", "torch", "torch._dynamo", "horovod.torch"})
 """Modules that start no threads when they are imported; TensorFlow does."""
 
 _WORD = struct.Struct(">q")
@@ -157,7 +158,7 @@ def fork_worker(
     """
     if not (early_imports and _CAN_BE_FORKED.issuperset(early_imports)):
         return None
-    if not (hasattr(os, "pidfd_open") and hasattr(socket, "SO_PEERCRED")):
+    if not (_has_pidfds() and hasattr(socket, "SO_PEERCRED")):
         return None
     connection = _connect(owner, early_imports, environment)
     if connection is None:
@@ -176,6 +177,14 @@ def fork_worker(
         os.close(error_write)
     stdout, stderr = (os.fdopen(fd, "rb", buffering=0) for fd in (out_read, error_read))
     return ForkedWorker(connection, stdout, stderr)
+
+
+def _has_pidfds() -> bool:
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):  # not Linux, or before 5.3
+        return False
+    return True
 
 
 def _connect(
@@ -220,8 +229,8 @@ def _address(owner: int, early_imports: Sequence[str], environment: Mapping[str,
     """Name the warm parent that fits: anything that could change what an import does counts."""
     changed = {  # by pip, for one
         directory: Path(directory).stat().st_mtime_ns
-        for directory in filter(None, sys.path)
-        if directory.endswith("-packages") and Path(directory).exists()
+        for directory in json.loads(environment.get(IMPORT_PATH, "[]"))
+        if Path(directory).exists() and holds_installed_packages(directory)
     }
     facts = {
         "owner": owner,  # the warm parent is gone before that number is used anew
@@ -232,7 +241,7 @@ def _address(owner: int, early_imports: Sequence[str], environment: Mapping[str,
         "changed": changed,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return f"horovodrunner-{os.getuid()}-{digest[:40]}"
+    return f"horovodrunner-{os.getuid()}-{owner}-{digest[:40]}"
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

@@ -77,10 +77,9 @@ def main() -> int:
     set_context(WorkerContext(spec, link, control))
     outcome, exit_code = run(spec, call, control, arguments.result)
     flush_output()
-    times = {"imported_at": imported_at, **control.times_of_main()}
     header, body = outcome.to_frame()
     try:
-        link.send("times", times=times)
+        link.send("times", imported_at=imported_at, warmed=arguments.warmed, times=control.times())
         link.send("outcome", body, **header)
     except OSError as error:
         if error.errno == errno.EBADF:
@@ -117,6 +116,7 @@ def run(
         What happened, and the exit code that says the same.
     """
     own_pid = os.getpid()
+    began = time.time()
     os.environ.update(spec.environment)
     try:
         function, kwargs = payload.load(call)
@@ -124,6 +124,8 @@ def run(
         if os.getpid() != own_pid:
             raise
         return _failed(spec, error, "main could not be unpickled: ", hint=_import_hint), 1
+    finally:
+        control.unpickled(began)
     control.main_begins()
     try:
         result = function(**kwargs)
@@ -269,12 +271,18 @@ def _forked_from_warm_parent(arguments: Any) -> dict[str, Any]:
     from horovodrunner.worker.warm import WarmParent
 
     try:
-        parent = WarmParent(arguments.keep_warm, arguments.owner, arguments.idle_seconds)
+        parent = WarmParent(
+            arguments.keep_warm, arguments.owner, arguments.idle_seconds, arguments.listener
+        )
     except OSError:
         sys.exit(0)  # another task's is there already
-    parent.detach()
-    _import_early(arguments.early_imports)
-    return {**parent.serve(), "early_imports": []}
+    if arguments.listener is None:
+        parent.detach()
+    began = time.time()
+    if parent.may_fork:
+        _import_early(arguments.early_imports)
+    warmed = (began, time.time())
+    return {**parent.serve(), "early_imports": [], "warmed": warmed}
 
 
 def _parse_arguments() -> Any:
@@ -284,9 +292,11 @@ def _parse_arguments() -> Any:
     parser.add_argument("--stacks", type=int, help="file descriptor to write to")
     parser.add_argument("--result", type=int, help="file descriptor of an empty file")
     parser.add_argument("--import", dest="early_imports", action="append", default=[])
+    parser.set_defaults(warmed=(0.0, 0.0))
     warm = parser.add_argument_group("the process from which workers are forked")
     warm.add_argument("--keep-warm", help="its address")
     warm.add_argument("--owner", type=int, help="process with which it ends")
+    warm.add_argument("--listener", type=int, help="its socket, where there is one already")
     warm.add_argument("--idle-seconds", type=float, help="how long it stays without a worker")
     return parser.parse_args()
 

@@ -53,7 +53,8 @@ class ControlPipe:
         self._beat_seconds = SAMPLE_SECONDS
         self._next_beat = 0.0
         self._main_runs = False
-        self._main_began = self._main_ended = 0.0
+        self._main_began = 0.0
+        self._times: dict[str, tuple[float, float]] = {}
         threading.Thread(target=self._serve, name="horovodrunner-control", daemon=True).start()
 
     def wait_for_job(self) -> tuple[WorkerSpec, _Bytes]:
@@ -66,6 +67,16 @@ class ControlPipe:
         """
         return self._jobs.get()
 
+    def unpickled(self, began: float) -> None:
+        """Note that main was unpickled, or could not be, and the modules that it names imported.
+
+        Parameters
+        ----------
+        began
+            Seconds since the epoch.
+        """
+        self._times["unpickle"] = (began, self._now())
+
     def main_begins(self) -> None:
         """Tell the task so, and from now on where main is."""
         self._main_began = self._now()
@@ -75,21 +86,19 @@ class ControlPipe:
     def main_ends(self) -> None:
         """Tell the task so, and no longer where main is."""
         self._main_runs = False
-        self._main_ended = self._now()
+        self._times["main"] = (self._main_began, self._now())
         with contextlib.suppress(OSError):  # the outcome will meet it, too
             self._link.send("main_ended")
 
-    def times_of_main(self) -> dict[str, float]:
-        """Say when main ran.
+    def times(self) -> dict[str, tuple[float, float]]:
+        """Return when main was unpickled and when it ran, as far as that happened.
 
         Returns
         -------
-        dict of float
-            Seconds since the epoch; empty if main was not called.
+        dict of (float, float)
+            Begin and end, in seconds since the epoch.
         """
-        if not self._main_began:
-            return {}
-        return {"main_began": self._main_began, "main_ended": self._main_ended}
+        return self._times
 
     def ask(self, kind: str) -> dict[str, Any]:
         """Ask the task something and wait for the answer.

@@ -2,8 +2,8 @@
 
 It holds nothing of any run: no user code, no slot, no open device. A worker is a fork of it, which
 sees what a fresh process sees after the same imports. It serves tasks of its own user that came
-with the same environment, and ends with the session, or when nobody has needed it for a while.
-See ADR 19 for what was weighed.
+with the same environment, and ends with the session, when nobody has needed it for a while, or when
+runs of its session need another one. See ADR 19 and ADR 23 for what was weighed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from horovodrunner.core.env import IMPORT_PATH
+from horovodrunner.core.installed import holds_installed_packages, is_of_a_python
 from horovodrunner.core.peers import is_our_own
 
 __all__ = ["DESCRIPTORS", "WarmParent"]
@@ -33,6 +34,18 @@ DESCRIPTORS = ("stdout", "stderr", "control", "report", "stacks", "result")
 
 _WORD = struct.Struct(">q")
 """What the parent answers with: the worker's process id, later its exit status."""
+
+MAX_PARENTS = 2
+"""So many stay for one session: each holds 300 MiB, and runs differ in what they need."""
+
+_REPLACED = b"r"
+"""What another parent of the same session sends; a task sends a byte that is none."""
+
+_NOT_OF_USERS = frozenset(
+    {"__main__", "__mp_main__", "horovodrunner", "sitecustomize", "usercustomize"}
+)
+
+_HARMLESS_DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "pts/", "ptmx", "shm/")
 
 _REQUEST_SECONDS = 1.0
 """A task sends its descriptors at once; others wait no longer than this for one that does not."""
@@ -57,6 +70,8 @@ class WarmParent:
         Process with which this one ends.
     idle_seconds
         How long it stays without any worker.
+    listener
+        Descriptor of its socket, if this process has become it by another one's `exec`.
 
     Raises
     ------
@@ -64,24 +79,31 @@ class WarmParent:
         If somebody serves at that address already.
     """
 
-    def __init__(self, address: str, owner: int, idle_seconds: float) -> None:
+    def __init__(
+        self, address: str, owner: int, idle_seconds: float, listener: int | None = None
+    ) -> None:
+        self._address = address
         self._idle_seconds = idle_seconds
         self._owner_fd = os.pidfd_open(owner)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind("\0" + address)
-        self._listener.listen(128)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=listener)
+        if listener is None:
+            self._listener.bind("\0" + address)
+            self._listener.listen(128)
+        self._listens = True
         self._selector = selectors.DefaultSelector()
         self._children: dict[socket.socket, _Child] = {}
-        self._may_fork = True
+        self.may_fork = listener is None
+        """Whether workers can be forks; or else they become fresh processes."""
 
     def detach(self) -> None:
         """Leave the task that started us: it sees its child end, and its standard output.
 
         The stream objects stay: they have seen a pipe, and write to the worker's in a fork.
         """
-        self._may_fork = _threads() == 1  # what starts with Python is lost here, too
+        self.may_fork = _threads() == 1  # what starts with Python is lost here, too
         if os.fork():
             os._exit(0)
+        _end_the_oldest(self._address)
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
@@ -94,7 +116,8 @@ class WarmParent:
         dict of int
             In a worker: its descriptors, see `DESCRIPTORS`. The parent itself never returns.
         """
-        self._may_fork = self._may_fork and _is_alone()
+        if self.may_fork and not _is_fit_to_fork():
+            self._forget_imports()
         gc.freeze()  # what was imported stays shared: the collector does not touch it
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._owner_fd, selectors.EVENT_READ)
@@ -104,7 +127,11 @@ class WarmParent:
                 used = time.monotonic()
             left = used + self._idle_seconds - time.monotonic()
             if left <= 0 and not self._children:
-                os._exit(0)
+                if not self._listens:
+                    os._exit(0)
+                if (descriptors := self._accept_the_last()) is not None:
+                    return descriptors
+                continue
             for key, _ in self._selector.select(max(0.0, left)):
                 if key.fileobj == self._owner_fd:
                     os._exit(0)
@@ -118,6 +145,28 @@ class WarmParent:
                 else:
                     self._tell_end(key.data)
 
+    def _accept_the_last(self) -> dict[str, int] | None:
+        """Take in nobody any more but those who have connected by now."""
+        self._listens = False
+        self._selector.unregister(self._listener)
+        self._listener.shutdown(socket.SHUT_RD)
+        self._listener.setblocking(False)
+        while True:
+            try:
+                descriptors = self._accept()
+            except OSError:
+                self._listener.close()
+                return None
+            if descriptors is not None:
+                return descriptors
+
+    def _forget_imports(self) -> NoReturn:
+        """Become a small process that only starts others."""
+        os.set_inheritable(self._listener.fileno(), True)
+        os.environ[IMPORT_PATH] = json.dumps(sys.path)
+        command = [*sys.orig_argv, "--listener", str(self._listener.fileno())]
+        os.execv(sys.executable, command)  # noqa: S606 - that is what it is for
+
     def _accept(self) -> dict[str, int] | None:
         """Fork a worker for a task; gives its descriptors in the worker, and nothing here."""
         connection, _ = self._listener.accept()
@@ -125,7 +174,9 @@ class WarmParent:
         connection.settimeout(_REQUEST_SECONDS)
         with contextlib.suppress(OSError):
             if is_our_own(connection):
-                _, received, _, _ = socket.recv_fds(connection, 1, len(DESCRIPTORS))
+                wanted, received, _, _ = socket.recv_fds(connection, 1, len(DESCRIPTORS))
+                if wanted == _REPLACED:
+                    self._idle_seconds = 0.0
         if len(received) < len(DESCRIPTORS) - 1:
             _close(received)
             connection.close()
@@ -142,7 +193,7 @@ class WarmParent:
             _close([leads_group, tell_leads_group])
             connection.close()
             descriptors = self._become_worker(received)
-            if not self._may_fork:
+            if not self.may_fork:
                 _start_anew(descriptors)
             return descriptors
         _close([tell_leads_group, *received])
@@ -193,6 +244,48 @@ class WarmParent:
         os.waitpid(child.pid, 0)
         os.close(child.pidfd)
         connection.close()
+
+
+def _end_the_oldest(address: str) -> None:
+    """Have the session's oldest warm parents end as soon as no worker needs them."""
+    of_session = "@" + address[: address.rindex("-") + 1]
+    ages: dict[str, int] = {}  # a socket's inode number is larger than those of older ones
+    for line in Path("/proc/net/unix").read_text(errors="replace").splitlines():
+        *_, inode, name = line.split()
+        if name.startswith(of_session):
+            ages.setdefault(name[1:], int(inode))
+    for name in sorted(ages, key=lambda name: ages[name])[:-MAX_PARENTS]:
+        if name != address:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+                connection.connect("\0" + name)
+                connection.sendall(_REPLACED)
+
+
+def _is_fit_to_fork() -> bool:
+    """Whether a fork of this process is as good as a fresh one that has imported the same."""
+    return _is_alone() and not _has_open_device() and not _holds_code_of_users()
+
+
+def _has_open_device() -> bool:
+    """Whether a GPU was opened, say: it would be of no use in a fork."""
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the directory's own descriptor
+            target = os.readlink(link)  # noqa: PTH115 - a Path of it would be something else
+            if target.startswith("/dev/") and not target[5:].startswith(_HARMLESS_DEVICES):
+                return True
+    return False
+
+
+def _holds_code_of_users() -> bool:
+    """Whether a module was imported that may be edited before the next run."""
+    installed = tuple(entry for entry in sys.path if holds_installed_packages(entry))
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name.partition(".")[0] in _NOT_OF_USERS or not isinstance(file, str):
+            continue
+        if file.startswith("/") and not (is_of_a_python(file) or file.startswith(installed)):
+            return True
+    return False
 
 
 def _is_alone() -> bool:

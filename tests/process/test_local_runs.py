@@ -53,8 +53,9 @@ def test_the_phases_of_a_run_are_known_and_shown_on_request(
     assert not list(runner.phases)
     runner.run(lambda: time.sleep(0.3))
     phases = {phase.name: phase for phase in runner.phases}
-    names = ["pickle", "stage start", "worker spawn", "imports", "gather", "rendezvous", "main"]
-    assert list(phases) == sorted([*names, "outcome back"], key=lambda name: phases[name].began)
+    names = ["pickle", "stage start", "worker spawn", "imports", "gather", "rendezvous"]
+    names += ["unpickle", "main", "outcome back"]
+    assert list(phases) == sorted(names, key=lambda name: phases[name].began)
     assert all(phase.seconds >= 0 for phase in runner.phases)
     assert phases["main"].seconds >= 0.3
     assert phases["worker spawn"].began <= phases["main"].began

@@ -41,6 +41,7 @@ SCRIPT = """
     from pyspark.sql import SparkSession
     from horovodrunner import HorovodRunner
     from horovodrunner.core import payload
+    from horovodrunner.core.early_imports import early_imports
 
     discovery, directory, calls = sys.argv[1:]
 
@@ -116,7 +117,7 @@ SCRIPT = """
     with session("local-cluster[1,2,1024]", {**gpus("4", "2"), **drivers_own}):
         attempt("two each", 2)
         attempt("driver", -2)
-        early = payload.early_imports(touch_cuda, payload.dump_call(touch_cuda, {}))
+        early = early_imports(touch_cuda, payload.dump_call(touch_cuda, {}))
         leave("early imports", early)
         leave("touched", HorovodRunner(np=1).run(touch_cuda, calls=calls))
 

@@ -11,7 +11,6 @@ import pytest
 
 from horovodrunner.core.import_path import (
     ImportPath,
-    are_installed,
     before_stdlib,
     of_worker,
     start_command,
@@ -101,17 +100,6 @@ def test_modules_deep_in_an_archive_are_lent(here: Path) -> None:
     here.joinpath("lib.egg").touch()
     users = ImportPath(first=(f"{here}/lib.egg/src", f"{here}/a/src"))
     assert of_worker(users, [STDLIB]) == [f"{here}/lib.egg/src", STDLIB]
-
-
-def test_a_module_of_the_users_is_not_imported_early(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert are_installed(["numpy", "no_such_module"])
-    monkeypatch.syspath_prepend(here)
-    here.joinpath("numpy.py").touch()
-    assert not are_installed(["horovod.torch", "numpy"])
-    here.joinpath("something-1.dist-info").mkdir()  # by pip install --target
-    assert are_installed(["numpy"])
 
 
 def test_a_start_meets_no_module_of_the_users(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

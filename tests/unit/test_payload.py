@@ -319,36 +319,3 @@ def test_what_makes_a_call_large_is_named_largest_first() -> None:
         "the global 'table' used by main",
     ]
     assert [round(size, -6) for _, size in parts] == [5_000_000, 3_000_000]
-
-
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        (
-            "def main():\n    import torch\n    import horovod.torch as hvd",
-            ("torch", "horovod.torch"),
-        ),
-        ("def main():\n    import horovod.torch", ("horovod.torch",)),
-        ("def main():\n    return 1", ()),
-        (
-            "def main():\n    import os\n    os.environ['OMP_NUM_THREADS'] = '1'\n    import torch",
-            (),
-        ),
-        ("def main():\n    from os import putenv\n    import torch", ()),
-        ("def main(KERAS_BACKEND='torch'):\n    import torch", ()),
-        ("def helper():\n    import torch\ndef main():\n    helper()", ("torch",)),
-    ],
-)
-def test_only_what_main_imports_anyway_is_imported_early(
-    source: str, expected: tuple[str, ...]
-) -> None:
-    main = in_a_notebook(source)
-    assert payload.early_imports(main, payload.dump_call(main, {})) == expected
-
-
-def test_a_main_that_travels_by_reference_is_judged_by_its_modules_source() -> None:
-    from tests.unit import imports_torch, sets_environment
-
-    for module, expected in ((imports_torch, ("torch",)), (sets_environment, ())):
-        call = payload.dump_call(module.main, {})
-        assert payload.early_imports(module.main, call) == expected
