@@ -486,7 +486,7 @@ def state_of_legacy_optimizers(hvd: Any, directory: str) -> Any:
     import tensorflow as tf
 
     keras = tf.keras
-    made = {
+    made: dict[str, Any] = {
         "SGD": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
         "Adam": lambda: keras.optimizers.Adam(0.05),
         "decaying": lambda: keras.optimizers.Adam(

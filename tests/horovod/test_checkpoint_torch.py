@@ -54,7 +54,7 @@ def parts_of(kind: str) -> tuple[Any, Any, Any, Any]:
     """Return a model, its plain optimizer, the schedule of that, and its average."""
     import torch
 
-    class Kept(torch.optim.Optimizer):
+    class Kept(torch.optim.Optimizer):  # type: ignore[misc]  # torch is not looked into
         """Heavy ball, with a setting that is in no group and state that is no tensor."""
 
         def __init__(self, params: Any, pull: float) -> None:

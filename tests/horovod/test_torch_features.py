@@ -133,7 +133,7 @@ def broadcasts_of_a_part(hvd: Any) -> dict[str, Any]:
     """Broadcast optimizers of which rank 0 has no state, or state for some parameters."""
     import torch
 
-    found = {}
+    found: dict[str, Any] = {}
     # Without any state: options alone, and no step that nobody made.
     for kind in (torch.optim.SGD, torch.optim.Adam):
         model = torch.nn.Linear(2, 1)
