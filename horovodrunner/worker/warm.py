@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import selectors
 import signal
@@ -38,8 +39,9 @@ _WORD = struct.Struct(">q")
 MAX_PARENTS = 2
 """So many stay for one session: each holds 300 MiB, and runs differ in what they need."""
 
-_REPLACED = b"r"
-"""What another parent of the same session sends; a task sends a byte that is none."""
+_BEGUN, _REPLACED = b"b", b"r"
+"""What another parent of the same session sends: it asks when this one began, or has it end. A task
+sends another byte."""
 
 _NOT_OF_USERS = frozenset(
     {"__main__", "__mp_main__", "horovodrunner", "sitecustomize", "usercustomize"}
@@ -83,6 +85,7 @@ class WarmParent:
         self, address: str, owner: int, idle_seconds: float, listener: int | None = None
     ) -> None:
         self._address = address
+        self._begun = time.monotonic_ns()
         self._idle_seconds = idle_seconds
         self._owner_fd = os.pidfd_open(owner)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=listener)
@@ -177,6 +180,8 @@ class WarmParent:
                 wanted, received, _, _ = socket.recv_fds(connection, 1, len(DESCRIPTORS))
                 if wanted == _REPLACED:
                     self._idle_seconds = 0.0
+                elif wanted == _BEGUN:
+                    connection.sendall(_WORD.pack(self._begun))
         if len(received) < len(DESCRIPTORS) - 1:
             _close(received)
             connection.close()
@@ -249,16 +254,23 @@ class WarmParent:
 def _end_the_oldest(address: str) -> None:
     """Have the session's oldest warm parents end as soon as no worker needs them."""
     of_session = "@" + address[: address.rindex("-") + 1]
-    ages: dict[str, int] = {}  # a socket's inode number is larger than those of older ones
-    for line in Path("/proc/net/unix").read_text(errors="replace").splitlines():
-        *_, inode, name = line.split()
-        if name.startswith(of_session):
-            ages.setdefault(name[1:], int(inode))
-    for name in sorted(ages, key=lambda name: ages[name])[:-MAX_PARENTS]:
-        if name != address:
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-                connection.connect("\0" + name)
-                connection.sendall(_REPLACED)
+    lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()
+    names = {line.split()[-1] for line in lines}
+    others = {name[1:] for name in names if name.startswith(of_session)} - {address}
+    begun = {other: _tell(other, _BEGUN) for other in others}
+    for other in sorted(others, key=lambda other: begun[other])[: len(others) + 1 - MAX_PARENTS]:
+        _tell(other, _REPLACED)
+
+
+def _tell(address: str, what: bytes) -> float:
+    """Send a byte to another warm parent; return its answer, or infinity if there is none."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_REQUEST_SECONDS)
+        connection.connect("\0" + address)
+        connection.sendall(what)
+        if answer := connection.recv(_WORD.size):
+            return float(_WORD.unpack(answer)[0])
+    return math.inf  # it is importing, so it is new; or it is gone
 
 
 def _is_fit_to_fork() -> bool:
