@@ -4,8 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# What "make test-spark" runs, and with which releases of PySpark: the newest that begin so.
-SPARK ?= 3.5 4
+# What "make test-spark" runs, and with which releases of PySpark beside that of constraints.txt: the newest
+# that begin so.
+SPARK ?= 3.5 4.1
 TESTS ?= tests/spark
 # What "make test-newest" and "make test-python" run, the latter with which Pythons.
 NEWEST ?= tests/docs/test_readme.py tests/horovod tests/spark/test_pyspark_version.py \
@@ -23,7 +24,7 @@ help:
 	@echo "make demo        set everything up and train a small network on a two-executor Spark cluster"
 	@echo "make test        set everything up and run the linters, the documentation build and the tests"
 	@echo "make test-all    the same, and the tests that are marked slow, too"
-	@echo "make test-spark  run the Spark tests with the oldest and the newest PySpark; SPARK=4.0 names"
+	@echo "make test-spark  run the Spark tests with the oldest PySpark and with 4.1; SPARK=4.0 names"
 	@echo "                 another one. Each has an environment of its own in build/"
 	@echo "make test-newest run some of the tests with the newest packages that the registry has, in"
 	@echo "                 build/newest, with Horovod built for them: 5 GB, 10 minutes the first time"

@@ -65,7 +65,7 @@ def set_up(environment: Path, python: Path, release: str) -> None:
     (own / "packages-of-venv.pth").write_text(f"import site; site.addsitedir({others!r})\n")
     beside = BESIDE_SPARK_3 if is_spark_3(release) else BESIDE_SPARK_4
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    # Without --upgrade the 4.1 of .venv would do as the newest 4.
+    # Without --upgrade the one of .venv would do as the newest 4.
     run(*pip, "--upgrade", f"pyspark[connect]=={release}.*", *beside)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from horovodrunner.core.arrow import map_in_arrow
 from horovodrunner.core.places import is_url, open_place
 from horovodrunner.data.cache import cache, remove
 from horovodrunner.data.columns import (
@@ -163,8 +164,8 @@ def _writer(
 ) -> Callable[[str], Iterable[str]]:
     def write(location: str) -> Iterable[str]:
         job = WriteJob(location, tuple(columns), nulls)
-        rows = source.mapInArrow(functools.partial(write_rows, job), REPORT_SCHEMA).collect()
-        return [row["report"] for row in rows]
+        rows = map_in_arrow(source, functools.partial(write_rows, job), REPORT_SCHEMA)
+        return [row["report"] for row in rows.collect()]
 
     return write
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from horovodrunner.core.arrow import map_in_arrow
 from horovodrunner.core.job import FailureKind, JobSpec, Outcome, join_chunks, with_result
 from horovodrunner.driver import addresses
 from horovodrunner.driver.channel import RETRY_REFUSED, DriverChannel
@@ -176,7 +177,8 @@ class BarrierRun:
         profile = {} if self._request.profile is None else {"profile": self._request.profile}
         try:
             self._spark_job.begin()
-            rows = stage_input(self._spark, job.size, self._data).mapInArrow(
+            rows = map_in_arrow(
+                stage_input(self._spark, job.size, self._data),
                 functools.partial(barrier_task, job, self._travelling()),
                 ROW_SCHEMA,
                 barrier=True,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
+from horovodrunner.core.arrow import map_in_arrow
 from horovodrunner.core.showing import show_text
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 from horovodrunner.inference.files import FileScan, parts_dataframe, plain_scan, read_parts
@@ -136,7 +137,7 @@ def predict(
             "Python, past the JVM; read_files=False switches this off\n"
         )
         parts = parts_dataframe(spark, scan)
-        return parts.mapInArrow(functools.partial(_score_files, call), schema)
+        return map_in_arrow(parts, functools.partial(_score_files, call), schema)
     if read_files is True:
         raise ArgumentValueError(f"read_files=True: {scan}")
     from pyspark.sql import functions
@@ -145,7 +146,7 @@ def predict(
         functions.col("`" + name.replace("`", "``") + "`").alias(f"_{number}")
         for number, name in enumerate(columns)
     ]
-    return df.select(*numbered).mapInArrow(call, schema)
+    return map_in_arrow(df.select(*numbered), call, schema)
 
 
 def _kept(df: DataFrame, keep: Sequence[str] | None) -> list[str]:

@@ -6,6 +6,7 @@ A fixture is one run of two ranks that train many models, one after the other.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ from tests.horovod.keras_cases import (
     OF_TENSORFLOW,
 )
 
-pytest.importorskip("keras", minversion="3.0")
+# Importing them would bring TensorFlow into the process of all tests, where Triton, which torch's
+# optimizers import if it is there, cannot be loaded any more.
+if importlib.util.find_spec("keras") is None:
+    pytest.skip("needs Keras", allow_module_level=True)
 pytestmark = [pytest.mark.horovod, pytest.mark.timeout(600)]
 
 ANNOUNCED = (
@@ -204,7 +208,8 @@ def test_horovods_own_optimizer_does_not_average() -> None:
 
 @pytest.fixture(scope="module")
 def keras_2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    pytest.importorskip("tf_keras")
+    if importlib.util.find_spec("tf_keras") is None:
+        pytest.skip("needs tf_keras")
     directory = tmp_path_factory.mktemp("saved")
     return run("horovod.keras", OF_LEGACY_KERAS, directory, TF_USE_LEGACY_KERAS="1")
 

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.spark
 MEANT = os.environ.get("TESTED_PYSPARK") or importlib.metadata.version("pyspark")
 
 
+# PySpark 4.2 and 4.3 would warn of pandas 3, which a run does not use.
+@pytest.mark.filterwarnings("error:PySpark does not yet fully support pandas")
 def test_the_driver_the_executors_and_the_ranks_run_the_pyspark_that_is_meant(spark: Any) -> None:
     import pyspark
 

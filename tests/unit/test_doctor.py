@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 import socket
 import subprocess
@@ -41,7 +42,7 @@ class TestExitCode:
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """There is no horovodrunner on the index."""
-        monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         doctor.run_doctor()
         advised = re.findall(r"-> (pip install .*)", capsys.readouterr().out)
         assert len(advised) >= 2
