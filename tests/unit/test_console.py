@@ -150,9 +150,7 @@ def test_write_is_all_that_a_stream_needs(
     assert stream.texts == ["HorovodRunner: é\n"]
 
 
-@pytest.mark.parametrize(
-    "make", [object, lambda: None, io.BytesIO, closed, terminal_is_gone], ids=str
-)
+@pytest.mark.parametrize("make", [object, lambda: None, io.BytesIO, closed, terminal_is_gone])
 def test_what_cannot_be_shown_ends_nothing_and_is_told_once(
     monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
 ) -> None:
