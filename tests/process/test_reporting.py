@@ -8,6 +8,7 @@ import io
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -56,6 +57,33 @@ def test_what_is_printed_around_a_redirected_stream_is_shown(
 
     run(main)
     assert "[0]<stdout>:an unfinished line\n" in capfd.readouterr().out
+
+
+WITHOUT_STREAMS = """
+from pathlib import Path
+from horovodrunner import HorovodRunner
+
+def main():
+    print("shown nowhere")
+    return "value"
+
+def fails():
+    raise ValueError("told")
+
+said = [HorovodRunner(np=-2).run(main)]
+try:
+    HorovodRunner(np=-1).run(fails)
+except Exception as error:
+    said.append(error.summary)
+Path("said").write_text(", ".join(said))
+"""
+
+
+def test_a_driver_whose_standard_streams_are_closed_can_run(tmp_path: Path) -> None:
+    """The next descriptors that it opens are 0 to 2, which are its workers' streams."""
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    subprocess.run([*closed, sys.executable, "-c", WITHOUT_STREAMS], cwd=tmp_path, check=True)
+    assert (tmp_path / "said").read_text() == "value, ValueError: told"
 
 
 def test_running_out_of_memory_is_told() -> None:
