@@ -6,6 +6,7 @@ nearest thing that makes sense there.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from dataclasses import dataclass
@@ -21,11 +22,18 @@ __all__ = [
     "current_context",
     "log_to_driver",
     "notice",
+    "pipe_at",
     "set_context",
 ]
 
 MAX_MESSAGE_CHARACTERS = 4000
 _TRUNCATED = "...(truncated)"
+
+
+def pipe_at(fd: int) -> tuple[int, int]:
+    """Return what tells a pipe from any other: main may put something else at its descriptor."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
 
 
 class TaskLink:
@@ -39,6 +47,7 @@ class TaskLink:
 
     def __init__(self, report_fd: int) -> None:
         self._report_fd = report_fd
+        self._pipe = pipe_at(report_fd)
         self._owner_pid = os.getpid()
         self._lock = threading.Lock()
 
@@ -82,6 +91,8 @@ class TaskLink:
                 self._lock.release()
 
     def _write(self, data: bytes) -> None:
+        if pipe_at(self._report_fd) != self._pipe:
+            raise OSError(errno.EBADF, "main has put another file in the place of this pipe")
         view = memoryview(data)
         while view:
             view = view[os.write(self._report_fd, view) :]

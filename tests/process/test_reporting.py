@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextlib
 import io
@@ -100,11 +101,14 @@ def test_running_out_of_memory_is_told() -> None:
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_a_worker_that_cannot_report_says_why(at_once: bool) -> None:
+@pytest.mark.parametrize("lose", [os.closerange, breaks.cover])
+def test_a_worker_that_cannot_report_says_why(
+    lose: Callable[[int, int], object], at_once: bool
+) -> None:
     """With all descriptors closed it cannot even see that its task is gone: it ends."""
 
     def main() -> None:
-        os.closerange(3, 100_000)
+        lose(3, 5000)
         if not at_once:
             time.sleep(60)
 
@@ -139,6 +143,30 @@ class _RaisesWhenPickled:
 def test_a_value_that_leaves_when_it_is_pickled_is_told(problem: type[BaseException]) -> None:
     with pytest.raises(PayloadError, match=f"the value that main returned .*{problem.__name__}"):
         run(lambda: _RaisesWhenPickled(problem))
+
+
+class _IsPickled:
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+
+    def __reduce__(self) -> Any:
+        self.begun.set()
+        time.sleep(0.2)
+        return str, ("value",)
+
+
+def test_a_watchdog_of_main_does_not_interrupt_the_report() -> None:
+    def main() -> object:
+        value = _IsPickled()
+
+        def interrupt() -> None:
+            value.begun.wait()
+            _thread.interrupt_main()
+
+        threading.Thread(target=interrupt).start()
+        return value
+
+    assert run(main) == "value"
 
 
 def test_when_the_process_left_is_said_as_far_as_it_is_known() -> None:
