@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from horovodrunner.core.frames import encode_frame, encode_prefix_and_header
 from horovodrunner.core.job import WorkerSpec
+from horovodrunner.core.showing import show_text
 
 __all__ = [
     "MAX_MESSAGE_CHARACTERS",
@@ -198,6 +199,6 @@ def log_to_driver(message: str) -> None:
         message = message[:MAX_MESSAGE_CHARACTERS] + _TRUNCATED
     context = current_context()
     if context is None:
-        print(message, flush=True)  # noqa: T201 - that is what it is for
+        show_text(message + "\n")
         return
     context.link.send("message", message.encode(errors="replace"))
