@@ -103,10 +103,11 @@ class WorkerProcess:
         self._killed = False
         self._kill_timer: asyncio.TimerHandle | None = None
         self._output: list[_OutputReader] = []
-        passed = [control_read, report_write, stack_write]
-        if result_fd is not None:
-            passed.append(result_fd)
+        passed: list[int] = []
         try:
+            for fd in (control_read, report_write, stack_write, result_fd):
+                if fd is not None:  # 0 to 2 are free where this process has closed its streams
+                    passed.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
             forked = None
             if keep_warm_with is not None:
                 forked = fork_worker(keep_warm_with, early_imports, environment, passed)
@@ -117,7 +118,7 @@ class WorkerProcess:
             self._stacks.close()
             raise
         finally:
-            for fd in (control_read, report_write, stack_write):
+            for fd in (control_read, report_write, stack_write, *passed):
                 os.close(fd)
 
     @property

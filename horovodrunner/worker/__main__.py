@@ -129,11 +129,13 @@ def run(
     control.main_begins()
     try:
         result = function(**kwargs)
-        _cancel_timers()
+        sys.settrace(None)
+        _stop_what_interrupts()
     except BaseException as error:
         if os.getpid() != own_pid:
             raise
-        _cancel_timers()
+        sys.settrace(None)
+        _stop_what_interrupts()
         _end_main(control)
         if not issubclass(type(error), SystemExit):
             return _failed(spec, error, ""), 1
@@ -156,8 +158,9 @@ def run(
     return Outcome(success=Success(spec.rank, layout)), 0
 
 
-def _cancel_timers() -> None:
-    """Cancel main's timers: what their handlers raise would end the report."""
+def _stop_what_interrupts() -> None:
+    """Stop main's timers and ``interrupt_main()``: what they raise would end the report."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
         signal.setitimer(timer, 0)
 

@@ -6,6 +6,7 @@ nearest thing that makes sense there.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 from horovodrunner.core.frames import encode_frame, encode_prefix_and_header
 from horovodrunner.core.job import WorkerSpec
+from horovodrunner.core.showing import show_text
 
 __all__ = [
     "MAX_MESSAGE_CHARACTERS",
@@ -21,11 +23,18 @@ __all__ = [
     "current_context",
     "log_to_driver",
     "notice",
+    "pipe_at",
     "set_context",
 ]
 
 MAX_MESSAGE_CHARACTERS = 4000
 _TRUNCATED = "...(truncated)"
+
+
+def pipe_at(fd: int) -> tuple[int, int]:
+    """Return what tells a pipe from any other: main may put something else at its descriptor."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
 
 
 class TaskLink:
@@ -39,6 +48,7 @@ class TaskLink:
 
     def __init__(self, report_fd: int) -> None:
         self._report_fd = report_fd
+        self._pipe = pipe_at(report_fd)
         self._owner_pid = os.getpid()
         self._lock = threading.Lock()
 
@@ -82,6 +92,8 @@ class TaskLink:
                 self._lock.release()
 
     def _write(self, data: bytes) -> None:
+        if pipe_at(self._report_fd) != self._pipe:
+            raise OSError(errno.EBADF, "main has put another file in the place of this pipe")
         view = memoryview(data)
         while view:
             view = view[os.write(self._report_fd, view) :]
@@ -187,6 +199,6 @@ def log_to_driver(message: str) -> None:
         message = message[:MAX_MESSAGE_CHARACTERS] + _TRUNCATED
     context = current_context()
     if context is None:
-        print(message, flush=True)  # noqa: T201 - that is what it is for
+        show_text(message + "\n")
         return
     context.link.send("message", message.encode(errors="replace"))

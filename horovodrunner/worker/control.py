@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from horovodrunner.core.frames import PREFIX_BYTES, Frame, parse_header, parse_prefix
 from horovodrunner.core.job import EXIT_WITHOUT_PIPES, WorkerSpec
-from horovodrunner.worker.context import TaskLink
+from horovodrunner.worker.context import TaskLink, pipe_at
 from horovodrunner.worker.watch import MainThreadWatch
 
 __all__ = ["ControlPipe", "leave_without_pipes"]
@@ -45,6 +45,7 @@ class ControlPipe:
 
     def __init__(self, control_fd: int, link: TaskLink) -> None:
         self._control_fd = control_fd
+        self._pipe = pipe_at(control_fd)
         self._link = link
         self._watch = MainThreadWatch()
         self._jobs: queue.SimpleQueue[tuple[WorkerSpec, _Bytes]] = queue.SimpleQueue()
@@ -137,6 +138,8 @@ class ControlPipe:
             if not incoming.poll(pause * 1000):
                 self._look_at_main()
                 continue
+            if pipe_at(self._control_fd) != self._pipe:
+                leave_without_pipes()
             frame = self._receive()
             if frame is None:
                 return

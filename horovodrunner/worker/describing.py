@@ -148,7 +148,7 @@ def _first(ways: list[Callable[[], _Part]], otherwise: _Part) -> _Part:
 
 def _text(error: BaseException) -> str:
     try:
-        text = _plain(str(error), MAX_TEXT)
+        text = _plain(str.lstrip(str(error)), MAX_TEXT)
     except BaseException as problem:  # noqa: BLE001 - it is the user's code
         raised = f"its __str__ raised {short_name(type(problem))}"
         return _first(

@@ -47,7 +47,7 @@ def _delete_streams() -> None:
     del sys.stdout, sys.stderr
 
 
-def _cover(first: int, last: int) -> None:
+def cover(first: int, last: int) -> None:
     """Put another file in the place of every descriptor, as a daemon does."""
     other = os.open(os.devnull, os.O_RDWR)
     for number in range(first, last):
@@ -84,7 +84,7 @@ BREAKS: dict[str, Callable[[], object]] = {
     "closed below": lambda: _close_descriptors(1, 2),
     "redirected": lambda: contextlib.redirect_stderr(io.StringIO()).__enter__(),
     "descriptors closed": lambda: os.closerange(3, 900),
-    "descriptors covered": lambda: _cover(3, 64),
+    "descriptors covered": lambda: cover(3, 64),
     "warnings are errors": lambda: warnings.simplefilter("error"),
     "no environment": os.environ.clear,
     "no directory": _leave_directory,
@@ -94,6 +94,7 @@ BREAKS: dict[str, Callable[[], object]] = {
     "JSON": lambda: _set(json, dumps=broken, loads=broken),
     "hooks": lambda: _set(sys, excepthook=broken, unraisablehook=broken),
     "recursion": lambda: sys.setrecursionlimit(40),
+    "tracing": lambda: sys.settrace(broken),
     "exit functions": lambda: [atexit.register(broken), atexit.register(lambda: os._exit(9))],
     "SIGTERM": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
     "alarm": _alarm_at_any_moment,

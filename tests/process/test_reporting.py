@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextlib
 import io
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -58,6 +60,33 @@ def test_what_is_printed_around_a_redirected_stream_is_shown(
     assert "[0]<stdout>:an unfinished line\n" in capfd.readouterr().out
 
 
+WITHOUT_STREAMS = """
+from pathlib import Path
+from horovodrunner import HorovodRunner
+
+def main():
+    print("shown nowhere")
+    return "value"
+
+def fails():
+    raise ValueError("told")
+
+said = [HorovodRunner(np=-2).run(main)]
+try:
+    HorovodRunner(np=-1).run(fails)
+except Exception as error:
+    said.append(error.summary)
+Path("said").write_text(", ".join(said))
+"""
+
+
+def test_a_driver_whose_standard_streams_are_closed_can_run(tmp_path: Path) -> None:
+    """The next descriptors that it opens are 0 to 2, which are its workers' streams."""
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    subprocess.run([*closed, sys.executable, "-c", WITHOUT_STREAMS], cwd=tmp_path, check=True)
+    assert (tmp_path / "said").read_text() == "value, ValueError: told"
+
+
 def test_running_out_of_memory_is_told() -> None:
     def main() -> NoReturn:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -72,11 +101,14 @@ def test_running_out_of_memory_is_told() -> None:
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_a_worker_that_cannot_report_says_why(at_once: bool) -> None:
+@pytest.mark.parametrize("lose", [os.closerange, breaks.cover])
+def test_a_worker_that_cannot_report_says_why(
+    lose: Callable[[int, int], object], at_once: bool
+) -> None:
     """With all descriptors closed it cannot even see that its task is gone: it ends."""
 
     def main() -> None:
-        os.closerange(3, 100_000)
+        lose(3, 5000)
         if not at_once:
             time.sleep(60)
 
@@ -111,6 +143,30 @@ class _RaisesWhenPickled:
 def test_a_value_that_leaves_when_it_is_pickled_is_told(problem: type[BaseException]) -> None:
     with pytest.raises(PayloadError, match=f"the value that main returned .*{problem.__name__}"):
         run(lambda: _RaisesWhenPickled(problem))
+
+
+class _IsPickled:
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+
+    def __reduce__(self) -> Any:
+        self.begun.set()
+        time.sleep(0.2)
+        return str, ("value",)
+
+
+def test_a_watchdog_of_main_does_not_interrupt_the_report() -> None:
+    def main() -> object:
+        value = _IsPickled()
+
+        def interrupt() -> None:
+            value.begun.wait()
+            _thread.interrupt_main()
+
+        threading.Thread(target=interrupt).start()
+        return value
+
+    assert run(main) == "value"
 
 
 def test_when_the_process_left_is_said_as_far_as_it_is_known() -> None:

@@ -73,6 +73,7 @@ class _Unspeakable:
         ({"__str__": lambda self: f"{self}"}, "told (its __str__ raised RecursionError)"),
         ({"__str__": lambda self: _Text("told")}, "told"),
         ({"__str__": lambda self: ""}, "(no message)"),
+        ({"__str__": lambda self: "\n\n  told"}, "told"),  # its first line is the summary's
         ({"__getattribute__": raising(RuntimeError)}, "told"),
         ({"__traceback__": property(raising(RuntimeError))}, "told"),
         ({"__cause__": property(raising(RuntimeError))}, "told"),
