@@ -45,6 +45,15 @@ def test_functions_of_other_cells_and_their_globals_travel() -> None:
     assert function(**kwargs) == 42
 
 
+def test_code_keeps_the_name_of_its_file() -> None:
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    source = "def main():\n    class Net:\n        def f(self): pass\n    return Net.f"
+    exec(compile(source, "/tmp/ipykernel_1/2.py", "exec"), scope)
+    function, _ = payload.load(payload.dump_call(scope["main"], {}))
+    assert function.__code__.co_filename == "/tmp/ipykernel_1/2.py"
+    assert function().__code__.co_filename == "/tmp/ipykernel_1/2.py"
+
+
 def test_an_unpicklable_argument_is_named() -> None:
     text = refusal(in_a_notebook("def main(lock): pass"), lock=threading.Lock())
     assert "the argument 'lock' (_thread.lock)" in text
