@@ -135,6 +135,12 @@ class Slots:
     __slots__ = ("locks",)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class FrozenSlots:
+    first: int
+    lock: Any
+
+
 def cyclic() -> Any:
     parent: Any = Node()
     child = Node(parent=parent)
@@ -160,6 +166,14 @@ CULPRITS: dict[str, tuple[Callable[[], Any], str]] = {
     "cycle": (cyclic, "the argument 'x'.parent.lock (_thread.lock)"),
     "in itself": (within_itself, "the argument 'x'['late'] (_thread.lock)"),
     "slots": (with_slots, "the argument 'x'.locks[0] (_thread.lock)"),
+    "frozen slots": (
+        lambda: FrozenSlots(1, threading.Lock()),
+        "the argument 'x'.lock (_thread.lock)",
+    ),
+    "hook": (
+        lambda: Node(hooks=[in_a_notebook("def main(lock=threading.Lock()): pass")]),
+        "default value 0 of main (_thread.lock), in the argument 'x'.hooks[0], cannot",
+    ),
     "set": (lambda: {threading.Lock()}, "the argument 'x'{…} (_thread.lock)"),
     "key": (lambda: {threading.Lock(): 1}, "the argument 'x'.keys() (_thread.lock)"),
     "queue": (
