@@ -357,7 +357,7 @@ def _first_step(  # noqa: PLR0911, PLR0912 - a table of what the parts of object
     """Return whether the path starts anew here, what is shown, and how many steps that is."""
     owner, step = way[0]
     kind = type(owner)
-    inner = [key for _, key in way[1:]]
+    inner: list[Any] = [key for _, key in way[1:]]
     if kind is types.FunctionType and step is _STATE and len(inner) >= 2:
         return _step_in_function(owner, inner)
     if kind is types.MethodType and step is _ARGUMENTS and inner[:1] == [1]:
