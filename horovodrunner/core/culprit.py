@@ -6,6 +6,7 @@ nested too deeply for the C stack, and names the path to what cannot be pickled,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import io
@@ -13,7 +14,7 @@ import pickle
 import time
 import types
 from collections.abc import Callable, Generator, Iterable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 from horovodrunner.core.pickled import Pickler
@@ -328,19 +329,26 @@ def find_culprit(
 def _where_it_failed(pickler: DeepPickler, called: str) -> str:
     """Return the path and the type, such as ``the argument 'tree'.lock (_thread.lock)``."""
     way, culprit = pickler.path()
-    start, steps = called, list[str]()
+    start, steps, within = called, list[str](), ""
     begin = 0
     while begin < len(way):
         whole, shown, taken = _first_step(way[begin : begin + 4])
         if whole:
+            to_function = takewhile(lambda step: not step.startswith(".__reduce__"), steps)
+            if (around := [*to_function]) or (start == called and not called.startswith("main (")):
+                within = f", in {_path(start, around)},"
             start, steps = shown, []
         elif shown:
             steps.append(shown)
         begin += taken
+    return f"{_path(start, steps)} ({name_of_type(type(culprit))}){within}"
+
+
+def _path(start: str, steps: list[str]) -> str:
     if len(steps) > 2 * _STEPS_SHOWN + 1:
-        left_out = len(steps) - 2 * _STEPS_SHOWN
-        steps[_STEPS_SHOWN:-_STEPS_SHOWN] = [f" … ({left_out:,} more) … "]
-    return f"{start}{''.join(steps)} ({name_of_type(type(culprit))})"
+        left_out = f" … ({len(steps) - 2 * _STEPS_SHOWN:,} more) … "
+        steps = [*steps[:_STEPS_SHOWN], left_out, *steps[-_STEPS_SHOWN:]]
+    return start + "".join(steps)
 
 
 def _first_step(  # noqa: PLR0911, PLR0912 - a table of what the parts of objects are called
@@ -349,7 +357,7 @@ def _first_step(  # noqa: PLR0911, PLR0912 - a table of what the parts of object
     """Return whether the path starts anew here, what is shown, and how many steps that is."""
     owner, step = way[0]
     kind = type(owner)
-    inner = [key for _, key in way[1:]]
+    inner: list[Any] = [key for _, key in way[1:]]
     if kind is types.FunctionType and step is _STATE and len(inner) >= 2:
         return _step_in_function(owner, inner)
     if kind is types.MethodType and step is _ARGUMENTS and inner[:1] == [1]:
@@ -367,6 +375,8 @@ def _first_step(  # noqa: PLR0911, PLR0912 - a table of what the parts of object
         return False, _attribute(inner[0]), 2
     if step is _STATE and len(inner) > 1 and type(way[1][0]) is tuple and type(way[2][0]) is dict:
         return False, _attribute(inner[1]), 3
+    if step is _STATE and inner and type(way[1][0]) is list and dataclasses.is_dataclass(kind):
+        return False, _attribute(dataclasses.fields(kind)[inner[0]].name), 2  # frozen, with slots
     if step is _STATE and inner[:1] == [4] and name_of_type(kind) == "numpy.ndarray":
         return False, f"{'' if owner.ndim == 1 else '.flat'}[{_text_of(inner[1])}]", 3
     if issubclass(kind, tuple) and step is _ARGUMENTS and inner:

@@ -148,7 +148,8 @@ def hash_seed(environ: Mapping[str, str]) -> dict[str, str]:
         return {}
     if value == "random":
         return {HASH_SEED: _random_hash_seed()}
-    if not (value.isascii() and value.isdigit() and int(value) <= _MAX_HASH_SEED):
+    digits = value.lstrip().removeprefix("+")
+    if not (digits.isascii() and digits.isdigit() and int(digits) <= _MAX_HASH_SEED):
         raise ValueError(
             f"{HASH_SEED}={value!r} lets no Python process start: set os.environ[{HASH_SEED!r}] "
             f'to "random" or to a whole number from 0 to {_MAX_HASH_SEED}, or delete it'

@@ -7,6 +7,7 @@ of the worker's own Python.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -55,7 +56,7 @@ class ImportPath:
         ImportPath
             Absolute entries.
         """
-        entries = _absolute(sys.path)
+        entries = _absolute(_with_earlier_directories(sys.path))
         stdlib, packages = _boundaries(entries)
         middle, last = entries[stdlib:packages], entries[packages:]
         return cls(
@@ -153,9 +154,53 @@ def start_command(module: str) -> list[str]:
 def _absolute(path: Iterable[object]) -> list[str]:
     """Return a path's entries once each, those that mean a directory in full."""
     entries = (entry for entry in path if isinstance(entry, str))  # Python ignores others, too
+    if not _has_working_directory():  # what is relative to it is nowhere
+        entries = (e for e in entries if e and (os.path.isabs(e) or not os.path.exists(e)))  # noqa: PTH110, PTH117
     # What names no file belongs to a hook (sys.path_hooks), which knows what it means.
     full = (os.path.abspath(e) if not e or os.path.exists(e) else e for e in entries)  # noqa: PTH100, PTH110
     return list(dict.fromkeys(full))
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()  # noqa: PTH109
+    except OSError:  # somebody has deleted it
+        return False
+    return True
+
+
+def _with_earlier_directories(path: Sequence[object]) -> list[object]:
+    """Put the directories that relative entries meant before ``os.chdir`` in front of them.
+
+    Modules that were imported from there are those that the notebook goes on using.
+    """
+    relative = [e for e in path if isinstance(e, str) and not os.path.isabs(e)]  # noqa: PTH117
+    first = next((e for e in relative if not e or os.path.exists(e)), None)  # noqa: PTH110
+    if first is None:
+        return [*path]
+    known = {os.path.realpath(e) for e in _absolute(path) if os.path.isabs(e)}  # noqa: PTH117
+    earlier = dict[str, None]()
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if "." in name or not isinstance(file, str) or name == "__main__":
+            continue
+        directory, base = os.path.split(file)
+        if base == "__init__.py":
+            directory = os.path.dirname(directory)  # noqa: PTH120
+        is_known = os.path.realpath(directory) in known or is_of_a_python(directory)
+        if not is_known and os.path.isabs(file) and not _is_found(name, file):  # noqa: PTH117
+            earlier[directory] = None
+    return [*path[: path.index(first)], *earlier, *path[path.index(first) :]]
+
+
+def _is_found(name: str, file: str) -> bool:
+    """Whether an import finds the same file now: an editable install has a finder of its own."""
+    for finder in sys.meta_path:
+        with contextlib.suppress(Exception):  # it is somebody else's
+            spec = finder.find_spec(name, None)
+            if spec is not None:
+                return spec.origin == file
+    return False
 
 
 def _boundaries(entries: Sequence[str]) -> tuple[int, int]:

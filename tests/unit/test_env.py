@@ -4,6 +4,7 @@ import json
 
 from horovodrunner.core.env import (
     forwarded_environment,
+    hash_seed,
     slot_environment,
     tf_config,
     torchrun_environment,
@@ -27,6 +28,11 @@ def test_the_documented_prefixes_travel_and_nothing_else() -> None:
     names += ["KERAS_BACKEND", "HOROVODRUNNER_KERAS"]
     others = ["KERAS_HOME", "HOME", "AWS_SECRET_ACCESS_KEY", "XHOROVOD_", "SPARK_X"]
     assert forwarded_environment(dict.fromkeys(names + others, "1")) == dict.fromkeys(names, "1")
+
+
+def test_a_hash_seed_that_python_takes_is_taken() -> None:
+    for value in ("007", " 7", "+7"):
+        assert hash_seed({"PYTHONHASHSEED": value}) == {"PYTHONHASHSEED": value}
 
 
 def test_a_slot_in_horovods_words_and_in_torchruns() -> None:

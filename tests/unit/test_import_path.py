@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from horovodrunner.core.import_path import (
     of_worker,
     start_command,
 )
+from horovodrunner.core.installed import is_of_a_python
 
 STDLIB = os.path.dirname(os.__file__)  # noqa: PTH120
+OURS = tuple(dict.fromkeys(e for e in sys.path if Path(e).is_dir() and not is_of_a_python(e)))
 PACKAGES = next(entry for entry in sys.path if entry.endswith("site-packages"))
 
 
@@ -36,11 +39,44 @@ def test_a_path_is_split_at_the_directories_of_its_python(
     others.mkdir(parents=True)
     hook = "__editable__.something.finder.__path_hook__"
     monkeypatch.setattr(
-        sys, "path", ["a", "b", "a", here, STDLIB, "", PACKAGES, "c", str(others), hook]
+        sys, "path", [*OURS, "a", "b", "a", here, STDLIB, "", PACKAGES, "c", str(others), hook]
     )
     assert ImportPath.of_this_process() == ImportPath(
-        first=(f"{here}/a", f"{here}/b"), before_packages=(f"{here}",), last=(f"{here}/c", hook)
+        first=(*OURS, f"{here}/a", f"{here}/b"),
+        before_packages=(f"{here}",),
+        last=(f"{here}/c", hook),
     )
+
+
+def test_a_relative_entry_means_what_it_meant_when_its_modules_were_imported(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.joinpath("beside_the_notebook.py").touch()
+    package = here / "a" / "package_of_the_users"
+    package.mkdir()
+    package.joinpath("__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [*OURS, STDLIB, "", PACKAGES])
+    importlib.invalidate_caches()
+    importlib.import_module("beside_the_notebook")
+    assert ImportPath.of_this_process().before_packages == (f"{here}",)
+    monkeypatch.chdir("a")
+    importlib.import_module("package_of_the_users")
+    expected = (f"{here}", f"{here}/a")
+    assert ImportPath.of_this_process().before_packages == expected
+    monkeypatch.chdir("../c")
+    assert ImportPath.of_this_process().before_packages == (*expected, f"{here}/c")
+    for name in ("beside_the_notebook", "package_of_the_users"):
+        del sys.modules[name]
+    assert ImportPath.of_this_process().before_packages == (f"{here}/c",)
+
+
+def test_a_working_directory_that_is_gone_is_left_out(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("a")
+    here.joinpath("a").rmdir()
+    monkeypatch.setattr(sys, "path", ["", *OURS, STDLIB, PACKAGES, "a hook's"])
+    assert ImportPath.of_this_process() == ImportPath(first=OURS, last=("a hook's",))
 
 
 def test_the_users_directories_are_where_the_driver_has_them(here: Path) -> None:

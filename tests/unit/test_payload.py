@@ -45,6 +45,15 @@ def test_functions_of_other_cells_and_their_globals_travel() -> None:
     assert function(**kwargs) == 42
 
 
+def test_code_keeps_the_name_of_its_file() -> None:
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    source = "def main():\n    class Net:\n        def f(self): pass\n    return Net.f"
+    exec(compile(source, "/tmp/ipykernel_1/2.py", "exec"), scope)
+    function, _ = payload.load(payload.dump_call(scope["main"], {}))
+    assert function.__code__.co_filename == "/tmp/ipykernel_1/2.py"
+    assert function().__code__.co_filename == "/tmp/ipykernel_1/2.py"
+
+
 def test_an_unpicklable_argument_is_named() -> None:
     text = refusal(in_a_notebook("def main(lock): pass"), lock=threading.Lock())
     assert "the argument 'lock' (_thread.lock)" in text
@@ -126,6 +135,12 @@ class Slots:
     __slots__ = ("locks",)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class FrozenSlots:
+    first: int
+    lock: Any
+
+
 def cyclic() -> Any:
     parent: Any = Node()
     child = Node(parent=parent)
@@ -151,6 +166,14 @@ CULPRITS: dict[str, tuple[Callable[[], Any], str]] = {
     "cycle": (cyclic, "the argument 'x'.parent.lock (_thread.lock)"),
     "in itself": (within_itself, "the argument 'x'['late'] (_thread.lock)"),
     "slots": (with_slots, "the argument 'x'.locks[0] (_thread.lock)"),
+    "frozen slots": (
+        lambda: FrozenSlots(1, threading.Lock()),
+        "the argument 'x'.lock (_thread.lock)",
+    ),
+    "hook": (
+        lambda: Node(hooks=[in_a_notebook("def main(lock=threading.Lock()): pass")]),
+        "default value 0 of main (_thread.lock), in the argument 'x'.hooks[0], cannot",
+    ),
     "set": (lambda: {threading.Lock()}, "the argument 'x'{…} (_thread.lock)"),
     "key": (lambda: {threading.Lock(): 1}, "the argument 'x'.keys() (_thread.lock)"),
     "queue": (
