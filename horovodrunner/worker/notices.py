@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from horovodrunner.core.env import TF_CONFIG
@@ -91,8 +92,11 @@ def _task_context(module: Any) -> None:
 
     def watched(cls: Any) -> Any:
         found = get() if cls is module.TaskContext else get.__func__(cls)
-        asks = str(sys._getframe(1).f_globals.get("__name__"))
-        if found is None and not asks.startswith("pyspark."):
+        caller = sys._getframe(1)
+        # Libraries that are installed, such as MLflow, ask and are prepared for None.
+        installed = {"site-packages", "dist-packages"} & {*Path(caller.f_code.co_filename).parts}
+        is_spark = str(caller.f_globals.get("__name__")).startswith("pyspark.")
+        if found is None and not installed and not is_spark:
             notice(
                 "task context",
                 f"TaskContext.get() is None in main {_where()}: a rank is a process beside "

@@ -51,6 +51,25 @@ def test_of_one_rank_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None
     assert "MPI.COMM_WORLD" not in capsys.readouterr().out
 
 
+def test_libraries_that_ask_whether_they_are_in_a_task_are_not_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As MLflow does whenever it starts a run."""
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    for path in ("site-packages/of_others.py", "of_mine.py"):
+        file = tmp_path / path
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("from pyspark import TaskContext\nask = lambda: TaskContext.get()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def main(name: str) -> Any:
+        return __import__(name).ask()
+
+    for name, times in (("of_others", 0), ("of_mine", 1)):
+        assert HorovodRunner(np=-1).run(main, name=name) is None
+        assert capsys.readouterr().out.count("TaskContext.get() is None in main") == times
+
+
 def test_a_worker_imports_none_of_what_it_watches() -> None:
     watched = "jax keras mpi4py pyspark tensorflow tf_keras"
     assert HorovodRunner(np=-1).run(lambda: {*watched.split()} & {*sys.modules}) == set()
