@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["HIDDEN", "MAX_ENTRIES", "MAX_TEXT", "RunRecord", "changes"]
+__all__ = ["HIDDEN", "MAX_ENTRIES", "MAX_TEXT", "RunRecord", "calls_another_main", "changes"]
 
 HIDDEN = "(not shown)"
 """How the text begins that stands for what may be a secret."""
@@ -35,6 +35,8 @@ class RunRecord:
         Number of ranks.
     python
         Version of Python, ``"3.11"``: another one has other bytecode.
+    main
+        main's name: a run that evaluates is another one than the run that trained.
     arguments
         main's arguments by name; the items of a configuration one by one.
     variables
@@ -46,6 +48,7 @@ class RunRecord:
     run_id: str
     size: int
     python: str = ""
+    main: str = ""
     arguments: dict[str, str] = field(default_factory=dict, repr=False)
     variables: dict[str, str] = field(default_factory=dict, repr=False)
     code: dict[str, str] = field(default_factory=dict, repr=False)
@@ -72,6 +75,7 @@ class RunRecord:
             isinstance(record.run_id, str)
             and type(record.size) is int
             and isinstance(record.python, str)
+            and _are_texts({"": record.main})
             and all(map(_are_texts, (record.arguments, record.variables, record.code)))
         )
         return record if is_record else None
@@ -93,11 +97,14 @@ def changes(old: RunRecord, new: RunRecord) -> list[str]:
         ``"lr was 0.1, is 0.01"`` and the like; empty if nothing differs.
     """
     found = []
+    if is_another := calls_another_main(old, new):
+        found.append(f"main was {old.main}, is {new.main}")
     for name in dict.fromkeys([*new.arguments, *old.arguments]):
         if name not in new.arguments:
-            found.append(f"{name} was {old.arguments[name]}, is not there any more")
+            if not is_another:
+                found.append(f"{name} was {old.arguments[name]}, is gone")
         elif name not in old.arguments:
-            found.append(f"{name} is {new.arguments[name]}, was not there")
+            found.append(f"{name} is new: {new.arguments[name]}")
         else:
             found += _change(name, old.arguments[name], new.arguments[name])
     for name in new.variables:
@@ -109,21 +116,41 @@ def changes(old: RunRecord, new: RunRecord) -> list[str]:
         changed = [
             name or "main"
             for name in new.code
-            if old.code.get(name, new.code[name]) != new.code[name]
+            if old.code.get(name, new.code[name]) != new.code[name] and (name or not is_another)
         ]
         if changed:
             names = ", ".join(changed[:_MAX_LISTED]) + ", …" * (len(changed) > _MAX_LISTED)
-            found.append(f"the code of {names} was another")
+            found.append(f"the code of {names} has changed")
     if len(found) > _MAX_LISTED + 1:
         found[_MAX_LISTED:] = [f"{len(found) - _MAX_LISTED} more"]
     return found
+
+
+def calls_another_main(old: RunRecord, new: RunRecord) -> bool:
+    """Tell whether two runs call functions of different names, and not one that was renamed.
+
+    Parameters
+    ----------
+    old, new
+        The runs.
+
+    Returns
+    -------
+    bool
+        True if neither the names nor the code are the same.
+    """
+    return (
+        "" not in (old.main, new.main)
+        and old.main != new.main
+        and old.code.get("") != new.code.get("")
+    )
 
 
 def _change(name: str, was: str, now: str) -> list[str]:
     if was == now:
         return []
     if was.startswith(HIDDEN) and now.startswith(HIDDEN):
-        return [f"{name} was another, which is not shown because it may be a secret"]
+        return [f"{name} has changed (not shown, because it may be a secret)"]
     return [f"{name} was {was}, is {now}"]
 
 

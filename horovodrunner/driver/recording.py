@@ -104,6 +104,7 @@ def record_call(
         run_id,
         size,
         f"{sys.version_info[0]}.{sys.version_info[1]}",
+        _bounded(_name(main)),
         writer.arguments,
         writer.variables,
         {name: _digest("".join(texts)) for name, texts in writer.code.items()},
@@ -171,6 +172,8 @@ class _Writer:
             self._visit_function(called, key)
         elif isinstance(called, type):
             self._visit_class(called)
+        elif (wrapped := _wrapped(called)) is not None:
+            self.visit(wrapped, key)
         elif not key and not isinstance(called, types.BuiltinFunctionType):
             self.describe(self.variables, "self", called)
 
@@ -220,6 +223,8 @@ class _Writer:
                 self._visit_value(f"{module.__name__}.{name}", names[name], code)
 
     def _visit_what_is_the_users(self, value: Any) -> None:
+        if not isinstance(value, (type, types.FunctionType)):
+            value = _wrapped(value) or value
         if isinstance(value, (functools.partial, types.MethodType)):
             self.visit(value, _name(value))
         elif isinstance(value, (type, types.FunctionType)):
@@ -237,6 +242,8 @@ class _Writer:
                 value = held.__func__
             elif isinstance(held, property):
                 value = held.fget
+            elif isinstance(held, functools.cached_property):
+                value = held.func
             if isinstance(value, types.FunctionType):
                 if not (name.startswith("__") and _is_generated(cls, value)):
                     self._visit_what_is_the_users(value)
@@ -398,6 +405,12 @@ def _may_be_secret(name: str, value: Any) -> bool:
 def _looks_secret(text: str) -> bool:
     start = text[:20_000]
     return _SECRET_TEXT.search(start) is not None or _LOOKS_RANDOM.fullmatch(start) is not None
+
+
+def _wrapped(called: Any) -> types.FunctionType | None:
+    """Return the function in an object that ``functools.cache``, say, made of it."""
+    inner = inspect.getattr_static(called, "__wrapped__", None)
+    return inner if isinstance(inner, types.FunctionType) else None
 
 
 def _name(called: Any) -> str:

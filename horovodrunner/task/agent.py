@@ -30,7 +30,7 @@ from horovodrunner.core.job import Failure, FailureKind, JobSpec, Outcome, Worke
 from horovodrunner.core.manifest import Manifest
 from horovodrunner.core.phases import Spans
 from horovodrunner.core.pickled import Layout
-from horovodrunner.core.record import changes
+from horovodrunner.core.record import calls_another_main, changes
 from horovodrunner.core.topology import Member, Slot, tf_workers
 from horovodrunner.core.versions import (
     Difference,
@@ -446,7 +446,8 @@ class Agent:
         record, location = self._job.record, self._job.checkpoint_location
         if record is None or location is None or is_of_run(manifest, record):
             return False
-        self._went_on_from = manifest
+        if manifest.run is None or not calls_another_main(manifest.run, record):
+            self._went_on_from = manifest
         found = [] if manifest.run is None else changes(manifest.run, record)
         if self._job.attempt == 1:  # later attempts are announced by the driver
             path = CheckpointStore(location, self._job.keep_checkpoints).path_of(manifest.step)

@@ -374,7 +374,7 @@ def resumption_in_words(manifest: Manifest, path: str, differences: Sequence[str
         lines.append(
             "warning: this run differs from the one that saved that checkpoint: "
             f"{'; '.join(differences)}. What main loads from it, such as an optimizer's learning "
-            "rate, replaces new values"
+            "rate, replaces the new values"
         )
     return lines
 
@@ -383,8 +383,8 @@ def nothing_saved_in_words(manifest: Manifest) -> str:
     """Write that a run which went on from a checkpoint may have had nothing left to do."""
     return (
         f"main went on from step {manifest.step} and returned without saving a checkpoint. If it "
-        "was to train, there was nothing left to do: raise the number of epochs, or start anew "
-        "with resume=False"
+        "has trained nothing, its last epoch was reached before: raise the number of epochs, or "
+        "start anew with resume=False"
     )
 
 

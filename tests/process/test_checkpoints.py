@@ -177,6 +177,11 @@ def train(epochs: int, lr: float, fails_at: int = -1, directory: str = "") -> li
     return list(epochs_left)
 
 
+def evaluate(lr: float) -> int:
+    latest = checkpoint.latest()
+    return -1 if latest is None else latest.step
+
+
 def any_below(directory: str, pattern: str) -> bool:
     return any(Path(directory).rglob(pattern))
 
@@ -213,6 +218,12 @@ def test_a_run_that_goes_on_from_another_says_so_and_what_differs(
     (warning,) = [line for line in shown.splitlines() if DIFFERS in line]
     for text in ("lr was 0.1, is 0.01", "epochs was 3, is 4", "ranks was 2, is 1"):
         assert text in warning
+    assert NOTHING_SAVED not in shown
+
+    # a run that evaluates has nothing to save
+    assert runner.run(evaluate, lr=0.01) == 3
+    shown = capsys.readouterr().out
+    assert "checkpoint: main was train, is evaluate; the number of ranks was 1, is 2. What" in shown
     assert NOTHING_SAVED not in shown
 
     # a run that does not ask goes on from nothing

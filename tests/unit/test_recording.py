@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from horovodrunner.core.manifest import Manifest
-from horovodrunner.core.record import MAX_ENTRIES, RunRecord, changes
+from horovodrunner.core.record import MAX_ENTRIES, RunRecord, calls_another_main, changes
 from horovodrunner.driver.recording import record_call
 
 CELL = """
@@ -125,8 +125,8 @@ def test_the_same_cell_in_a_fresh_kernel_has_the_same_record() -> None:
         ('epochs": 3', 'epochs": 5', "epochs was 3, is 5"),
         ("lr: float = 0.1", "lr: float = 0.2", "config.lr was 0.1, is 0.2"),
         ("k=3", "k=4", "the variable k of build was 3, is 4"),
-        ("x * i", "x + i", "the code of build was another"),
-        ("optimizer.step(LR", "optimizer.leap(LR", "the code of train was another"),
+        ("x * i", "x + i", "the code of build has changed"),
+        ("optimizer.step(LR", "optimizer.leap(LR", "the code of train has changed"),
     ]
     changed = CELL
     for old, new, _ in edits:
@@ -230,7 +230,7 @@ def test_what_may_be_a_secret_is_not_written(name: str, value: Any) -> None:
 
 def test_another_secret_is_told_without_it() -> None:
     (text,) = changes(of(token="one"), of(token="two"))
-    assert text == "token was another, which is not shown because it may be a secret"
+    assert text == "token has changed (not shown, because it may be a secret)"
     assert changes(of(token="one"), of(token="one")) == []
     assert of(max_tokens=512, tokenizer="bert", author="x").arguments == {
         "max_tokens": "512",
@@ -246,11 +246,52 @@ def test_arguments_that_come_and_go_and_edited_defaults() -> None:
     def second(epochs: int, lr: float = 0.2, *, momentum: float = 0.9) -> None:
         pass
 
+    second.__qualname__ = first.__qualname__
     old, new = (record_call("r", 2, main, {"epochs": 3}) for main in (first, second))
-    assert changes(old, new)[:2] == ["lr was 0.1, is 0.2", "momentum is 0.9, was not there"]
-    assert "momentum was 0.9, is not there any more" in changes(new, old)
+    assert changes(old, new)[:2] == ["lr was 0.1, is 0.2", "momentum is new: 0.9"]
+    assert "momentum was 0.9, is gone" in changes(new, old)
     given = record_call("r", 2, first, {"epochs": 3, "lr": 0.1})
     assert changes(old, given) == []
+
+
+def test_a_main_of_another_name_is_told_by_its_name() -> None:
+    def train(epochs: int = 3, lr: float = 0.1) -> None:
+        pass
+
+    def renamed(epochs: int = 3, lr: float = 0.1) -> None:
+        pass
+
+    def evaluate(split: str = "test", lr: float = 0.1) -> str:
+        return split
+
+    old, same, new = (record_call("r", 2, main, {}) for main in (train, renamed, evaluate))
+    assert changes(old, same) == []
+    assert not calls_another_main(old, same)
+    assert calls_another_main(old, new)
+    names = f"main was {train.__qualname__}, is {evaluate.__qualname__}"
+    assert changes(old, new) == [names, "split is new: 'test'"]
+    assert not calls_another_main(dataclasses.replace(old, main=""), new)  # of an earlier release
+
+
+def test_a_helper_that_is_cached_is_compared() -> None:
+    records = []
+    for width in (1, 1, 2):
+        names: dict[str, Any] = {"functools": functools, "__name__": "__main__"}
+        code = f"""
+class Sizes:
+    @functools.cached_property
+    def depth(self):
+        return {width}
+@functools.lru_cache
+def build():
+    return {width}
+def train():
+    return build(), Sizes().depth
+"""
+        exec(code, names)
+        records.append(record_call("r", 2, names["train"], {}))
+    assert changes(records[0], records[1]) == []
+    assert changes(records[0], records[2]) == ["the code of Sizes.depth, build has changed"]
 
 
 def test_a_method_a_partial_and_an_object_that_is_called() -> None:
