@@ -363,7 +363,7 @@ class Unspeakable:
     def __setstate__(self, state: object) -> None:
         class Problem(Exception):  # noqa: N818
             def __str__(self) -> str:
-                sys.exit(3)
+                return str(sys.exit(3))
 
         raise Problem
 
