@@ -7,13 +7,15 @@ import sys
 import warnings
 from typing import Any
 
+from horovodrunner.core.words import in_one_line
+
 __all__ = ["show_text", "warn"]
 
 _CLEAR_LINE = "\r\x1b[K"
 """Takes Spark's progress bar off the line it shares with us on a terminal."""
 
 
-def show_text(text: str) -> bool:
+def show_text(text: str) -> str:
     """Write to standard output, whatever the user has put there.
 
     Parameters
@@ -23,8 +25,8 @@ def show_text(text: str) -> bool:
 
     Returns
     -------
-    bool
-        False if it cannot be shown: there is no stream, it is closed, or it is no stream.
+    str
+        Why it cannot be shown: there is no stream, its disk is full, and the like. Else "".
     """
     try:
         stream: Any = sys.stdout
@@ -34,9 +36,9 @@ def show_text(text: str) -> bool:
         _write(stream, text)
         if hasattr(stream, "flush"):
             stream.flush()
-    except Exception:  # noqa: BLE001 - it is the user's object
-        return False
-    return True
+    except Exception as error:  # noqa: BLE001 - it is the user's object
+        return in_one_line(error)
+    return ""
 
 
 def _write(stream: Any, text: str) -> None:

@@ -139,7 +139,9 @@ def in_one_line(error: BaseException) -> str:
     """
     try:
         text = cut(str(error), _TEXT_CHARS)
-    except Exception as broken:  # noqa: BLE001 - it is the user's code
+    except KeyboardInterrupt:
+        raise
+    except BaseException as broken:  # noqa: BLE001 - it is the user's code
         text = f"(its text cannot be had: {short_name(type(broken))})"
     name = short_name(type(error))
     return f"{name}: {text}".replace("\n", " ") if text else name

@@ -132,8 +132,8 @@ class Console:
                 self._waiting.clear()
                 self._waiting_bytes = 0
                 woken, self._woken = self._woken, False
-            if text and not show_text(text):
-                self._tell_that_nothing_is_shown()
+            if text and (why := show_text(text)):
+                self._tell_that_nothing_is_shown(why)
             if woken:
                 return True
             if deadline is not None and time.monotonic() >= deadline:
@@ -158,14 +158,14 @@ class Console:
                 if main_thread_was_interrupted():
                     raise KeyboardInterrupt
 
-    def _tell_that_nothing_is_shown(self) -> None:
+    def _tell_that_nothing_is_shown(self, why: str) -> None:
         """Say so once, by the only other way there is, which may be as broken."""
         if not self._tells_it_is_not_shown:
             self._tells_it_is_not_shown = True
             with contextlib.suppress(Exception):
                 sys.stderr.write(
                     f"HorovodRunner: nothing can be written to sys.stdout ({sys.stdout!r:.200}), "
-                    "so what the run prints is not shown; the run goes on\n"
+                    f"so what the run prints is not shown; the run goes on ({why})\n"
                 )
 
     def _put(self, text: str) -> None:

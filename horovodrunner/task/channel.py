@@ -164,7 +164,7 @@ class SilentDriver:
 
     def note(self, text: str) -> None:
         """Put the line where it can be found at least."""
-        self._log(f"HorovodRunner: {text}\n".encode())
+        self._log(f"HorovodRunner: {text}\n".encode(errors="backslashreplace"))
 
     def placed(self, slots: Sequence[Slot]) -> None:
         """Do nothing."""

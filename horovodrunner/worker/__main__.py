@@ -9,6 +9,7 @@ returned goes to a file.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import faulthandler
@@ -21,7 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from horovodrunner.core import payload
 from horovodrunner.core.env import IMPORT_PATH
@@ -120,9 +121,9 @@ def run(
     os.environ.update(spec.environment)
     try:
         function, kwargs = payload.load(call)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - it is described
         if os.getpid() != own_pid:
-            raise
+            _leave_as_child(error)
         return _failed(spec, error, "main could not be unpickled: ", hint=_import_hint), 1
     finally:
         control.unpickled(began)
@@ -131,10 +132,10 @@ def run(
         result = function(**kwargs)
         sys.settrace(None)
         _stop_what_interrupts()
-    except BaseException as error:
-        if os.getpid() != own_pid:
-            raise
+    except BaseException as error:  # noqa: BLE001 - it is described
         sys.settrace(None)
+        if os.getpid() != own_pid:
+            _leave_as_child(error)
         _stop_what_interrupts()
         _end_main(control)
         if not issubclass(type(error), SystemExit):
@@ -144,7 +145,7 @@ def run(
         result = None
     else:
         if os.getpid() != own_pid:
-            sys.exit()
+            _leave_as_child()
         _end_main(control)
     try:
         layout: Layout = ()
@@ -171,6 +172,28 @@ def _end_main(control: ControlPipe) -> None:
         sys.setrecursionlimit(RECURSION_LIMIT)
 
 
+def _leave_as_child(error: BaseException | None = None) -> NoReturn:
+    """End a process that main forked as that of a script ends, but without Horovod.
+
+    Horovod's threads are in its parent only: waiting for them would never end, and taking its
+    connections down would take the parent's down.
+    """
+    code = 0
+    if error is not None:
+        told = describe(error)
+        if issubclass(type(error), SystemExit):
+            code = exit_code_of(error)
+            if not isinstance(getattr(error, "code", None), int | None):
+                _print(f"{told.text}\n")
+        else:
+            code = 1
+            _print(told.traceback)
+    for name in ("horovod.torch.mpi_ops", "horovod.tensorflow.mpi_ops"):
+        with contextlib.suppress(BaseException):  # main may have put anything there
+            atexit.unregister(sys.modules[name]._basics.shutdown)
+    leave(code)
+
+
 def _failed(
     spec: WorkerSpec,
     error: BaseException,
@@ -182,7 +205,7 @@ def _failed(
     kind: FailureKind = FailureKind.EXCEPTION,
 ) -> Outcome:
     told = describe(error)
-    _print_traceback(told.traceback)
+    _print(told.traceback)
     advice = collective = ""
     with contextlib.suppress(BaseException):  # it is the user's object, and so are names in frames
         advice = hint(error) if hint is not None else ""
@@ -202,7 +225,7 @@ def _failed(
     return Outcome(failure=failure)
 
 
-def _print_traceback(text: str) -> None:
+def _print(text: str) -> None:
     try:
         sys.stderr.write(text)
     except BaseException:  # noqa: BLE001 - main may have put anything there

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -263,9 +267,23 @@ def sync_batch_norm_of_the_cpu(hvd: Any) -> str:
     return ""
 
 
+def with_a_child(hvd: Any) -> list[Any]:
+    """Fork, with Horovod's threads and connections in this process; the child leaves main."""
+    import torch
+
+    pid = os.fork()
+    if not pid:
+        sys.exit(3)
+    if not select.select([os.pidfd_open(pid)], [], [], STALL_SECONDS / 2)[0]:
+        os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    total = hvd.allreduce(torch.ones(1), op=hvd.Sum, name="after the child")
+    return list(hvd.allgather_object((code, total.item())))
+
+
 SECTIONS = (
     optimizers, clipped, one_optimizer, broadcasts, broadcasts_of_a_part, collectives, embeddings,
-    elastic, sync_batch_norm_of_the_cpu, joined,
+    elastic, sync_batch_norm_of_the_cpu, joined, with_a_child,
 )  # fmt: skip
 
 
@@ -351,6 +369,10 @@ def test_a_rank_with_fewer_batches_joins(seen: dict[str, Any]) -> None:
     assert weight == pytest.approx(-2 - 3 / 2)  # the joined rank counts as 0
     assert seen["joined"] == [(last, weight, total)] * RANKS
     assert total == RANKS
+
+
+def test_a_child_leaves_horovod_to_its_parent(seen: dict[str, Any]) -> None:
+    assert seen["with_a_child"] == [(3, RANKS)] * RANKS
 
 
 def test_sync_batch_norm_says_that_it_needs_a_gpu(seen: dict[str, Any]) -> None:

@@ -137,7 +137,7 @@ def test_what_the_streams_encoding_lacks_is_shown_as_escapes(
 def test_a_stream_without_an_encoding_gets_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     below = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", codecs.getwriter("ascii")(below))
-    assert showing.show_text("é\n")
+    assert not showing.show_text("é\n")
     assert below.getvalue() == b"\\xe9\n"
 
 
@@ -166,6 +166,7 @@ def test_what_cannot_be_shown_ends_nothing_and_is_told_once(
         console.show(timeout=0)
     (told,) = errors.texts
     assert told.startswith("HorovodRunner: nothing can be written to sys.stdout (")
+    assert "Error: " in told  # and why
     monkeypatch.setattr(sys, "stderr", object())
     Console().note("hello")
     console.show(timeout=0)
@@ -176,7 +177,7 @@ def test_a_pipe_that_nobody_reads_ends_nothing(monkeypatch: pytest.MonkeyPatch) 
     os.close(read)
     with os.fdopen(write, "wb", buffering=0) as raw:
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, write_through=True))
-        assert not showing.show_text("hello\n")
+        assert showing.show_text("hello\n") == "BrokenPipeError: [Errno 32] Broken pipe"
 
 
 def test_a_warning_that_cannot_be_shown_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,11 @@ def test_a_driver_out_of_reach_is_said_in_the_log_and_the_run_goes_on() -> None:
     assert isinstance(driver, SilentDriver)
     assert b"cannot be reached from here" in log[0]
     driver.message(1, b"kept")
-    assert log[1] == b"[1]<log_to_driver>:kept\n"
+    driver.note("weights\udcff cannot be stored")  # a file's name need not be UTF-8
+    assert log[1:] == [
+        b"[1]<log_to_driver>:kept\n",
+        b"HorovodRunner: weights\\udcff cannot be stored\n",
+    ]
 
 
 def test_the_driver_can_end_the_run(channel: DriverChannel) -> None:

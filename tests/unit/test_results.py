@@ -354,7 +354,21 @@ class Asks:
         return getattr(self.inner, name)
 
 
-@pytest.mark.parametrize("kind", [Frozen, Leaves, Asks])
+class Unspeakable:
+    """What it raises when it is restored leaves when it is asked for its text."""
+
+    def __init__(self) -> None:
+        self.a = 1
+
+    def __setstate__(self, state: object) -> None:
+        class Problem(Exception):  # noqa: N818
+            def __str__(self) -> str:
+                return str(sys.exit(3))
+
+        raise Problem
+
+
+@pytest.mark.parametrize("kind", [Frozen, Leaves, Asks, Unspeakable])
 def test_a_result_whose_class_cannot_be_restored_is_named_and_kept(
     kind: Callable[[], Any], file: File
 ) -> None:
