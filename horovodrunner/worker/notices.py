@@ -1,8 +1,8 @@
-"""Tells the driver of what does nothing in main, or not what it seems to. Runs in: the worker.
+"""Reports on the driver what does nothing in main, or not what it seems to. Runs in: the worker.
 
 Other libraries have things that work on the driver only, find peers only where a launcher of their
 own started them, or ignore an argument with a warning in a log that nobody reads. What is known of
-that is listed in `_WATCHED`; it is watched once the library is imported, and said once in a run.
+that is listed in `_WATCHED`; it is watched once the library is imported, and reported once a run.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _keras_3_optimizers(module: Any) -> None:
     def look(optimizer: Any, *_: Any, **kwargs: Any) -> None:
         if kwargs.get("decay") is not None:
             instead = (
-                "the learning rate stays as it is. Give a schedule as learning_rate "
+                "the learning rate stays as it is. Pass a schedule as learning_rate "
                 "(keras.optimizers.schedules.InverseTimeDecay)"
             )
             _ignored(optimizer, "decay", kwargs["decay"], instead)
