@@ -394,7 +394,7 @@ def _first_step(  # noqa: PLR0911, PLR0912 - a table of what the parts of object
 def _step_in_function(  # noqa: PLR0911 - a table, too
     function: types.FunctionType, inner: list[object]
 ) -> tuple[bool, str, int]:
-    """Tell what of a function does not pickle: `inner` goes from its state inwards."""
+    """Name what of a function does not pickle: `inner` goes from its state inwards."""
     name = _qualname(function)
     place, key = inner[1], inner[2] if len(inner) > 2 else None
     if inner[0] == 0:

@@ -204,7 +204,7 @@ def slot_environment(
     forwarded: Mapping[str, str],
     ports: tuple[int, int] | None = None,
 ) -> dict[str, str]:
-    """Say a worker's slot in Horovod's variables and in torchrun's.
+    """Express a worker's slot in Horovod's variables and in torchrun's.
 
     The names are those that Horovod 0.28's Gloo controller reads and that torchrun documents;
     ``HOROVOD_GLOO_ADDRESS`` and ``HOROVOD_GLOO_PORTS`` are read by the Horovod that this package
@@ -266,7 +266,7 @@ def slot_environment(
 
 
 def torchrun_environment(slot: Slot, hosts: int, run_id: str, attempt: int) -> dict[str, str]:
-    """Say what else torchrun tells its processes, so that others see that somebody started them.
+    """Return what else torchrun tells its processes, so that others see that somebody started them.
 
     ``TORCHELASTIC_RUN_ID`` alone makes Lightning take its ranks from the environment, whatever
     scheduler the machine has, and check the number of devices (docs/adr/0010). The store of
@@ -299,7 +299,7 @@ def torchrun_environment(slot: Slot, hosts: int, run_id: str, attempt: int) -> d
 
 
 def tf_config(workers: Sequence[str], rank: int) -> dict[str, str]:
-    """Say a worker's place in TensorFlow's variable.
+    """Express a worker's place in TensorFlow's variable.
 
     Parameters
     ----------

@@ -41,7 +41,7 @@ def companions() -> Iterator[dict[str, Any]]:
     Yields
     ------
     dict
-        What :func:`travels_along` is told, by name.
+        What :func:`travels_along` was called with, by name.
     """
     found: dict[str, Any] = {}
     token = _companions.set(found)
@@ -52,7 +52,7 @@ def companions() -> Iterator[dict[str, Any]]:
 
 
 def travels_along(name: str, thing: object) -> None:
-    """Say, in a ``__reduce__``, that the pickle holds a mere name of something.
+    """Declare, in a ``__reduce__``, that the pickle holds only the name of something.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def load(data: bytes | bytearray | memoryview) -> Any:
     Parameters
     ----------
     data
-        What :func:`dump_call` gave, or a pickled exception.
+        What :func:`dump_call` returned, or a pickled exception.
 
     Returns
     -------

@@ -455,7 +455,7 @@ def reader_of_pieces(pieces: Iterable[bytes]) -> Callable[[memoryview], None]:
 
 
 def _memory(size: int) -> bytearray | mmap.mmap:
-    """Give memory that can be written to.
+    """Return memory that can be written to.
 
     A mapping is not filled with zeros first, and huge pages make filling it twice as fast.
     """

@@ -24,7 +24,7 @@ __all__ = ["open_outcome"]
 
 
 def open_outcome(outcome: Outcome) -> Any:
-    """Give rank 0's value, or raise what ended the run.
+    """Return rank 0's value, or raise what ended the run.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""Tells the driver of what does nothing in main, or not what it seems to. Runs in: the worker.
+"""Reports on the driver what does nothing in main, or not what it seems to. Runs in: the worker.
 
 Other libraries have things that work on the driver only, find peers only where a launcher of their
 own started them, or ignore an argument with a warning in a log that nobody reads. What is known of
-that is listed in `_WATCHED`; it is watched once the library is imported, and said once in a run.
+that is listed in `_WATCHED`; it is watched once the library is imported, and reported once a run.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any
 
 from horovodrunner.core.env import TF_CONFIG
+from horovodrunner.core.installed import is_of_a_python
 from horovodrunner.worker.context import notice
 from horovodrunner.worker.import_hook import after_import
 
@@ -32,14 +34,20 @@ def install() -> None:
         after_import(name, watch)
 
 
-def _where() -> str:
-    """Return the line of the user's that is being executed, in brackets."""
+def _users_frame() -> FrameType:
+    """Return the innermost frame that is none of those libraries'."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         name = str(frame.f_globals.get("__name__"))
         if name.partition(".")[0] not in _LIBRARIES:
             break
         frame = frame.f_back
+    return frame
+
+
+def _where() -> str:
+    """Return the line of the user's that is being executed, in brackets."""
+    frame = _users_frame()
     return f"({frame.f_code.co_filename}:{frame.f_lineno})"
 
 
@@ -108,7 +116,10 @@ def _task_context(module: Any) -> None:
 
 
 def _mpi(module: Any) -> None:
-    if not _is_alone():
+    def look() -> None:
+        code = _users_frame().f_code
+        if code.co_name == "<module>" and is_of_a_python(code.co_filename):
+            return  # h5py imports it because it was built with it, and need not use it
         notice(
             "mpi4py",
             f"MPI.COMM_WORLD has size {module.COMM_WORLD.Get_size()} on each of the "
@@ -116,6 +127,16 @@ def _mpi(module: Any) -> None:
             "mpi4py's barriers and reductions do nothing. Use hvd.barrier(), hvd.allreduce() or "
             "torch.distributed",
         )
+
+    class Watched(ModuleType):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "MPI":  # later imports of it only look here
+                look()
+            return super().__getattribute__(name)
+
+    if not _is_alone():
+        look()
+        sys.modules["mpi4py"].__class__ = Watched
 
 
 def _jax_processes(module: Any) -> None:
@@ -169,7 +190,7 @@ def _keras_3_optimizers(module: Any) -> None:
     def look(optimizer: Any, *_: Any, **kwargs: Any) -> None:
         if kwargs.get("decay") is not None:
             instead = (
-                "the learning rate stays as it is. Give a schedule as learning_rate "
+                "the learning rate stays as it is. Pass a schedule as learning_rate "
                 "(keras.optimizers.schedules.InverseTimeDecay)"
             )
             _ignored(optimizer, "decay", kwargs["decay"], instead)

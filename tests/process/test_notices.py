@@ -70,6 +70,28 @@ def test_libraries_that_ask_whether_they_are_in_a_task_are_not_meant(
         assert capsys.readouterr().out.count("TaskContext.get() is None in main") == times
 
 
+def import_a_library(packages: str, use_it_too: bool) -> None:
+    sys.path.insert(0, packages)
+    import built_with_mpi  # type: ignore[import-not-found]  # noqa: F401
+
+    if use_it_too:
+        from mpi4py import MPI  # noqa: F401
+
+
+@pytest.mark.usefixtures("mpi4py")
+@pytest.mark.parametrize("use_it_too", [False, True])
+def test_a_library_that_was_built_with_mpi_may_be_imported(
+    use_it_too: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    packages.mkdir(parents=True)
+    packages.joinpath("built_with_mpi.py").write_text("from mpi4py import MPI")
+    HorovodRunner(np=-2).run(import_a_library, packages=str(packages), use_it_too=use_it_too)
+    out = capsys.readouterr().out
+    assert out.count("MPI.COMM_WORLD has size 1") == use_it_too
+    assert ("test_notices.py" in out) == use_it_too
+
+
 def test_a_worker_imports_none_of_what_it_watches() -> None:
     watched = "jax keras mpi4py pyspark tensorflow tf_keras"
     assert HorovodRunner(np=-1).run(lambda: {*watched.split()} & {*sys.modules}) == set()
