@@ -177,7 +177,7 @@ def _limit_of_disk(location: str, stored_bytes: int) -> int:
 
 
 def is_there(location: str) -> bool:
-    """Tell whether a data set's directory still has its manifest.
+    """Return whether a data set's directory still has its manifest.
 
     Parameters
     ----------

@@ -100,7 +100,7 @@ class Origin:
     state: tuple[Any, ...]
 
     def is_same_as(self, other: Origin) -> bool:
-        """Tell whether the same rows would be computed from both.
+        """Return whether the same rows would be computed from both.
 
         Parameters
         ----------
@@ -229,7 +229,7 @@ def _hadoop_status(spark: Any, uri: str) -> tuple[int, int, str]:
 
 
 def _is_of_rows(spark: Any, rdd: Any) -> bool:
-    """Tell whether an RDD has rows that the driver gave createDataFrame, and no function made."""
+    """Return whether an RDD has rows of createDataFrame, which no function made."""
     if set(_RDD.findall(rdd.toDebugString())) - _RDDS_OF_ROWS:
         return False
     commands = list(_commands(rdd))

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from horovodrunner.core.endless import refuse_without_end
 from horovodrunner.data.batches import Batches
 from horovodrunner.data.columns import Column
 from horovodrunner.data.formats import nested
 from horovodrunner.data.ragged import Ragged
-from horovodrunner.errors import DataError
 
 __all__ = ["refuse_a_digest", "tf_dataset"]
 
@@ -84,11 +84,7 @@ def refuse_a_digest() -> None:
     if "mlflow.data" not in sys.modules:
         return
     for frame in _frames_of_a_digest():
-        if any(map(_has_no_end, frame.f_locals.values())):
-            raise DataError(
-                "MLflow wants to read all rows, for a digest, and this dataset has no end: train "
-                "without it, with autolog(log_datasets=False), or give from_tensorflow a digest="
-            )
+        refuse_without_end(*frame.f_locals.values())
 
 
 def _frames_of_a_digest() -> Iterator[FrameType]:
@@ -98,15 +94,6 @@ def _frames_of_a_digest() -> Iterator[FrameType]:
             if str(frame.f_globals.get("__name__")).startswith("mlflow.data."):
                 yield frame
             frame = frame.f_back
-
-
-def _has_no_end(value: Any) -> bool:
-    if not isinstance(value, tf.data.Dataset):
-        return False
-    rows = int(value.cardinality())
-    if rows == tf.data.experimental.UNKNOWN_CARDINALITY:  # as after filter()
-        return any(map(_has_no_end, value._inputs()))
-    return bool(rows == tf.data.experimental.INFINITE_CARDINALITY)
 
 
 def _spec_of(value: Any, rows: int | None) -> Any:

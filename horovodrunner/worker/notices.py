@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+from horovodrunner.core.endless import refuse_without_end
 from horovodrunner.core.env import TF_CONFIG
 from horovodrunner.core.installed import is_of_a_python
 from horovodrunner.worker.context import notice
@@ -167,6 +168,13 @@ def _tensorflow_workers(module: Any) -> None:
     _before(module.CollectiveAllReduceExtended, "_initialize_local", look)
 
 
+def _mlflow_digests(module: Any) -> None:
+    def look(_: Any, dataset: Any, targets: Any = None) -> None:
+        refuse_without_end(dataset, targets)  # which autologging logs, and goes on
+
+    _before(module.TensorFlowDataset, "_compute_tensorflow_dataset_digest", look)
+
+
 def _ignored(optimizer: Any, argument: str, value: Any, instead: str) -> None:
     name = type(optimizer).__name__
     notice(
@@ -212,6 +220,7 @@ def _keras_3_optimizers(module: Any) -> None:
 _WATCHED: dict[str, Callable[[Any], None]] = {
     "jax.experimental.multihost_utils": _jax_processes,
     "keras.src.optimizers.base_optimizer": _keras_3_optimizers,
+    "mlflow.data.tensorflow_dataset": _mlflow_digests,
     "mpi4py.MPI": _mpi,
     "pyspark.accumulators": _accumulators,
     "pyspark.java_gateway": _gateway,

@@ -365,6 +365,31 @@ class TestTensorFlow:
         with converter.make_tf_dataset(num_epochs=2, schema_fields=["label"]) as rows:
             assert digest_of(rows)
 
+    def test_a_worker_refuses_the_digest_of_any_dataset_without_end(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also of one whose rows come from elsewhere, as in Horovod's own examples."""
+        import tensorflow as tf
+        from mlflow.data import tensorflow_dataset
+        from mlflow.data.code_dataset_source import CodeDatasetSource
+
+        from horovodrunner.worker import notices
+
+        name = "_compute_tensorflow_dataset_digest"
+        original = getattr(tensorflow_dataset.TensorFlowDataset, name)
+        monkeypatch.setattr(tensorflow_dataset.TensorFlowDataset, name, original)
+        notices._WATCHED["mlflow.data.tensorflow_dataset"](tensorflow_dataset)
+        rows = tf.data.Dataset.range(8)
+        source = CodeDatasetSource(tags={})
+        for features, targets in (
+            (rows.repeat().shuffle(8).batch(2), None),
+            (rows.repeat().filter(lambda row: True), None),
+            (rows, rows.repeat()),
+        ):
+            with pytest.raises(DataError, match=r"has no end.*log_datasets=False"):
+                tensorflow_dataset.from_tensorflow(features, source, targets)
+        assert tensorflow_dataset.from_tensorflow(rows.repeat(2), source, rows).digest
+
     def test_transformed_rows(self, converter: SparkDatasetConverter) -> None:
         spec = TransformSpec(image, edit_fields=IMAGE, selected_fields=["label", "image"])
         with converter.make_tf_dataset(

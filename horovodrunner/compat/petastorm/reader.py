@@ -224,7 +224,7 @@ class Reader:
         return _read_ahead(self._read, self._in_order(epochs), self._options.threads)
 
     def _in_order(self, epochs: Any) -> Iterator[tuple[_Piece, int]]:
-        """Say what to read when, each with a seed of its own: threads may read in any order."""
+        """Yield the pieces to read, each with a seed of its own: threads may read in any order."""
         for _ in epochs:
             pieces = list(self._pieces)
             if self._options.shuffle_row_groups:
