@@ -65,7 +65,7 @@ class Finding:
 
 
 def run_doctor(say: Callable[[str], None] = print) -> int:
-    """Say the report, line by line, and return 1 if it holds a problem, else 0."""
+    """Pass the report to `say`, line by line, and return 1 if it holds a problem, else 0."""
     problems = 0
     for finding in examine():
         problems += finding.verdict == "problem"

@@ -127,7 +127,7 @@ def changes(old: RunRecord, new: RunRecord) -> list[str]:
 
 
 def calls_another_main(old: RunRecord, new: RunRecord) -> bool:
-    """Tell whether two runs call functions of different names, and not one that was renamed.
+    """Return whether two runs call functions of different names, and not one that was renamed.
 
     Parameters
     ----------

@@ -94,17 +94,18 @@ def record_call(
     RunRecord
         The same for the same call in another process.
     """
-    writer = _Writer()
+    writer, main_name = _Writer(), ""
     # Anybody's objects may do anything: what was written by then is better than no run.
     with contextlib.suppress(Exception):
         for name, value in _arguments(main, kwargs):
             writer.describe(writer.arguments, name, value)
         writer.visit(main, "")
+        main_name = _bounded(_name(main))
     return RunRecord(
         run_id,
         size,
         f"{sys.version_info[0]}.{sys.version_info[1]}",
-        _bounded(_name(main)),
+        main_name,
         writer.arguments,
         writer.variables,
         {name: _digest("".join(texts)) for name, texts in writer.code.items()},

@@ -342,7 +342,7 @@ class LatestCopy:
 
 
 def is_of_run(manifest: Manifest, record: RunRecord) -> bool:
-    """Tell whether a checkpoint was saved by an attempt of this very run."""
+    """Return whether a checkpoint was saved by an attempt of this very run."""
     return manifest.run is not None and manifest.run.run_id == record.run_id
 
 

@@ -141,7 +141,7 @@ class CheckpointStore:
         return self._read_manifests()[0]
 
     def has_any(self, *, recover: bool = False) -> bool:
-        """Tell whether there is a checkpoint, be it a damaged one.
+        """Return whether there is a checkpoint, even a damaged one.
 
         Parameters
         ----------

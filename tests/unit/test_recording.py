@@ -189,6 +189,18 @@ def test_a_change_is_told_and_nothing_else(was: Any, now: Any, told: str) -> Non
     assert change(now, was) == [] or told
 
 
+def test_a_main_that_hides_its_name_is_recorded_all_the_same() -> None:
+    class Main:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(name) if name == "__qualname__" else AttributeError(name)
+
+        def __call__(self, lr: float) -> None:
+            pass
+
+    record = record_call("r", 2, Main(), {"lr": 0.1})
+    assert (record.main, record.arguments) == ("", {"lr": "0.1"})
+
+
 def test_nothing_of_a_value_that_has_a_cycle_or_no_end_takes_long() -> None:
     around: list[Any] = [1]
     around.append(around)
