@@ -282,8 +282,17 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
     )
     if not (is_namespace or is_model or is_plain_class):
         return []
-    public = [(name, item) for name, item in vars(value).items() if not name.startswith("_")]
+    held = dict(getattr(value, "__dict__", {}))
+    for name in (name for each in kind.mro() for name in _slots(each)):
+        with contextlib.suppress(AttributeError):  # it has no value yet
+            held[name] = getattr(value, name)
+    public = [(name, item) for name, item in held.items() if not name.startswith("_")]
     return [(n, item) for n, item in public if is_namespace or is_model or _is_plain(item)]
+
+
+def _slots(kind: type) -> list[str]:
+    held = vars(kind).items()
+    return [name for name, each in held if isinstance(each, types.MemberDescriptorType)]
 
 
 def _is_scalar(value: Any) -> bool:

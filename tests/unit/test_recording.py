@@ -80,6 +80,13 @@ class Settings:
         self.model = object()
 
 
+class Slotted:
+    __slots__ = ("_cache", "lr", "unset")
+
+    def __init__(self, lr: float) -> None:
+        self.lr = lr
+
+
 class Hostile(dict[str, int]):
     def __len__(self) -> int:
         raise RuntimeError("no")
@@ -168,6 +175,8 @@ def test_the_same_cell_in_a_fresh_kernel_has_the_same_record() -> None:
         (types.SimpleNamespace(lr=1), types.SimpleNamespace(lr=2), "a.lr was 1, is 2"),
         (Settings(1), Settings(1), ""),
         (Settings(1), Settings(2), "a.lr was 1, is 2"),
+        (Slotted(1), Slotted(1), ""),
+        (Slotted(1), Slotted(2), "a.lr was 1, is 2"),
         (Path("/data/a"), Path("/data/b"), "a was '/data/a', is '/data/b'"),
         (b"ab", b"ac", "a was 'ab', is 'ac'"),
         (np.dtype("float32"), np.dtype("float64"), "a was float32, is float64"),
