@@ -161,9 +161,12 @@ def run(
 
 def _stop_what_interrupts() -> None:
     """Stop main's timers and ``interrupt_main()``: what they raise would end the report."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
-        signal.setitimer(timer, 0)
+    for _ in range(10):
+        with contextlib.suppress(BaseException):  # a handler of main's, for one that came meanwhile
+            for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+                signal.setitimer(timer, 0)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            return
 
 
 def _end_main(control: ControlPipe) -> None:

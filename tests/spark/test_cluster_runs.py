@@ -595,6 +595,7 @@ def test_no_secret_is_on_a_command_line() -> None:
         # With attributes named, process_iter gives None for what has just become a zombie.
         return [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
 
-    words = [line for line in run(main) if "horovodrunner" in line]
+    # A warm parent of another test has a digest in its address.
+    words = [each for each in run(main) if "horovodrunner" in each and "--keep-warm" not in each]
     assert words
     assert not any(re.search(r"token|[0-9a-f]{32}", line) for line in words)

