@@ -101,9 +101,8 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
             The objects on the way, each with the step to the next one, and the object itself.
         """
         way = [(owner, step) for (_, owner), step in zip(self._open, self._next, strict=True)]
-        if (
-            way and inspect.getgeneratorstate(self._open[-1][0]) == inspect.GEN_CLOSED
-        ):  # it failed between two of its parts
+        if way and inspect.getgeneratorstate(self._open[-1][0]) == inspect.GEN_CLOSED:
+            # it failed between two of its parts
             return way[:-1], way[-1][0]
         return way, self._at
 

@@ -19,13 +19,13 @@ import inspect
 import os
 import re
 import sys
-import sysconfig
 import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from horovodrunner.core.installed import is_of_a_python
 from horovodrunner.core.record import HIDDEN, MAX_ENTRIES, MAX_TEXT, RunRecord
 
 __all__ = ["record_call"]
@@ -441,11 +441,7 @@ def _is_the_users(module: Any) -> bool:
 
 @functools.lru_cache(maxsize=10_000)
 def _is_installed(file: str) -> bool:
-    path = PurePath(os.path.realpath(file))
-    if not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
-        return True
-    installed = (sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
-    return any(path.is_relative_to(os.path.realpath(each)) for each in installed)
+    return is_of_a_python(os.path.realpath(file))
 
 
 def _is_generated(cls: type, method: types.FunctionType) -> bool:

@@ -12,7 +12,6 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.core import checked, payload
-from horovodrunner.core.early_imports import early_imports
 from horovodrunner.core.env import TF_CONFIG, forwarded_environment, hash_seed
 from horovodrunner.core.import_path import ImportPath
 from horovodrunner.core.job import JobSpec, Outcome
@@ -23,6 +22,7 @@ from horovodrunner.core.versions import installed_versions
 from horovodrunner.driver import interrupt
 from horovodrunner.driver.attempts import run_attempts
 from horovodrunner.driver.console import Console
+from horovodrunner.driver.early_imports import early_imports
 from horovodrunner.driver.histories import new_history, newest_history
 from horovodrunner.driver.interactive import is_interactive
 from horovodrunner.errors import ConfigurationError
@@ -284,14 +284,18 @@ class HorovodRunner:
             import_path=ImportPath.of_this_process(),
             stream_output=self._verbosity == "all" or self._np < 0,
             stall_timeout=self._stall_timeout,
-            checkpoint_location=None if store is None else store.location,
-            keep_checkpoints=3 if store is None else store.keep,
-            record=None if store is None else store.run,
             fail_on_checkpoint_error=self._checkpoint_errors == "raise",
             brought_files=files.variables,
             tf_config=self._tf_config,
             keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
         )
+        if store is not None:
+            job = replace(
+                job,
+                checkpoint_location=store.location,
+                keep_checkpoints=store.keep,
+                record=store.run,
+            )
 
         def launch(attempt: int) -> Outcome:
             files.begin(attempt)

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
-import cloudpickle
-
+from horovodrunner.core.pickled import Pickler
 from horovodrunner.core.words import class_names, cut, short_name
 
 __all__ = ["Description", "describe", "exit_code_of"]
@@ -192,7 +191,7 @@ def _lines_of_frames(own: TracebackType | None) -> Iterator[str]:
 
 def _pickled(error: BaseException) -> bytes:
     sink = _BoundedSink()
-    cloudpickle.Pickler(sink).dump(error)
+    Pickler(sink).dump(error)
     return b"".join(sink.pieces)
 
 

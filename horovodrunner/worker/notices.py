@@ -11,7 +11,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -103,7 +102,7 @@ def _task_context(module: Any) -> None:
         found = get() if cls is module.TaskContext else get.__func__(cls)
         caller = sys._getframe(1)
         # Libraries that are installed, such as MLflow, ask and are prepared for None.
-        installed = {"site-packages", "dist-packages"} & {*Path(caller.f_code.co_filename).parts}
+        installed = is_of_a_python(caller.f_code.co_filename)
         is_spark = str(caller.f_globals.get("__name__")).startswith("pyspark.")
         if found is None and not installed and not is_spark:
             notice(

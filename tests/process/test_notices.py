@@ -55,10 +55,11 @@ def test_libraries_that_ask_whether_they_are_in_a_task_are_not_meant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As MLflow does whenever it starts a run."""
-    monkeypatch.syspath_prepend(tmp_path / "site-packages")
-    for path in ("site-packages/of_others.py", "of_mine.py"):
+    packages = "lib/python3.11/site-packages"
+    monkeypatch.syspath_prepend(tmp_path / packages)
+    for path in (f"{packages}/of_others.py", "of_mine.py"):
         file = tmp_path / path
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("from pyspark import TaskContext\nask = lambda: TaskContext.get()\n")
     monkeypatch.syspath_prepend(tmp_path)
 

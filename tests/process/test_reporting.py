@@ -147,11 +147,11 @@ def test_a_value_that_leaves_when_it_is_pickled_is_told(problem: type[BaseExcept
 
 class _IsPickled:
     def __init__(self) -> None:
-        self.begun = threading.Event()
+        self.begun, self.interrupted = threading.Event(), threading.Event()
 
     def __reduce__(self) -> Any:
         self.begun.set()
-        time.sleep(0.2)
+        self.interrupted.wait()
         return str, ("value",)
 
 
@@ -162,6 +162,7 @@ def test_a_watchdog_of_main_does_not_interrupt_the_report() -> None:
         def interrupt() -> None:
             value.begun.wait()
             _thread.interrupt_main()
+            value.interrupted.set()
 
         threading.Thread(target=interrupt).start()
         return value

@@ -116,7 +116,6 @@ def test_a_child_of_main_does_not_report_and_output_for_an_ascii_stream_ends_not
         if not (pid := os.fork()):
             return "the child's own value"
         os.waitpid(pid, 0)
-        time.sleep(0.2)
         return "value"
 
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")

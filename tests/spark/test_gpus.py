@@ -41,7 +41,7 @@ SCRIPT = """
     from pyspark.sql import SparkSession
     from horovodrunner import HorovodRunner
     from horovodrunner.core import payload
-    from horovodrunner.core.early_imports import early_imports
+    from horovodrunner.driver.early_imports import early_imports
 
     discovery, directory, calls = sys.argv[1:]
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from horovodrunner.core import payload
-from horovodrunner.core.early_imports import early_imports
+from horovodrunner.driver.early_imports import early_imports
 
 TRAINS = ("torch", "torch._dynamo", "horovod.torch")
 FIT = """
