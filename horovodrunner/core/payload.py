@@ -10,9 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-import cloudpickle
-
-from horovodrunner.core.pickled import Layout, SinkError, dumps, travels_by_reference, write_pickle
+from horovodrunner.core.pickled import (
+    Layout,
+    SinkError,
+    dumps,
+    loads,
+    travels_by_reference,
+    write_pickle,
+)
+from horovodrunner.core.surroundings import TravellingPickler, call_in_its_surroundings
 from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import PayloadError
 
@@ -86,7 +92,7 @@ def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
         If something does not pickle; the text names the variable and where it comes from.
     """
     try:
-        return dumps((main, dict(kwargs)))
+        return dumps(call_in_its_surroundings(main, kwargs), TravellingPickler)
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
         parts = [(f"main ({_name(main)})", main)]
         parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
@@ -149,7 +155,7 @@ def load(data: bytes | bytearray | memoryview) -> Any:
     object
         The object.
     """
-    return cloudpickle.loads(data)
+    return loads(data)
 
 
 def largest_parts(

@@ -43,11 +43,8 @@ from horovodrunner.worker.context import TaskLink, WorkerContext, set_context
 from horovodrunner.worker.control import ControlPipe, leave_without_pipes
 from horovodrunner.worker.describing import RECURSION_LIMIT, describe, exit_code_of
 from horovodrunner.worker.leaving import flush_output, leave
+from horovodrunner.worker.main_module import become_main, lowest_descriptor
 from horovodrunner.worker.watch import collective_of
-
-OUT_OF_THE_WAY = 4000
-"""Our own descriptors are moved up to this number, or as far as the limit allows: main may close or
-replace what it takes for its own (``os.closerange(3, 1000)``)."""
 
 _PEER_LOSS_TYPES = ("HorovodInternalError", "HorovodShutdownError", "DistBackendError")
 
@@ -119,6 +116,7 @@ def run(
     own_pid = os.getpid()
     began = time.time()
     os.environ.update(spec.environment)
+    become_main()
     try:
         function, kwargs = payload.load(call)
     except BaseException as error:  # noqa: BLE001 - it is described
@@ -261,9 +259,7 @@ def _take_over_surroundings() -> None:
 
 def _move_descriptors(arguments: Any) -> None:
     """Move our own descriptors out of main's way; those that main forks do not keep them."""
-    limit = os.sysconf("SC_OPEN_MAX")
-    lowest = OUT_OF_THE_WAY if limit < 0 else max(0, min(OUT_OF_THE_WAY, limit - 24))
-    moved = []
+    lowest, moved = lowest_descriptor(), list[int]()
     for name in ("control", "report", "stacks", "result"):
         if (descriptor := getattr(arguments, name)) is not None:
             moved.append(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest))
