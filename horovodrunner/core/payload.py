@@ -6,7 +6,7 @@ import builtins
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -71,7 +71,9 @@ def travels_along(name: str, thing: object) -> None:
         found[name] = thing
 
 
-def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
+def dump_call(
+    main: Callable[..., Any], kwargs: Mapping[str, Any], argv: Sequence[str] | None = None
+) -> bytes:
     """Pickle a function and its keyword arguments.
 
     Parameters
@@ -80,6 +82,8 @@ def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
         The training function.
     kwargs
         Its keyword arguments.
+    argv
+        What ``sys.argv`` is to be in the worker that loads them; None leaves it alone.
 
     Returns
     -------
@@ -92,7 +96,7 @@ def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
         If something does not pickle; the text names the variable and where it comes from.
     """
     try:
-        return dumps(call_in_its_surroundings(main, kwargs), TravellingPickler)
+        return dumps(call_in_its_surroundings(main, kwargs, argv), TravellingPickler)
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
         parts = [(f"main ({_name(main)})", main)]
         parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]

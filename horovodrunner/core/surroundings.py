@@ -18,7 +18,7 @@ import pickle
 import sys
 import typing
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -167,7 +167,9 @@ class _Globals:
         return vars, (self._place,)
 
 
-def call_in_its_surroundings(main: Any, kwargs: Mapping[str, Any]) -> object:
+def call_in_its_surroundings(
+    main: Any, kwargs: Mapping[str, Any], argv: Sequence[str] | None
+) -> object:
     """Make what a :class:`TravellingPickler` pickles so that ``(main, kwargs)`` comes out.
 
     Parameters
@@ -176,24 +178,32 @@ def call_in_its_surroundings(main: Any, kwargs: Mapping[str, Any]) -> object:
         The training function.
     kwargs
         Its keyword arguments.
+    argv
+        What ``sys.argv`` is to be in the worker.
 
     Returns
     -------
     object
         To be pickled.
     """
-    return _Call(main, kwargs)
+    return _Call(_opened, (main, dict(kwargs), None if argv is None else [*argv], _Rest()))
 
 
 class _Call:
-    def __init__(self, main: Any, kwargs: Mapping[str, Any]) -> None:
-        self._call = main, dict(kwargs), _Rest()
+    """Pickles as a call."""
+
+    def __init__(self, *called: Any) -> None:
+        self._called = called
 
     def __reduce__(self) -> Any:
-        return _opened, self._call
+        return self._called
 
 
-def _opened(main: Any, kwargs: dict[str, Any], _: None) -> tuple[Any, dict[str, Any]]:
+def _opened(
+    main: Any, kwargs: dict[str, Any], argv: list[str] | None, _: None
+) -> tuple[Any, dict[str, Any]]:
+    if argv is not None and _places is not None:
+        sys.argv[:] = argv
     return main, kwargs
 
 
@@ -357,12 +367,12 @@ def dump_names() -> bytes:
     modules = dict(_places or {})
     names = {name: names_by_value(module) for name, module in modules.items()}
     try:
-        call = dumps(_Call(None, names), TravellingPickler)
+        call = dumps((names, _Rest()), TravellingPickler)
     except Exception:  # noqa: BLE001 - a lock that main has put into a global, say
         for held in names.values():
             for name in [name for name, value in held.items() if not _can_be_pickled(value)]:
                 del held[name]
-        call = dumps(_Call(None, names), TravellingPickler)
+        call = dumps((names, _Rest()), TravellingPickler)
     return pickle.dumps([name for name in modules if name != "__main__"]) + call
 
 

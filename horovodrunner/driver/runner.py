@@ -268,7 +268,7 @@ class HorovodRunner:
         environment = {**forwarded_environment(os.environ), **_hash_seed(), **self._options}
         files = BroughtFiles(environment)
         with payload.companions() as companions:
-            call = payload.dump_call(main, kwargs)
+            call = payload.dump_call(main, kwargs, sys.argv[:1])
         frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
         data = tuple(companions.values())

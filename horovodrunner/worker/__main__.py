@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -37,6 +38,7 @@ from horovodrunner.core.job import (
     speaks_of_peer_loss,
 )
 from horovodrunner.core.pickled import Layout
+from horovodrunner.core.words import cut, in_one_line
 from horovodrunner.errors import PayloadError
 from horovodrunner.worker import horovod_keras, notices
 from horovodrunner.worker.context import TaskLink, WorkerContext, set_context
@@ -139,7 +141,8 @@ def run(
         if not issubclass(type(error), SystemExit):
             return _failed(spec, error, ""), 1
         if code := exit_code_of(error):
-            return _failed(spec, error, "main called sys.exit: ", exit_code=code), code
+            told = "main called sys.exit: "
+            return _failed(spec, error, told, hint=_exit_hint, exit_code=code), code
         result = None
     else:
         if os.getpid() != own_pid:
@@ -246,6 +249,27 @@ def _import_hint(error: BaseException) -> str:
         "install it on the executors, ship it with spark.sparkContext.addPyFile(...), or call "
         f"cloudpickle.register_pickle_by_value({(error.name or 'module').split('.')[0]})"
     )
+
+
+def _exit_hint(error: BaseException) -> str:
+    """Repeat what a parser of arguments has printed before it left; it prints to standard error."""
+    reason = _text_of_parser(error)
+    if not reason:
+        return ""
+    return (
+        f" ({reason}). In main, sys.argv is {cut(repr(sys.argv), 200)}: pass settings "
+        "as arguments of run(), or give the parser a list of its own: parse_args([])"
+    )
+
+
+def _text_of_parser(error: BaseException) -> str:
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        message = frame.f_locals.get("message")
+        if frame.f_code.co_name == "error" and isinstance(message, str):
+            return " ".join(message.split())  # argparse, and what is built on it
+    refused = error.__context__
+    is_known = refused is not None and type(refused).__module__.startswith("absl.flags")
+    return in_one_line(refused) if refused is not None and is_known else ""
 
 
 def _take_over_surroundings() -> None:
