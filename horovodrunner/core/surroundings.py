@@ -15,6 +15,7 @@ import inspect
 import linecache
 import os
 import pickle
+import re
 import sys
 import typing
 import zlib
@@ -31,7 +32,6 @@ from horovodrunner.core.installed import is_of_a_python
 from horovodrunner.core.pickled import Pickler, dumps, module_travels_by_value
 
 __all__ = [
-    "TravelledModule",
     "TravellingPickler",
     "call_in_its_surroundings",
     "dump_names",
@@ -47,6 +47,8 @@ MAX_SOURCE = 1024 * 1024
 _KEPT = ("__doc__", "__file__", "__package__", "__path__")
 """What a module keeps of its own, beside the names that travel."""
 
+_IDENTIFIER = re.compile(r"[^\W\d]\w*")
+
 _NAMED = (type, FunctionType, type(functools.lru_cache(len)), typing.TypeVar)
 """What pickle stores as a name."""
 
@@ -59,6 +61,8 @@ class TravellingPickler(Pickler):
         self._places: dict[str, _Place] = {}
         self._globals: dict[int, Any] = {}
         self._found: list[Any] = []
+        self._mentioned: dict[tuple[str, str], None] = {}
+        self._packages = {"builtins", *sys.stdlib_module_names}
         self._files: dict[str, Mapping[str, Any]] = {}
 
     def reducer_override(self, obj: Any) -> Any:
@@ -68,12 +72,15 @@ class TravellingPickler(Pickler):
         if type(obj) is ModuleType and self._has_place(obj.__name__, vars(obj)):
             return self._whole(obj)
         reduced = super().reducer_override(obj)
-        if isinstance(reduced, tuple):
+        if isinstance(obj, _NAMED):
+            self._found.append(obj)
+            self._packages.add(_package_of(obj))
+        elif isinstance(obj, ModuleType):
+            self._packages.add(_package_of(obj))
+        if isinstance(reduced, tuple) and isinstance(obj, FunctionType | type):
+            self._note_mentioned(obj)
             if isinstance(obj, FunctionType):
                 reduced = self._in_its_module(obj, *reduced)
-            self._found.append(obj)
-        elif isinstance(obj, _NAMED):
-            self._found.append(obj)
         return reduced
 
     @staticmethod
@@ -95,6 +102,17 @@ class TravellingPickler(Pickler):
         shared = self._globals.setdefault(id(scope), _Globals(self._place(name)))
         return make, (args[0], shared, *args[2:]), *rest
 
+    def _note_mentioned(self, obj: Any) -> None:
+        """Note names that code reaches by other ways than its globals: forward references."""
+        texts = set[str]()
+        with contextlib.suppress(Exception):  # from Python 3.14 on they are computed here
+            annotations = inspect.get_annotations(obj)
+            texts.update(each for each in annotations.values() if type(each) is str)
+        if isinstance(obj, FunctionType) and "__main__" in obj.__code__.co_names:
+            texts.update(obj.__code__.co_names)  # import __main__
+        for name in _IDENTIFIER.findall(" ".join(texts)):
+            self._mentioned[obj.__module__, name] = None
+
     def _whole(self, module: ModuleType) -> Any:
         left_out = {"__builtins__", "__cached__", "__loader__", "__spec__", "__path__"}
         names = {name: value for name, value in vars(module).items() if name not in left_out}
@@ -107,12 +125,24 @@ class TravellingPickler(Pickler):
         former: dict[str, dict[str, Any]] = {}
         for obj in found:
             self._sort(obj, names, former)
+        for module_name, name in self._mentioned:
+            value = vars(sys.modules.get(module_name, builtins)).get(name)
+            if module_travels_by_value(module_name) and self._comes_cheaply(value):
+                names.setdefault(module_name, {}).setdefault(name, value)
+        self._mentioned = {}
         modules = {**names, **former}
         places = [(self._place(m), names.get(m, {}), former.get(m, {})) for m in modules]
         if places:
             return _name, (places, _Rest())
         files, self._files = self._files, {}
         return _add_source, (_source_of(files),)
+
+    def _comes_cheaply(self, value: Any) -> bool:
+        """Whether what is only mentioned can come along, without another package's import."""
+        if isinstance(value, _NAMED) and module_travels_by_value(str(value.__module__)):
+            return _can_be_pickled(value)
+        is_importable = isinstance(value, (*_NAMED, ModuleType)) or _package_of(value) == "typing"
+        return is_importable and _package_of(value) in self._packages
 
     def _sort(self, obj: Any, names: Any, former: Any) -> None:
         """Find out under which name an object is found, if it still is."""
@@ -129,6 +159,11 @@ class TravellingPickler(Pickler):
             names.setdefault(module_name, {})[top] = outermost
         elif not inner:  # a cell was run again, say
             former.setdefault(module_name, {})[top] = obj
+
+
+def _package_of(value: Any) -> str:
+    name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    return str(name).partition(".")[0]
 
 
 def _can_be_pickled(value: object) -> bool:
@@ -228,11 +263,8 @@ def place_in(main: ModuleType) -> None:
     _places = {"__main__": main}
 
 
-class TravelledModule(ModuleType):
+class _TravelledModule(ModuleType):
     """A module that holds what travelled of it; the rest is read when it is asked for."""
-
-    def __repr__(self) -> str:
-        return "<module '__main__'>" if self.__name__ == "__main__" else super().__repr__()
 
     def __getattr__(self, name: str) -> Any:
         is_special = name.startswith("__") and name.endswith("__")
@@ -252,7 +284,7 @@ def _module(name: str, kept: Mapping[str, Any]) -> ModuleType:
     """Return the module of a name that holds what travels of it."""
     made = _places if _places is not None else {}
     if name not in made:
-        made[name] = TravelledModule(name) if _places is None else _make_module(name)
+        made[name] = ModuleType(name) if _places is None else _make_module(name)
     module = made[name]
     for key, value in kept.items():
         if key != "__path__" or not hasattr(module, key):
@@ -263,7 +295,7 @@ def _module(name: str, kept: Mapping[str, Any]) -> ModuleType:
 
 
 def _make_module(name: str) -> ModuleType:
-    module = TravelledModule(name)
+    module = _TravelledModule(name)
     module.__builtins__ = builtins  # type: ignore[attr-defined]
     if (spec := _spec_of(name)) is not None:
         module.__spec__ = _unread[name] = spec

@@ -18,6 +18,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -43,12 +44,22 @@ from horovodrunner.errors import PayloadError
 from horovodrunner.worker import horovod_keras, notices
 from horovodrunner.worker.context import TaskLink, WorkerContext, set_context
 from horovodrunner.worker.control import ControlPipe, leave_without_pipes
-from horovodrunner.worker.describing import RECURSION_LIMIT, describe, exit_code_of
+from horovodrunner.worker.describing import (
+    RECURSION_LIMIT,
+    describe,
+    exit_code_of,
+    show_source_of_threads,
+)
 from horovodrunner.worker.leaving import flush_output, leave
 from horovodrunner.worker.main_module import become_main, lowest_descriptor
 from horovodrunner.worker.watch import collective_of
 
 _PEER_LOSS_TYPES = ("HorovodInternalError", "HorovodShutdownError", "DistBackendError")
+
+_NOT_IN_MAIN = re.compile(
+    r"Can't get attribute '(\w+)[\w.]*' on <module '__main__'"
+    r"|module '__main__' has no attribute '(\w+)'"
+)
 
 
 def main() -> int:
@@ -119,6 +130,7 @@ def run(
     began = time.time()
     os.environ.update(spec.environment)
     become_main()
+    show_source_of_threads()
     try:
         function, kwargs = payload.load(call)
     except BaseException as error:  # noqa: BLE001 - it is described
@@ -139,7 +151,7 @@ def run(
         _stop_what_interrupts()
         _end_main(control)
         if not issubclass(type(error), SystemExit):
-            return _failed(spec, error, ""), 1
+            return _failed(spec, error, "", hint=_missing_name_hint), 1
         if code := exit_code_of(error):
             told = "main called sys.exit: "
             return _failed(spec, error, told, hint=_exit_hint, exit_code=code), code
@@ -248,6 +260,18 @@ def _import_hint(error: BaseException) -> str:
         f". The module {error.name!r} exists on the driver but not for {sys.executable} here: "
         "install it on the executors, ship it with spark.sparkContext.addPyFile(...), or call "
         f"cloudpickle.register_pickle_by_value({(error.name or 'module').split('.')[0]})"
+    )
+
+
+def _missing_name_hint(error: BaseException) -> str:
+    """Explain why a file of the driver's cannot be read: its classes have to be in ``__main__``."""
+    found = _NOT_IN_MAIN.search(str(error)) if isinstance(error, AttributeError) else None
+    if found is None:
+        return ""
+    name = found[1] or found[2]
+    return (
+        f". Of the driver's __main__ only what main refers to is there: mention {name} in main "
+        f"(a line that says {name} is enough) so that it travels along"
     )
 
 

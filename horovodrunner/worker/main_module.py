@@ -12,10 +12,11 @@ import fcntl
 import os
 import sys
 from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from horovodrunner.core.env import MAIN_NAMES
-from horovodrunner.core.surroundings import TravelledModule, dump_names, names_by_value, place_in
+from horovodrunner.core.surroundings import dump_names, names_by_value, place_in
 
 __all__ = ["OUT_OF_THE_WAY", "become_main", "lowest_descriptor"]
 
@@ -32,17 +33,22 @@ def lowest_descriptor() -> int:
 
 def become_main() -> None:
     """Put an empty module in the place of ``__main__``, which is this package's until then."""
-    module = TravelledModule("__main__")
+    module = _MainModule("__main__")
     module.__builtins__ = builtins  # type: ignore[attr-defined]
     module.__spec__ = _SpecForChildren(module)
     sys.modules["__main__"] = module
     place_in(module)
 
 
+class _MainModule(ModuleType):
+    def __repr__(self) -> str:
+        return "<module '__main__'>"
+
+
 class _SpecForChildren(ModuleSpec):
     """Has the names of ``__main__`` ready as soon as multiprocessing asks what to import."""
 
-    def __init__(self, module: TravelledModule) -> None:
+    def __init__(self, module: ModuleType) -> None:
         self._module = module
         self._kept: Any = None
         super().__init__("__main__", None)
