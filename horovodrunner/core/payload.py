@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+from horovodrunner.core.modules import TravellingPickler, call_in_its_modules
 from horovodrunner.core.pickled import (
     Layout,
     SinkError,
@@ -18,7 +19,6 @@ from horovodrunner.core.pickled import (
     travels_by_reference,
     write_pickle,
 )
-from horovodrunner.core.surroundings import TravellingPickler, call_in_its_surroundings
 from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import PayloadError
 
@@ -96,7 +96,7 @@ def dump_call(
         If something does not pickle; the text names the variable and where it comes from.
     """
     try:
-        return dumps(call_in_its_surroundings(main, kwargs, argv), TravellingPickler)
+        return dumps(call_in_its_modules(main, kwargs, argv), TravellingPickler)
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
         parts = [(f"main ({_name(main)})", main)]
         parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from horovodrunner.core.env import MAIN_NAMES
-from horovodrunner.core.surroundings import dump_names, names_by_value, place_in
+from horovodrunner.core.modules import dump_names, names_by_value, place_in
 
 __all__ = ["OUT_OF_THE_WAY", "become_main", "lowest_descriptor"]
 

@@ -6,11 +6,16 @@ multiprocessing executes this as ``__mp_main__``, and copies what it makes into 
 
 from __future__ import annotations
 
-from horovodrunner.core.surroundings import load_names, modules_beside_main
+import contextlib
+import os
+import pickle
+import sys
+
+from horovodrunner.core.env import MAIN_NAMES
 
 
 def __getattr__(name: str) -> object:
-    import sys
+    from horovodrunner.core.modules import load_names
 
     main = sys.modules["__main__"]
     load_names(main)
@@ -19,7 +24,8 @@ def __getattr__(name: str) -> object:
     return vars(main)[name]
 
 
-if modules_beside_main():
-    import sys
+with contextlib.suppress(KeyError, OSError), open(os.environ[MAIN_NAMES], "rb") as _file:  # noqa: PTH123
+    if pickle.load(_file):  # noqa: S301 - modules beside __main__, which are imported by name
+        from horovodrunner.core.modules import load_names
 
-    load_names(sys.modules[__name__])
+        load_names(sys.modules[__name__])

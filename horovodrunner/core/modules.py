@@ -33,10 +33,9 @@ from horovodrunner.core.pickled import Pickler, dumps, module_travels_by_value
 
 __all__ = [
     "TravellingPickler",
-    "call_in_its_surroundings",
+    "call_in_its_modules",
     "dump_names",
     "load_names",
-    "modules_beside_main",
     "names_by_value",
     "place_in",
 ]
@@ -69,7 +68,7 @@ class TravellingPickler(Pickler):
         """Let functions keep their module, and note what has a name."""
         if type(obj) is _Rest:
             return self._rest()
-        if type(obj) is ModuleType and self._has_place(obj.__name__, vars(obj)):
+        if type(obj) is ModuleType and self._travels_whole(obj):
             return self._whole(obj)
         reduced = super().reducer_override(obj)
         if isinstance(obj, _NAMED):
@@ -82,6 +81,9 @@ class TravellingPickler(Pickler):
             if isinstance(obj, FunctionType):
                 reduced = self._in_its_module(obj, *reduced)
         return reduced
+
+    def _travels_whole(self, module: ModuleType) -> bool:
+        return module.__name__ != "__main__" and self._has_place(module.__name__, vars(module))
 
     @staticmethod
     def _has_place(name: str, scope: Mapping[str, Any]) -> bool:
@@ -97,7 +99,8 @@ class TravellingPickler(Pickler):
         scope = function.__globals__
         self._files.setdefault(function.__code__.co_filename, scope)
         name = scope.get("__name__")
-        if not isinstance(name, str) or not self._has_place(name, scope):
+        is_function = make is cloudpickle.cloudpickle._make_function
+        if not is_function or not isinstance(name, str) or not self._has_place(name, scope):
             return make, args, *rest
         shared = self._globals.setdefault(id(scope), _Globals(self._place(name)))
         return make, (args[0], shared, *args[2:]), *rest
@@ -202,9 +205,7 @@ class _Globals:
         return vars, (self._place,)
 
 
-def call_in_its_surroundings(
-    main: Any, kwargs: Mapping[str, Any], argv: Sequence[str] | None
-) -> object:
+def call_in_its_modules(main: Any, kwargs: Mapping[str, Any], argv: Sequence[str] | None) -> object:
     """Make what a :class:`TravellingPickler` pickles so that ``(main, kwargs)`` comes out.
 
     Parameters
@@ -394,7 +395,7 @@ def dump_names() -> bytes:
     Returns
     -------
     bytes
-        For :func:`load_names`.
+        The names of those beside ``__main__``, and all that :func:`load_names` needs.
     """
     modules = dict(_places or {})
     names = {name: names_by_value(module) for name, module in modules.items()}
@@ -406,19 +407,6 @@ def dump_names() -> bytes:
                 del held[name]
         call = dumps((names, _Rest()), TravellingPickler)
     return pickle.dumps([name for name in modules if name != "__main__"]) + call
-
-
-def modules_beside_main() -> list[str]:
-    """Return which other modules :func:`load_names` makes.
-
-    Returns
-    -------
-    list of str
-        Their names.
-    """
-    with contextlib.suppress(KeyError, OSError), Path(os.environ[MAIN_NAMES]).open("rb") as file:
-        return list(pickle.load(file))  # noqa: S301 - the parent's memory
-    return []
 
 
 def load_names(main: ModuleType) -> None:
