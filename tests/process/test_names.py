@@ -5,14 +5,11 @@ Most drivers are processes of their own: only a script's or a notebook's ``__mai
 
 from __future__ import annotations
 
-import linecache
 import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -21,6 +18,7 @@ import pytest
 from horovodrunner import HorovodRunner, WorkerFailedError
 from tests.conftest import HAS_TORCH
 from tests.process.notebooks import run_notebook
+from tests.process.travelling import module_by_value
 
 DEFINITIONS = """
     import abc, collections, copy, copyreg, dataclasses, enum, functools, inspect, io
@@ -400,56 +398,14 @@ def test_arguments_of_pytest_do_not_reach_main() -> None:
     assert HorovodRunner(np=-1).run(lambda: sys.argv) == sys.argv[:1]
 
 
-MODULE = """
-calls = 0
-
-def call():
-    global calls
-    calls += 1
-    return calls
-
-class Net:
-    pass
-
-def round_trip(_=None):
-    import inspect, pickle, sys
-    net = pickle.loads(pickle.dumps(Net()))
-    return type(net) is Net, call(), sys.modules[__name__].calls, inspect.getsource(Net)
-
-def in_a_child():
-    import multiprocessing
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.map(round_trip, [0])
-
-def returns():
-    return Net()
-"""
-
-
-@pytest.fixture
-def by_value() -> Iterator[Any]:
-    """Yield a module of which there is no file, as a package's that executors lack."""
-    names = ["not_there", "not_there.inner"]
-    module = ModuleType(names[1])
-    module.__file__ = file = "/nowhere/not_there/inner.py"
-    exec(compile(MODULE, file, "exec"), vars(module))
-    linecache.cache[file] = len(MODULE), None, MODULE.splitlines(keepends=True), file
-    sys.modules.update({names[0]: ModuleType(names[0]), names[1]: module})
-    cloudpickle.register_pickle_by_value(module)
-    yield module
-    cloudpickle.unregister_pickle_by_value(module)
-    for name in names:
-        del sys.modules[name]
-    del linecache.cache[file]
-
-
-def test_a_module_that_travels_by_value_is_found_by_its_name(by_value: Any) -> None:
+def test_a_module_that_travels_by_value_is_found_by_its_name() -> None:
     found = (True, 1, 1, "class Net:\n    pass\n")
-    assert HorovodRunner(np=-1).run(by_value.round_trip) == found
-    assert HorovodRunner(np=-1).run(by_value.in_a_child) == [found]
-    assert type(HorovodRunner(np=-1).run(by_value.returns)) is by_value.Net
-    assert by_value.calls == 0
-    assert HorovodRunner(np=-1).run(lambda: by_value.call() + by_value.calls) == 2
+    with module_by_value() as module:
+        assert HorovodRunner(np=-1).run(module.round_trip) == found
+        assert HorovodRunner(np=-1).run(module.in_a_child) == [found]
+        assert type(HorovodRunner(np=-1).run(module.returns)) is module.Net
+        assert HorovodRunner(np=-1).run(lambda: module.call() + module.calls) == 2
+        assert module.calls == 0
 
 
 def test_what_did_not_travel_of_a_module_is_read_where_it_can_be(

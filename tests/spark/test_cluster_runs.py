@@ -29,6 +29,7 @@ from horovodrunner import (
 from horovodrunner.driver import addresses, cluster, session, slots
 from tests.conftest import marked_processes, workers_left
 from tests.process import breaks, mains
+from tests.process.travelling import module_by_value
 
 pytestmark = [pytest.mark.spark, pytest.mark.usefixtures("spark")]
 
@@ -48,6 +49,14 @@ def test_the_ranks_run_on_executors_and_rank_0s_value_comes_back(np: int) -> Non
     assert (value["RANK"], value["WORLD_SIZE"], value["HOROVOD_LOCAL_SIZE"]) == (0, np, np)
     ancestors = [p.name() for p in psutil.Process(value["parent"]).parents()]
     assert ancestors.count("java") >= 2  # the executor, and the driver's JVM that started it
+
+
+def test_what_travels_by_value_is_found_by_name_and_by_source() -> None:
+    with module_by_value() as module:
+        found = (True, 1, 1, "class Net:\n    pass\n")
+        assert run(module.round_trip) == found
+        assert run(module.in_a_child) == [found]
+        assert type(run(module.returns)) is module.Net
 
 
 def test_np_0_means_all_slots_and_is_deprecated() -> None:
