@@ -296,6 +296,8 @@ def _module(name: str, kept: Mapping[str, Any]) -> ModuleType:
 
 
 def _make_module(name: str) -> ModuleType:
+    if name in sys.modules:  # imported by what travels by reference
+        return sys.modules[name]
     module = _TravelledModule(name)
     module.__builtins__ = builtins  # type: ignore[attr-defined]
     if (spec := _spec_of(name)) is not None:
@@ -305,10 +307,7 @@ def _make_module(name: str) -> ModuleType:
     sys.modules[name] = module
     parent, _, last = name.rpartition(".")
     if parent:
-        if parent not in sys.modules:
-            assert _places is not None  # noqa: S101 - for the type checker
-            _places[parent] = _make_module(parent)
-        holder = sys.modules[parent]
+        holder = _make_module(parent)
         if not hasattr(holder, "__path__"):
             holder.__path__ = []
         setattr(holder, last, module)

@@ -63,6 +63,11 @@ class _SpecForChildren(ModuleSpec):
     def name(self, value: str) -> None:
         pass
 
+    @property
+    def parent(self) -> str:
+        """Where relative imports begin: a script may be started by ``python -m``."""
+        return getattr(self._module, "__package__", None) or ""
+
     def _keep_names(self) -> None:
         held = os.getpid(), names_by_value(self._module)
         if held == self._kept:
