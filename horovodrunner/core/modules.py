@@ -240,6 +240,7 @@ def _opened(
 ) -> tuple[Any, dict[str, Any]]:
     if argv is not None and _places is not None:
         sys.argv[:] = argv
+        sys.orig_argv[:] = [sys.executable, *argv]
     return main, kwargs
 
 

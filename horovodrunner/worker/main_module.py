@@ -50,7 +50,7 @@ class _SpecForChildren(ModuleSpec):
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
-        self._kept: Any = None
+        self._kept: tuple[int, dict[str, Any]] = 0, {}
         super().__init__("__main__", None)
 
     @property
@@ -69,8 +69,9 @@ class _SpecForChildren(ModuleSpec):
         return getattr(self._module, "__package__", None) or ""
 
     def _keep_names(self) -> None:
-        held = os.getpid(), names_by_value(self._module)
-        if held == self._kept:
+        pid, kept = self._kept
+        held = names_by_value(self._module)
+        if pid == os.getpid() and _ids(held) == _ids(kept):
             return
         names = dump_names()
         made = os.memfd_create("horovodrunner-main")
@@ -80,4 +81,8 @@ class _SpecForChildren(ModuleSpec):
         with open(descriptor, "wb", closefd=False) as file:
             file.write(names)
         os.environ[MAIN_NAMES] = f"/proc/{os.getpid()}/fd/{descriptor}"
-        self._kept = held
+        self._kept = os.getpid(), held
+
+
+def _ids(names: dict[str, Any]) -> dict[str, int]:
+    return {name: id(value) for name, value in names.items()}

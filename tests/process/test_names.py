@@ -395,7 +395,8 @@ def test_torchscript_and_loaders_work_in_a_notebook(tmp_path: Path) -> None:
 
 
 def test_arguments_of_pytest_do_not_reach_main() -> None:
-    assert HorovodRunner(np=-1).run(lambda: sys.argv) == sys.argv[:1]
+    found = HorovodRunner(np=-1).run(lambda: [sys.argv, sys.orig_argv[1:]])
+    assert found == [sys.argv[:1]] * 2
 
 
 def test_a_module_that_travels_by_value_is_found_by_its_name() -> None:
