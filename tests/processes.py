@@ -19,14 +19,14 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT, CompletedProcess, Popen, TimeoutExpired
-from typing import Any
+from typing import Any, TypeAlias
 
 __all__ = [
     "DEVNULL",
     "PIPE",
     "STDOUT",
     "CompletedProcess",
-    "Popen",
+    "Process",
     "TimeoutExpired",
     "execute",
     "run",
@@ -38,6 +38,9 @@ MARK = "HOROVOD_LEAK_MARK"
 
 LEAVING_SECONDS = 30.0
 """How long what is left may take to leave by itself. Only a test that fails waits for so long."""
+
+Process: TypeAlias = "Popen[str]"
+"""For annotations: nobody starts one by this name."""
 
 _guards: list[Popen[bytes]] = []
 
@@ -70,7 +73,7 @@ def run(
 @contextlib.contextmanager
 def started(
     command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, **options: Any
-) -> Iterator[Popen[str]]:
+) -> Iterator[Process]:
     """Start a command as ``subprocess.Popen`` does, in text and in a session of its own.
 
     If it still runs at the end of the ``with`` block, it is killed with all its descendants.

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from horovodrunner import log_to_driver
 
@@ -86,6 +87,10 @@ def print_a_lot(lines: int, width: int) -> None:
     for i in range(lines):
         print(f"{rank()}:{i}:" + "x" * width)
     print(f"{rank()} done", file=sys.stderr)
+
+
+def leave_a_child(**options: Any) -> int:
+    return subprocess.Popen(["sleep", "600"], **options).pid
 
 
 def leave_a_thread() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -17,6 +16,7 @@ import pytest
 
 import horovodrunner
 from horovodrunner import ConfigurationError, HorovodRunner, PayloadError, WorkerFailedError
+from tests import processes
 from tests.process import mains
 
 
@@ -77,14 +77,11 @@ def test_no_spark_is_imported_and_no_jvm_started() -> None:
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def python(script: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def python(script: str, **kwargs: Any) -> processes.CompletedProcess[str]:
     """Run a script as a driver of its own."""
-    return subprocess.run(
+    return processes.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
         capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
         **kwargs,
     )
 
@@ -199,18 +196,8 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pids: list[int], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert [pid for pid in pids if is_running(pid)] == []
-
-
 def test_a_child_that_a_successful_main_left_behind_is_ended() -> None:
-    def main() -> int:
-        return subprocess.Popen(["sleep", "600"]).pid
-
-    assert not is_running(run(main, np=-1))
+    assert not is_running(run(mains.leave_a_child, np=-1))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
@@ -222,20 +209,16 @@ def test_workers_go_when_the_driver_goes(tmp_path: Path, number: signal.Signals)
             mains.ignore_sigterm_with_children, pid_file={str(tmp_path / "pids")!r}, on_rank=-1
         )
     """
-    driver = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
-    pids: list[int] = []
-    while len(pids) < 4 and time.monotonic() < deadline:
-        time.sleep(0.02)
-        pids = [int(pid) for path in tmp_path.iterdir() for pid in path.read_text().split()]
-    driver.send_signal(number if len(pids) == 4 else signal.SIGKILL)
-    _, errors = driver.communicate(timeout=30)
-    wait_until_gone(pids, seconds=5)
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with processes.started(command, stdout=processes.DEVNULL, stderr=processes.PIPE) as driver:
+        pids: list[int] = []
+        while len(pids) < 4:
+            time.sleep(0.02)
+            pids = [int(pid) for path in tmp_path.iterdir() for pid in path.read_text().split()]
+        driver.send_signal(number)
+        _, errors = driver.communicate()
+    # Whoever had stayed would have failed the block.
+    assert not any(is_running(pid) for pid in pids)
     if number == signal.SIGINT:
         assert "KeyboardInterrupt" in errors
 
@@ -527,9 +510,7 @@ def test_classes_of_the_notebook_come_back_as_they_are_there(tmp_path: Path) -> 
         assert values[2].b + values[3].c + values[2]._Plain__hidden == 9
         print("all of them")
     """)
-    done = subprocess.run(
-        [sys.executable, str(script)], check=False, capture_output=True, text=True
-    )
+    done = processes.run([sys.executable, str(script)], capture_output=True)
     assert "all of them" in done.stdout, done.stdout + done.stderr
 
 
@@ -636,10 +617,7 @@ def test_no_secret_is_on_a_command_line() -> None:
 
 
 def test_output_of_a_descendant_that_outlives_the_group_does_not_hang_the_run() -> None:
-    def main() -> int:
-        return subprocess.Popen(["sleep", "600"], start_new_session=True).pid
-
-    pid = run(main, np=-1)
+    pid = run(mains.leave_a_child, np=-1, start_new_session=True)
     assert is_running(pid)  # it left our group on purpose: a daemon of the user's
     os.kill(pid, signal.SIGKILL)
 

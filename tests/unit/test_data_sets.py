@@ -6,7 +6,6 @@ import datetime
 import decimal
 import pickle
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import pytest
 from horovodrunner import ArgumentTypeError, ArgumentValueError, DataError, data
 from horovodrunner.data import writing
 from horovodrunner.data.dataset import DataSet
+from tests import processes
 
 ROWS = 1003
 
@@ -504,6 +504,6 @@ print(rows.location)
 {ending}
 """
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = processes.run(command, capture_output=True)
     assert done.stdout.startswith(f"{tmp_path}/horovodrunner-data-")
     assert [path.name for path in tmp_path.iterdir()] == ["of-others"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import io
@@ -9,7 +10,6 @@ import mmap
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -41,6 +41,7 @@ from horovodrunner.inference.frozen import freeze, restore
 from horovodrunner.inference.loading import ModelHandle, load
 from horovodrunner.inference.model import Model
 from horovodrunner.inference.parcels import Parcel, Piece
+from tests import processes
 
 CPU = Device(None, 0)
 
@@ -194,43 +195,38 @@ COPY = """
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start() -> Iterator[Callable[..., processes.Process]]:
     """Start processes that share a copy; they end when the test does."""
     identity = f"test-{os.getpid()}-{time.monotonic_ns()}"
-    running = []
+    with contextlib.ExitStack() as blocks:
+        running = []
 
-    def begin(mode: str = "quick") -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(COPY), identity, mode],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        running.append(process)
-        return process
+        def begin(mode: str = "quick") -> processes.Process:
+            command = [sys.executable, "-c", textwrap.dedent(COPY), identity, mode]
+            block = processes.started(command, stdin=processes.PIPE, stdout=processes.PIPE)
+            process = blocks.enter_context(block)
+            running.append(process)
+            return process
 
-    yield begin
-    for process in running:
-        if process.poll() is None:
-            process.communicate(timeout=30)
-            assert process.returncode == 0
-        for stream in (process.stdin, process.stdout):
-            assert stream is not None
-            stream.close()
+        yield begin
+        for process in running:
+            if process.poll() is None:
+                process.communicate()
+                assert process.returncode == 0
 
 
-def said(process: subprocess.Popen[str]) -> str:
+def said(process: processes.Process) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: processes.Process) -> None:
     process.send_signal(signal.SIGKILL)
-    process.wait(30)
+    process.wait()
 
 
 def test_a_file_without_a_name_is_shared_and_outlives_who_wrote_it(
-    start: Callable[..., subprocess.Popen[str]],
+    start: Callable[..., processes.Process],
 ) -> None:
     first = start()
     assert said(first) == "writing"
@@ -240,13 +236,13 @@ def test_a_file_without_a_name_is_shared_and_outlives_who_wrote_it(
     kill(first)
     fourth = start()
     assert said(fourth) == inode
-    second.communicate(timeout=30)  # leaves in good order, whether it serves or not
+    second.communicate()  # leaves in good order, whether it serves or not
     fifth = start()
     assert said(fifth) == inode
 
 
 def test_who_dies_while_writing_is_followed_by_one_who_waits(
-    start: Callable[..., subprocess.Popen[str]],
+    start: Callable[..., processes.Process],
 ) -> None:
     first = start("slow")
     assert said(first) == "writing"
@@ -261,7 +257,7 @@ def test_who_dies_while_writing_is_followed_by_one_who_waits(
 
 
 def test_a_child_does_not_seem_to_serve_what_its_parent_did(
-    start: Callable[..., subprocess.Popen[str]],
+    start: Callable[..., processes.Process],
 ) -> None:
     first = start("forks")
     assert said(first) == "writing"

@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import functools
 import io
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import pytest
 from horovodrunner.core import culprit, payload
 from horovodrunner.core.pickled import Pickled
 from horovodrunner.errors import PayloadError
+from tests import processes
 
 
 def in_a_notebook(source: str, name: str = "main") -> Callable[..., Any]:
@@ -285,9 +285,7 @@ def test_a_high_recursion_limit_of_the_notebook_overflows_no_stack() -> None:
         payload.dump_call(print, {"x": chain(40_000)})
         print("limit", sys.getrecursionlimit())
     """
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=False, capture_output=True, text=True
-    )
+    done = processes.run([sys.executable, "-c", script], capture_output=True)
     assert done.stdout == "limit 1000000\n", (done.returncode, done.stderr)
 
 

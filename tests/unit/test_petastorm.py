@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import pickle
-import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from horovodrunner.compat.petastorm.spark import SparkDatasetConverter, make_spa
 from horovodrunner.compat.petastorm.transform import edit_field
 from horovodrunner.compat.petastorm.urls import without_file_scheme
 from horovodrunner.errors import ConfigurationError, DataError
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 21
@@ -588,15 +588,12 @@ class TestArguments:
 
 def python(script: str, *path: Path) -> str:
     """Run a script with such a path; give all output."""
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
         cwd="/",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-        check=False,
+        stdout=processes.PIPE,
+        stderr=processes.STDOUT,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout.strip()

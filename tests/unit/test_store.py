@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from horovodrunner.core.manifest import Manifest
 from horovodrunner.core.places import is_url
 from horovodrunner.errors import ArgumentValueError, ConfigurationError
 from horovodrunner.task.store import CheckpointStore, IncomingCheckpoint, list_tree
+from tests import processes
 
 CONTENT = {"model.pt": b"weights" * 1000, "variables/deep/index": b"", "optimizer.pt": b"\0" * 99}
 
@@ -160,7 +160,7 @@ def test_a_disk_that_takes_no_more_leaves_only_older_ones(location: str, step: i
     save(store, 1)
     before = tree(location)
     command = [sys.executable, "-c", FULL_DISK, location, str(step)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = processes.run(command, capture_output=True)
     assert done.stdout.split() == ["OSError", "27"], done.stderr
     # behind a URL the step that is saved again is overwritten in place
     lost = {path for path in before if path.startswith("step-00000001") and step == 1}
