@@ -42,8 +42,6 @@ LEAVING_SECONDS = 30.0
 Process: TypeAlias = "Popen[str]"
 """For annotations: nobody starts one by this name."""
 
-_guards: list[Popen[bytes]] = []
-
 
 def run(
     command: Sequence[str | Path],
@@ -161,16 +159,8 @@ def guard(directory: str) -> None:
     """End what this process starts from now on, and delete a directory, when it is gone itself."""
     mark = _new_mark()
     command = [sys.executable, __file__, str(os.getpid()), mark, directory]
-    _guards.append(
-        Popen(
-            command,
-            cwd="/",
-            start_new_session=True,
-            stdin=DEVNULL,
-            stdout=DEVNULL,
-            stderr=DEVNULL,
-        )
-    )
+    silent = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in range(3)]
+    os.posix_spawn(command[0], command, os.environ, file_actions=silent, setsid=True)
     os.environ[MARK] = mark
 
 
