@@ -94,13 +94,13 @@ def started(
                         stream.close()
 
 
-def execute(notebook: Any, **options: Any) -> None:
-    """Execute a notebook in a kernel; nothing of it outlives the call."""
+def execute(notebook: Any, *, env: Mapping[str, str] | None = None, **options: Any) -> None:
+    """Execute a notebook in a kernel with these variables; nothing of it outlives the call."""
     import nbclient
 
     with _nothing_outlives() as mark:
         client = nbclient.NotebookClient(notebook, **options)
-        client.execute(env={**os.environ, MARK: mark})
+        client.execute(env={**(os.environ if env is None else env), MARK: mark})
 
 
 @contextlib.contextmanager

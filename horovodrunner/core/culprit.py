@@ -63,6 +63,8 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         Of the pickle module.
     deadline
         On the monotonic clock, in seconds: when to give up. None is never.
+    reducers
+        What knows how to take objects apart.
     """
 
     def __init__(
@@ -70,9 +72,10 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         file: Any,
         buffer_callback: Callable[[pickle.PickleBuffer], object] | None = None,
         deadline: float | None = None,
+        reducers: type[Pickler] = Pickler,
     ) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL, buffer_callback=buffer_callback)
-        self._reducers = Pickler(io.BytesIO(), pickle.HIGHEST_PROTOCOL)
+        self._reducers = reducers(io.BytesIO(), pickle.HIGHEST_PROTOCOL)
         self._deadline = deadline
         self._begun = 0
         self._open: list[tuple[_Steps, Any]] = []

@@ -6,13 +6,19 @@ import builtins
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-import cloudpickle
-
-from horovodrunner.core.pickled import Layout, SinkError, dumps, travels_by_reference, write_pickle
+from horovodrunner.core.modules import TravellingPickler, call_in_its_modules
+from horovodrunner.core.pickled import (
+    Layout,
+    SinkError,
+    dumps,
+    loads,
+    travels_by_reference,
+    write_pickle,
+)
 from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import PayloadError
 
@@ -65,7 +71,9 @@ def travels_along(name: str, thing: object) -> None:
         found[name] = thing
 
 
-def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
+def dump_call(
+    main: Callable[..., Any], kwargs: Mapping[str, Any], argv: Sequence[str] | None = None
+) -> bytes:
     """Pickle a function and its keyword arguments.
 
     Parameters
@@ -74,6 +82,8 @@ def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
         The training function.
     kwargs
         Its keyword arguments.
+    argv
+        What ``sys.argv`` is to be in the worker that loads them; None leaves it alone.
 
     Returns
     -------
@@ -86,7 +96,7 @@ def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
         If something does not pickle; the text names the variable and where it comes from.
     """
     try:
-        return dumps((main, dict(kwargs)))
+        return dumps(call_in_its_modules(main, kwargs, argv), TravellingPickler)
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
         parts = [(f"main ({_name(main)})", main)]
         parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
@@ -149,7 +159,7 @@ def load(data: bytes | bytearray | memoryview) -> Any:
     object
         The object.
     """
-    return cloudpickle.loads(data)
+    return loads(data)
 
 
 def largest_parts(

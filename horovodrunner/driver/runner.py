@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from horovodrunner.core import checked, payload
 from horovodrunner.core.env import TF_CONFIG, forwarded_environment, hash_seed
 from horovodrunner.core.import_path import ImportPath
+from horovodrunner.core.installed import is_of_a_python
 from horovodrunner.core.job import JobSpec, Outcome
 from horovodrunner.core.phases import Phase, Spans, in_words
 from horovodrunner.core.places import is_url
@@ -268,7 +269,7 @@ class HorovodRunner:
         environment = {**forwarded_environment(os.environ), **_hash_seed(), **self._options}
         files = BroughtFiles(environment)
         with payload.companions() as companions:
-            call = payload.dump_call(main, kwargs)
+            call = payload.dump_call(main, kwargs, _arguments_of_program())
         frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
         data = tuple(companions.values())
@@ -442,6 +443,13 @@ class HorovodRunner:
                 UserWarning,
                 stacklevel=self._frames_to_user,
             )
+
+
+def _arguments_of_program() -> list[str]:
+    """Return what main is to find in ``sys.argv``: a script's arguments, not those of a kernel."""
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    is_a_script = isinstance(file, str) and file.endswith(".py") and not is_of_a_python(file)
+    return sys.argv if is_a_script and sys.argv else sys.argv[:1] or [""]
 
 
 def _hash_seed() -> dict[str, str]:
