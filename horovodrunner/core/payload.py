@@ -13,6 +13,8 @@ from typing import Any
 import cloudpickle
 
 from horovodrunner.core.pickled import Layout, SinkError, dumps, travels_by_reference, write_pickle
+from horovodrunner.core.registries import pickled_things
+from horovodrunner.core.surroundings import InSurroundings, registered_beside, settings_here
 from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import PayloadError
 
@@ -85,8 +87,14 @@ def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
     PayloadError
         If something does not pickle; the text names the variable and where it comes from.
     """
+    call = (main, dict(kwargs))
+    parts_around = settings_here(dumps)
     try:
-        return dumps((main, dict(kwargs)))
+        with pickled_things() as pickled:
+            data = dumps(InSurroundings(call, parts_around) if parts_around else call)
+        if beside := registered_beside(dumps, pickled):
+            data = dumps(InSurroundings(call, [*parts_around, *beside]))
+        return data
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
         parts = [(f"main ({_name(main)})", main)]
         parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]

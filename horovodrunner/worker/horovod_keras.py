@@ -19,7 +19,7 @@ from typing import Any
 
 from horovodrunner.core.env import KERAS_SWITCH
 from horovodrunner.worker.context import notice
-from horovodrunner.worker.import_hook import Execute, instead_of_import
+from horovodrunner.core.import_hook import Execute, instead_of_import
 
 __all__ = ["install"]
 

@@ -1,0 +1,132 @@
+"""What main finds in the notebook without being given it. Runs in: driver and worker.
+
+Settings of libraries, and what was registered with them from cells. They stand before main in the
+pickle, each in a pickle of its own that is opened when main imports that library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import cloudpickle
+
+from horovodrunner.core import registries, settings
+from horovodrunner.core.import_hook import after_import
+
+__all__ = ["InSurroundings", "Part", "registered_beside", "settings_here"]
+
+Part = tuple[str, bytes]
+"""A library, and the pickle of a function and arguments to call it with once it is imported."""
+
+_Dumps = Callable[[object], bytes]
+
+
+class InSurroundings:
+    """Pickles as a value that is unpickled where these settings and registrations are in force.
+
+    Parameters
+    ----------
+    value
+        The value, which is all that is there afterwards.
+    parts
+        What is around it.
+    """
+
+    def __init__(self, value: object, parts: Iterable[Part]) -> None:
+        self._value = value
+        self._parts = _Parts(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _second, (self._parts, self._value)  # in this order
+
+
+class _Parts:
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._parts = tuple(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self._parts,)
+
+
+def _second(_: object, value: Any) -> Any:
+    return value
+
+
+def _restore(parts: Iterable[Part]) -> None:
+    for library, data in parts:
+        after_import(library, functools.partial(_restore_part, library, data))
+
+
+def _restore_part(library: str, data: bytes, _: object) -> None:
+    try:
+        function, arguments = cloudpickle.loads(data)
+    except Exception as error:  # noqa: BLE001 - main may do without
+        warnings.warn(
+            f"what the driver has set or registered in {library} does not come along: "
+            f"{type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    else:
+        function(*arguments)
+
+
+def settings_here(dumps: _Dumps) -> list[Part]:
+    """Pickle the settings that were changed in this process.
+
+    Parameters
+    ----------
+    dumps
+        Pickles.
+
+    Returns
+    -------
+    list of Part
+        For :class:`InSurroundings`.
+    """
+    return _pickled(
+        dumps,
+        [
+            (library, (settings.take_over, (library, {name: value})))
+            for library, changed in settings.changed_settings()
+            for name, value in changed.items()
+        ],
+    )
+
+
+def registered_beside(dumps: _Dumps, pickled: set[int]) -> list[Part]:
+    """Pickle what was registered from cells and is not in another pickle already.
+
+    Parameters
+    ----------
+    dumps
+        Pickles.
+    pickled
+        What is, by id.
+
+    Returns
+    -------
+    list of Part
+        For :class:`InSurroundings`.
+    """
+    return _pickled(
+        dumps,
+        [
+            (each.registry.partition(".")[0], (registries.repeat, each))
+            for entries in registries.of_this_process().values()
+            for each in entries
+            if each.is_from_a_cell and id(each.thing) not in pickled
+        ],
+    )
+
+
+def _pickled(dumps: _Dumps, calls: Iterable[tuple[str, object]]) -> list[Part]:
+    parts = []
+    for library, call in calls:
+        with contextlib.suppress(Exception):  # main may do without
+            parts.append((library, dumps(call)))
+    return parts
