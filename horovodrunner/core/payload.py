@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from horovodrunner.core.modules import TravellingPickler, call_in_its_modules
+from horovodrunner.core.modules import TravellingPickler, call_in_its_modules, dump_in_its_modules
 from horovodrunner.core.pickled import (
     Layout,
     SinkError,
@@ -19,6 +19,8 @@ from horovodrunner.core.pickled import (
     travels_by_reference,
     write_pickle,
 )
+from horovodrunner.core.registries import pickled_things
+from horovodrunner.core.surroundings import InSurroundings
 from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import PayloadError
 
@@ -96,7 +98,9 @@ def dump_call(
         If something does not pickle; the text names the variable and where it comes from.
     """
     try:
-        return dumps(call_in_its_modules(main, kwargs, argv), TravellingPickler)
+        call = call_in_its_modules(main, kwargs, argv)
+        with pickled_things() as pickled:
+            return dumps(InSurroundings(call, dump_in_its_modules, pickled), TravellingPickler)
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
         parts = [(f"main ({_name(main)})", main)]
         parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
