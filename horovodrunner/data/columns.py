@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from horovodrunner.core import checked
 from horovodrunner.errors import ArgumentValueError, DataError
 
 __all__ = [
@@ -88,7 +89,7 @@ def fill(value: Any) -> NullPolicy:
     >>> fill(0).value
     0
     """
-    return NullPolicy(value)
+    return NullPolicy(checked.plain(value))
 
 
 def mask(value: Any = None) -> NullPolicy:
@@ -109,7 +110,7 @@ def mask(value: Any = None) -> NullPolicy:
     >>> mask().masked
     True
     """
-    return NullPolicy(value, masked=True)
+    return NullPolicy(checked.plain(value), masked=True)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
+from horovodrunner.core import checked
 from horovodrunner.core.arrow import map_in_arrow
 from horovodrunner.core.showing import show_text
-from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
+from horovodrunner.errors import ArgumentValueError
 from horovodrunner.inference.files import FileScan, parts_dataframe, plain_scan, read_parts
 from horovodrunner.inference.model import Model
 from horovodrunner.inference.options import Options, Shapes, handle_of, spark_type
@@ -108,12 +109,16 @@ def predict(
         transform_workers,
         prefetch,
     )
-    if read_files not in {True, False, "auto"}:
-        raise ArgumentValueError(f"read_files={read_files!r}: give True, False or 'auto'")
-    input_names = [inputs] if isinstance(inputs, str) else list(inputs)
+    reads = checked.boolean_or("auto", "read_files", read_files)
+    output, error_column = (
+        checked.text("output", output),
+        checked.text("error_column", error_column),
+    )
+    is_one = isinstance(checked.plain(inputs), str)
+    input_names = [checked.text("inputs", inputs)] if is_one else checked.names("inputs", inputs)
     kept = _kept(df, keep)
-    added = [output, error_column] if on_error == "null" else [output]
-    _check_names(df, [*input_names, *kept, *key_columns], kept, added)
+    added = [output, error_column] if options.on_error == "null" else [output]
+    _check_names(df, [*input_names, *kept, *options.key_columns], kept, added)
     if not input_names:
         raise ArgumentValueError("inputs=[]: name the columns that are the model's inputs")
 
@@ -121,16 +126,16 @@ def predict(
     kind = spark_type(return_type, spark)
     scoring = options.scoring(spark, handle_of(model, spark), kind, input_names)
     # A column may be an input twice, or an input and a key: Spark is asked for it once.
-    columns = list(dict.fromkeys([*input_names, *key_columns, *kept]))
+    columns = list(dict.fromkeys([*input_names, *options.key_columns, *kept]))
     call = functools.partial(
         _score_batches,
         scoring,
-        [columns.index(name) for name in (*input_names, *key_columns)],
+        [columns.index(name) for name in (*input_names, *options.key_columns)],
         {name: columns.index(name) for name in kept},
         added,
     )
     schema = _schema(df, kept, kind, added)
-    scan = plain_scan(df, columns) if read_files else "read_files=False"
+    scan = plain_scan(df, columns) if reads else "read_files=False"
     if isinstance(scan, FileScan):
         show_text(
             f"HorovodRunner: predict reads {scan.files:,} Parquet files ({scan.rows:,} rows) in "
@@ -138,7 +143,7 @@ def predict(
         )
         parts = parts_dataframe(spark, scan)
         return map_in_arrow(parts, functools.partial(_score_files, call), schema)
-    if read_files is True:
+    if reads is True:
         raise ArgumentValueError(f"read_files=True: {scan}")
     from pyspark.sql import functions
 
@@ -150,9 +155,7 @@ def predict(
 
 
 def _kept(df: DataFrame, keep: Sequence[str] | None) -> list[str]:
-    if isinstance(keep, str):
-        raise ArgumentTypeError(f"keep={keep!r}: give a list, [{keep!r}]")
-    return list(df.columns) if keep is None else list(keep)
+    return list(df.columns) if keep is None else checked.names("keep", keep)
 
 
 def _check_names(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
+from horovodrunner.core import checked
 from horovodrunner.driver.session import find_session
 from horovodrunner.errors import ArgumentTypeError
 from horovodrunner.inference.model import Model
@@ -117,12 +118,11 @@ def predict_udf(
         transform_workers,
         prefetch,
     )
-    if isinstance(input_names, str):
-        raise ArgumentTypeError(f"input_names={input_names!r}: give a list, [{input_names!r}]")
+    names = () if input_names is None else checked.names("input_names", input_names)
     spark = find_session()
     kind = spark_type(return_type, spark)
-    scoring = options.scoring(spark, handle_of(model, spark), kind, input_names or ())
-    return PredictUdf(scoring, kind if on_error == "raise" else _with_error(kind))
+    scoring = options.scoring(spark, handle_of(model, spark), kind, names)
+    return PredictUdf(scoring, kind if options.on_error == "raise" else _with_error(kind))
 
 
 def predict_batch_udf(

@@ -17,6 +17,7 @@ from horovodrunner.compat.petastorm.frames import FrameTransform
 from horovodrunner.compat.petastorm.options import ReaderOptions
 from horovodrunner.compat.petastorm.schema import Field, Schema
 from horovodrunner.compat.petastorm.urls import without_file_scheme
+from horovodrunner.core.checked import integer
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 
 if TYPE_CHECKING:
@@ -209,7 +210,10 @@ class SparkDatasetConverter:
         """
         options = self._options(num_epochs, workers_count, petastorm_reader_kwargs)
         reading = self._reading(options, batch_size, shuffling_queue_capacity)
-        return _tf_dataset(self._stored, reading, num_epochs, self._schema(options), prefetch)
+        if prefetch is not None:
+            prefetch = integer("prefetch", prefetch, at_least=-1)
+        schema = self._schema(options)
+        return _tf_dataset(self._stored, reading, options.num_epochs, schema, prefetch)
 
     def make_torch_dataloader(
         self,
@@ -254,11 +258,12 @@ class SparkDatasetConverter:
         options = self._options(num_epochs, workers_count, petastorm_reader_kwargs)
         reading = self._reading(options, batch_size, shuffling_queue_capacity)
         if data_loader_fn is None:
-            return _torch_loader(self._stored, reading, num_epochs)
+            return _torch_loader(self._stored, reading, options.num_epochs)
         reading["remainder"] = "pad"
         rows = self._stored.numpy(**reading)
-        reader = _BatchReader(rows, num_epochs, self._schema(options), options.seed)
-        return _own_loader(reader, data_loader_fn, batch_size or 32, shuffling_queue_capacity)
+        reader = _BatchReader(rows, options.num_epochs, self._schema(options), options.seed)
+        capacity = integer("shuffling_queue_capacity", shuffling_queue_capacity)
+        return _own_loader(reader, data_loader_fn, reading["batch_size"], capacity)
 
     def _options(
         self, num_epochs: int | None, workers_count: int | None, others: dict[str, Any]
@@ -292,7 +297,7 @@ class SparkDatasetConverter:
         rank, size = options.shard
         columns = self._columns(options)
         reading: dict[str, Any] = {
-            "batch_size": 32 if batch_size is None else batch_size,
+            "batch_size": 32 if batch_size is None else integer("batch_size", batch_size, 1),
             "shuffle": bool(options.shuffle_row_groups or options.shuffle_rows or capacity),
             "seed": self._calls[options.shard_count] if options.seed is None else options.seed,
             "remainder": "pad" if options.num_epochs is None else "share",
