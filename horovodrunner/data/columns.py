@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from horovodrunner.core import checked
+from horovodrunner.core.column_names import as_written
 from horovodrunner.errors import ArgumentValueError, DataError
 
 __all__ = [
@@ -313,7 +314,7 @@ def _stored_column(
         raise _Refused(
             f"has {array.null_count} nulls among {len(array)} rows. Say what they are to become: "
             f"nulls={{{column.name!r}: data.fill(...)}} or data.mask(), or drop those rows "
-            f"(df.dropna(subset=[{column.path[0]!r}]))"
+            f"(df.dropna(subset=[{as_written(column.path[0])!r}]))"
         )
     return _without_nulls(array, column, len(column.dims), policy)
 
@@ -346,7 +347,8 @@ def _without_nulls(
     if array.null_count:
         raise _Refused(
             f"has {array.null_count} nulls in the place of arrays, which nothing can stand in for: "
-            "give those rows arrays (coalesce), or drop them"
+            "give those rows arrays (coalesce), or drop them "
+            f"(df.dropna(subset=[{as_written(column.path[0])!r}]))"
         )
     counts = pc.list_value_length(array).to_numpy(zero_copy_only=False)
     offsets = np.zeros(len(counts) + 1, np.int64)

@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from horovodrunner.core import checked
-from horovodrunner.core.arrow import map_in_arrow
+from horovodrunner.core.column_names import map_by_name
 from horovodrunner.core.places import is_url, open_place
+from horovodrunner.core.spark_errors import told_as
 from horovodrunner.data.cache import cache, remove
 from horovodrunner.data.columns import (
     Column,
@@ -120,13 +121,17 @@ def from_dataframe(
     spark = df.sparkSession
     base = _base(spark, cache_dir) if shared else ""
     limit = _limit(spark)
-    source, columns = prepared(df, dtype)
+    with told_as(DataError, "the DataFrame cannot be analyzed"):
+        source, columns = prepared(df, dtype)
     check_policies(policies, columns)
     columns = with_masks(columns, policies)
     if not shared:
         return UnsharedDataSet(uuid.uuid4().hex, tuple(columns), source, policies)
     settings = (base, tuple(columns), tuple(sorted(policies.items(), key=lambda each: each[0])))
-    origin = origin_of(df)  # before the rows are computed: what changes meanwhile is another one
+    with told_as(DataError, "the DataFrame cannot be analyzed"):
+        origin = origin_of(
+            df
+        )  # before the rows are computed: what changes meanwhile is another one
     if reuse and origin is not None and (found := cache.find(origin, settings)) is not None:
         return found
     return _stored(
@@ -167,7 +172,7 @@ def _writer(
 ) -> Callable[[str], Iterable[str]]:
     def write(location: str) -> Iterable[str]:
         job = WriteJob(location, tuple(columns), nulls)
-        rows = map_in_arrow(source, functools.partial(write_rows, job), REPORT_SCHEMA)
+        rows = map_by_name(source, functools.partial(write_rows, job), REPORT_SCHEMA)
         return [row["report"] for row in rows.collect()]
 
     return write
@@ -267,7 +272,12 @@ def _write(
                 f"the rows cannot be written to {location}: {text}. Give a cache_dir that the "
                 "executors and this process can write to, with room for the rows"
             ) from error
-        raise
+        with told_as(
+            DataError,
+            "the rows of the DataFrame cannot be computed",
+            "Any action on it would fail: correct what it is made of",
+        ):
+            raise
     return manifest
 
 

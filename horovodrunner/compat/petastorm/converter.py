@@ -18,7 +18,8 @@ from horovodrunner.compat.petastorm.options import ReaderOptions
 from horovodrunner.compat.petastorm.schema import Field, Schema
 from horovodrunner.compat.petastorm.urls import without_file_scheme
 from horovodrunner.core.checked import integer
-from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
+from horovodrunner.core.spark_errors import told_as
+from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -76,13 +77,22 @@ def make_spark_converter(
     if isinstance(df, str):
         from pyspark.sql import SparkSession
 
-        df = SparkSession.builder.getOrCreate().read.parquet(df)
+        with told_as(DataError, f"df={df!r} cannot be read as Parquet files"):
+            df = SparkSession.builder.getOrCreate().read.parquet(df)
     if not hasattr(df, "mapInArrow"):
         raise ArgumentTypeError(f"df={df!r}: give a Spark DataFrame, or a URL as a string")
     url = df.sparkSession.conf.get(SparkDatasetConverter.PARENT_CACHE_DIR_URL_CONF, None)
     place = None if url is None else without_file_scheme(url)
-    nulls = {name: data.fill(math.nan) for name in _floats(df)}
-    return SparkDatasetConverter(data.from_dataframe(df, place, dtype=dtype, nulls=nulls))
+    with told_as(DataError, "the DataFrame cannot be analyzed"):
+        nulls = {name: data.fill(math.nan) for name in _floats(df)}
+    converter = SparkDatasetConverter(data.from_dataframe(df, place, dtype=dtype, nulls=nulls))
+    if unfit := converter._columns(ReaderOptions()).unfit_names:
+        _log.warning(
+            "the columns %s cannot be fields of Petastorm's rows, which are namedtuples: "
+            "make_tf_dataset will refuse them unless schema_fields leaves them out",
+            ", ".join(map(repr, unfit)),
+        )
+    return converter
 
 
 def _floats(df: DataFrame) -> Iterator[str]:
@@ -280,9 +290,10 @@ class SparkDatasetConverter:
     def _columns(self, options: ReaderOptions) -> Schema:
         """Give the columns to read; a struct is one."""
         found: dict[str, Field] = {}
-        for name, field in Schema.of_arrow(self._stored.schema).fields.items():
-            top = name.partition(".")[0]
-            found.setdefault(top, field._replace(name=top))
+        fields = Schema.of_arrow(self._stored.schema).fields
+        for column in self._stored._columns:
+            top = column.path[0]
+            found.setdefault(top, fields[column.name]._replace(name=top))
         return Schema(found.values()).matching(options.schema_fields)
 
     def _schema(self, options: ReaderOptions) -> Schema:
@@ -407,6 +418,7 @@ class _BatchReader:
     ) -> None:
         self._loader = _Loader(epoch, num_epochs)
         self.schema = schema
+        self._row_class = schema.row_class
         self.seed = seed
         self.num_epochs = num_epochs
         self.last_row_consumed = False
@@ -421,7 +433,7 @@ class _BatchReader:
         except StopIteration:
             self.last_row_consumed = True
             raise
-        return self.schema.row_class(**batch)
+        return self._row_class(**batch)
 
     def reset(self) -> None:
         self.last_row_consumed = False
