@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.core.arrow import map_in_arrow
+from horovodrunner.core.column_names import map_by_name
 from horovodrunner.driver.console import Console
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.scratch import Scratch
@@ -67,7 +67,7 @@ def stage_input(spark: SparkSession, size: int, data: Sequence[UnsharedDataSet])
     for number, each in enumerate(data):
         job = DealJob(number, each.columns, places, piece_bytes, each.nulls)
         source: Any = each.source
-        dealt = map_in_arrow(source, functools.partial(deal_rows, job), PIECE_SCHEMA)
+        dealt = map_by_name(source, functools.partial(deal_rows, job), PIECE_SCHEMA)
         rows = rows.union(dealt)
     return rows.repartition(size, "place").sortWithinPartitions("dataset", "part", "number")
 

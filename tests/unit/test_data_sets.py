@@ -195,7 +195,7 @@ def test_some_columns_only(rows: DataSet) -> None:
     assert sorted(batch) == ["features", "row"]
     with pytest.raises(ArgumentValueError, match=r"no column 'x'; there are row, features"):
         rows.numpy(10, columns=["x"])
-    with pytest.raises(ArgumentTypeError, match="a list of names"):
+    with pytest.raises(ArgumentTypeError, match="give a list"):
         rows.numpy(10, columns="row")
 
 
@@ -409,7 +409,7 @@ def test_reading_what_is_deleted_says_so(table: pa.Table, tmp_path: Path) -> Non
         ({"batch_size": 2.5}, "batch_size=2.5"),
         ({"shuffle": "yes"}, "shuffle='yes'"),
         ({"epoch": -1}, "epoch=-1"),
-        ({"remainder": "keep"}, "'drop', 'pad', 'share' and 'join'"),
+        ({"remainder": "keep"}, "'drop', 'pad', 'share' or 'join'"),
         ({"rank": 0}, "give both"),
         ({"rank": 2, "size": 2}, "from 0 to 1"),
         ({"threads": -1}, "threads=-1"),

@@ -164,8 +164,8 @@ class TestConverter:
         [
             ({"cur_shard": 0}, "shard_count=None: give both"),
             ({"cur_shard": 2, "shard_count": 2}, "go from 0 to 1"),
-            ({"cur_shard": "0", "shard_count": 2}, "cur_shard='0': give an integer"),
-            ({"num_epochs": 0}, "num_epochs=0: it is at least 1"),
+            ({"cur_shard": "0", "shard_count": 2}, "cur_shard='0': it must be an int, got str"),
+            ({"num_epochs": 0}, "num_epochs=0: it must be at least 1"),
             ({"batch_size": 0}, "batch_size"),
             ({"workers_count": 0}, "workers_count=0"),
             ({"reader_pool_type": "fork"}, "'thread', 'process' or 'dummy'"),

@@ -155,6 +155,7 @@ class Reader:
         self._stored = Schema.of_arrow(dataset.schema).matching(options.schema_fields)
         spec = options.transform_spec
         self.schema = self._stored if spec is None else self._stored.transformed(spec)
+        self._row_class = self.schema.row_class
         groups = [
             _Piece(group, 0, group.row_groups[0].num_rows)
             for fragment in sorted(dataset.get_fragments(), key=lambda each: each.path)
@@ -246,7 +247,7 @@ class Reader:
         arrays = (
             arrays_of(frame, self.schema) if spec is None else transformed(frame, spec, self.schema)
         )
-        return self.schema.row_class(**arrays)
+        return self._row_class(**arrays)
 
 
 def _share(groups: list[_Piece], shard: int, shards: int) -> list[_Piece]:
