@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 import os
 import shlex
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from horovodrunner.core.called import misfit, name_of, what_runs_later
+from horovodrunner.core.words import cut
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = [
@@ -22,7 +24,34 @@ __all__ = [
     "path",
     "resources",
     "seconds",
+    "shown",
 ]
+
+_SHOWN_CHARS = 200
+
+
+def shown(value: Any) -> str:
+    """Show a value in one line, for an error.
+
+    Parameters
+    ----------
+    value
+        Anything.
+
+    Returns
+    -------
+    str
+        Its ``repr`` without line breaks, cut where it is long.
+
+    Examples
+    --------
+    >>> shown("a")
+    "'a'"
+    """
+    try:
+        return cut(" ".join(repr(value).split()), _SHOWN_CHARS)
+    except Exception:  # noqa: BLE001 - it is somebody's object
+        return f"({type(value).__name__})"
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -318,7 +347,9 @@ def resources(name: str, value: Any) -> dict[str, float]:
     return dict(value)
 
 
-def main(function: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+def main(
+    function: Any, kwargs: Mapping[str, Any], runner_options: Collection[str] = ()
+) -> Callable[..., Any]:
     """Check that a training function can be called with its arguments.
 
     Parameters
@@ -327,6 +358,8 @@ def main(function: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
         What was given as main.
     kwargs
         Its keyword arguments.
+    runner_options
+        What HorovodRunner itself takes: somebody may have given that to ``run()``.
 
     Returns
     -------
@@ -336,27 +369,40 @@ def main(function: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
     Raises
     ------
     ArgumentTypeError
-        If it is not callable, or not with these arguments.
+        If it is not callable, or not with these arguments, or a call would not run it.
     """
     if not callable(function):
-        hint = "pass the function itself, not what it returns: run(train), not run(train())"
         raise ArgumentTypeError(
-            f"main must be a function, got {type(function).__name__} ({function!r:.80}): {hint}"
+            f"main must be a function, got {type(function).__name__} ({shown(function)}): "
+            f"{_function_instead(function)}"
         )
     checked: Callable[..., Any] = function
-    try:
-        signature = inspect.signature(checked)
-    except (TypeError, ValueError):
-        return checked  # a builtin or an extension function does not tell
-    try:
-        signature.bind(**kwargs)
-    except TypeError as error:
-        name = getattr(checked, "__qualname__", type(checked).__qualname__)
-        given = "the arguments " + ", ".join(map(repr, kwargs)) if kwargs else "no arguments"
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        unknown = [] if takes_any else [k for k in kwargs if k not in signature.parameters]
-        also = f"; it has no argument {', '.join(map(repr, unknown))}" if unknown else ""
+    if problem := misfit(checked, kwargs):
+        options = [name for name in kwargs if name in runner_options and repr(name) in problem]
+        where = "".join(f"; {name} is an option of HorovodRunner({name}=...)" for name in options)
+        raise ArgumentTypeError(f"{problem}{where}")
+    if later := what_runs_later(checked):
         raise ArgumentTypeError(
-            f"{name}{signature} cannot be called with {given}: {error}{also}"
-        ) from None
+            f"main must run when it is called, and {name_of(checked)} only makes {later} then: "
+            f"{_RUN_AT_ONCE[later]}"
+        )
     return checked
+
+
+_RUN_AT_ONCE = {
+    "a coroutine": "give a function that runs it, such as def main(): return asyncio.run(train())",
+    "a generator": "return what it yields, such as def main(): return list(train())",
+    "an async generator": "give a function that collects what it yields, under asyncio.run(...)",
+}
+
+
+def _function_instead(thing: Any) -> str:
+    """Say what to pass instead of something that cannot be called."""
+    if isinstance(thing, str):
+        return "pass the function itself, run(train), not its name or its file"
+    if isinstance(thing, types.ModuleType):
+        return f"pass one of its functions, such as run({thing.__name__}.train)"
+    if isinstance(thing, (classmethod, property)):
+        return "pass the method of the class or of an object, such as run(trainer.train)"
+    of_object = "" if type(thing).__module__ == "builtins" else ", or a method: run(trainer.train)"
+    return f"pass the function itself, not what it returns: run(train), not run(train()){of_object}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import secrets
 import sys
@@ -28,6 +29,7 @@ from horovodrunner.driver.interactive import is_interactive
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.files import BroughtFiles
 from horovodrunner.task.store import CheckpointStore
+from horovodrunner.usage import explained, wrong_options, wrong_run
 
 if TYPE_CHECKING:
     from horovodrunner.data.unshared import UnsharedDataSet
@@ -145,9 +147,10 @@ class HorovodRunner:
     'Hello from rank 0 of 2'
     """
 
-    _frames_to_user = 3
-    """From a warning of run() to the line that called it; a subclass with its own run() adds 1."""
+    _frames_to_user = 4
+    """From a warning of run() to the line that called it; a subclass adds its own frames."""
 
+    @explained(wrong_options)
     def __init__(
         self,
         *,
@@ -222,7 +225,8 @@ class HorovodRunner:
         """The phases of the last run that ended, or of its last attempt, and when they were."""
         return self._phases
 
-    def run(self, main: Callable[..., Any], **kwargs: Any) -> Any:
+    @explained(wrong_run)
+    def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
         """Run ``main(**kwargs)`` once on every rank and give back what rank 0 returned.
 
         Parameters
@@ -262,7 +266,7 @@ class HorovodRunner:
             If Spark lost or cancelled the run's stage.
         """
         spans, began = Spans(), time.time()
-        checked.main(main, kwargs)
+        checked.main(main, kwargs, runner_options=_OPTIONS)
         run_id = secrets.token_hex(4)
         store = self._store_of_run(run_id, main, kwargs)
         environment = {**forwarded_environment(os.environ), **_hash_seed(), **self._options}
@@ -442,6 +446,9 @@ class HorovodRunner:
                 UserWarning,
                 stacklevel=self._frames_to_user,
             )
+
+
+_OPTIONS = [*inspect.signature(HorovodRunner.__init__).parameters][1:]
 
 
 def _hash_seed() -> dict[str, str]:
