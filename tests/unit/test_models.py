@@ -522,7 +522,7 @@ def with_a_mask(function: Any) -> Any:
     return wrapper
 
 
-class Scaled(torch.nn.Module):
+class Scaled(torch.nn.Module):  # type: ignore[misc]
     """Takes one input more than it is given."""
 
     @with_a_mask
@@ -531,10 +531,10 @@ class Scaled(torch.nn.Module):
         return x * factor
 
 
-class WithoutGradients(torch.nn.Module):
+class WithoutGradients(torch.nn.Module):  # type: ignore[misc]
     """Says behind a decorator that it takes one input."""
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def forward(self, x: Any) -> Any:
         """Add up."""
         return x.sum(dim=1)
