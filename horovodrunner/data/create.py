@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from horovodrunner.core.arrow import map_in_arrow
+from horovodrunner.core.dataframes import check_dataframe
 from horovodrunner.core.places import is_url, open_place
 from horovodrunner.data.cache import cache, remove
 from horovodrunner.data.columns import (
@@ -32,7 +33,6 @@ from horovodrunner.data.stored import MANIFEST, Manifest, StoredFile
 from horovodrunner.data.unshared import UnsharedDataSet
 from horovodrunner.data.writing import REPORT_SCHEMA, WriteJob, write_rows
 from horovodrunner.errors import (
-    ArgumentTypeError,
     ArgumentValueError,
     ConfigurationError,
     DataError,
@@ -102,8 +102,7 @@ def from_dataframe(
     DataError
         If a column cannot be stored, or not all that was written is seen from here.
     """
-    if not hasattr(df, "mapInArrow"):
-        raise ArgumentTypeError(f"df={df!r}: give a Spark DataFrame, not {type(df).__name__}")
+    check_dataframe(df, takes_arrow=True)
     if dtype not in (None, "float32", "float64"):
         raise ArgumentValueError(f"dtype={dtype!r}: it is 'float32', 'float64' or None")
     if cache_dir is not None and not shared:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 
 from horovodrunner.core.arrow import map_in_arrow
+from horovodrunner.core.dataframes import check_dataframe
 from horovodrunner.core.showing import show_text
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 from horovodrunner.inference.files import FileScan, parts_dataframe, plain_scan, read_parts
@@ -98,6 +99,7 @@ def predict(
     ...         keep=["id"],
     ...     )
     """
+    check_dataframe(df, takes_streams=True)
     options = Options(
         batch_size,
         input_tensor_shapes,

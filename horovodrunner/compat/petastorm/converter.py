@@ -17,7 +17,8 @@ from horovodrunner.compat.petastorm.frames import FrameTransform
 from horovodrunner.compat.petastorm.options import ReaderOptions
 from horovodrunner.compat.petastorm.schema import Field, Schema
 from horovodrunner.compat.petastorm.urls import without_file_scheme
-from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
+from horovodrunner.core.dataframes import check_dataframe
+from horovodrunner.errors import ArgumentValueError
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -76,8 +77,7 @@ def make_spark_converter(
         from pyspark.sql import SparkSession
 
         df = SparkSession.builder.getOrCreate().read.parquet(df)
-    if not hasattr(df, "mapInArrow"):
-        raise ArgumentTypeError(f"df={df!r}: give a Spark DataFrame, or a URL as a string")
+    check_dataframe(df, takes_url=True)
     url = df.sparkSession.conf.get(SparkDatasetConverter.PARENT_CACHE_DIR_URL_CONF, None)
     place = None if url is None else without_file_scheme(url)
     nulls = {name: data.fill(math.nan) for name in _floats(df)}
