@@ -7,9 +7,11 @@ import os
 import shlex
 import types
 from collections.abc import Callable, Collection, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from horovodrunner.core.called import misfit, name_of, what_runs_later
+from horovodrunner.core.places import is_url
 from horovodrunner.core.words import cut
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 
@@ -257,7 +259,7 @@ def path(name: str, value: Any) -> str:
     Raises
     ------
     ArgumentTypeError
-        If it is neither a str nor a path.
+        If it is neither a str nor a path, or a path object of a URL.
     ArgumentValueError
         If it is empty.
     """
@@ -271,6 +273,10 @@ def path(name: str, value: Any) -> str:
         )
     if not text:
         raise ArgumentValueError(f"{name}={value!r}: it must not be empty")
+    if isinstance(value, PurePath) and is_url(text):
+        raise ArgumentTypeError(
+            f"{name}={value!r} is a URL in a path object, which drops slashes: give it as a str"
+        )
     return text
 
 

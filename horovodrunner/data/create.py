@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from horovodrunner.core import checked
 from horovodrunner.core.arrow import map_in_arrow
 from horovodrunner.core.dataframes import check_dataframe
-from horovodrunner.core.places import is_url, open_place
+from horovodrunner.core.places import is_url, local_path, open_place
 from horovodrunner.data.cache import cache, remove
 from horovodrunner.data.columns import (
     Column,
@@ -318,8 +319,8 @@ def _base(spark: SparkSession, cache_dir: str | os.PathLike[str] | None) -> str:
 
 def _absolute(location: str | os.PathLike[str]) -> str:
     """Give a location that means the same in processes with another working directory."""
-    text = os.fspath(location)
-    return text if is_url(text) else str(Path(text).expanduser().absolute())
+    text = checked.path("cache_dir", location)
+    return text if is_url(text) else str(local_path(text))
 
 
 def _limit(spark: SparkSession) -> int | None:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from petastorm.spark import make_spark_converter
 
 from horovodrunner import ArgumentTypeError, data
+from horovodrunner.compat.petastorm.spark import make_spark_converter
 from horovodrunner.inference import predict
 
 

@@ -82,6 +82,7 @@ def test_a_wrong_timeout_is_refused(timeout: Any, kind: type[Exception]) -> None
         ({"checkpoint_dir": 3}, TypeError, "checkpoint_dir=3: .* path or a URL, got int"),
         ({"checkpoint_dir": b"/tmp"}, TypeError, "checkpoint_dir=.* got bytes"),
         ({"checkpoint_dir": ""}, ValueError, "checkpoint_dir='': .* not be empty"),
+        ({"checkpoint_dir": Path("s3://b/x")}, TypeError, "is a URL in a path object"),
         ({"checkpoint_dir": "nosuch://x"}, ConfigurationError, "nosuch"),
         ({"keep_checkpoints": 0}, ValueError, "keep_checkpoints=0: .* at least 1"),
         ({"keep_checkpoints": None}, TypeError, "keep_checkpoints=None: .* int, got NoneType"),

@@ -116,8 +116,8 @@ def _listed(urls: Any) -> list[str]:
     found = [urls] if isinstance(urls, str) else urls
     if not isinstance(found, list | tuple) or not all(isinstance(each, str) for each in found):
         raise ArgumentTypeError(f"dataset_url_or_urls={urls!r}: give a URL, or a list of URLs")
-    if not found:
-        raise ArgumentValueError("dataset_url_or_urls is empty: give at least one URL")
+    if not found or not all(found):
+        raise ArgumentValueError(f"dataset_url_or_urls={urls!r} is empty: give at least one URL")
     return list(found)
 
 
