@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
+from horovodrunner.compat.absent import PETASTORM, refuse_names
 from horovodrunner.compat.petastorm.frames import arrays_of, transformed
 from horovodrunner.compat.petastorm.options import ReaderOptions
 from horovodrunner.compat.petastorm.schema import Schema
@@ -23,6 +24,8 @@ from horovodrunner.errors import (
 )
 
 __all__ = ["Reader", "make_batch_reader", "make_reader"]
+
+__getattr__ = refuse_names("petastorm.reader", PETASTORM)
 
 _Item = TypeVar("_Item")
 
