@@ -63,7 +63,6 @@ def test_what_is_there_is_imported_as_ever() -> None:
     for name in ("petastorm.spark", "petastorm.reader", "sparkdl.horovod.tensorflow.keras"):
         assert importlib.util.find_spec(name) is not None
         importlib.import_module(name)
-    from petastorm.pytorch import BatchedDataLoader, DataLoader
 
     exec("from petastorm import TransformSpec, make_batch_reader, make_reader")
     exec("from petastorm.pytorch import BatchedDataLoader, DataLoader")
