@@ -6,15 +6,18 @@ made of it, and that value is the one to use: ``np.int64(2)`` overflows and is n
 
 from __future__ import annotations
 
-import inspect
 import operator
 import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping
 from decimal import Decimal
 from numbers import Real
+from pathlib import PurePath
 from typing import Any
 
+from horovodrunner.core.called import misfit, name_of, what_runs_later
+from horovodrunner.core.places import is_url
 from horovodrunner.core.words import cut
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 
@@ -398,7 +401,7 @@ def path(name: str, value: Any) -> str:
     Raises
     ------
     ArgumentTypeError
-        If it is neither a str nor a path.
+        If it is neither a str nor a path, or a path object of a URL.
     ArgumentValueError
         If it is empty.
     """
@@ -412,6 +415,10 @@ def path(name: str, value: Any) -> str:
         )
     if not found:
         raise ArgumentValueError(f"{name}={shown(value)}: it must not be empty")
+    if isinstance(value, PurePath) and is_url(found):
+        raise ArgumentTypeError(
+            f"{name}={value!r} is a URL in a path object, which drops slashes: give it as a str"
+        )
     return str.__str__(found)
 
 
@@ -493,7 +500,9 @@ def resources(name: str, value: Any) -> dict[str, float]:
     return amounts
 
 
-def main(function: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+def main(
+    function: Any, kwargs: Mapping[str, Any], runner_options: Collection[str] = ()
+) -> Callable[..., Any]:
     """Check that a training function can be called with its arguments.
 
     Parameters
@@ -502,6 +511,8 @@ def main(function: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
         What was given as main.
     kwargs
         Its keyword arguments.
+    runner_options
+        What HorovodRunner itself takes: somebody may have given that to ``run()``.
 
     Returns
     -------
@@ -511,27 +522,40 @@ def main(function: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
     Raises
     ------
     ArgumentTypeError
-        If it is not callable, or not with these arguments.
+        If it is not callable, or not with these arguments, or a call would not run it.
     """
     if not callable(function):
-        hint = "pass the function itself, not what it returns: run(train), not run(train())"
         raise ArgumentTypeError(
-            f"main must be a function, got {type(function).__name__} ({function!r:.80}): {hint}"
+            f"main must be a function, got {type(function).__name__} ({shown(function)}): "
+            f"{_function_instead(function)}"
         )
     checked: Callable[..., Any] = function
-    try:
-        signature = inspect.signature(checked)
-    except (TypeError, ValueError):
-        return checked  # a builtin or an extension function does not tell
-    try:
-        signature.bind(**kwargs)
-    except TypeError as error:
-        name = getattr(checked, "__qualname__", type(checked).__qualname__)
-        given = "the arguments " + ", ".join(map(repr, kwargs)) if kwargs else "no arguments"
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        unknown = [] if takes_any else [k for k in kwargs if k not in signature.parameters]
-        also = f"; it has no argument {', '.join(map(repr, unknown))}" if unknown else ""
+    if problem := misfit(checked, kwargs):
+        options = [name for name in kwargs if name in runner_options and repr(name) in problem]
+        where = "".join(f"; {name} is an option of HorovodRunner({name}=...)" for name in options)
+        raise ArgumentTypeError(f"{problem}{where}")
+    if later := what_runs_later(checked):
         raise ArgumentTypeError(
-            f"{name}{signature} cannot be called with {given}: {error}{also}"
-        ) from None
+            f"main must run when it is called, and {name_of(checked)} only makes {later} then: "
+            f"{_RUN_AT_ONCE[later]}"
+        )
     return checked
+
+
+_RUN_AT_ONCE = {
+    "a coroutine": "give a function that runs it, such as def main(): return asyncio.run(train())",
+    "a generator": "return what it yields, such as def main(): return list(train())",
+    "an async generator": "give a function that collects what it yields, under asyncio.run(...)",
+}
+
+
+def _function_instead(thing: Any) -> str:
+    """Say what to pass instead of something that cannot be called."""
+    if isinstance(thing, str):
+        return "pass the function itself, run(train), not its name or its file"
+    if isinstance(thing, types.ModuleType):
+        return f"pass one of its functions, such as run({thing.__name__}.train)"
+    if isinstance(thing, (classmethod, property)):
+        return "pass the method of the class or of an object, such as run(trainer.train)"
+    of_object = "" if type(thing).__module__ == "builtins" else ", or a method: run(trainer.train)"
+    return f"pass the function itself, not what it returns: run(train), not run(train()){of_object}"

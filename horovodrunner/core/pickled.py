@@ -75,6 +75,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                     reduced = _with_slots(obj, *reduced)
             return self._registered_again(obj, reduced)
         if isinstance(obj, types.FunctionType):
+            if vars(obj).keys() >= _DISPATCHER and not travels_by_reference(obj):
+                return _reduce_dispatcher(obj)
             return self._registered_again(obj, super().reducer_override(obj))
         return NotImplemented
 
@@ -127,6 +129,37 @@ def _reduce_cached(function: Any) -> Any:
     if travels_by_reference(function):
         return function.__qualname__
     return _LruCache(function.cache_parameters()), (function.__wrapped__,)
+
+
+_DISPATCHER = vars(functools.singledispatch(len)).keys() - {"__wrapped__"}
+
+
+def _reduce_dispatcher(function: Any) -> Any:
+    """Pickle what `functools.singledispatch` made without what it remembers of classes."""
+    attributes = {k: v for k, v in vars(function).items() if k not in _DISPATCHER}
+    attributes["__doc__"] = function.__doc__
+    attributes["__module__"], attributes["__qualname__"] = (
+        function.__module__,
+        function.__qualname__,
+    )
+    state = dict(function.registry), attributes
+    return _new_dispatcher, (function.__name__,), state, None, None, _fill_dispatcher
+
+
+def _new_dispatcher(name: str) -> Any:
+    def nothing(_: Any) -> None:
+        """Stand for an implementation that is still to come: it may refer to the dispatcher."""
+
+    nothing.__name__ = name
+    return functools.singledispatch(nothing)
+
+
+def _fill_dispatcher(dispatcher: Any, state: tuple[dict[type, Any], dict[str, Any]]) -> None:
+    implementations, attributes = state
+    for kind, function in implementations.items():
+        dispatcher.register(kind, function)
+    for name, value in attributes.items():
+        setattr(dispatcher, name, value)
 
 
 def _reduce_new_type(new_type: Any) -> Any:

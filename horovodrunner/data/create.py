@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from horovodrunner.core import checked
 from horovodrunner.core.column_names import map_by_name
-from horovodrunner.core.places import is_url, open_place
+from horovodrunner.core.dataframes import check_dataframe
+from horovodrunner.core.places import is_url, local_path, open_place
 from horovodrunner.core.spark_errors import told_as
 from horovodrunner.data.cache import cache, remove
 from horovodrunner.data.columns import (
@@ -105,8 +106,7 @@ def from_dataframe(
     DataError
         If a column cannot be stored, or not all that was written is seen from here.
     """
-    if not hasattr(df, "mapInArrow"):
-        raise ArgumentTypeError(f"df={df!r}: give a Spark DataFrame, not {type(df).__name__}")
+    check_dataframe(df, takes_arrow=True)
     dtype = _checked_dtype(dtype)
     cache_dir = None if cache_dir is None else checked.path("cache_dir", cache_dir)
     reuse, shared = checked.boolean("reuse", reuse), checked.boolean("shared", shared)
@@ -340,7 +340,7 @@ def _base(spark: SparkSession, cache_dir: str | None) -> str:
 
 def _absolute(location: str) -> str:
     """Give a location that means the same in processes with another working directory."""
-    return location if is_url(location) else str(Path(location).expanduser().absolute())
+    return location if is_url(location) else str(local_path(location))
 
 
 def _checked_dtype(dtype: Any) -> str | None:

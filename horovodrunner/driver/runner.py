@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import secrets
 import sys
@@ -29,6 +30,7 @@ from horovodrunner.driver.interactive import is_interactive
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.files import BroughtFiles
 from horovodrunner.task.store import CheckpointStore
+from horovodrunner.usage import explained, wrong_options, wrong_run
 
 if TYPE_CHECKING:
     from horovodrunner.data.unshared import UnsharedDataSet
@@ -146,9 +148,10 @@ class HorovodRunner:
     'Hello from rank 0 of 2'
     """
 
-    _frames_to_user = 3
-    """From a warning of run() to the line that called it; a subclass with its own run() adds 1."""
+    _frames_to_user = 4
+    """From a warning of run() to the line that called it; a subclass adds its own frames."""
 
+    @explained(wrong_options)
     def __init__(
         self,
         *,
@@ -223,7 +226,8 @@ class HorovodRunner:
         """The phases of the last run that ended, or of its last attempt, and when they were."""
         return self._phases
 
-    def run(self, main: Callable[..., Any], **kwargs: Any) -> Any:
+    @explained(wrong_run)
+    def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
         """Run ``main(**kwargs)`` once on every rank and give back what rank 0 returned.
 
         Parameters
@@ -263,7 +267,7 @@ class HorovodRunner:
             If Spark lost or cancelled the run's stage.
         """
         spans, began = Spans(), time.time()
-        checked.main(main, kwargs)
+        checked.main(main, kwargs, runner_options=_OPTIONS)
         run_id = secrets.token_hex(4)
         store = self._store_of_run(run_id, main, kwargs)
         environment = {**forwarded_environment(os.environ), **_hash_seed(), **self._options}
@@ -450,6 +454,9 @@ def _arguments_of_program() -> list[str]:
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     is_a_script = isinstance(file, str) and file.endswith(".py") and not is_of_a_python(file)
     return sys.argv if is_a_script and sys.argv else sys.argv[:1] or [""]
+
+
+_OPTIONS = [*inspect.signature(HorovodRunner.__init__).parameters][1:]
 
 
 def _hash_seed() -> dict[str, str]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from horovodrunner.core import checked
 from horovodrunner.core.arrow import map_in_arrow
 from horovodrunner.core.column_names import fields_twice, numbered
+from horovodrunner.core.dataframes import check_dataframe
 from horovodrunner.core.showing import show_text
 from horovodrunner.core.spark_errors import told_as
 from horovodrunner.errors import ArgumentValueError, DataError
@@ -105,6 +106,7 @@ def predict(
     ...         keep=["id"],
     ...     )
     """
+    check_dataframe(df, takes_streams=True)
     options = Options(
         batch_size,
         input_tensor_shapes,
@@ -145,8 +147,8 @@ def predict(
         scan = plain_scan(df, columns) if reads else "read_files=False"
         if isinstance(scan, FileScan):
             show_text(
-                f"HorovodRunner: predict reads {scan.files:,} Parquet files ({scan.rows:,} rows) in "
-                "Python, past the JVM; read_files=False switches this off\n"
+                f"HorovodRunner: predict reads {scan.files:,} Parquet files ({scan.rows:,} rows) "
+                "in Python, past the JVM; read_files=False switches this off\n"
             )
             parts = parts_dataframe(spark, scan)
             return map_in_arrow(parts, functools.partial(_score_files, call), schema)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
@@ -264,11 +265,56 @@ def test_what_works_on_the_driver_only_is_said_once(
         assert len(re.findall(text, out)) == is_expected, text
 
 
-@pytest.mark.parametrize("np", [1, -1])
-def test_a_broadcast_variable_is_refused_with_what_to_do(np: int, spark: Any) -> None:
-    broadcast = spark.sparkContext.broadcast([1, 2])
-    with pytest.raises(WorkerFailedError, match=r"pass broadcast\.value to run"):
-        run(lambda: broadcast.value, np=np)
+def used_udf(spark: Any) -> Any:
+    """Make a UDF that Spark's JVM knows."""
+    from pyspark.sql.functions import udf
+
+    plus_one = udf(lambda x: x + 1, "long")
+    spark.range(3).select(plus_one("id"))
+    return plus_one
+
+
+DATA = r"rows = horovodrunner\.data\.from_dataframe"
+SPARKS_OWN: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "session": (lambda spark: spark, f"SparkSession.*Spark is on the driver only.*{DATA}"),
+    "context": (lambda spark: spark.sparkContext, f"SparkContext.*Spark is on the driver.*{DATA}"),
+    "DataFrame": (lambda spark: spark.range(3), rf"DataFrame.* on the driver only.*{DATA}\(df\)"),
+    "RDD": (lambda spark: spark.range(3).rdd, rf"RDD.* on the driver only.*{DATA}\(rdd.toDF"),
+    "column": (lambda spark: spark.range(3).id, f"Column.*Spark's objects.*plain values.*{DATA}"),
+    "groups": (lambda spark: spark.range(3).groupBy(), "GroupedData.*Spark's objects are on"),
+    "UDF": (used_udf, r"a UDF is for .*function = the_udf\.func"),
+    "broadcast": (lambda spark: spark.sparkContext.broadcast(3), r"own tasks.*broadcast\.value"),
+    "JVM": (lambda spark: spark.sparkContext._jvm, "JVMView.*Spark's objects are on the driver"),
+}
+
+
+class Holder:
+    """Holds something in an attribute."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+@pytest.mark.parametrize("kind", SPARKS_OWN)
+def test_what_is_sparks_is_refused_with_what_to_use_instead(kind: str, spark: Any) -> None:
+    make, text = SPARKS_OWN[kind]
+    thing = make(spark)
+
+    def helper() -> Any:
+        return thing
+
+    def with_default(x: Any = thing) -> Any:
+        return x
+
+    calls: list[tuple[int, Any, dict[str, Any], str]] = [
+        (1, lambda: [helper()], {}, "the variable 'thing' in the closure of .*helper"),
+        (-1, with_default, {}, "default value 0 of .*with_default"),
+        (1, lambda given: given, {"given": [Holder(thing)]}, r"the argument 'given'\[0\]\.held"),
+        (-1, functools.partial(print, thing), {}, r"positional argument 0 bound by functools\S+"),
+    ]
+    for np, main, kwargs, where in calls:
+        with pytest.raises(PayloadError, match=rf"^{where} \(.*{text}"):
+            run(main, np=np, **kwargs)
 
 
 def test_a_result_larger_than_spark_takes_comes_back_whole(spark: Any) -> None:

@@ -148,8 +148,20 @@ def test_errors_are_those_of_any_cluster(server: str, tmp_path: Path) -> None:
             HorovodRunner(np=2, resources={"gpu": 1}).run(lambda: 1)
         except ConfigurationError as error:
             print(error)
+        df = spark.range(3)
+        for thing in (spark, df, df.groupBy()):
+            try:
+                HorovodRunner(np=2).run(lambda: thing)
+            except PayloadError as error:
+                print(error)
     """
     shown = drive(server, script, tmp_path)
+    for kind, reason in [
+        ("session.SparkSession", "Spark is on the driver only"),
+        ("dataframe.DataFrame", "a Spark DataFrame is on the driver only"),
+        ("group.GroupedData", "Spark's objects are on the driver only"),
+    ]:
+        assert re.search(rf"^the global 'thing' used by .*{kind}\) cannot .*{reason}", shown, re.M)
     assert "WorkerFailedError ZeroDivisionError('division by zero') rank" in shown
     assert "np=3 needs 3 task slots, and the cluster has 2 (local-cluster[2,1,1024]; " in shown
     assert "2 ranks" in shown

@@ -16,7 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from horovodrunner import ArgumentTypeError, ArgumentValueError, DataError, data
+from horovodrunner import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    ConfigurationError,
+    DataError,
+    data,
+)
 from horovodrunner.data import writing
 from horovodrunner.data.dataset import DataSet
 from tests import processes
@@ -507,3 +513,21 @@ print(rows.location)
     done = processes.run(command, capture_output=True)
     assert done.stdout.startswith(f"{tmp_path}/horovodrunner-data-")
     assert [path.name for path in tmp_path.iterdir()] == ["of-others"]
+
+
+@pytest.mark.parametrize(
+    ("cache_dir", "text"),
+    [
+        (Path("s3://bucket/rows"), r"cache_dir=.*is a URL in a path object, .* give it as a str"),
+        ("", "cache_dir='': it must not be empty"),
+        ("dbfs:/rows", "on Databricks write the path /dbfs/rows/"),
+        ("C:/rows", "a path of Windows"),
+        ("~no-such-user/rows", "the directory ~no-such-user/rows is unknown"),
+    ],
+    ids=["path object", "empty", "dbfs", "Windows", "home"],
+)
+def test_a_cache_dir_that_cannot_be_one_is_told_with_what_to_write(
+    cache_dir: Any, text: str, table: pa.Table
+) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        data.from_arrow(table, cache_dir)

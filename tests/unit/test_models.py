@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 import io
@@ -505,6 +506,48 @@ def test_functions_are_called_as_they_are() -> None:
         predict = load(handle(model))
     assert predict(np.array([3]), np.array([4])).tolist() == [9.0]
     assert (predict.expected_inputs, predict.stacks_scalars) == (2, False)
+
+
+def with_a_mask(function: Any) -> Any:
+    """Give the last argument by itself."""
+
+    @functools.wraps(function)
+    def wrapper(*inputs: Any) -> Any:
+        return function(*inputs, 2)
+
+    return wrapper
+
+
+class Scaled(torch.nn.Module):  # type: ignore[misc]
+    """Takes one input more than it is given."""
+
+    @with_a_mask
+    def forward(self, x: Any, factor: int) -> Any:
+        """Scale."""
+        return x * factor
+
+
+class WithoutGradients(torch.nn.Module):  # type: ignore[misc]
+    """Says behind a decorator that it takes one input."""
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def forward(self, x: Any) -> Any:
+        """Add up."""
+        return x.sum(dim=1)
+
+
+def test_what_is_called_decides_how_many_inputs_there_are() -> None:
+    with Model.from_function(with_a_mask(lambda x, factor: x * factor)) as model:
+        predict = load(handle(model))
+    assert (predict.expected_inputs, predict.stacks_scalars) == (None, False)
+    assert predict(np.arange(3)).tolist() == [0, 2, 4]
+    with Model.from_torch(Scaled()) as model:
+        predict = load(handle(model))
+    assert (predict.expected_inputs, predict.stacks_scalars) == (None, False)
+    assert predict(np.arange(3)).tolist() == [0, 2, 4]
+    with Model.from_torch(WithoutGradients()) as model:
+        predict = load(handle(model))
+    assert (predict.expected_inputs, predict.stacks_scalars) == (None, True)
 
 
 def test_the_wrong_things_are_refused() -> None:

@@ -576,6 +576,14 @@ class TestArguments:
         assert without_file_scheme("file:///a%20b/c") == "/a b/c"
         assert without_file_scheme("file:/dbfs/c") == "/dbfs/c"
         assert without_file_scheme("dbfs:/c") == "dbfs:/c"
+        for url, text in (
+            ("dbfs:/c", "on Databricks write the path /dbfs/c"),
+            ("C:/c", "a path of Windows"),
+            ("s3n://bucket/c", "write s3://bucket/c"),
+            (["", "/c"], "is empty: give at least one URL"),
+        ):
+            with pytest.raises(ConfigurationError, match=text):
+                make_batch_reader(url)
         with pytest.raises(ConfigurationError, match="file:///tmp/x"):
             without_file_scheme("file://tmp/x")
 

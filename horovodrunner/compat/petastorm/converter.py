@@ -18,8 +18,9 @@ from horovodrunner.compat.petastorm.options import ReaderOptions
 from horovodrunner.compat.petastorm.schema import Field, Schema
 from horovodrunner.compat.petastorm.urls import without_file_scheme
 from horovodrunner.core.checked import integer
+from horovodrunner.core.dataframes import check_dataframe
 from horovodrunner.core.spark_errors import told_as
-from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
+from horovodrunner.errors import ArgumentValueError, DataError
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -79,8 +80,7 @@ def make_spark_converter(
 
         with told_as(DataError, f"df={df!r} cannot be read as Parquet files"):
             df = SparkSession.builder.getOrCreate().read.parquet(df)
-    if not hasattr(df, "mapInArrow"):
-        raise ArgumentTypeError(f"df={df!r}: give a Spark DataFrame, or a URL as a string")
+    check_dataframe(df, takes_url=True)
     url = df.sparkSession.conf.get(SparkDatasetConverter.PARENT_CACHE_DIR_URL_CONF, None)
     place = None if url is None else without_file_scheme(url)
     with told_as(DataError, "the DataFrame cannot be analyzed"):

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from horovodrunner.compat.absent import PETASTORM, refuse_names
 from horovodrunner.core.checked import integer
 from horovodrunner.errors import DataError
 
 __all__ = ["BatchedDataLoader", "DataLoader"]
+
+__getattr__ = refuse_names("petastorm.pytorch", PETASTORM)
 
 _Rows = dict[str, Any]
 _PROMOTED = {"uint16": "int32", "uint32": "int64", "bool": "uint8"}
