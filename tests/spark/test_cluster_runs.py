@@ -184,7 +184,11 @@ def test_all_output_is_merged_in_rank_0s_executor_log_whole_and_prefixed(
         assert [line for line in merged[0] if line.startswith(f"[{rank}]<stdout>:")] == expected
         assert f"[{rank}]<stderr>:{rank} done" in merged[0]
     others = [lines for lines in new.values() if lines is not merged[0]]
-    assert any("[1]<stderr>:1 done" in lines for lines in others)  # rank 1's own executor
+    own = next(lines for lines in others if "[1]<stderr>:1 done" in lines)  # rank 1's executor
+    for lines, rank in ((merged[0], 0), (merged[0], 1), (own, 1)):
+        bar = mains.shown_of_a_bar(lines, rank)
+        assert bar[-1] == "2000/2000"
+        assert len(bar) < 200
 
 
 def test_all_output_streams_to_the_driver_when_asked_for(
