@@ -13,8 +13,8 @@ CUT_MARK = b" ...(line cut)"
 MAX_ROWS = 64
 """So many lines above the last one may still be overwritten."""
 
-# What moves a cursor: to the line's beginning (\r, G), back (\b, D), to another line (A, B, E, F); or
-# erases the line (K). Colours pass.
+# What moves a cursor to the line's beginning (\r, G), back (\b, D) or to another line (A, B, E, F),
+# and what erases a line (K). Colours pass.
 _SEQUENCES = rb"\x08+|\x1b\[(?:\d{0,4}[ABDEF]|1?G|[12]K)"
 _MOVE = re.compile(rb"\r|" + _SEQUENCES)
 _CONTROL = re.compile(rb"\n|\x1b\[0?[JK]|" + _SEQUENCES)
@@ -174,7 +174,7 @@ class LineAssembler:
         *overwritten, last = others
         is_erasing = _is_blank(overwritten[-1] if overwritten else bytes(self._rest))
         self._leave_segment()
-        # Of what was overwritten the last is on the row, and the last that can be seen is its state.
+        # What was overwritten last is on the row; what could be seen last is its state.
         overwritten = [segment for segment in overwritten if segment]
         seen = next((each for each in reversed(overwritten) if not _is_blank(each)), b"")
         for segment in (seen, *overwritten[-1:]):

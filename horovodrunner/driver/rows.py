@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.core.arrow import map_in_arrow
+from horovodrunner.core.arrow import close_sockets, map_in_arrow
 from horovodrunner.driver.console import Console
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.scratch import Scratch
@@ -74,6 +74,7 @@ def stage_input(spark: SparkSession, size: int, data: Sequence[UnsharedDataSet])
 
 def _places(spark: SparkSession, size: int) -> tuple[int, ...]:
     """Find a number for each partition that Spark's hash partitioning brings just there."""
+    close_sockets()
     rows = (
         spark.range(0, CANDIDATES * size, 1, 1)
         .selectExpr("cast(id AS int) AS place", f"pmod(hash(cast(id AS int)), {size}) AS target")

@@ -51,9 +51,7 @@ def tqdm_nested(out: Terminal) -> None:
 
 
 def tqdm_with_positions(out: Terminal) -> None:
-    bars = [
-        tqdm(total=5, file=out, mininterval=0, position=k, desc=f"bar {k}") for k in range(3)
-    ]
+    bars = [tqdm(total=5, file=out, mininterval=0, position=k, desc=f"bar {k}") for k in range(3)]
     for _ in range(5):
         for bar in bars:
             bar.update()
@@ -168,11 +166,10 @@ def test_what_is_overwritten_is_left_out(text: bytes, lines: bytes, size: int) -
 def test_states_are_given_out_once_and_whole_characters_only() -> None:
     lines = LineAssembler()
     assert lines.feed(b"no state yet") == b""
-    assert not lines.has_states
+    assert lines.take_states() == b""
     assert lines.feed("\r10% ä".encode()[:-1]) == b""
-    assert lines.has_states
     assert lines.take_states() == b"10% \n"
-    assert not lines.has_states
+    assert lines.take_states() == b""
     assert lines.feed("ä".encode()[-1:]) == b""
     assert lines.take_states() == "10% ä\n".encode()
     assert lines.feed("\r10% ä\r".encode()) == b""
