@@ -130,7 +130,7 @@ def stored_here(
 
     scratch = Scratch(f"{run_id}-data", None)
     try:
-        console.note("computing the data sets that travel with the run")
+        console.note("computing the data sets that travel with the run", routine=True)
         for each in data:
             store_here(each, scratch.path)
         yield StoredRows(scratch.path)

@@ -656,3 +656,19 @@ def test_a_failure_after_success_elsewhere_still_fails_the_run() -> None:
         return "early"
 
     assert "late" in failure(main).summary
+
+
+@pytest.mark.parametrize("quiet", ["", "0", "1"])
+def test_what_is_as_it_should_be_can_be_left_out(
+    quiet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOROVODRUNNER_QUIET", quiet)
+
+    def main() -> None:
+        print("hello")
+        horovodrunner.log_to_driver("message")
+
+    run(main, np=-1)
+    shown = capsys.readouterr().out.splitlines()
+    assert {"[0]<stdout>:hello", "message"} <= set(shown)
+    assert len(shown) == (2 if quiet == "1" else 6)

@@ -585,7 +585,7 @@ def test_a_run_that_cannot_reach_the_driver_goes_on_and_says_so(
     runner = HorovodRunner(np=2, driver_log_verbosity="all", start_timeout=6)
     assert runner.run(main) == "done"
     shown = capsys.readouterr().out
-    assert "cannot reach each other or this process at 127.0.0.2" in shown  # not certain yet
+    assert shown.count("cannot reach this process at 127.0.0.2") == 1  # not certain yet
     assert "could not reach this process at 127.0.0.2: what the ranks printed" in shown
     assert f"nothing came of HOROVOD_TIMELINE={tmp_path}/t.json" in shown
     logged = "\n".join(line for lines in executor_stderr(executor_logs).values() for line in lines)
