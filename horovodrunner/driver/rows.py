@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from horovodrunner.core.arrow import close_sockets
 from horovodrunner.core.column_names import map_by_name
 from horovodrunner.driver.console import Console
 from horovodrunner.errors import ConfigurationError
@@ -74,6 +75,7 @@ def stage_input(spark: SparkSession, size: int, data: Sequence[UnsharedDataSet])
 
 def _places(spark: SparkSession, size: int) -> tuple[int, ...]:
     """Find a number for each partition that Spark's hash partitioning brings just there."""
+    close_sockets()
     rows = (
         spark.range(0, CANDIDATES * size, 1, 1)
         .selectExpr("cast(id AS int) AS place", f"pmod(hash(cast(id AS int)), {size}) AS target")
@@ -129,7 +131,7 @@ def stored_here(
 
     scratch = Scratch(f"{run_id}-data", None)
     try:
-        console.note("computing the data sets that travel with the run")
+        console.note("computing the data sets that travel with the run", routine=True)
         for each in data:
             store_here(each, scratch.path)
         yield StoredRows(scratch.path)

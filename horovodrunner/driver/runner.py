@@ -403,6 +403,16 @@ class HorovodRunner:
                 data=data,
             ).run()
 
+    @staticmethod
+    def _shares_terminal(console: Console) -> bool:
+        """Tell whether the executor's log is this process's standard error."""
+        from horovodrunner.driver import session
+
+        if not session.has_session():
+            console.note("there is no SparkSession yet: creating one", routine=True)
+            console.show(0)
+        return session.shares_terminal(session.find_session())
+
     def _announce(
         self,
         console: Console,
@@ -417,13 +427,19 @@ class HorovodRunner:
                 "on Spark; all output of the ranks is shown here "
                 '(driver_log_verbosity="log_callback_only" shows only log_to_driver messages)'
             )
+        elif self._shares_terminal(console):
+            mode = (
+                "on Spark; log_to_driver messages are shown here, and so is all output of the "
+                "ranks, on standard error: with a local master that is the executor's log "
+                '(driver_log_verbosity="all" shows it on standard output)'
+            )
         else:
             mode = (
                 "on Spark; only log_to_driver messages are shown here "
                 '(driver_log_verbosity="all" shows all output of the ranks)'
             )
         ranks = "all slots" if self._np == 0 else f"{abs(self._np)} rank{'s' * (abs(self._np) > 1)}"
-        console.note(f"{ranks} {mode}")
+        console.note(f"{ranks} {mode}", routine=True)
         if self._np == 0:
             warn(
                 "np=0 (all slots) is deprecated: give the number of ranks",
@@ -435,12 +451,13 @@ class HorovodRunner:
                 "the driver's TF_CONFIG describes one process and is not given to the ranks; "
                 + ("each gets its own" if self._tf_config else "tf_config=True gives each its own")
             )
-        console.note(f"the pickled main and its arguments have {payload.format_bytes(len(call))}")
+        size = payload.format_bytes(len(call))
+        console.note(f"the pickled main and its arguments have {size}", routine=True)
         if len(call) > payload.WARN_BYTES:
             parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
-            named = "; ".join(f"{where} ({payload.format_bytes(size)})" for where, size in parts)
+            named = "; ".join(f"{where} ({payload.format_bytes(n)})" for where, n in parts)
             warn(
-                f"the pickled main and its arguments have {payload.format_bytes(len(call))}, "
+                f"the pickled main and its arguments have {size}, "
                 "which every executor has to fetch"
                 + (f". Largest: {named}" if named else "")
                 + ". Load large data inside main instead",

@@ -230,9 +230,13 @@ def test_all_output_arrives_whole_and_prefixed(capfd: pytest.CaptureFixture[str]
         expected = [f"[{rank}]<stdout>:{rank}:{i}:" + "x" * 200 for i in range(3000)]
         assert [line for line in shown if line.startswith(f"[{rank}]<stdout>:")] == expected
         assert f"[{rank}]<stderr>:{rank} done" in shown
+        bar = mains.shown_of_a_bar(shown, rank)
+        assert bar[-1] == "3000/3000"
+        assert len(bar) < 300
 
 
-def test_output_is_shown_while_it_happens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["\n", "\r", ""])
+def test_output_is_shown_while_it_happens(end: str, tmp_path: Path) -> None:
     """The driver sees a line that main waits to have been seen."""
 
     class Watch:
@@ -241,14 +245,14 @@ def test_output_is_shown_while_it_happens(tmp_path: Path) -> None:
 
         def write(self, text: str) -> None:
             self.text += text
-            if "first line" in self.text:
+            if "<stdout>:first line\n" in self.text:
                 (tmp_path / "seen").touch()
 
         def flush(self) -> None:
             pass
 
-    def main(seen: str) -> bool:
-        print("first line")
+    def main(seen: str, end: str) -> bool:
+        print("\rother line" * (end != "\n") + "\rfirst line", end=end)
         deadline = time.monotonic() + 30
         while not Path(seen).exists() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -257,7 +261,7 @@ def test_output_is_shown_while_it_happens(tmp_path: Path) -> None:
     import contextlib
 
     with contextlib.redirect_stdout(Watch()):  # type: ignore[type-var]
-        assert run(main, np=-1, seen=str(tmp_path / "seen"))
+        assert run(main, np=-1, seen=str(tmp_path / "seen"), end=end)
 
 
 def test_the_start_lines_say_the_mode_and_the_size(capsys: pytest.CaptureFixture[str]) -> None:
@@ -630,3 +634,19 @@ def test_a_failure_after_success_elsewhere_still_fails_the_run() -> None:
         return "early"
 
     assert "late" in failure(main).summary
+
+
+@pytest.mark.parametrize("quiet", ["", "0", "1"])
+def test_what_is_as_it_should_be_can_be_left_out(
+    quiet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOROVODRUNNER_QUIET", quiet)
+
+    def main() -> None:
+        print("hello")
+        horovodrunner.log_to_driver("message")
+
+    run(main, np=-1)
+    shown = capsys.readouterr().out.splitlines()
+    assert {"[0]<stdout>:hello", "message"} <= set(shown)
+    assert len(shown) == (2 if quiet == "1" else 6)

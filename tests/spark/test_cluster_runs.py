@@ -185,7 +185,11 @@ def test_all_output_is_merged_in_rank_0s_executor_log_whole_and_prefixed(
         assert [line for line in merged[0] if line.startswith(f"[{rank}]<stdout>:")] == expected
         assert f"[{rank}]<stderr>:{rank} done" in merged[0]
     others = [lines for lines in new.values() if lines is not merged[0]]
-    assert any("[1]<stderr>:1 done" in lines for lines in others)  # rank 1's own executor
+    own = next(lines for lines in others if "[1]<stderr>:1 done" in lines)  # rank 1's executor
+    for lines, rank in ((merged[0], 0), (merged[0], 1), (own, 1)):
+        bar = mains.shown_of_a_bar(lines, rank)
+        assert bar[-1] == "2000/2000"
+        assert len(bar) < 200
 
 
 def test_all_output_streams_to_the_driver_when_asked_for(
@@ -627,7 +631,7 @@ def test_a_run_that_cannot_reach_the_driver_goes_on_and_says_so(
     runner = HorovodRunner(np=2, driver_log_verbosity="all", start_timeout=6)
     assert runner.run(main) == "done"
     shown = capsys.readouterr().out
-    assert "cannot reach each other or this process at 127.0.0.2" in shown  # not certain yet
+    assert shown.count("cannot reach this process at 127.0.0.2") == 1  # not certain yet
     assert "could not reach this process at 127.0.0.2: what the ranks printed" in shown
     assert f"nothing came of HOROVOD_TIMELINE={tmp_path}/t.json" in shown
     logged = "\n".join(line for lines in executor_stderr(executor_logs).values() for line in lines)

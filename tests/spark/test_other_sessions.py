@@ -65,6 +65,16 @@ def test_without_a_session_one_is_created_that_uses_this_python(
     assert {"[0]<stdout>:training", "[1]<stdout>:training"} <= set(shown)
 
 
+def test_a_run_that_creates_its_session_says_so_and_where_output_goes(tmp_path: Path) -> None:
+    script = """
+        HorovodRunner(np=1).run(train, prefix="")
+        SparkSession.getActiveSession().stop()
+    """
+    first, second, *_ = drive(script, tmp_path).splitlines()
+    assert first == "HorovodRunner: there is no SparkSession yet: creating one"
+    assert "so is all output of the ranks, on standard error" in second
+
+
 @pytest.fixture(scope="module")
 def of_local_threads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What one driver shows of three sessions, one after the other."""
@@ -121,6 +131,8 @@ def test_local_threads_behave_like_a_cluster(of_local_threads: dict[str, str]) -
     assert "1 executor with 2 cores: 2 slots; " in shown
     assert "ZeroDivisionError('division by zero')" in shown
     assert shown.endswith("\n5\n")
+    assert shown.count("so is all output of the ranks, on standard error") == 4
+    assert "only log_to_driver messages" not in shown
 
 
 def test_dynamic_allocation_is_refused_before_launch(of_local_threads: dict[str, str]) -> None:
