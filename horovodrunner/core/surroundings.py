@@ -17,7 +17,7 @@ import cloudpickle
 from horovodrunner.core import registries, settings
 from horovodrunner.core.import_hook import after_import
 
-__all__ = ["InSurroundings"]
+__all__ = ["InSurroundings", "Part", "restore"]
 
 Part = tuple[str, bytes]
 """A library, and the pickle of a function and arguments to call it with once it is imported."""
@@ -56,14 +56,21 @@ class _Parts:
         self._find = find
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self._find(),)
+        return restore, (self._find(),)
 
 
 def _value_of(_: object, value: Any, __: object) -> Any:
     return value
 
 
-def _restore(parts: Iterable[Part]) -> None:
+def restore(parts: Iterable[Part]) -> None:
+    """Put settings and registrations in force, each when its library is imported.
+
+    Parameters
+    ----------
+    parts
+        What a :class:`InSurroundings` was pickled with.
+    """
     for library, data in parts:
         after_import(library, functools.partial(_restore_part, library, data))
 

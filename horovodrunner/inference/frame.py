@@ -106,7 +106,6 @@ def predict(
     ...         keep=["id"],
     ...     )
     """
-    check_dataframe(df, takes_streams=True)
     options = Options(
         batch_size,
         input_tensor_shapes,
@@ -124,6 +123,7 @@ def predict(
     )
     is_one = isinstance(checked.plain(inputs), str)
     input_names = [checked.text("inputs", inputs)] if is_one else checked.names("inputs", inputs)
+    check_dataframe(df, takes_streams=True)
     with told_as(DataError, "predict cannot use the DataFrame"):
         kept = _kept(df, keep)
         added = [output, error_column] if options.on_error == "null" else [output]

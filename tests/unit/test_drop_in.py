@@ -87,6 +87,7 @@ class TestHorovodRunner:
             return len(unused)
 
         monkeypatch.setattr(runner_class, "_run_on_spark", lambda *_: None)
+        monkeypatch.setattr(runner_class, "_shares_terminal", lambda *_: False)
         monkeypatch.setattr(
             "horovodrunner.driver.runner.run_attempts", lambda launch, *_: launch(1)
         )
