@@ -34,6 +34,7 @@ from horovodrunner.core.pickled import Pickler, dumps, module_travels_by_value
 __all__ = [
     "TravellingPickler",
     "call_in_its_modules",
+    "dump_in_its_modules",
     "dump_names",
     "load_names",
     "names_by_value",
@@ -225,6 +226,22 @@ def call_in_its_modules(main: Any, kwargs: Mapping[str, Any], argv: Sequence[str
     return _Call(_opened, (main, dict(kwargs), None if argv is None else [*argv], _Rest()))
 
 
+def dump_in_its_modules(value: object) -> bytes:
+    """Pickle a value so that what travels by value with it is found by name, too.
+
+    Parameters
+    ----------
+    value
+        The value.
+
+    Returns
+    -------
+    bytes
+        For ``pickle.loads``.
+    """
+    return dumps(_Call(_first, (value, _Rest())), TravellingPickler)
+
+
 class _Call:
     """Pickles as a call."""
 
@@ -233,6 +250,10 @@ class _Call:
 
     def __reduce__(self) -> Any:
         return self._called
+
+
+def _first(value: Any, _: None) -> Any:
+    return value
 
 
 def _opened(

@@ -8,9 +8,9 @@ import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from horovodrunner.core.modules import TravellingPickler, call_in_its_modules
+from horovodrunner.core.modules import TravellingPickler, call_in_its_modules, dump_in_its_modules
 from horovodrunner.core.pickled import (
     Layout,
     SinkError,
@@ -19,8 +19,14 @@ from horovodrunner.core.pickled import (
     travels_by_reference,
     write_pickle,
 )
+from horovodrunner.core.registries import pickled_things
+from horovodrunner.core.staying import Staying
+from horovodrunner.core.surroundings import InSurroundings
 from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import PayloadError
+
+if TYPE_CHECKING:
+    from horovodrunner.core.culprit import Culprit
 
 __all__ = [
     "WARN_BYTES",
@@ -32,6 +38,9 @@ __all__ = [
     "travels_along",
     "write_result",
 ]
+
+_SPARKS_OWN = (b"pyspark.core.broadcast", b"pyspark.broadcast", b"pyspark.sql.connect.session")
+"""In the pickles of broadcast variables and of Connect's sessions, which no rank can unpickle."""
 
 WARN_BYTES = 10 * 1024 * 1024
 """A pickled main larger than this is warned about."""
@@ -95,16 +104,21 @@ def dump_call(
     PayloadError
         If something does not pickle; the text names the variable and where it comes from.
     """
+    parts = [(f"main ({_name(main)})", main)]
+    parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
     try:
-        return dumps(call_in_its_modules(main, kwargs, argv), TravellingPickler)
+        whole = call_in_its_modules(main, kwargs, argv)
+        with pickled_things() as pickled:
+            call = dumps(InSurroundings(whole, dump_in_its_modules, pickled), TravellingPickler)
+        if any(module in call for module in _SPARKS_OWN):
+            _refuse_sparks_own(parts)
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
-        parts = [(f"main ({_name(main)})", main)]
-        parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
-        what, cause = _culprit(parts, error) or (f"main ({_name(main)}) or an argument", error)
+        found = _culprit(parts, error, f"main ({_name(main)}) or an argument")
+        known = found.known or Staying(in_one_line(found.error))
         raise PayloadError(
-            f"{what} cannot be sent to the workers: {in_one_line(cause)}. Create it inside main, "
-            "or leave it out of what main refers to."
-        ) from cause
+            f"{found.where} cannot be sent to the workers: {known.reason}. {known.instead}."
+        ) from found.error
+    return call
 
 
 def write_result(result: object, descriptor: int) -> Layout:
@@ -139,11 +153,11 @@ def write_result(result: object, descriptor: int) -> Layout:
         ) from error
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
         what = "the value that main returned"
-        what, cause = _culprit([(what, result)], error) or (what, error)
+        found = _culprit([(what, result)], error, what)
+        known = found.known or Staying(in_one_line(found.error))
         raise PayloadError(
-            f"{what} cannot be sent to the driver: {in_one_line(cause)}. Return plain data "
-            "(numbers, arrays, state_dict()) instead."
-        ) from cause
+            f"{found.where} cannot be sent to the driver: {known.reason}. {known.returned}."
+        ) from found.error
 
 
 def load(data: bytes | bytearray | memoryview) -> Any:
@@ -285,15 +299,20 @@ def _global_names(code: types.CodeType) -> set[str]:
     return names
 
 
-def _culprit(
-    parts: list[tuple[str, Any]], error: BaseException
-) -> tuple[str, BaseException] | None:
-    """Return the path to what does not pickle and why; let an interrupt pass."""
-    from horovodrunner.core.culprit import find_culprit  # hardly ever needed
+def _refuse_sparks_own(parts: list[tuple[str, Any]]) -> None:
+    from horovodrunner.core.culprit import find_culprit
+
+    if (found := find_culprit(parts)) is not None:
+        raise found.error
+
+
+def _culprit(parts: list[tuple[str, Any]], error: BaseException, otherwise: str) -> Culprit:
+    """Find what does not pickle, and why; let an interrupt pass."""
+    from horovodrunner.core.culprit import Culprit, find_culprit  # hardly ever needed
 
     if isinstance(error, KeyboardInterrupt):
         raise error
     found = find_culprit(parts)
     if found is None and not isinstance(error, Exception):
         raise error  # it came from outside, as a thread's end does
-    return found
+    return found or Culprit(otherwise, error, None)

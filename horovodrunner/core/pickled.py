@@ -22,6 +22,8 @@ from typing import Any, BinaryIO, ClassVar
 
 import cloudpickle
 
+from horovodrunner.core import registries
+
 __all__ = [
     "Layout",
     "Pickled",
@@ -60,18 +62,31 @@ class SinkError(OSError):
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle's, which can also bring back what it cannot: see `_REDUCERS`, and slots."""
 
+    _registered: dict[int, list[registries.Registered]] | None = None
+
     def reducer_override(self, obj: Any) -> Any:
-        """Take care of classes with ``__slots__`` or in a class; the rest is cloudpickle's."""
+        """Take care of ``__slots__``, classes in classes and registrations; the rest as usual."""
         if issubclass(type(obj), type):
             reduced = super().reducer_override(obj)
-            if not isinstance(reduced, tuple):
-                return reduced
-            if "." in obj.__qualname__ and "<" not in obj.__qualname__:
-                reduced = _with_qualname(obj, *reduced)
-            return _with_slots(obj, *reduced) if "__slots__" in obj.__dict__ else reduced
+            if isinstance(reduced, tuple):
+                if "." in obj.__qualname__ and "<" not in obj.__qualname__:
+                    reduced = _with_qualname(obj, *reduced)
+                if "__slots__" in obj.__dict__:
+                    reduced = _with_slots(obj, *reduced)
+            return self._registered_again(obj, reduced)
         if isinstance(obj, types.FunctionType):
-            return super().reducer_override(obj)
+            if vars(obj).keys() >= _DISPATCHER and not travels_by_reference(obj):
+                return _reduce_dispatcher(obj)
+            return self._registered_again(obj, super().reducer_override(obj))
         return NotImplemented
+
+    def _registered_again(self, obj: Any, reduced: Any) -> Any:
+        if not isinstance(reduced, tuple) or len(reduced) != 6:  # it travels by reference
+            return reduced
+        if self._registered is None:
+            self._registered = registries.of_this_process()
+        entries = self._registered.get(id(obj))
+        return registries.with_registrations(obj, reduced, entries) if entries else reduced
 
 
 def _with_qualname(kind: type, make: Any, args: Any, *rest: Any) -> Any:
@@ -114,6 +129,37 @@ def _reduce_cached(function: Any) -> Any:
     if travels_by_reference(function):
         return function.__qualname__
     return _LruCache(function.cache_parameters()), (function.__wrapped__,)
+
+
+_DISPATCHER = vars(functools.singledispatch(len)).keys() - {"__wrapped__"}
+
+
+def _reduce_dispatcher(function: Any) -> Any:
+    """Pickle what `functools.singledispatch` made without what it remembers of classes."""
+    attributes = {k: v for k, v in vars(function).items() if k not in _DISPATCHER}
+    attributes["__doc__"] = function.__doc__
+    attributes["__module__"], attributes["__qualname__"] = (
+        function.__module__,
+        function.__qualname__,
+    )
+    state = dict(function.registry), attributes
+    return _new_dispatcher, (function.__name__,), state, None, None, _fill_dispatcher
+
+
+def _new_dispatcher(name: str) -> Any:
+    def nothing(_: Any) -> None:
+        """Stand for an implementation that is still to come: it may refer to the dispatcher."""
+
+    nothing.__name__ = name
+    return functools.singledispatch(nothing)
+
+
+def _fill_dispatcher(dispatcher: Any, state: tuple[dict[type, Any], dict[str, Any]]) -> None:
+    implementations, attributes = state
+    for kind, function in implementations.items():
+        dispatcher.register(kind, function)
+    for name, value in attributes.items():
+        setattr(dispatcher, name, value)
 
 
 def _reduce_new_type(new_type: Any) -> Any:

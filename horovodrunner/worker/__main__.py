@@ -250,10 +250,6 @@ def _print(text: str) -> None:
 
 
 def _import_hint(error: BaseException) -> str:
-    if "Broadcast variable" in str(error):
-        return (
-            " Spark's broadcast variables reach its own tasks only: pass broadcast.value to run()"
-        )
     if not isinstance(error, ModuleNotFoundError):
         return ""
     return (

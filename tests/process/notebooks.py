@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests import processes
+
 
 def run_notebook(directory: Path, *cells: str, timeout: int = 150) -> list[Any]:
     """Run cells in a kernel and return the last cell's outputs; a cell that raises fails the test.
@@ -27,13 +29,12 @@ def run_notebook(directory: Path, *cells: str, timeout: int = 150) -> list[Any]:
     list
         As in the notebook's file.
     """
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
     sources = [nbformat.v4.new_code_cell(textwrap.dedent(cell)) for cell in cells]
     notebook = nbformat.v4.new_notebook(cells=sources)
     names = ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR")
     environment = {**os.environ, **{name: str(directory / name.lower()) for name in names}}
-    client = nbclient.NotebookClient(
-        notebook, timeout=timeout, resources={"metadata": {"path": str(directory)}}
-    )
-    client.execute(env=environment)
+    resources = {"metadata": {"path": str(directory)}}
+    processes.execute(notebook, env=environment, timeout=timeout, resources=resources)
     return list(notebook.cells[-1].outputs)

@@ -6,7 +6,6 @@ Most drivers are processes of their own: only a script's or a notebook's ``__mai
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -16,6 +15,7 @@ import cloudpickle
 import pytest
 
 from horovodrunner import HorovodRunner, WorkerFailedError
+from tests import processes
 from tests.conftest import HAS_TORCH
 from tests.process.notebooks import run_notebook
 from tests.process.travelling import module_by_value
@@ -99,7 +99,7 @@ def drive(tmp_path: Path, script: str, *arguments: str) -> str:
     """Run a script as ``__main__``, which reaches the ranks by value, and return its output."""
     program = tmp_path / "train.py"
     program.write_text(textwrap.dedent(DEFINITIONS) + textwrap.dedent(script))
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, str(program), *arguments],
         capture_output=True,
         text=True,

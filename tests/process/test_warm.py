@@ -6,7 +6,6 @@ Every driver is a process of its own, because that process ends with its session
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import textwrap
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import processes
 from tests.process.notebooks import run_notebook
 
 PRELUDE = """
@@ -40,13 +40,10 @@ PRELUDE = """
 """
 
 
-def drive(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def drive(script: str, **variables: str) -> processes.CompletedProcess[str]:
+    return processes.run(
         [sys.executable, "-c", textwrap.dedent(PRELUDE) + textwrap.dedent(script)],
         capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
         env={**os.environ, **variables},
     )
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from horovodrunner.core import payload
@@ -183,6 +184,12 @@ def test_nothing_is_early_for_a_main_that_changes_what_imports_give(
         )
         main = users.main()
     assert found_for(main) == (() if statement in CHANGES else ("torch",))
+
+
+def test_settings_and_registrations_that_travel_are_no_obstacle() -> None:
+    main = in_a_notebook("def main():\n    import os, torch\n    os.environ.get('A')")
+    with np.errstate(all="raise"):
+        assert found_for(main) == ("torch",)
 
 
 def test_a_main_of_a_module_is_followed_to_what_it_uses(users: Directory) -> None:

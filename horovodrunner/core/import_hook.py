@@ -1,4 +1,4 @@
-"""Takes part when a module is imported. Runs in: the worker."""
+"""Takes part when a module is imported. Runs in: every process."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ def instead_of_import(name: str, hook: Callable[[ModuleType, Execute], None]) ->
 def after_import(name: str, act: Callable[[Any], None]) -> None:
     """Be called with a module once it has been imported; at once if that is already so.
 
+    Several callers may wait for the same module; they are called in turn.
+
     Parameters
     ----------
     name
@@ -47,9 +49,13 @@ def after_import(name: str, act: Callable[[Any], None]) -> None:
     if name in sys.modules:
         act(sys.modules[name])
         return
+    earlier = _hooks.get(name)
 
     def hook(module: ModuleType, execute: Execute) -> None:
-        execute(module)
+        if earlier is None:
+            execute(module)
+        else:
+            earlier(module, execute)
         act(module)
 
     instead_of_import(name, hook)
