@@ -87,14 +87,8 @@ def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
     PayloadError
         If something does not pickle; the text names the variable and where it comes from.
     """
-    call = (main, dict(kwargs))
-    parts_around = settings_here(dumps)
     try:
-        with pickled_things() as pickled:
-            data = dumps(InSurroundings(call, parts_around) if parts_around else call)
-        if beside := registered_beside(dumps, pickled):
-            data = dumps(InSurroundings(call, [*parts_around, *beside]))
-        return data
+        return _dumped((main, dict(kwargs)))
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
         parts = [(f"main ({_name(main)})", main)]
         parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
@@ -103,6 +97,14 @@ def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
             f"{what} cannot be sent to the workers: {in_one_line(cause)}. Create it inside main, "
             "or leave it out of what main refers to."
         ) from cause
+
+
+def _dumped(call: object) -> bytes:
+    around = settings_here(dumps)
+    with pickled_things() as pickled:
+        data = dumps(InSurroundings(call, around) if around else call)
+    beside = registered_beside(dumps, pickled)
+    return dumps(InSurroundings(call, [*around, *beside])) if beside else data
 
 
 def write_result(result: object, descriptor: int) -> Layout:

@@ -8,6 +8,7 @@ is made of it on the way.
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import io
 import mmap
@@ -16,6 +17,7 @@ import pickle
 import sys
 import types
 import typing
+from abc import ABCMeta
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, ClassVar
@@ -23,6 +25,7 @@ from typing import Any, BinaryIO, ClassVar
 import cloudpickle
 
 from horovodrunner.core import registries
+from horovodrunner.core.enums import make_enum, with_members
 
 __all__ = [
     "Layout",
@@ -66,9 +69,16 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             reduced = super().reducer_override(obj)
             if isinstance(reduced, tuple) and "__slots__" in obj.__dict__:
                 reduced = _with_slots(obj, *reduced)
+            if isinstance(obj, enum.EnumMeta) and isinstance(reduced, tuple):
+                reduced = with_members(obj, reduced)
+            elif isinstance(reduced, tuple) and _is_noticed_when_made(obj):
+                reduced = (_make_class_once, (reduced[0], reduced[1]), *reduced[2:])
             return self._registered_again(obj, reduced)
         if isinstance(obj, types.FunctionType):
-            return self._registered_again(obj, super().reducer_override(obj))
+            reduced = super().reducer_override(obj)
+            if obj.__code__ is _CODE_OF_DISPATCHERS and isinstance(reduced, tuple):
+                reduced = _reduce_dispatcher(obj)
+            return self._registered_again(obj, reduced)
         return NotImplemented
 
     def _registered_again(self, obj: Any, reduced: Any) -> Any:
@@ -93,6 +103,40 @@ def _with_slots(kind: type, make: Any, args: Any, state: Any, *rest: Any) -> Any
             attributes.pop(name, None)
     namespace = {**args[3], "__slots__": tuple(slots)}
     return make, (*args[:3], namespace, *args[4:]), (attributes, *state[1:]), *rest
+
+
+def _is_noticed_when_made(kind: type) -> bool:
+    """Whether making it runs code that may keep it, as registries of plug-ins do."""
+    return type(kind) not in (type, ABCMeta) or any(
+        "__init_subclass__" in vars(base)
+        for base in kind.__mro__[1:]
+        if base not in (object, typing.Generic, typing.Protocol)
+    )
+
+
+def _make_class_once(make: Any, args: Any) -> Any:
+    """Make a class unless it is one of this process that comes back."""
+    known = cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(args[4])
+    return make(*args) if known is None else known
+
+
+_CODE_OF_DISPATCHERS = vars(types.FunctionType)["__code__"].__get__(functools.singledispatch(repr))
+
+
+def _reduce_dispatcher(function: Any) -> Any:
+    """Pickle what `functools.singledispatch` made, without its cache of weak references."""
+    own = {"register", "dispatch", "registry", "_clear_cache"}
+    attributes = {name: value for name, value in vars(function).items() if name not in own}
+    state = attributes, dict(function.registry)
+    first = function.registry[object]
+    return functools.singledispatch, (first,), state, None, None, _set_dispatcher
+
+
+def _set_dispatcher(function: Any, state: Any) -> None:
+    attributes, registry = state
+    vars(function).update(attributes)
+    for kind, implementation in registry.items():
+        function.register(kind, implementation)
 
 
 class _LruCache:
@@ -409,7 +453,9 @@ class _NamingUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def _reduce(self) -> None:
         function, args = self.stack[-2:]
-        if function is cloudpickle.cloudpickle._make_skeleton_class:
+        if function is _make_class_once:
+            function, args = args
+        if function in (cloudpickle.cloudpickle._make_skeleton_class, make_enum):
             self.made = f"the class {args[1]}"
         elif function is cloudpickle.cloudpickle._class_setstate:
             self.made = f"the class {args[0].__qualname__}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,7 +21,8 @@ from horovodrunner.core.import_hook import after_import
 __all__ = ["InSurroundings", "Part", "registered_beside", "settings_here"]
 
 Part = tuple[str, bytes]
-"""A library, and the pickle of a function and arguments to call it with once it is imported."""
+"""A library, and the pickle of a function and arguments to call it with once it is imported. It is
+in Base64: a pickle within main's would be taken for code that main runs (driver/early_imports)."""
 
 _Dumps = Callable[[object], bytes]
 
@@ -63,7 +65,7 @@ def _restore(parts: Iterable[Part]) -> None:
 
 def _restore_part(library: str, data: bytes, _: object) -> None:
     try:
-        function, arguments = cloudpickle.loads(data)
+        function, arguments = cloudpickle.loads(a2b_base64(data))
     except Exception as error:  # noqa: BLE001 - main may do without
         warnings.warn(
             f"what the driver has set or registered in {library} does not come along: "
@@ -128,5 +130,5 @@ def _pickled(dumps: _Dumps, calls: Iterable[tuple[str, object]]) -> list[Part]:
     parts = []
     for library, call in calls:
         with contextlib.suppress(Exception):  # main may do without
-            parts.append((library, dumps(call)))
+            parts.append((library, b2a_base64(dumps(call), newline=False)))
     return parts

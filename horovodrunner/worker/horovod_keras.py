@@ -18,8 +18,8 @@ from types import ModuleType
 from typing import Any
 
 from horovodrunner.core.env import KERAS_SWITCH
-from horovodrunner.worker.context import notice
 from horovodrunner.core.import_hook import Execute, instead_of_import
+from horovodrunner.worker.context import notice
 
 __all__ = ["install"]
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from horovodrunner.core.endless import refuse_without_end
 from horovodrunner.core.env import TF_CONFIG
+from horovodrunner.core.import_hook import after_import
 from horovodrunner.core.installed import is_of_a_python
 from horovodrunner.worker.context import notice
-from horovodrunner.core.import_hook import after_import
 
 __all__ = ["install"]
 
