@@ -10,6 +10,7 @@ import sys
 from horovodrunner.drop_in import import_package_instead
 
 if not import_package_instead(__name__):
+    from horovodrunner.compat.absent import PETASTORM, advise, refuse_names
     from horovodrunner.compat.petastorm import *  # noqa: F403
 
     __path__: list[str] = []
@@ -17,3 +18,5 @@ if not import_package_instead(__name__):
         _module = importlib.import_module(f"horovodrunner.compat.petastorm.{_name}")
         # the very same module, so that there is one class of each name
         globals()[_name] = sys.modules[f"{__name__}.{_name}"] = _module
+    __getattr__ = refuse_names(__name__, PETASTORM)
+    advise(PETASTORM)

@@ -21,7 +21,6 @@ For PyTorch the same in one line each: :func:`load_torch` and :func:`save_torch`
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 import shutil
 import tempfile
@@ -29,7 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
+from horovodrunner.core import checked
+from horovodrunner.errors import ArgumentTypeError, CheckpointError
 from horovodrunner.worker.context import WorkerContext, current_context, log_to_driver
 
 __all__ = ["Checkpoint", "attempt", "latest", "load_torch", "save", "save_torch"]
@@ -148,7 +148,7 @@ def save(step: int) -> Iterator[Path]:
     >>> with save(step=3) as directory:  # outside a run nothing is kept
     ...     _ = (directory / "state.txt").write_text("weights")
     """
-    step = _checked_step(step)
+    step = checked.integer("step", step, at_least=0)
     context = current_context()
     if context is None or not context.spec.keeps_checkpoints:
         _note_once(context)
@@ -197,7 +197,7 @@ def save_torch(step: int, **objects: _HasState) -> None:
     """
     import torch
 
-    step = _checked_step(step)
+    step = checked.integer("step", step, at_least=0)
     _check_objects("save_torch(step, ...)", objects)
     # On every rank: a sharded object gathers its state from all of them.
     states = {name: item.state_dict() for name, item in objects.items()}
@@ -291,20 +291,6 @@ def _check_objects(call: str, objects: dict[str, Any]) -> None:
         raise ArgumentTypeError(
             f"{call} was given nothing: name what it is to handle, model=model, optimizer=optimizer"
         )
-
-
-def _checked_step(step: Any) -> int:
-    if isinstance(step, bool):
-        raise ArgumentTypeError(f"step={step!r}: it must be an int, not a bool")
-    try:
-        number = operator.index(step)
-    except TypeError:
-        raise ArgumentTypeError(
-            f"step={step!r}: it must be an int, got {type(step).__name__}"
-        ) from None
-    if number < 0:
-        raise ArgumentValueError(f"step={number}: it must not be negative")
-    return number
 
 
 def _note_once(context: WorkerContext | None) -> None:

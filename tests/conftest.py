@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -11,7 +11,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-LEAK_MARK = "HOROVOD_LEAK_MARK"
-os.environ[LEAK_MARK] = uuid.uuid4().hex
-"""Every worker inherits it (variables that start with HOROVOD_ travel), and so do its children."""
+from tests import processes
 
 CLASSES = Path(__file__).resolve().parents[1] / "build" / "spark.jsa"
 """Made by scripts/archive_classes.py: another third of the time of a JVM that lives for seconds."""
@@ -38,14 +35,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("PYTHONUNBUFFERED", None)  # output must be shown at once without it
 
 TEMPORARY = tempfile.mkdtemp(prefix="tests-of-horovodrunner-")
-atexit.register(shutil.rmtree, TEMPORARY, ignore_errors=True)
 os.environ["TMPDIR"] = os.environ["SPARK_LOCAL_DIRS"] = tempfile.tempdir = TEMPORARY
 """Another test session on this machine has files of its own."""
+processes.guard(TEMPORARY)
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 """Not in "make test-python": see scripts/newest.py."""
 
-LEAVING_SECONDS = 5.0
 _ALLOWED = ("java", "pyspark.daemon", "pyspark/daemon", "resource_tracker", "ipykernel")
 _JANITOR = "horovodrunner-scratch"
 """Outlives a task that was killed, to delete its files."""
@@ -54,25 +50,19 @@ _JANITOR = "horovodrunner-scratch"
 def marked_processes(*, with_janitors: bool = False) -> list[str]:
     """List what this test session started, directly or through Spark, and what is ours."""
     allowed = _ALLOWED if with_janitors else (*_ALLOWED, _JANITOR)
-    found = []
-    for process in psutil.process_iter():
-        if process.pid == os.getpid():
-            continue
-        try:
-            command = " ".join(process.cmdline())
-            marked = process.environ().get(LEAK_MARK) == os.environ[LEAK_MARK]
-            if process.status() == psutil.STATUS_ZOMBIE and process.ppid() != os.getpid():
-                continue
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
-        if marked and not any(word in command for word in allowed):
-            found.append(f"process {process.pid}: {command}")
-    return found
+    found = [
+        (pid, processes.command_of(pid)) for pid in processes.pids_of(os.environ[processes.MARK])
+    ]
+    return [
+        f"process {pid}: {command}"
+        for pid, command in found
+        if command and not any(word in command for word in allowed)
+    ]
 
 
-def workers_left(seconds: float = 5.0) -> list[str]:
-    """Wait for a while until no worker is left; a killed executor cannot wait for its own."""
-    deadline = time.monotonic() + seconds
+def workers_left() -> list[str]:
+    """Wait until no worker is left; a killed executor cannot wait for its own."""
+    deadline = time.monotonic() + processes.LEAVING_SECONDS
     while (left := marked_processes()) and time.monotonic() < deadline:
         time.sleep(0.02)
     return left
@@ -124,12 +114,17 @@ def pytest_runtest_call() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """Fail a test that leaves a process, a thread, a port or a file."""
+    """Fail a test that leaves a process, a thread, a port or a file; end its processes."""
     before = _present()
     yield
-    deadline = time.monotonic() + LEAVING_SECONDS
+    deadline = time.monotonic() + processes.LEAVING_SECONDS
     while (left := _present() - before) and time.monotonic() < deadline:
         time.sleep(0.02)
+    for what in left & {*marked_processes(with_janitors=True)}:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(what.split()[1].rstrip(":")))
+            for one in [*process.children(recursive=True), process]:
+                one.kill()
     assert not left, f"left behind: {sorted(left)}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from horovodrunner.callbacks.bases import base_classes
-from horovodrunner.worker.training_log import TrainingLog
+from horovodrunner.worker.training_log import TrainingLog, count_or_none
 
 __all__ = ["LogCallback"]
 
@@ -91,5 +91,4 @@ def _packages() -> tuple[str, str]:
 
 
 def _of(callback: Any, name: str) -> int | None:
-    number = (callback.params or {}).get(name)
-    return number if isinstance(number, int) and number > 0 else None
+    return count_or_none((callback.params or {}).get(name))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from horovodrunner.callbacks.bases import base_classes
-from horovodrunner.worker.training_log import TrainingLog
+from horovodrunner.worker.training_log import TrainingLog, count_or_none
 
 __all__ = ["LogCallback"]
 
@@ -40,14 +40,14 @@ class LogCallback:
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Say that an epoch begins; Lightning calls it."""
-        self._log.epoch_begins(trainer.current_epoch, _count(trainer.max_epochs))
+        self._log.epoch_begins(trainer.current_epoch, count_or_none(trainer.max_epochs))
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Say how a batch went, if that is wanted; Lightning calls it."""
         if self._per_batch_log:
-            batches = _count(trainer.num_training_batches)
+            batches = count_or_none(trainer.num_training_batches)
             self._log.batch_ends(batch_idx, batches, _once(trainer.callback_metrics))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -57,11 +57,6 @@ class LogCallback:
 
 def _complete(chosen: type, bases: tuple[type, ...]) -> type:
     return type(chosen.__name__, (chosen, *bases), {"_chosen_class": chosen})
-
-
-def _count(number: Any) -> int | None:
-    """Give a number; Lightning has -1 and infinity, too."""
-    return number if isinstance(number, int) and number > 0 else None
 
 
 def _once(metrics: Mapping[str, Any]) -> dict[str, Any]:

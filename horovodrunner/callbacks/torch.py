@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from horovodrunner.core import checked
 from horovodrunner.worker.training_log import TrainingLog
 
 __all__ = ["LogCallback"]
@@ -62,7 +63,14 @@ class LogCallback:
         ------
         int
             ``start`` to ``epochs - 1``.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If one of them is not an int.
         """
+        start = checked.integer("start", start)
+        epochs = checked.integer("epochs", epochs)
         for epoch in range(start, epochs):
             self._begin_epoch()
             self._log.epoch_begins(epoch, epochs)

@@ -1,14 +1,24 @@
-"""Arguments are refused before anything is launched. Runs in: every process."""
+"""Arguments are refused before anything is launched. Runs in: every process.
+
+Each function returns the plain Python value that it has checked, whatever NumPy, PyTorch or an enum
+made of it, and that value is the one to use: ``np.int64(2)`` overflows and is no JSON.
+"""
 
 from __future__ import annotations
 
-import inspect
 import operator
 import os
 import shlex
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping
+from decimal import Decimal
+from numbers import Real
+from pathlib import PurePath
 from typing import Any
 
+from horovodrunner.core.called import misfit, name_of, what_runs_later
+from horovodrunner.core.places import is_url
+from horovodrunner.core.words import cut
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = [
@@ -19,10 +29,72 @@ __all__ = [
     "exception_types",
     "integer",
     "main",
+    "names",
+    "number",
     "path",
+    "plain",
     "resources",
     "seconds",
+    "shown",
+    "text",
 ]
+
+_SHOWN_CHARS = 200
+_NUMBERS: Any = (Real, Decimal)
+
+
+def plain(value: Any) -> Any:
+    """Return the Python value that a scalar of an array library stands for.
+
+    Parameters
+    ----------
+    value
+        Anything.
+
+    Returns
+    -------
+    object
+        What a NumPy scalar, a 0-d array or a 0-d tensor holds; anything else as it is.
+
+    Examples
+    --------
+    >>> plain(2), plain("auto"), plain([1])
+    (2, 'auto', [1])
+    """
+    if isinstance(value, (bool, int, float)) and type(value).__module__ == "builtins":
+        return value
+    if getattr(value, "shape", None) != ():
+        return value
+    if not hasattr(value, "item") and callable(getattr(value, "numpy", None)):
+        value = value.numpy()  # a tensor of TensorFlow
+    try:
+        return value.item()
+    except Exception:  # noqa: BLE001 - it is somebody's object, and is refused as what it is
+        return value
+
+
+def shown(value: Any) -> str:
+    """Show a value in one line, for an error.
+
+    Parameters
+    ----------
+    value
+        Anything.
+
+    Returns
+    -------
+    str
+        Its ``repr`` without line breaks, cut where it is long.
+
+    Examples
+    --------
+    >>> shown("a")
+    "'a'"
+    """
+    try:
+        return cut(" ".join(repr(value).split()), _SHOWN_CHARS)
+    except Exception:  # noqa: BLE001 - it is somebody's object
+        return f"({type(value).__name__})"
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -43,11 +115,12 @@ def boolean(name: str, value: Any) -> bool:
     Raises
     ------
     ArgumentTypeError
-        If it is not a bool.
+        If it is not a bool, NumPy's included.
     """
+    given, value = value, plain(value)
     if not isinstance(value, bool):
         raise ArgumentTypeError(
-            f"{name}={value!r}: it must be True or False, got {type(value).__name__}"
+            f"{name}={shown(given)}: it must be True or False, got {type(given).__name__}"
         )
     return value
 
@@ -74,10 +147,13 @@ def boolean_or(other: str, name: str, value: Any) -> bool | str:
     ArgumentTypeError
         If it is neither.
     """
-    if isinstance(value, bool) or (isinstance(value, str) and value == other):
+    given, value = value, plain(value)
+    if isinstance(value, bool):
         return value
+    if isinstance(value, str) and value == other:
+        return other
     raise ArgumentTypeError(
-        f"{name}={value!r}: it must be {other!r}, True or False, got {type(value).__name__}"
+        f"{name}={shown(given)}: it must be {other!r}, True or False, got {type(given).__name__}"
     )
 
 
@@ -105,17 +181,54 @@ def integer(name: str, value: Any, at_least: int | None = None) -> int:
     ArgumentValueError
         If it is too small.
     """
+    given, value = value, plain(value)
     if isinstance(value, bool):
-        raise ArgumentTypeError(f"{name}={value!r}: it must be an int, not a bool")
+        raise ArgumentTypeError(f"{name}={shown(given)}: it must be an int, not a bool")
     try:
-        number = operator.index(value)
-    except TypeError:
+        found = int(operator.index(value))  # an enum's member stands for its number
+    except Exception:  # noqa: BLE001 - an array of several numbers raises what it likes
         raise ArgumentTypeError(
-            f"{name}={value!r}: it must be an int, got {type(value).__name__}"
+            f"{name}={shown(given)}: it must be an int, got {type(given).__name__}"
         ) from None
-    if at_least is not None and number < at_least:
-        raise ArgumentValueError(f"{name}={number}: it must be at least {at_least}")
-    return number
+    if at_least is not None and found < at_least:
+        raise ArgumentValueError(f"{name}={found}: it must be at least {at_least}")
+    return found
+
+
+def number(name: str, value: Any, unit: str = "") -> float:
+    """Check a number.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given; a bool is no number.
+    unit
+        What it counts, for the error.
+
+    Returns
+    -------
+    float
+        The number.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not a number.
+    ArgumentValueError
+        If a float cannot hold it.
+    """
+    given, value = value, plain(value)
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise ArgumentTypeError(
+            f"{name}={shown(given)}: it must be a number{unit and f' of {unit}'}, "
+            f"got {type(given).__name__}"
+        )
+    try:
+        return float(value)
+    except (OverflowError, ValueError) as error:
+        raise ArgumentValueError(f"{name}={shown(given)}: {error}") from None
 
 
 def seconds(name: str, value: Any) -> float:
@@ -140,15 +253,72 @@ def seconds(name: str, value: Any) -> float:
     ArgumentValueError
         If it is not more than 0.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArgumentTypeError(f"{name}={value!r}: it must be a number of seconds")
-    if not value > 0:
-        raise ArgumentValueError(f"{name}={value!r}: it must be more than 0 seconds")
-    return float(value)
+    found = number(name, value, "seconds")
+    if not found > 0:
+        raise ArgumentValueError(f"{name}={shown(value)}: it must be more than 0 seconds")
+    return found
 
 
-def choice(name: str, value: Any, choices: tuple[str, str]) -> str:
-    """Check one of two words.
+def text(name: str, value: Any) -> str:
+    """Check a text.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given.
+
+    Returns
+    -------
+    str
+        The same.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not a str.
+    """
+    given, value = value, plain(value)
+    if not isinstance(value, str):
+        raise ArgumentTypeError(
+            f"{name}={shown(given)}: it must be a str, got {type(given).__name__}"
+        )
+    return str.__str__(value)
+
+
+def names(name: str, value: Any) -> list[str]:
+    """Check a list of names.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given; anything but a str that one can iterate over.
+
+    Returns
+    -------
+    list of str
+        The names.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is a single str, or something in it is none.
+    """
+    value = plain(value)
+    if isinstance(value, str):
+        raise ArgumentTypeError(f"{name}={value!r}: give a list, [{value!r}]")
+    if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping)):
+        raise ArgumentTypeError(
+            f"{name}={shown(value)}: give a list of names, got {type(value).__name__}"
+        )
+    return [text(f"{name}[{place}]", each) for place, each in enumerate(value)]
+
+
+def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Check one of a few words.
 
     Parameters
     ----------
@@ -169,9 +339,11 @@ def choice(name: str, value: Any, choices: tuple[str, str]) -> str:
     ArgumentValueError
         If it is none of them.
     """
-    if value not in choices:
-        raise ArgumentValueError(f"{name}={value!r}: it must be {choices[0]!r} or {choices[1]!r}")
-    return str(value)
+    word = plain(value)
+    if not isinstance(word, str) or word not in choices:
+        listed = ", ".join(map(repr, choices[:-1]))
+        raise ArgumentValueError(f"{name}={shown(value)}: it must be {listed} or {choices[-1]!r}")
+    return str.__str__(word)
 
 
 def command_line(name: str, value: Any) -> list[str]:
@@ -196,6 +368,7 @@ def command_line(name: str, value: Any) -> list[str]:
     ArgumentValueError
         If the text cannot be split.
     """
+    value = plain(value)
     if isinstance(value, str):
         try:
             return shlex.split(value)
@@ -203,11 +376,11 @@ def command_line(name: str, value: Any) -> list[str]:
             raise ArgumentValueError(f"{name}={value!r}: {error}") from None
     example = f"give words, such as {name}=['--cycle-time-ms', '2'], or one str"
     if not isinstance(value, (list, tuple)):
-        raise ArgumentTypeError(f"{name}={value!r}: {example}")
+        raise ArgumentTypeError(f"{name}={shown(value)}: {example}")
     for word in value:
         if not isinstance(word, str):
-            raise ArgumentTypeError(f"{name}: {word!r} is no str; {example}")
-    return list(value)
+            raise ArgumentTypeError(f"{name}: {shown(word)} is no str; {example}")
+    return [str.__str__(word) for word in value]
 
 
 def path(name: str, value: Any) -> str:
@@ -228,21 +401,25 @@ def path(name: str, value: Any) -> str:
     Raises
     ------
     ArgumentTypeError
-        If it is neither a str nor a path.
+        If it is neither a str nor a path, or a path object of a URL.
     ArgumentValueError
         If it is empty.
     """
     try:
-        text = os.fspath(value)
+        found = os.fspath(plain(value))
     except TypeError:
-        text = None
-    if not isinstance(text, str):
+        found = None
+    if not isinstance(found, str):
         raise ArgumentTypeError(
-            f"{name}={value!r}: it must be a path or a URL, got {type(value).__name__}"
+            f"{name}={shown(value)}: it must be a path or a URL, got {type(value).__name__}"
         )
-    if not text:
-        raise ArgumentValueError(f"{name}={value!r}: it must not be empty")
-    return text
+    if not found:
+        raise ArgumentValueError(f"{name}={shown(value)}: it must not be empty")
+    if isinstance(value, PurePath) and is_url(found):
+        raise ArgumentTypeError(
+            f"{name}={value!r} is a URL in a path object, which drops slashes: give it as a str"
+        )
+    return str.__str__(found)
 
 
 def exception_types(name: str, value: Any) -> tuple[type[BaseException], ...]:
@@ -306,19 +483,26 @@ def resources(name: str, value: Any) -> dict[str, float]:
         raise ArgumentValueError(f"{name}={value!r}: it must not be empty; {example}")
     if "gpus" in value:
         raise ArgumentValueError(f"{name}={value!r}: Spark's name for GPUs is 'gpu'")
-    for resource, amount in value.items():
-        if isinstance(amount, bool) or not isinstance(amount, (int, float)):
+    amounts: dict[str, float] = {}
+    for resource, given in value.items():
+        amount: Any = plain(given)
+        is_int = isinstance(amount, int)
+        if isinstance(amount, bool) or not isinstance(amount, _NUMBERS):
             raise ArgumentTypeError(f"{name}={value!r}: the amount of {resource!r} is no number")
+        amount = int(amount) if is_int else float(amount)
         whole = float(amount).is_integer()
         if not amount > 0 or (not whole and (amount > 1 or resource == "cpus")):
             raise ArgumentValueError(
                 f"{name}={value!r}: the amount of {resource!r} must be a whole number"
                 + ("" if resource == "cpus" else ", or less than 1 when tasks share one")
             )
-    return dict(value)
+        amounts[str.__str__(resource)] = amount
+    return amounts
 
 
-def main(function: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+def main(
+    function: Any, kwargs: Mapping[str, Any], runner_options: Collection[str] = ()
+) -> Callable[..., Any]:
     """Check that a training function can be called with its arguments.
 
     Parameters
@@ -327,6 +511,8 @@ def main(function: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
         What was given as main.
     kwargs
         Its keyword arguments.
+    runner_options
+        What HorovodRunner itself takes: somebody may have given that to ``run()``.
 
     Returns
     -------
@@ -336,27 +522,40 @@ def main(function: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
     Raises
     ------
     ArgumentTypeError
-        If it is not callable, or not with these arguments.
+        If it is not callable, or not with these arguments, or a call would not run it.
     """
     if not callable(function):
-        hint = "pass the function itself, not what it returns: run(train), not run(train())"
         raise ArgumentTypeError(
-            f"main must be a function, got {type(function).__name__} ({function!r:.80}): {hint}"
+            f"main must be a function, got {type(function).__name__} ({shown(function)}): "
+            f"{_function_instead(function)}"
         )
     checked: Callable[..., Any] = function
-    try:
-        signature = inspect.signature(checked)
-    except (TypeError, ValueError):
-        return checked  # a builtin or an extension function does not tell
-    try:
-        signature.bind(**kwargs)
-    except TypeError as error:
-        name = getattr(checked, "__qualname__", type(checked).__qualname__)
-        given = "the arguments " + ", ".join(map(repr, kwargs)) if kwargs else "no arguments"
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        unknown = [] if takes_any else [k for k in kwargs if k not in signature.parameters]
-        also = f"; it has no argument {', '.join(map(repr, unknown))}" if unknown else ""
+    if problem := misfit(checked, kwargs):
+        options = [name for name in kwargs if name in runner_options and repr(name) in problem]
+        where = "".join(f"; {name} is an option of HorovodRunner({name}=...)" for name in options)
+        raise ArgumentTypeError(f"{problem}{where}")
+    if later := what_runs_later(checked):
         raise ArgumentTypeError(
-            f"{name}{signature} cannot be called with {given}: {error}{also}"
-        ) from None
+            f"main must run when it is called, and {name_of(checked)} only makes {later} then: "
+            f"{_RUN_AT_ONCE[later]}"
+        )
     return checked
+
+
+_RUN_AT_ONCE = {
+    "a coroutine": "give a function that runs it, such as def main(): return asyncio.run(train())",
+    "a generator": "return what it yields, such as def main(): return list(train())",
+    "an async generator": "give a function that collects what it yields, under asyncio.run(...)",
+}
+
+
+def _function_instead(thing: Any) -> str:
+    """Say what to pass instead of something that cannot be called."""
+    if isinstance(thing, str):
+        return "pass the function itself, run(train), not its name or its file"
+    if isinstance(thing, types.ModuleType):
+        return f"pass one of its functions, such as run({thing.__name__}.train)"
+    if isinstance(thing, (classmethod, property)):
+        return "pass the method of the class or of an object, such as run(trainer.train)"
+    of_object = "" if type(thing).__module__ == "builtins" else ", or a method: run(trainer.train)"
+    return f"pass the function itself, not what it returns: run(train), not run(train()){of_object}"

@@ -15,11 +15,12 @@ import time
 import types
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice, takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from horovodrunner.core.pickled import Pickler
+from horovodrunner.core.staying import Staying, staying
 
-__all__ = ["DeepPickler", "TooDeepError", "find_culprit", "name_of_type"]
+__all__ = ["Culprit", "DeepPickler", "TooDeepError", "find_culprit", "name_of_type"]
 
 MAX_DEPTH = 250_000
 """Containers and objects within each other; a ``__reduce__`` that never ends fills no memory."""
@@ -34,6 +35,9 @@ _STEPS_SHOWN = 6
 """As many steps of a path are shown at each of its ends."""
 
 _BATCH = 1000
+
+_NO_UNPICKLING = frozenset({"Broadcast", "SparkSession"})
+"""Spark's own pickle, and fail to unpickle in another process."""
 
 _Steps = Generator[tuple[object, Any], None, None]
 """What is pickled for an object, with how one gets there from it: a key, or one of these."""
@@ -63,6 +67,8 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         Of the pickle module.
     deadline
         On the monotonic clock, in seconds: when to give up. None is never.
+    reducers
+        What knows how to take objects apart.
     """
 
     def __init__(
@@ -70,9 +76,10 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         file: Any,
         buffer_callback: Callable[[pickle.PickleBuffer], object] | None = None,
         deadline: float | None = None,
+        reducers: type[Pickler] = Pickler,
     ) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL, buffer_callback=buffer_callback)
-        self._reducers = Pickler(io.BytesIO(), pickle.HIGHEST_PROTOCOL)
+        self._reducers = reducers(io.BytesIO(), pickle.HIGHEST_PROTOCOL)
         self._deadline = deadline
         self._begun = 0
         self._open: list[tuple[_Steps, Any]] = []
@@ -144,6 +151,8 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         return True
 
     def _reduce(self, obj: Any, kind: type) -> Any:
+        if kind.__name__ in _NO_UNPICKLING and (known := staying(obj)) is not None:
+            raise pickle.PicklingError(known.reason)
         reduced = self._reducers.reducer_override(obj)
         if reduced is not NotImplemented:
             return reduced
@@ -292,9 +301,27 @@ class _Nowhere:
         """Forget it."""
 
 
+class Culprit(NamedTuple):
+    """What cannot be pickled.
+
+    Parameters
+    ----------
+    where
+        The path to it, and its type.
+    error
+        What pickling it raised.
+    known
+        Why it stays where it is, if that is known.
+    """
+
+    where: str
+    error: BaseException
+    known: Staying | None
+
+
 def find_culprit(
     parts: Iterable[tuple[str, Any]], seconds: float = SEARCH_SECONDS
-) -> tuple[str, BaseException] | None:
+) -> Culprit | None:
     """Name what cannot be pickled.
 
     Everything is visited once, in the order in which it is pickled, and nothing is kept.
@@ -308,9 +335,8 @@ def find_culprit(
 
     Returns
     -------
-    tuple of str and BaseException, or None
-        The path to it and its type, and the error; None if there is no such thing, or too much
-        comes before it.
+    Culprit or None
+        None if there is no such thing, or too much comes before it.
     """
     pickler = DeepPickler(_Nowhere(), lambda _: False, time.monotonic() + seconds)
     for called, value in parts:
@@ -321,13 +347,24 @@ def find_culprit(
                 raise
             return None  # more than can be looked through
         except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
-            return _where_it_failed(pickler, called), error.with_traceback(None)
+            way, culprit, known = _known_on_the_way(*pickler.path())
+            where = _where_it_failed(way, culprit, called)
+            return Culprit(where, error.with_traceback(None), known)
     return None
 
 
-def _where_it_failed(pickler: DeepPickler, called: str) -> str:
+def _known_on_the_way(
+    way: list[tuple[Any, object]], culprit: Any
+) -> tuple[list[tuple[Any, object]], Any, Staying | None]:
+    """Stop at what is known to stay in its process: what is within says nothing to the user."""
+    for index, (owner, _) in enumerate(way):
+        if (known := staying(owner)) is not None:
+            return way[:index], owner, known
+    return way, culprit, staying(culprit)
+
+
+def _where_it_failed(way: list[tuple[Any, object]], culprit: Any, called: str) -> str:
     """Return the path and the type, such as ``the argument 'tree'.lock (_thread.lock)``."""
-    way, culprit = pickler.path()
     start, steps, within = called, list[str](), ""
     begin = 0
     while begin < len(way):

@@ -19,6 +19,7 @@ __all__ = [
     "IMPORT_PATH",
     "KEPT_MODELS",
     "KERAS_SWITCH",
+    "MAIN_NAMES",
     "TF_CONFIG",
     "forwarded_environment",
     "hash_seed",
@@ -42,6 +43,9 @@ KEPT_MODELS = "HOROVODRUNNER_MODELS"
 
 IMPORT_PATH = "HOROVODRUNNER_IMPORT_PATH"
 """JSON: what ``sys.path`` is to be in a worker, which removes the variable when it starts."""
+
+MAIN_NAMES = "HOROVODRUNNER_MAIN_NAMES"
+"""Where a process that main starts finds the names that ``__main__`` holds in the worker."""
 
 GLOO_INTERFACE = "HOROVOD_GLOO_IFACE"
 """Names the network interface that the ranks use."""

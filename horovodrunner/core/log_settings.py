@@ -74,7 +74,7 @@ def _is_changed(name: str, logger: Any) -> bool:
 def _is_of_a_library(name: str) -> bool:
     """Whether a module that is imported here has that name, which sets its logger up itself."""
     top = name.partition(".")[0]
-    return name.startswith(_OF_TORCH) or top != "__main__" and top in sys.modules
+    return name.startswith(_OF_TORCH) or (top != "__main__" and top in sys.modules)
 
 
 def _described(handler: logging.Handler) -> tuple[bool, int, Any, list[Any]] | None:

@@ -6,17 +6,26 @@ import builtins
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import cloudpickle
-
-from horovodrunner.core.pickled import Layout, SinkError, dumps, travels_by_reference, write_pickle
-from horovodrunner.core.registries import pickled_things
-from horovodrunner.core.surroundings import InSurroundings, registered_beside, settings_here
+from horovodrunner.core.modules import TravellingPickler, call_in_its_modules, dump_in_its_modules
+from horovodrunner.core.pickled import (
+    Layout,
+    SinkError,
+    dumps,
+    loads,
+    travels_by_reference,
+    write_pickle,
+)
+from horovodrunner.core.staying import Staying
+from horovodrunner.core.surroundings import InSurroundings
 from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import PayloadError
+
+if TYPE_CHECKING:
+    from horovodrunner.core.culprit import Culprit
 
 __all__ = [
     "WARN_BYTES",
@@ -28,6 +37,9 @@ __all__ = [
     "travels_along",
     "write_result",
 ]
+
+_SPARKS_OWN = (b"pyspark.core.broadcast", b"pyspark.broadcast", b"pyspark.sql.connect.session")
+"""In the pickles of broadcast variables and of Connect's sessions, which no rank can unpickle."""
 
 WARN_BYTES = 10 * 1024 * 1024
 """A pickled main larger than this is warned about."""
@@ -67,7 +79,9 @@ def travels_along(name: str, thing: object) -> None:
         found[name] = thing
 
 
-def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
+def dump_call(
+    main: Callable[..., Any], kwargs: Mapping[str, Any], argv: Sequence[str] | None = None
+) -> bytes:
     """Pickle a function and its keyword arguments.
 
     Parameters
@@ -76,6 +90,8 @@ def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
         The training function.
     kwargs
         Its keyword arguments.
+    argv
+        What ``sys.argv`` is to be in the worker that loads them; None leaves it alone.
 
     Returns
     -------
@@ -87,24 +103,20 @@ def dump_call(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> bytes:
     PayloadError
         If something does not pickle; the text names the variable and where it comes from.
     """
+    parts = [(f"main ({_name(main)})", main)]
+    parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
     try:
-        return _dumped((main, dict(kwargs)))
+        whole = call_in_its_modules(main, kwargs, argv)
+        call = dumps(InSurroundings(whole, dump_in_its_modules), TravellingPickler)
+        if any(module in call for module in _SPARKS_OWN):
+            _refuse_sparks_own(parts)
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
-        parts = [(f"main ({_name(main)})", main)]
-        parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
-        what, cause = _culprit(parts, error) or (f"main ({_name(main)}) or an argument", error)
+        found = _culprit(parts, error, f"main ({_name(main)}) or an argument")
+        known = found.known or Staying(in_one_line(found.error))
         raise PayloadError(
-            f"{what} cannot be sent to the workers: {in_one_line(cause)}. Create it inside main, "
-            "or leave it out of what main refers to."
-        ) from cause
-
-
-def _dumped(call: object) -> bytes:
-    around = settings_here(dumps)
-    with pickled_things() as pickled:
-        data = dumps(InSurroundings(call, around) if around else call)
-    beside = registered_beside(dumps, pickled)
-    return dumps(InSurroundings(call, [*around, *beside])) if beside else data
+            f"{found.where} cannot be sent to the workers: {known.reason}. {known.instead}."
+        ) from found.error
+    return call
 
 
 def write_result(result: object, descriptor: int) -> Layout:
@@ -139,11 +151,11 @@ def write_result(result: object, descriptor: int) -> Layout:
         ) from error
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
         what = "the value that main returned"
-        what, cause = _culprit([(what, result)], error) or (what, error)
+        found = _culprit([(what, result)], error, what)
+        known = found.known or Staying(in_one_line(found.error))
         raise PayloadError(
-            f"{what} cannot be sent to the driver: {in_one_line(cause)}. Return plain data "
-            "(numbers, arrays, state_dict()) instead."
-        ) from cause
+            f"{found.where} cannot be sent to the driver: {known.reason}. {known.returned}."
+        ) from found.error
 
 
 def load(data: bytes | bytearray | memoryview) -> Any:
@@ -159,7 +171,7 @@ def load(data: bytes | bytearray | memoryview) -> Any:
     object
         The object.
     """
-    return cloudpickle.loads(data)
+    return loads(data)
 
 
 def largest_parts(
@@ -285,15 +297,20 @@ def _global_names(code: types.CodeType) -> set[str]:
     return names
 
 
-def _culprit(
-    parts: list[tuple[str, Any]], error: BaseException
-) -> tuple[str, BaseException] | None:
-    """Return the path to what does not pickle and why; let an interrupt pass."""
-    from horovodrunner.core.culprit import find_culprit  # hardly ever needed
+def _refuse_sparks_own(parts: list[tuple[str, Any]]) -> None:
+    from horovodrunner.core.culprit import find_culprit
+
+    if (found := find_culprit(parts)) is not None:
+        raise found.error
+
+
+def _culprit(parts: list[tuple[str, Any]], error: BaseException, otherwise: str) -> Culprit:
+    """Find what does not pickle, and why; let an interrupt pass."""
+    from horovodrunner.core.culprit import Culprit, find_culprit  # hardly ever needed
 
     if isinstance(error, KeyboardInterrupt):
         raise error
     found = find_culprit(parts)
     if found is None and not isinstance(error, Exception):
         raise error  # it came from outside, as a thread's end does
-    return found
+    return found or Culprit(otherwise, error, None)

@@ -33,6 +33,8 @@ __all__ = [
     "Pickler",
     "SinkError",
     "dumps",
+    "loads",
+    "module_travels_by_value",
     "reader_of_pieces",
     "travels_by_reference",
     "write_pickle",
@@ -50,6 +52,8 @@ MOST_BESIDE = 10_000
 SAFE_RECURSION = 10_000
 """Half as many calls within each other overflow no stack of 8 MiB while something is pickled."""
 
+_READ_BYTES = 256 * 1024
+
 MAPPED_BYTES = 4 * 1024 * 1024
 """A buffer from this size on gets a mapping of its own."""
 
@@ -64,21 +68,23 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     _registered: dict[int, list[registries.Registered]] | None = None
 
     def reducer_override(self, obj: Any) -> Any:
-        """Take care of ``__slots__`` and of registrations; the rest is cloudpickle's."""
+        """Take care of ``__slots__``, classes in classes and registrations; the rest as usual."""
         if issubclass(type(obj), type):
             reduced = super().reducer_override(obj)
-            if isinstance(reduced, tuple) and "__slots__" in obj.__dict__:
-                reduced = _with_slots(obj, *reduced)
-            if isinstance(obj, enum.EnumMeta) and isinstance(reduced, tuple):
-                reduced = with_members(obj, reduced)
-            elif isinstance(reduced, tuple) and _is_noticed_when_made(obj):
-                reduced = (_make_class_once, (reduced[0], reduced[1]), *reduced[2:])
+            if isinstance(reduced, tuple):
+                if "." in obj.__qualname__ and "<" not in obj.__qualname__:
+                    reduced = _with_qualname(obj, *reduced)
+                if "__slots__" in obj.__dict__:
+                    reduced = _with_slots(obj, *reduced)
+                if isinstance(obj, enum.EnumMeta):
+                    reduced = with_members(obj, reduced)
+                elif _is_noticed_when_made(obj):
+                    reduced = (_make_class_once, (reduced[0], reduced[1]), *reduced[2:])
             return self._registered_again(obj, reduced)
         if isinstance(obj, types.FunctionType):
-            reduced = super().reducer_override(obj)
-            if obj.__code__ is _CODE_OF_DISPATCHERS and isinstance(reduced, tuple):
-                reduced = _reduce_dispatcher(obj)
-            return self._registered_again(obj, reduced)
+            if vars(obj).keys() >= _DISPATCHER and not travels_by_reference(obj):
+                return _reduce_dispatcher(obj)
+            return self._registered_again(obj, super().reducer_override(obj))
         return NotImplemented
 
     def _registered_again(self, obj: Any, reduced: Any) -> Any:
@@ -88,6 +94,13 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             self._registered = registries.of_this_process()
         entries = self._registered.get(id(obj))
         return registries.with_registrations(obj, reduced, entries) if entries else reduced
+
+
+def _with_qualname(kind: type, make: Any, args: Any, *rest: Any) -> Any:
+    """Let a class within another one know it; cloudpickle keeps that of an Enum alone."""
+    if make is cloudpickle.cloudpickle._make_skeleton_class:
+        args = (*args[:3], {**args[3], "__qualname__": kind.__qualname__}, *args[4:])
+    return make, args, *rest
 
 
 def _with_slots(kind: type, make: Any, args: Any, state: Any, *rest: Any) -> Any:
@@ -120,25 +133,6 @@ def _make_class_once(make: Any, args: Any) -> Any:
     return make(*args) if known is None else known
 
 
-_CODE_OF_DISPATCHERS = vars(types.FunctionType)["__code__"].__get__(functools.singledispatch(repr))
-
-
-def _reduce_dispatcher(function: Any) -> Any:
-    """Pickle what `functools.singledispatch` made, without its cache of weak references."""
-    own = {"register", "dispatch", "registry", "_clear_cache"}
-    attributes = {name: value for name, value in vars(function).items() if name not in own}
-    state = attributes, dict(function.registry)
-    first = function.registry[object]
-    return functools.singledispatch, (first,), state, None, None, _set_dispatcher
-
-
-def _set_dispatcher(function: Any, state: Any) -> None:
-    attributes, registry = state
-    vars(function).update(attributes)
-    for kind, implementation in registry.items():
-        function.register(kind, implementation)
-
-
 class _LruCache:
     """Pickles as the decorator that `functools.lru_cache` makes, which has no name."""
 
@@ -157,6 +151,37 @@ def _reduce_cached(function: Any) -> Any:
     if travels_by_reference(function):
         return function.__qualname__
     return _LruCache(function.cache_parameters()), (function.__wrapped__,)
+
+
+_DISPATCHER = vars(functools.singledispatch(len)).keys() - {"__wrapped__"}
+
+
+def _reduce_dispatcher(function: Any) -> Any:
+    """Pickle what `functools.singledispatch` made without what it remembers of classes."""
+    attributes = {k: v for k, v in vars(function).items() if k not in _DISPATCHER}
+    attributes["__doc__"] = function.__doc__
+    attributes["__module__"], attributes["__qualname__"] = (
+        function.__module__,
+        function.__qualname__,
+    )
+    state = dict(function.registry), attributes
+    return _new_dispatcher, (function.__name__,), state, None, None, _fill_dispatcher
+
+
+def _new_dispatcher(name: str) -> Any:
+    def nothing(_: Any) -> None:
+        """Stand for an implementation that is still to come: it may refer to the dispatcher."""
+
+    nothing.__name__ = name
+    return functools.singledispatch(nothing)
+
+
+def _fill_dispatcher(dispatcher: Any, state: tuple[dict[type, Any], dict[str, Any]]) -> None:
+    implementations, attributes = state
+    for kind, function in implementations.items():
+        dispatcher.register(kind, function)
+    for name, value in attributes.items():
+        setattr(dispatcher, name, value)
 
 
 def _reduce_new_type(new_type: Any) -> Any:
@@ -204,11 +229,21 @@ def travels_by_reference(value: Any) -> bool:
     found: Any = sys.modules[module]
     for part in name.split("."):
         found = getattr(found, part, None)
-    by_value = any(
-        module == registered or module.startswith(registered + ".")
+    return found is value and not module_travels_by_value(module)
+
+
+def module_travels_by_value(name: str) -> bool:
+    """Whether cloudpickle stores the functions and classes of a module themselves.
+
+    Parameters
+    ----------
+    name
+        The module's.
+    """
+    return name == "__main__" or any(
+        name == registered or name.startswith(registered + ".")
         for registered in cloudpickle.list_registry_pickle_by_value()
     )
-    return found is value and not by_value
 
 
 def write_pickle(value: object, descriptor: int) -> Layout:
@@ -243,13 +278,15 @@ def write_pickle(value: object, descriptor: int) -> Layout:
     return _write(_deep_pickler(), value, descriptor)
 
 
-def dumps(value: object) -> bytes:
+def dumps(value: object, pickler: type[Pickler] = Pickler) -> bytes:
     """Pickle a value into memory.
 
     Parameters
     ----------
     value
         Any object.
+    pickler
+        What knows how.
 
     Returns
     -------
@@ -262,14 +299,14 @@ def dumps(value: object) -> bytes:
         Whatever pickling raises.
     """
     try:
-        return _dumps(Pickler, value)
+        return _dumps(pickler, value)
     except (RecursionError, pickle.PicklingError) as error:
         if not _nested_too_deeply(error):
             raise
-    return _dumps(_deep_pickler(), value)
+    return _dumps(functools.partial(_deep_pickler(), reducers=pickler), value)
 
 
-def _deep_pickler() -> type[Any]:
+def _deep_pickler() -> Callable[..., Any]:
     from horovodrunner.core.culprit import DeepPickler  # hardly ever needed
 
     return DeepPickler
@@ -280,13 +317,13 @@ def _nested_too_deeply(error: BaseException) -> bool:
     return isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError)
 
 
-def _dumps(pickler: type[Any], value: object) -> bytes:
+def _dumps(pickler: Callable[..., Any], value: object) -> bytes:
     with io.BytesIO() as file, _bounded_recursion():
         pickler(file).dump(value)
         return file.getvalue()
 
 
-def _write(pickler: type[Any], value: object, descriptor: int) -> Layout:
+def _write(pickler: Callable[..., Any], value: object, descriptor: int) -> Layout:
     beside: list[memoryview] = []
 
     def stays(buffer: pickle.PickleBuffer) -> bool:
@@ -388,7 +425,7 @@ class Pickled:
         object
             The value.
         """
-        value = pickle.loads(self._parts[0], buffers=self._parts[1:])  # noqa: S301 - see above
+        value = loads(self._parts[0], self._parts[1:])
         self._parts.clear()
         return value
 
@@ -421,6 +458,75 @@ class Pickled:
             file.write(self._parts[0])
         else:
             pickle.Pickler(file, pickle.HIGHEST_PROTOCOL).dump(_Nested(self._parts))
+
+
+_cloudpickle = cloudpickle.cloudpickle
+_MAKE_CLASSES = {_cloudpickle._make_skeleton_class: 4, _cloudpickle._make_skeleton_enum: 5}
+"""cloudpickle's functions that make a class, and which argument is its identity."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Leaves classes as they are that this process has already, because it has sent them."""
+
+    def __init__(self, file: Any, *, buffers: Iterable[Any]) -> None:
+        super().__init__(file, buffers=buffers)
+        self._had: set[int] = set()
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Find what a pickle names."""
+        found = super().find_class(module, name)
+        if module == _cloudpickle.__name__:
+            if found in _MAKE_CLASSES:
+                return functools.partial(self._make, found)
+            if found is _cloudpickle._class_setstate:
+                return self._set_state
+        return found
+
+    def _make(self, make: Any, *args: Any) -> Any:
+        had = _cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(args[_MAKE_CLASSES[make]])
+        if had is None:
+            return make(*args)
+        self._had.add(id(had))
+        return had
+
+    def _set_state(self, kind: Any, state: Any) -> Any:
+        return kind if id(kind) in self._had else _cloudpickle._class_setstate(kind, state)
+
+
+class _Reading(io.RawIOBase):
+    """Reads memory as a file, without a copy of all of it."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._left = view
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        view = memoryview(into).cast("B")
+        count = min(len(view), len(self._left))
+        view[:count] = self._left[:count]
+        self._left = self._left[count:]
+        return count
+
+
+def loads(data: bytes | bytearray | memoryview | mmap.mmap, buffers: Iterable[Any] = ()) -> Any:
+    """Unpickle; only ever what comes from a peer that proved the run's token.
+
+    Parameters
+    ----------
+    data
+        The pickle; nothing is copied but what is made of it.
+    buffers
+        What stands beside it.
+
+    Returns
+    -------
+    object
+        The value. Classes that this process has sent are what they are here.
+    """
+    with io.BufferedReader(_Reading(memoryview(data)), _READ_BYTES) as file:
+        return _Unpickler(file, buffers=buffers).load()
 
 
 class _Nested:

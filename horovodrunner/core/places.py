@@ -16,14 +16,55 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
 from horovodrunner.core.manifest import MANIFEST_NAME
-from horovodrunner.errors import ConfigurationError
+from horovodrunner.core.words import in_one_line
+from horovodrunner.errors import ArgumentValueError, ConfigurationError
 
-__all__ = ["LocalPlace", "RemotePlace", "as_os_error", "is_url", "open_place"]
+__all__ = [
+    "LocalPlace",
+    "RemotePlace",
+    "as_os_error",
+    "is_url",
+    "local_path",
+    "open_file_system",
+    "open_place",
+    "path_of_file_url",
+]
 
 _LEFTOVER_SECONDS = 24 * 3600
 _INCOMING = ".incoming-"
 _REPLACED = ".replaced-"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
+_OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
+_PACKAGES = {
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("abfs", "abfss", "az"), "adlfs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("sftp", "ssh"), "paramiko"),
+    "oss": "ossfs",
+}
+"""What pip installs for a scheme."""
+
+_INSTEAD = {
+    "dbfs": (
+        "on Databricks write the path /dbfs/{path}; elsewhere fsspec needs the workspace's address "
+        "and a token, fsspec.config.conf['dbfs'] = {{'instance': ..., 'token': ...}}"
+    ),
+    "s3n": "write s3://{path} instead",
+    **dict.fromkeys(
+        ("wasb", "wasbs"), "write abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/... instead"
+    ),
+    "hdfs": (
+        "it needs Hadoop's client: set JAVA_HOME, HADOOP_HOME and CLASSPATH (what `hadoop "
+        "classpath --glob` prints)"
+    ),
+    "viewfs": "write the hdfs:// URL that it stands for instead",
+    **dict.fromkeys(
+        ("runs", "models", "mlflow-artifacts"),
+        "it is MLflow's: mlflow.artifacts.download_artifacts(...) gives a path",
+    ),
+}
+"""What to do where fsspec does not open a scheme."""
 
 
 def is_url(location: str | os.PathLike[str]) -> bool:
@@ -67,15 +108,78 @@ def open_place(location: str | os.PathLike[str]) -> LocalPlace | RemotePlace:
     """
     text = os.fspath(location)
     if not is_url(text):
-        try:
-            return LocalPlace(Path(text).expanduser().absolute())
-        except RuntimeError as error:
-            raise ConfigurationError(f"the directory {text} is unknown: {error}") from error
+        return LocalPlace(local_path(text))
     if isinstance(location, PurePath):
         raise ConfigurationError(
             f"{location!r} is a URL in a path object, which drops slashes. Give it as a str."
         )
     return RemotePlace(text)
+
+
+def local_path(text: str) -> Path:
+    """Make a path absolute, which means the same in processes with another working directory.
+
+    Parameters
+    ----------
+    text
+        A path; ``~`` is the home directory.
+
+    Returns
+    -------
+    Path
+        The path.
+
+    Raises
+    ------
+    ConfigurationError
+        If it cannot be a path of this machine.
+    """
+    if os.name == "posix" and _OF_WINDOWS.match(text):
+        raise ConfigurationError(
+            f"{text!r} is a path of Windows, which this machine would take for one name: write the "
+            "path that it has here, such as /mnt/share/..."
+        )
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigurationError(f"the directory {text} is unknown: {error}") from error
+
+
+def path_of_file_url(url: str) -> str | None:
+    """Return the path that a ``file:`` URL names.
+
+    Parameters
+    ----------
+    url
+        A URL.
+
+    Returns
+    -------
+    str or None
+        None if it is none of a file.
+
+    Raises
+    ------
+    ConfigurationError
+        If it names another host.
+
+    Examples
+    --------
+    >>> path_of_file_url("file:/a/b"), path_of_file_url("s3://a/b")
+    ('/a/b', None)
+    """
+    scheme, _, path = url.partition(":")
+    if scheme.lower() != "file":
+        return None
+    if path.startswith("//"):
+        host, slash, path = path[2:].partition("/")
+        path = slash + path
+        if host not in {"", "localhost"}:
+            raise ArgumentValueError(
+                f"{url!r} names the host {host!r}: three slashes come before a path, "
+                f"file:///{host}{path}"
+            )
+    return path
 
 
 class LocalPlace:
@@ -186,7 +290,7 @@ class RemotePlace:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._fs, root = _open_file_system(url)
+        self._fs, root = open_file_system(url)
         if any(character in root for character in "*?["):
             raise ConfigurationError(
                 f"the URL {url} has a character that fsspec takes for a pattern (*, ? or [). "
@@ -279,26 +383,54 @@ class RemotePlace:
         return f"{self._root}/{path}" if path else self._root or "/"
 
 
-def _open_file_system(url: str) -> tuple[Any, str]:
+def open_file_system(url: str, **options: Any) -> tuple[Any, str]:
+    """Open what is behind a URL.
+
+    Parameters
+    ----------
+    url
+        The URL, with one slash or two after its scheme.
+    **options
+        What fsspec needs for it.
+
+    Returns
+    -------
+    tuple of object and str
+        fsspec's file system, and the path in it.
+
+    Raises
+    ------
+    ConfigurationError
+        If fsspec cannot open it; the text has what to install, or to write instead.
+    """
     scheme, _, rest = url.partition(":")
+    scheme = scheme.lower()
     try:
         import fsspec
     except ImportError as error:
         raise ConfigurationError(
             f"{url} has the scheme {scheme!r}, which needs fsspec: pip install fsspec"
         ) from error
+    if (path := path_of_file_url(url)) is not None:
+        rest = f"//{path}"
     # fsspec takes "dbfs:/run" for the name of a local file
-    full = url if "://" in url else f"{scheme}://{rest}"
+    full = f"{scheme}:{rest}" if rest.startswith("//") else f"{scheme}://{rest}"
     try:
-        fs, root = fsspec.core.url_to_fs(full)
-    except ImportError as error:
-        raise ConfigurationError(
-            f"{url} has the scheme {scheme!r}, for which fsspec needs another package: {error}"
-        ) from error
+        fs, root = fsspec.core.url_to_fs(full, **options)
     except Exception as error:  # what connects at once fails in its own ways
+        package = _PACKAGES.get(scheme)
+        is_missing = isinstance(error, ImportError) or "Protocol not known" in str(error)
+        if is_missing and package:
+            advice = f"pip install {package}, here and on the executors"
+        elif scheme in _INSTEAD:
+            advice = _INSTEAD[scheme].format(path=rest.lstrip("/"))
+        elif is_missing:
+            advice = "install the package that knows it, here and on the executors, or give a path"
+        else:
+            advice = "check the URL and what its file system needs"
+        why = ", for which fsspec needs another package" if isinstance(error, ImportError) else ""
         raise ConfigurationError(
-            f"fsspec cannot open {url} (scheme {scheme!r}): {type(error).__name__}: {error}. "
-            "Check the URL and what its file system needs."
+            f"fsspec cannot open {url} (scheme {scheme!r}{why}): {advice} ({in_one_line(error)})"
         ) from error
     return fs, str(root)
 

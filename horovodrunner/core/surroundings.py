@@ -1,7 +1,8 @@
 """What main finds in the notebook without being given it. Runs in: driver and worker.
 
 Settings of libraries, and what was registered with them from cells. They stand before main in the
-pickle, each in a pickle of its own that is opened when main imports that library.
+pickle, each in a pickle of its own that is opened when that library is imported: a Keras model that
+main refers to is unpickled by the registered names of its layers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import cloudpickle
 from horovodrunner.core import registries, settings
 from horovodrunner.core.import_hook import after_import
 
-__all__ = ["InSurroundings", "Part", "registered_beside", "settings_here"]
+__all__ = ["InSurroundings"]
 
 Part = tuple[str, bytes]
 """A library, and the pickle of a function and arguments to call it with once it is imported. It is
@@ -28,25 +29,27 @@ _Dumps = Callable[[object], bytes]
 
 
 class InSurroundings:
-    """Pickles as a value that is unpickled where these settings and registrations are in force.
+    """Pickles as a value that is unpickled where this process's settings are in force.
 
     Parameters
     ----------
     value
         The value, which is all that is there afterwards.
-    parts
-        What is around it.
+    dumps
+        Pickles settings and registrations.
     """
 
-    def __init__(self, value: object, parts: Iterable[Part]) -> None:
+    def __init__(self, value: object, dumps: _Dumps) -> None:
         self._value = value
-        self._parts = _Parts(parts)
+        self._parts = _Parts([*_settings_here(dumps), *_registered_here(dumps)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _second, (self._parts, self._value)  # in this order
+        return _value_of, (self._parts, self._value)  # in this order
 
 
 class _Parts:
+    """Pickles as their restoration."""
+
     def __init__(self, parts: Iterable[Part]) -> None:
         self._parts = tuple(parts)
 
@@ -54,7 +57,7 @@ class _Parts:
         return _restore, (self._parts,)
 
 
-def _second(_: object, value: Any) -> Any:
+def _value_of(_: object, value: Any) -> Any:
     return value
 
 
@@ -77,19 +80,8 @@ def _restore_part(library: str, data: bytes, _: object) -> None:
         function(*arguments)
 
 
-def settings_here(dumps: _Dumps) -> list[Part]:
-    """Pickle the settings that were changed in this process.
-
-    Parameters
-    ----------
-    dumps
-        Pickles.
-
-    Returns
-    -------
-    list of Part
-        For :class:`InSurroundings`.
-    """
+def _settings_here(dumps: _Dumps) -> list[Part]:
+    """Pickle the settings that were changed in this process."""
     return _pickled(
         dumps,
         [
@@ -100,28 +92,15 @@ def settings_here(dumps: _Dumps) -> list[Part]:
     )
 
 
-def registered_beside(dumps: _Dumps, pickled: set[int]) -> list[Part]:
-    """Pickle what was registered from cells and is not in another pickle already.
-
-    Parameters
-    ----------
-    dumps
-        Pickles.
-    pickled
-        What is, by id.
-
-    Returns
-    -------
-    list of Part
-        For :class:`InSurroundings`.
-    """
+def _registered_here(dumps: _Dumps) -> list[Part]:
+    """Pickle what was registered from cells, whether or not main refers to it."""
     return _pickled(
         dumps,
         [
             (each.registry.partition(".")[0], (registries.repeat, each))
             for entries in registries.of_this_process().values()
             for each in entries
-            if each.is_from_a_cell and id(each.thing) not in pickled
+            if each.is_from_a_cell
         ],
     )
 

@@ -74,15 +74,18 @@ class ReadOptions:
     window_bytes: int
 
     def __post_init__(self) -> None:
-        checked.integer("batch_size", self.batch_size, at_least=1)
-        checked.boolean("shuffle", self.shuffle)
-        checked.integer("seed", self.seed)
-        checked.integer("epoch", self.epoch, at_least=0)
-        checked.integer("shuffle_window", self.window_bytes, at_least=1)
-        if self.remainder not in get_args(Remainder):
-            raise ArgumentValueError(
-                f"remainder={self.remainder!r}: it is one of 'drop', 'pad', 'share' and 'join'"
-            )
+        for name, value in (
+            ("batch_size", checked.integer("batch_size", self.batch_size, at_least=1)),
+            ("shuffle", checked.boolean("shuffle", self.shuffle)),
+            ("seed", checked.integer("seed", self.seed)),
+            ("epoch", checked.integer("epoch", self.epoch, at_least=0)),
+            ("remainder", checked.choice("remainder", self.remainder, get_args(Remainder))),
+            (
+                "window_bytes",
+                checked.integer("shuffle_window", self.window_bytes, at_least=1),
+            ),
+        ):
+            object.__setattr__(self, name, value)
 
 
 def own_rank_and_size() -> tuple[int, int]:
@@ -132,13 +135,20 @@ class Batches(Generic[_Batch]):
         self._options = options
         self._make = make
         self._transform = transform
-        self._threads = threads
-        checked.integer("threads", threads, at_least=0)
+        self._threads = checked.integer("threads", threads, at_least=0)
         self.epoch = options.epoch
-        """The epoch that the next iteration, or the one that is going on, is in."""
         self._start = 0
         self._current = self._steps(0)  # what cannot work is refused before anything is read
         self._taken = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration, or the one that is going on, is in."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch = checked.integer("epoch", epoch, at_least=0)
 
     def __len__(self) -> int:
         """Count this rank's batches of a whole epoch."""
@@ -211,20 +221,22 @@ class Batches(Generic[_Batch]):
         shares = self._reader.manifest.shares
         rows = max(shares, default=int(self._reader.block_rows.sum()))
         try:
-            epoch, position = int(state["epoch"]), int(state["position"])
-        except (KeyError, TypeError, ValueError) as error:
+            epoch, position = (checked.integer(name, state[name]) for name in ("epoch", "position"))
+            dealt_to = checked.integer("ranks", state.get("ranks", 0))
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ArgumentValueError(
-                f"{state!r} is not what state_dict() gives: {{'epoch': 0, 'position': 0}}"
+                f"{checked.shown(state)} is not what state_dict() gives: "
+                f"{{'epoch': 0, 'position': 0}} ({error})"
             ) from error
         if epoch < 0 or not 0 <= position <= rows:
             raise ArgumentValueError(
                 f"{state!r} cannot be gone on from: the data set has {rows} rows, so it is the "
                 "state of another one"
             )
-        if state.get("ranks", 0) != len(shares):
+        if dealt_to != len(shares):
             ways = [
                 f"dealt out to {ranks} ranks" if ranks else "read from storage that all ranks share"
-                for ranks in (state.get("ranks", 0), len(shares))
+                for ranks in (dealt_to, len(shares))
             ]
             raise ArgumentValueError(
                 f"{state!r} cannot be gone on from: it is of rows that were {ways[0]}, and here "

@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from horovodrunner.core import checked
+from horovodrunner.core.column_names import as_written
 from horovodrunner.errors import ArgumentValueError, DataError
 
 __all__ = [
@@ -88,7 +90,7 @@ def fill(value: Any) -> NullPolicy:
     >>> fill(0).value
     0
     """
-    return NullPolicy(value)
+    return NullPolicy(checked.plain(value))
 
 
 def mask(value: Any = None) -> NullPolicy:
@@ -109,7 +111,7 @@ def mask(value: Any = None) -> NullPolicy:
     >>> mask().masked
     True
     """
-    return NullPolicy(value, masked=True)
+    return NullPolicy(checked.plain(value), masked=True)
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,7 @@ def _stored_column(
         raise _Refused(
             f"has {array.null_count} nulls among {len(array)} rows. Say what they are to become: "
             f"nulls={{{column.name!r}: data.fill(...)}} or data.mask(), or drop those rows "
-            f"(df.dropna(subset=[{column.path[0]!r}]))"
+            f"(df.dropna(subset=[{as_written(column.path[0])!r}]))"
         )
     return _without_nulls(array, column, len(column.dims), policy)
 
@@ -345,7 +347,8 @@ def _without_nulls(
     if array.null_count:
         raise _Refused(
             f"has {array.null_count} nulls in the place of arrays, which nothing can stand in for: "
-            "give those rows arrays (coalesce), or drop them"
+            "give those rows arrays (coalesce), or drop them "
+            f"(df.dropna(subset=[{as_written(column.path[0])!r}]))"
         )
     counts = pc.list_value_length(array).to_numpy(zero_copy_only=False)
     offsets = np.zeros(len(counts) + 1, np.int64)

@@ -13,10 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
-from horovodrunner.core.arrow import map_in_arrow
-from horovodrunner.core.places import is_url, open_place
+from horovodrunner.core import checked
+from horovodrunner.core.column_names import map_by_name
+from horovodrunner.core.dataframes import check_dataframe
+from horovodrunner.core.places import is_url, local_path, open_place
+from horovodrunner.core.spark_errors import told_as
 from horovodrunner.data.cache import cache, remove
 from horovodrunner.data.columns import (
     Column,
@@ -102,13 +106,14 @@ def from_dataframe(
     DataError
         If a column cannot be stored, or not all that was written is seen from here.
     """
-    if not hasattr(df, "mapInArrow"):
-        raise ArgumentTypeError(f"df={df!r}: give a Spark DataFrame, not {type(df).__name__}")
-    if dtype not in (None, "float32", "float64"):
-        raise ArgumentValueError(f"dtype={dtype!r}: it is 'float32', 'float64' or None")
+    check_dataframe(df, takes_arrow=True)
+    dtype = _checked_dtype(dtype)
+    cache_dir = None if cache_dir is None else checked.path("cache_dir", cache_dir)
+    reuse, shared = checked.boolean("reuse", reuse), checked.boolean("shared", shared)
+    policies = _checked_nulls(nulls)
     if cache_dir is not None and not shared:
         raise ArgumentValueError(
-            f"cache_dir={os.fspath(cache_dir)!r}: with shared=False nothing is stored there; leave "
+            f"cache_dir={cache_dir!r}: with shared=False nothing is stored there; leave "
             "one of the two out"
         )
     from horovodrunner.data.schema import prepared
@@ -116,18 +121,21 @@ def from_dataframe(
     spark = df.sparkSession
     base = _base(spark, cache_dir) if shared else ""
     limit = _limit(spark)
-    source, columns = prepared(df, dtype)
-    nulls = dict(nulls or {})
-    check_policies(nulls, columns)
-    columns = with_masks(columns, nulls)
+    with told_as(DataError, "the DataFrame cannot be analyzed"):
+        source, columns = prepared(df, dtype)
+    check_policies(policies, columns)
+    columns = with_masks(columns, policies)
     if not shared:
-        return UnsharedDataSet(uuid.uuid4().hex, tuple(columns), source, nulls)
-    settings = (base, tuple(columns), tuple(sorted(nulls.items(), key=lambda each: each[0])))
-    origin = origin_of(df)  # before the rows are computed: what changes meanwhile is another one
+        return UnsharedDataSet(uuid.uuid4().hex, tuple(columns), source, policies)
+    settings = (base, tuple(columns), tuple(sorted(policies.items(), key=lambda each: each[0])))
+    with told_as(DataError, "the DataFrame cannot be analyzed"):
+        origin = origin_of(
+            df
+        )  # before the rows are computed: what changes meanwhile is another one
     if reuse and origin is not None and (found := cache.find(origin, settings)) is not None:
         return found
     return _stored(
-        base, columns, _writer(source, columns, nulls), limit, origin=origin, settings=settings
+        base, columns, _writer(source, columns, policies), limit, origin=origin, settings=settings
     )
 
 
@@ -164,7 +172,7 @@ def _writer(
 ) -> Callable[[str], Iterable[str]]:
     def write(location: str) -> Iterable[str]:
         job = WriteJob(location, tuple(columns), nulls)
-        rows = map_in_arrow(source, functools.partial(write_rows, job), REPORT_SCHEMA)
+        rows = map_by_name(source, functools.partial(write_rows, job), REPORT_SCHEMA)
         return [row["report"] for row in rows.collect()]
 
     return write
@@ -206,14 +214,22 @@ def from_arrow(
     """
     from horovodrunner.data.schema import arrow_columns
 
+    if not isinstance(table, pa.Table):
+        raise ArgumentTypeError(
+            f"table={checked.shown(table)}: give a pyarrow.Table, not {type(table).__name__}"
+        )
+    policies = _checked_nulls(nulls)
+    base = (
+        tempfile.gettempdir()
+        if cache_dir is None
+        else _absolute(checked.path("cache_dir", cache_dir))
+    )
     columns = arrow_columns(table.schema)
-    nulls = dict(nulls or {})
-    check_policies(nulls, columns)
-    columns = with_masks(columns, nulls)
-    base = tempfile.gettempdir() if cache_dir is None else _absolute(cache_dir)
+    check_policies(policies, columns)
+    columns = with_masks(columns, policies)
 
     def write(location: str) -> Iterable[str]:
-        job = WriteJob(location, tuple(columns), nulls)
+        job = WriteJob(location, tuple(columns), policies)
         reports = write_rows(job, iter(table.to_batches()))
         return [text for report in reports for text in report.column("report").to_pylist()]
 
@@ -256,7 +272,12 @@ def _write(
                 f"the rows cannot be written to {location}: {text}. Give a cache_dir that the "
                 "executors and this process can write to, with room for the rows"
             ) from error
-        raise
+        with told_as(
+            DataError,
+            "the rows of the DataFrame cannot be computed",
+            "Any action on it would fail: correct what it is made of",
+        ):
+            raise
     return manifest
 
 
@@ -303,7 +324,7 @@ def _check_all_there(location: str, manifest: Manifest) -> None:
             )
 
 
-def _base(spark: SparkSession, cache_dir: str | os.PathLike[str] | None) -> str:
+def _base(spark: SparkSession, cache_dir: str | None) -> str:
     chosen = cache_dir if cache_dir is not None else spark.conf.get(CACHE_DIR_CONF, None)
     if chosen is not None:
         return _absolute(chosen)
@@ -317,10 +338,29 @@ def _base(spark: SparkSession, cache_dir: str | os.PathLike[str] | None) -> str:
     )
 
 
-def _absolute(location: str | os.PathLike[str]) -> str:
+def _absolute(location: str) -> str:
     """Give a location that means the same in processes with another working directory."""
-    text = os.fspath(location)
-    return text if is_url(text) else str(Path(text).expanduser().absolute())
+    return location if is_url(location) else str(local_path(location))
+
+
+def _checked_dtype(dtype: Any) -> str | None:
+    if isinstance(dtype, (np.dtype, type)):  # np.float32 means what "float32" means
+        with contextlib.suppress(TypeError):
+            dtype = np.dtype(dtype).name
+    if dtype is not None and dtype not in ("float32", "float64"):
+        raise ArgumentValueError(
+            f"dtype={checked.shown(dtype)}: it is 'float32', 'float64' or None"
+        )
+    return None if dtype is None else str.__str__(dtype)
+
+
+def _checked_nulls(nulls: Any) -> dict[str, NullPolicy]:
+    if nulls is not None and not isinstance(nulls, Mapping):
+        raise ArgumentTypeError(
+            f"nulls={checked.shown(nulls)}: give a dict by column name, such as "
+            "{'age': data.fill(0)}"
+        )
+    return {checked.text("a name in nulls", name): each for name, each in (nulls or {}).items()}
 
 
 def _limit(spark: SparkSession) -> int | None:

@@ -263,6 +263,8 @@ class DataSet:
 
         part = self._rank_and_size(rank, size)
         options = ReadOptions(*part, batch_size, shuffle, seed, epoch, remainder, shuffle_window)
+        num_workers = checked.integer("num_workers", num_workers, at_least=0)
+        pin_memory = checked.boolean("pin_memory", pin_memory)
         if num_workers or pin_memory or loader:
             loader = {"num_workers": num_workers, "pin_memory": pin_memory, **loader}
         return TorchBatches(
@@ -328,6 +330,7 @@ class DataSet:
         )
         if state is not None:
             batches.load_state_dict(state)
+        prefetch = checked.integer("prefetch", prefetch, at_least=-1)
         has_transform = batch_transform is not None
         return tf_dataset(batches, None if has_transform else reader.columns, prefetch)
 
@@ -349,8 +352,9 @@ class DataSet:
             return BlockReader(self._identity, self.location)
         names = [each.name for each in self._columns]
         tops = {each.path[0] for each in self._columns}
-        if isinstance(columns, str) or not columns:
-            raise ArgumentTypeError(f"columns={columns!r}: give a list of names")
+        columns = checked.names("columns", columns)
+        if not columns:
+            raise ArgumentTypeError("columns=[]: name at least one, or leave it out for all")
         for name in columns:
             if name not in names and name not in tops:
                 raise ArgumentValueError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from horovodrunner.core import checked
 from horovodrunner.errors import ArgumentValueError, ConfigurationError, DataError
 
 __all__ = ["decode_images"]
@@ -37,8 +38,8 @@ def decode_images(
 
     Raises
     ------
-    ArgumentValueError
-        If the size is none.
+    ArgumentTypeError, ArgumentValueError
+        If the column is no name, or the size is none.
     DataError
         From the transform, if an image cannot be decoded, or sizes differ.
 
@@ -53,10 +54,16 @@ def decode_images(
     >>> batch["image"].shape
     (1, 8, 8, 3)
     """
-    is_size = size is None or (len(size) == 2 and all(isinstance(each, int) for each in size))
-    if not is_size or (size is not None and min(size) < 1):
-        raise ArgumentValueError(f"size={size!r}: give height and width in pixels, (224, 224) say")
-    return _ImageDecoder(column, size, mode)
+    column, mode = checked.text("column", column), checked.text("mode", mode)
+    if size is None:
+        return _ImageDecoder(column, None, mode)
+    try:
+        height, width = (checked.integer("size", each, at_least=1) for each in size)
+    except (TypeError, ValueError):
+        raise ArgumentValueError(
+            f"size={checked.shown(size)}: give height and width in pixels, (224, 224) say"
+        ) from None
+    return _ImageDecoder(column, (height, width), mode)
 
 
 class _ImageDecoder:

@@ -144,6 +144,7 @@ def origin_of(df: DataFrame) -> Origin | None:
 
 def _origin(df: DataFrame) -> Origin:
     from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
 
     try:
         for leaf in _each(df._jdf.queryExecution().analyzed().collectLeaves()):
@@ -153,7 +154,7 @@ def _origin(df: DataFrame) -> Origin:
         plan = df.select("*")._jdf.queryExecution().optimizedPlan()
         sources = tuple(_sources(df.sparkSession, plan))
         settings = df.sparkSession._jsparkSession.conf().getAll().mkString("\n")
-    except Py4JError as error:  # what cannot be optimized cannot be computed either
+    except (Py4JError, PySparkException) as error:  # it cannot be computed either
         raise _UnknownError from error
     return Origin(df, plan, (settings, sources))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from horovodrunner.core import checked
 from horovodrunner.errors import ArgumentValueError
 
 __all__ = ["Ragged"]
@@ -75,8 +76,8 @@ class Ragged:
 
         Raises
         ------
-        ArgumentValueError
-            If these are arrays of arrays, or tensors.
+        ArgumentTypeError, ArgumentValueError
+            If these are arrays of arrays, or tensors, or the length is no whole number.
         """
         values = self.values
         if not isinstance(values, np.ndarray):
@@ -85,7 +86,10 @@ class Ragged:
                 f"{type(values).__name__}: use it in batch_transform, which sees NumPy arrays"
             )
         lengths = self.lengths
-        width = int(lengths.max(initial=0)) if length is None else length
+        if length is None:
+            width = int(lengths.max(initial=0))
+        else:
+            width = checked.integer("length", length, at_least=0)
         result = np.full((len(self), width, *values.shape[1:]), fill, values.dtype)
         place = np.arange(width)
         is_there = place < lengths[:, None]

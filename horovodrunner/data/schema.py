@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from horovodrunner.core.column_names import numbered
 from horovodrunner.data.columns import Column
 from horovodrunner.errors import DataError
 
@@ -79,33 +81,39 @@ def prepared(df: DataFrame, floats: str | None) -> tuple[DataFrame, list[Column]
     for name, count in Counter(field.name for field in fields).items():
         if count > 1:
             raise DataError(
-                f"{count} columns have the name {name!r}: rename them (withColumnRenamed) or "
-                "leave some out, so that a batch can have them all"
+                f"{count} columns have the name {name!r}: join with on={name!r}, name them by "
+                "their places (df.toDF(...)), or leave some out, so that a batch has them all"
             )
     columns: list[Column] = []
-    for field in fields:
+    vectors: dict[int, str] = {}
+    for place, field in enumerate(fields):
         if type(field.dataType).__name__ == "VectorUDT":
-            df, column = _vector(df, field.name, floats)
-            columns.append(column)
+            vectors[place] = floats or "float64"
+            columns.append(Column((field.name,), "number", vectors[place], (None,)))
         else:
             columns += _columns_of((field.name,), field.dataType, floats)
     for name, count in Counter(column.name for column in columns).items():
         if count > 1:
             raise DataError(
-                f"{name!r} is a column as well as a field of a struct, and both would have that "
-                "name: rename one of them (withColumnRenamed)"
+                f"{count} columns or fields of structs would have the name {name!r}: rename them "
+                "(withColumnRenamed, withField), or leave some out"
             )
-    return df, columns
+    return (_without_vectors(df, vectors) if vectors else df), columns
 
 
-def _vector(df: DataFrame, name: str, floats: str | None) -> tuple[DataFrame, Column]:
+def _without_vectors(df: DataFrame, vectors: Mapping[int, str]) -> DataFrame:
+    """Put arrays of numbers in the place of ML vectors, and null in that of null."""
     from pyspark.ml.functions import vector_to_array
+    from pyspark.sql import functions
 
-    dtype = floats or "float64"
-    quoted = "`" + name.replace("`", "``") + "`"
-    return df.withColumn(name, vector_to_array(df[quoted], dtype)), Column(
-        (name,), "number", dtype, (None,)
-    )
+    found = []
+    for place in range(len(df.columns)):
+        column = functions.col(f"_{place}")
+        if place in vectors:  # Spark's own function fails on a null, without a name
+            array = vector_to_array(column, vectors[place])
+            column = functions.when(column.isNotNull(), array).alias(f"_{place}")
+        found.append(column)
+    return numbered(df).select(*found).toDF(*df.columns)
 
 
 def _columns_of(path: tuple[str, ...], spark_type: Any, floats: str | None) -> list[Column]:

@@ -81,6 +81,8 @@ class DriverChannel:
         self._leader: Connection | None = None
         self._left = threading.Event()
         self._left.set()
+        self.has_heard = False
+        """Whether any of the run's tasks has connected."""
         self.registered = False
         """Whether partition 0 has connected: the stage's tasks have started."""
         self.retried = False
@@ -176,6 +178,7 @@ class DriverChannel:
         frame = await connection.receive()
         if frame is None or frame.header.get("run_id") != self._run_id:
             return
+        self.has_heard = True
         note, header = self._console.note, frame.header
         if frame.kind == "checkpoint" and (store := self._store) is not None:
             await self._serve_transfer(connection, lambda t: serve_depot(t, header, store, note))
@@ -245,7 +248,8 @@ class DriverChannel:
             elif frame.kind == "message":
                 self._console.message(int(frame.header["rank"]), bytes(frame.body))
             elif frame.kind == "note":
-                self._console.note(bytes(frame.body).decode(errors="replace"))
+                text = bytes(frame.body).decode(errors="replace")
+                self._console.note(text, routine=bool(frame.header.get("routine")))
             elif frame.kind == "failed":
                 self.failure = Outcome.from_frame(frame.header["outcome"], frame.body)
                 self._on_event()

@@ -21,7 +21,6 @@ from horovodrunner.driver.slots import NOTE_SECONDS, slot_holders
 from horovodrunner.driver.stage_end import data_problem, stage_end
 from horovodrunner.errors import BarrierStageError, DataError, StartTimeoutError
 from horovodrunner.task.barrier import ROW_SCHEMA, barrier_task
-from horovodrunner.task.channel import DRIVER_CONNECT_SECONDS
 from horovodrunner.task.files import BroughtFiles
 from horovodrunner.task.store import CheckpointStore
 
@@ -38,8 +37,9 @@ FIRST_LOOK_SECONDS = 5.0
 """A stage that has not started by then is looked at."""
 
 LOOK_SECONDS = 1.0
-SILENT_SECONDS = DRIVER_CONNECT_SECONDS + 5.0
-"""Tasks that have run for so long without a word may be unable to reach the driver."""
+SILENT_SECONDS = 60.0
+"""Longer than Spark on a busy machine takes to start tasks where slots are free, and such a task to
+start its Python, import Horovod's launcher and call the driver: then something is wrong."""
 
 AFTER_FAILURE_SECONDS = 10.0
 """How long the stage may take to end once partition 0 has reported the run's failure."""
@@ -101,7 +101,8 @@ class BarrierRun:
         self._start_by = waiting_since + start_timeout
         self._next_note = time.monotonic() + FIRST_LOOK_SECONDS
         self._all_running_since: float | None = None
-        self._has_told_of_silence = False
+        self._free_since: float | None = None
+        self._told = ""
 
     def run(self) -> Outcome:
         """Launch the stage and wait for its end.
@@ -209,7 +210,7 @@ class BarrierRun:
             until_look = first_look - time.monotonic()
             self._console.show(until_look if until_look > 0 else LOOK_SECONDS)
             if time.monotonic() >= first_look and not (self._ended or channel.registered):
-                self._look_whether_it_starts()
+                self._look_whether_it_starts(has_heard=channel.has_heard)
         end_by: float | None = None
         while not self._ended:
             if channel.failure is not None:
@@ -221,21 +222,24 @@ class BarrierRun:
             self._console.show(None if end_by is None else max(0.0, end_by - time.monotonic()))
         self._console.show(0)
 
-    def _look_whether_it_starts(self) -> None:
+    def _look_whether_it_starts(self, *, has_heard: bool = False) -> None:
         """Tell what a stage waits for of which nothing was heard yet; give up when it is late."""
         now = time.monotonic()
         if self._data and (computing := self._spark_job.computing_tasks()):
             self._start_by = now + self._start_timeout
-            if now >= self._next_note:
-                self._next_note = now + NOTE_SECONDS
-                tasks = f"{computing} task{'s run' if computing > 1 else ' runs'}"
-                self._console.note(f"computing the data sets that travel with the run: {tasks}")
+            tasks = f"{computing} task{'s run' if computing > 1 else ' runs'}"
+            self._tell(f"computing the data sets that travel with the run: {tasks}", routine=True)
             return
         running = self._spark_job.running_tasks()
         if running == self._job.size:
             self._all_running_since = self._all_running_since or now
-            if now - self._all_running_since >= SILENT_SECONDS:
-                self._tell_of_silence()
+            if now - self._all_running_since >= SILENT_SECONDS and not has_heard:
+                self._tell(
+                    "nothing was heard of the run's tasks, which run for "
+                    f"{SILENT_SECONDS:g} s now: executors are unpacking archives, or cannot reach "
+                    f"this process at {addresses.advertised_host(self._spark)} (then the result "
+                    "comes all the same)"
+                )
             return
         if self._all_running_since is not None:
             return  # some have ended
@@ -248,23 +252,21 @@ class BarrierRun:
                 "executors cannot be started (see the Spark UI). Free the cluster, ask for "
                 "fewer ranks, or raise start_timeout"
             )
-        if now >= self._next_note:
-            self._next_note = now + NOTE_SECONDS
-            if holders is not None and holders.free >= self._job.size:
-                self._console.note(f"{holders.in_words()}; waiting for Spark to start the tasks")
-            else:
-                facts = f", {holders.in_words()}" if holders is not None else ""
-                self._console.note(f"waiting for {self._job.size} slots{facts}")
+        if holders is None or holders.free < self._job.size:
+            self._free_since = None
+            facts = f", {holders.in_words()}" if holders is not None else ""
+            self._tell(f"waiting for {self._job.size} slots{facts}")
+            return
+        self._free_since = self._free_since or now
+        if now - self._free_since >= SILENT_SECONDS:
+            self._tell(f"{holders.in_words()}; waiting for Spark to start the tasks")
 
-    def _tell_of_silence(self) -> None:
-        """Say, once, why tasks that run may not have been heard of."""
-        if not self._has_told_of_silence:
-            self._has_told_of_silence = True
-            self._console.note(
-                f"nothing was heard of the run's tasks, which run for {SILENT_SECONDS:g} s now: "
-                "executors are unpacking archives, or cannot reach each other or this process at "
-                f"{addresses.advertised_host(self._spark)} (then the result comes all the same)"
-            )
+    def _tell(self, text: str, *, routine: bool = False) -> None:
+        """Tell what is waited for, now and then, if it is something else than before."""
+        now = time.monotonic()
+        if now >= self._next_note and text != self._told:
+            self._next_note, self._told = now + NOTE_SECONDS, text
+            self._console.note(text, routine=routine)
 
     def _tell_of_lost_files(self, channel: DriverChannel) -> None:
         """Say which files will not come, when nobody could say it who has them."""

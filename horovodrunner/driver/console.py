@@ -7,6 +7,7 @@ lands in the right cell, redirected standard output works, and Ctrl-C is met the
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -24,6 +25,9 @@ __all__ = ["Console"]
 
 MAX_WAITING_BYTES = 16 * 1024 * 1024
 """Workers' lines that would make more than this wait to be printed are dropped and counted."""
+
+QUIET = "HOROVODRUNNER_QUIET"
+"""Leaves out what a run says of itself as long as all is well, unless it is empty or 0."""
 
 LOOK_UP_SECONDS = 0.2
 """How often a thread that is not the main one looks whether it was interrupted."""
@@ -46,6 +50,7 @@ class Console:
         self._dropped_lines = 0
         self._woken = False
         self._tells_it_is_not_shown = False
+        self._leaves_routine_out = os.environ.get(QUIET, "0") not in ("", "0")
         self.run_phases: tuple[Phase, ...] = ()
         """What the run told of its phases."""
 
@@ -77,14 +82,18 @@ class Console:
         with self._changed:
             self._put(message.decode("utf-8", errors="replace") + "\n")
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, *, routine: bool = False) -> None:
         """Take a line of the run's own.
 
         Parameters
         ----------
         text
             One line.
+        routine
+            Whether it says no more than that the run goes on as it should.
         """
+        if routine and self._leaves_routine_out:
+            return
         with self._changed:
             self._put(f"HorovodRunner: {text}\n")
 

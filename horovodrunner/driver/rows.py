@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.core.arrow import map_in_arrow
+from horovodrunner.core.arrow import close_sockets
+from horovodrunner.core.column_names import map_by_name
 from horovodrunner.driver.console import Console
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.scratch import Scratch
@@ -67,13 +68,14 @@ def stage_input(spark: SparkSession, size: int, data: Sequence[UnsharedDataSet])
     for number, each in enumerate(data):
         job = DealJob(number, each.columns, places, piece_bytes, each.nulls)
         source: Any = each.source
-        dealt = map_in_arrow(source, functools.partial(deal_rows, job), PIECE_SCHEMA)
+        dealt = map_by_name(source, functools.partial(deal_rows, job), PIECE_SCHEMA)
         rows = rows.union(dealt)
     return rows.repartition(size, "place").sortWithinPartitions("dataset", "part", "number")
 
 
 def _places(spark: SparkSession, size: int) -> tuple[int, ...]:
     """Find a number for each partition that Spark's hash partitioning brings just there."""
+    close_sockets()
     rows = (
         spark.range(0, CANDIDATES * size, 1, 1)
         .selectExpr("cast(id AS int) AS place", f"pmod(hash(cast(id AS int)), {size}) AS target")
@@ -129,7 +131,7 @@ def stored_here(
 
     scratch = Scratch(f"{run_id}-data", None)
     try:
-        console.note("computing the data sets that travel with the run")
+        console.note("computing the data sets that travel with the run", routine=True)
         for each in data:
             store_here(each, scratch.path)
         yield StoredRows(scratch.path)

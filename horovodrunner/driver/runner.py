@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import secrets
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from horovodrunner.core import checked, payload
 from horovodrunner.core.env import TF_CONFIG, forwarded_environment, hash_seed
 from horovodrunner.core.import_path import ImportPath
+from horovodrunner.core.installed import is_of_a_python
 from horovodrunner.core.job import JobSpec, Outcome
 from horovodrunner.core.phases import Phase, Spans, in_words
 from horovodrunner.core.places import is_url
@@ -28,6 +30,7 @@ from horovodrunner.driver.interactive import is_interactive
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.files import BroughtFiles
 from horovodrunner.task.store import CheckpointStore
+from horovodrunner.usage import explained, wrong_options, wrong_run
 
 if TYPE_CHECKING:
     from horovodrunner.data.unshared import UnsharedDataSet
@@ -145,9 +148,10 @@ class HorovodRunner:
     'Hello from rank 0 of 2'
     """
 
-    _frames_to_user = 3
-    """From a warning of run() to the line that called it; a subclass with its own run() adds 1."""
+    _frames_to_user = 4
+    """From a warning of run() to the line that called it; a subclass adds its own frames."""
 
+    @explained(wrong_options)
     def __init__(
         self,
         *,
@@ -222,7 +226,8 @@ class HorovodRunner:
         """The phases of the last run that ended, or of its last attempt, and when they were."""
         return self._phases
 
-    def run(self, main: Callable[..., Any], **kwargs: Any) -> Any:
+    @explained(wrong_run)
+    def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
         """Run ``main(**kwargs)`` once on every rank and give back what rank 0 returned.
 
         Parameters
@@ -262,13 +267,13 @@ class HorovodRunner:
             If Spark lost or cancelled the run's stage.
         """
         spans, began = Spans(), time.time()
-        checked.main(main, kwargs)
+        checked.main(main, kwargs, runner_options=_OPTIONS)
         run_id = secrets.token_hex(4)
         store = self._store_of_run(run_id, main, kwargs)
         environment = {**forwarded_environment(os.environ), **_hash_seed(), **self._options}
         files = BroughtFiles(environment)
         with payload.companions() as companions:
-            call = payload.dump_call(main, kwargs)
+            call = payload.dump_call(main, kwargs, _arguments_of_program())
         frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
         data = tuple(companions.values())
@@ -398,6 +403,16 @@ class HorovodRunner:
                 data=data,
             ).run()
 
+    @staticmethod
+    def _shares_terminal(console: Console) -> bool:
+        """Tell whether the executor's log is this process's standard error."""
+        from horovodrunner.driver import session
+
+        if not session.has_session():
+            console.note("there is no SparkSession yet: creating one", routine=True)
+            console.show(0)
+        return session.shares_terminal(session.find_session())
+
     def _announce(
         self,
         console: Console,
@@ -412,13 +427,19 @@ class HorovodRunner:
                 "on Spark; all output of the ranks is shown here "
                 '(driver_log_verbosity="log_callback_only" shows only log_to_driver messages)'
             )
+        elif self._shares_terminal(console):
+            mode = (
+                "on Spark; log_to_driver messages are shown here, and so is all output of the "
+                "ranks, on standard error: with a local master that is the executor's log "
+                '(driver_log_verbosity="all" shows it on standard output)'
+            )
         else:
             mode = (
                 "on Spark; only log_to_driver messages are shown here "
                 '(driver_log_verbosity="all" shows all output of the ranks)'
             )
         ranks = "all slots" if self._np == 0 else f"{abs(self._np)} rank{'s' * (abs(self._np) > 1)}"
-        console.note(f"{ranks} {mode}")
+        console.note(f"{ranks} {mode}", routine=True)
         if self._np == 0:
             warn(
                 "np=0 (all slots) is deprecated: give the number of ranks",
@@ -430,18 +451,29 @@ class HorovodRunner:
                 "the driver's TF_CONFIG describes one process and is not given to the ranks; "
                 + ("each gets its own" if self._tf_config else "tf_config=True gives each its own")
             )
-        console.note(f"the pickled main and its arguments have {payload.format_bytes(len(call))}")
+        size = payload.format_bytes(len(call))
+        console.note(f"the pickled main and its arguments have {size}", routine=True)
         if len(call) > payload.WARN_BYTES:
             parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
-            named = "; ".join(f"{where} ({payload.format_bytes(size)})" for where, size in parts)
+            named = "; ".join(f"{where} ({payload.format_bytes(n)})" for where, n in parts)
             warn(
-                f"the pickled main and its arguments have {payload.format_bytes(len(call))}, "
+                f"the pickled main and its arguments have {size}, "
                 "which every executor has to fetch"
                 + (f". Largest: {named}" if named else "")
                 + ". Load large data inside main instead",
                 UserWarning,
                 stacklevel=self._frames_to_user,
             )
+
+
+def _arguments_of_program() -> list[str]:
+    """Return what main is to find in ``sys.argv``: a script's arguments, not those of a kernel."""
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    is_a_script = isinstance(file, str) and file.endswith(".py") and not is_of_a_python(file)
+    return sys.argv if is_a_script and sys.argv else sys.argv[:1] or [""]
+
+
+_OPTIONS = [*inspect.signature(HorovodRunner.__init__).parameters][1:]
 
 
 def _hash_seed() -> dict[str, str]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "chosen_threads",
     "find_session",
+    "has_session",
     "is_connect",
     "max_result_bytes",
     "refuse_encrypted_cluster",
@@ -64,6 +65,26 @@ def find_session() -> SparkSession:
             # take the first python3 on the PATH.
             context.pythonExec = sys.executable
     return session
+
+
+def has_session() -> bool:
+    """Tell whether there is a session, so that :func:`find_session` need not create one.
+
+    Returns
+    -------
+    bool
+        False, too, where pyspark is not installed.
+    """
+    if "pyspark" not in sys.modules:
+        return False
+    from pyspark.errors import PySparkException
+    from pyspark.sql import SparkSession
+
+    try:
+        SparkSession.active()
+    except PySparkException:
+        return False
+    return True
 
 
 def refuse_encrypted_cluster(spark: SparkSession) -> None:

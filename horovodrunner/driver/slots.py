@@ -25,7 +25,7 @@ long without any other is waited for."""
 
 CHECK_SECONDS = 0.1
 NOTE_SECONDS = 15.0
-"""How often the user is told what is waited for."""
+"""How often the user is told what is waited for, at most: it is not repeated."""
 
 _DECIDING_CONFS = (
     "spark.executor.instances",
@@ -202,7 +202,7 @@ def _wait_for_slots(
 ) -> int:
     """Wait until executors have registered; Spark tells Python of them only when asked."""
     began = changed = noted = time.monotonic()
-    slots = 0
+    slots, told = 0, None
     while time.monotonic() - began < start_timeout:
         now, before, slots = time.monotonic(), slots, total_slots(spark, request) or 0
         if slots >= wanted:
@@ -211,8 +211,8 @@ def _wait_for_slots(
             changed = now
         if expected is None and now - changed >= QUIET_SECONDS:
             break
-        if now - noted >= NOTE_SECONDS:
-            noted = now
+        if now - noted >= NOTE_SECONDS and slots != told:
+            noted, told = now, slots
             console.note(f"waiting for {wanted} slots, {slots} have registered so far")
         console.show(0)
         time.sleep(CHECK_SECONDS)

@@ -28,6 +28,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from horovodrunner.core.column_names import as_written
 from horovodrunner.errors import DataError
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ def _is_scan_of(df: DataFrame, paths: Sequence[str]) -> bool:
     """
     from pyspark.errors import PySparkException
 
-    names = ["`" + name.replace("`", "``") + "`" for name in df.columns]
+    names = list(map(as_written, df.columns))
     reader = df.sparkSession.read
     schemas = _possible_schemas(df, paths[0])
     for path in _possible_paths(paths):

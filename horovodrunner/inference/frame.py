@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
+from horovodrunner.core import checked
 from horovodrunner.core.arrow import map_in_arrow
+from horovodrunner.core.column_names import fields_twice, numbered
+from horovodrunner.core.dataframes import check_dataframe
 from horovodrunner.core.showing import show_text
-from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
+from horovodrunner.core.spark_errors import told_as
+from horovodrunner.errors import ArgumentValueError, DataError
 from horovodrunner.inference.files import FileScan, parts_dataframe, plain_scan, read_parts
 from horovodrunner.inference.model import Model
 from horovodrunner.inference.options import Options, Shapes, handle_of, spark_type
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from pyspark.sql.types import DataType
 
 __all__ = ["predict"]
+
+_SEVERAL = ": join on that name, or give the columns names by their places (df.toDF(...))"
 
 
 def predict(
@@ -83,6 +89,8 @@ def predict(
     ------
     ArgumentTypeError, ArgumentValueError
         If an option cannot work.
+    DataError
+        If Spark cannot analyze the DataFrame.
     PredictionError
         In the job, within Spark's ``PythonException``, if a row cannot be scored.
 
@@ -98,6 +106,7 @@ def predict(
     ...         keep=["id"],
     ...     )
     """
+    check_dataframe(df, takes_streams=True)
     options = Options(
         batch_size,
         input_tensor_shapes,
@@ -108,51 +117,48 @@ def predict(
         transform_workers,
         prefetch,
     )
-    if read_files not in {True, False, "auto"}:
-        raise ArgumentValueError(f"read_files={read_files!r}: give True, False or 'auto'")
-    input_names = [inputs] if isinstance(inputs, str) else list(inputs)
-    kept = _kept(df, keep)
-    added = [output, error_column] if on_error == "null" else [output]
-    _check_names(df, [*input_names, *kept, *key_columns], kept, added)
-    if not input_names:
-        raise ArgumentValueError("inputs=[]: name the columns that are the model's inputs")
-
-    spark = df.sparkSession
-    kind = spark_type(return_type, spark)
-    scoring = options.scoring(spark, handle_of(model, spark), kind, input_names)
-    # A column may be an input twice, or an input and a key: Spark is asked for it once.
-    columns = list(dict.fromkeys([*input_names, *key_columns, *kept]))
-    call = functools.partial(
-        _score_batches,
-        scoring,
-        [columns.index(name) for name in (*input_names, *key_columns)],
-        {name: columns.index(name) for name in kept},
-        added,
+    reads = checked.boolean_or("auto", "read_files", read_files)
+    output, error_column = (
+        checked.text("output", output),
+        checked.text("error_column", error_column),
     )
-    schema = _schema(df, kept, kind, added)
-    scan = plain_scan(df, columns) if read_files else "read_files=False"
-    if isinstance(scan, FileScan):
-        show_text(
-            f"HorovodRunner: predict reads {scan.files:,} Parquet files ({scan.rows:,} rows) in "
-            "Python, past the JVM; read_files=False switches this off\n"
-        )
-        parts = parts_dataframe(spark, scan)
-        return map_in_arrow(parts, functools.partial(_score_files, call), schema)
-    if read_files is True:
-        raise ArgumentValueError(f"read_files=True: {scan}")
-    from pyspark.sql import functions
+    is_one = isinstance(checked.plain(inputs), str)
+    input_names = [checked.text("inputs", inputs)] if is_one else checked.names("inputs", inputs)
+    with told_as(DataError, "predict cannot use the DataFrame"):
+        kept = _kept(df, keep)
+        added = [output, error_column] if options.on_error == "null" else [output]
+        _check_names(df, [*input_names, *kept, *options.key_columns], kept, added)
+        if not input_names:
+            raise ArgumentValueError("inputs=[]: name the columns that are the model's inputs")
 
-    numbered = [  # mapInArrow itself looks columns up by name, which fails for one with a dot
-        functions.col("`" + name.replace("`", "``") + "`").alias(f"_{number}")
-        for number, name in enumerate(columns)
-    ]
-    return map_in_arrow(df.select(*numbered), call, schema)
+        spark = df.sparkSession
+        kind = spark_type(return_type, spark)
+        scoring = options.scoring(spark, handle_of(model, spark), kind, input_names)
+        # A column may be an input twice, or an input and a key: Spark is asked for it once.
+        columns = list(dict.fromkeys([*input_names, *options.key_columns, *kept]))
+        call = functools.partial(
+            _score_batches,
+            scoring,
+            [columns.index(name) for name in (*input_names, *options.key_columns)],
+            {name: columns.index(name) for name in kept},
+            added,
+        )
+        schema = _schema(df, kept, kind, added)
+        scan = plain_scan(df, columns) if reads else "read_files=False"
+        if isinstance(scan, FileScan):
+            show_text(
+                f"HorovodRunner: predict reads {scan.files:,} Parquet files ({scan.rows:,} rows) "
+                "in Python, past the JVM; read_files=False switches this off\n"
+            )
+            parts = parts_dataframe(spark, scan)
+            return map_in_arrow(parts, functools.partial(_score_files, call), schema)
+        if reads is True:
+            raise ArgumentValueError(f"read_files=True: {scan}")
+        return map_in_arrow(numbered(df, columns), call, schema)
 
 
 def _kept(df: DataFrame, keep: Sequence[str] | None) -> list[str]:
-    if isinstance(keep, str):
-        raise ArgumentTypeError(f"keep={keep!r}: give a list, [{keep!r}]")
-    return list(df.columns) if keep is None else list(keep)
+    return list(df.columns) if keep is None else checked.names("keep", keep)
 
 
 def _check_names(
@@ -161,7 +167,16 @@ def _check_names(
     for name in used:
         if df.columns.count(name) != 1:
             found = "there is none" if name not in df.columns else "there are several"
-            raise ArgumentValueError(f"the column {name!r}: {found} among {', '.join(df.columns)}")
+            remedy = "" if name not in df.columns else _SEVERAL
+            raise ArgumentValueError(
+                f"the column {name!r}: {found} among {', '.join(df.columns)}{remedy}"
+            )
+        kind = df.schema[name].dataType
+        if twice := fields_twice(kind):
+            raise ArgumentValueError(
+                f"the column {name!r} has a struct with two fields {twice!r}, which cannot reach "
+                "Python: rename one (cast it to a struct with other names), or leave it out (keep=)"
+            )
     for number, name in enumerate(added):
         if name in kept or name in added[:number]:
             raise ArgumentValueError(

@@ -234,13 +234,14 @@ def numpy_inputs(
     """
     fields, paths = _fields(columns, names)
     number = len(fields)
-    if expected == 1 and number > 1:
-        if not (grouped or stacks_scalars) or any(_is_list(each.type) for each in fields):
-            raise InputError(
-                f"the model takes one input, and there are {number} columns ({', '.join(paths)}): "
-                "make them one with pyspark.sql.functions.array(), or concat() of arrays"
-            )
+    may_stack = (grouped or stacks_scalars) and not any(_is_list(each.type) for each in fields)
+    if number > 1 and may_stack and (expected == 1 or (expected is None and stacks_scalars)):
         inputs = [_stacked(fields, paths, plan.shapes_of(1)[0])]
+    elif expected == 1 and number > 1:
+        raise InputError(
+            f"the model takes one input, and there are {number} columns ({', '.join(paths)}): "
+            "make them one with pyspark.sql.functions.array(), or concat() of arrays"
+        )
     elif expected is not None and expected != number:
         raise InputError(
             f"the model takes {expected} inputs, and there are {number} columns "

@@ -101,10 +101,10 @@ class Model:
             raise ArgumentTypeError(
                 f"net={net!r:.100}: it must be a torch.nn.Module, got {type(net).__name__}"
             )
-        checked.boolean("compile", compile)
+        compiles = checked.boolean("compile", compile)
         net = _unwrapped(net)
         tensors = dict(net.named_parameters()) | dict(net.named_buffers())
-        return cls(type(net).__qualname__, "torch")._frozen((net, compile), tensors)
+        return cls(type(net).__qualname__, "torch")._frozen((net, compiles), tensors)
 
     @classmethod
     def from_keras(cls, model: Any, *, custom_objects: Mapping[str, Any] | None = None) -> Model:

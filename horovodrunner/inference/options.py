@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from horovodrunner.core import checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 from horovodrunner.inference.inputs import InputPlan
 from horovodrunner.inference.loading import ModelHandle
@@ -40,15 +41,15 @@ class Options:
     prefetch: int
 
     def __post_init__(self) -> None:
-        _check_count("batch_size", self.batch_size, 1)
-        _check_count("transform_workers", self.transform_workers, 0)
-        _check_count("prefetch", self.prefetch, 1)
-        _check_choice("on_error", self.on_error, ("raise", "null"))
-        _check_choice("nulls", self.nulls, ("pass", "null", "raise"))
-        if isinstance(self.key_columns, str):
-            raise ArgumentTypeError(
-                f"key_columns={self.key_columns!r}: give a list, [{self.key_columns!r}]"
-            )
+        for name, value in (
+            ("batch_size", checked.integer("batch_size", self.batch_size, 1)),
+            ("transform_workers", checked.integer("transform_workers", self.transform_workers, 0)),
+            ("prefetch", checked.integer("prefetch", self.prefetch, 1)),
+            ("on_error", checked.choice("on_error", self.on_error, ("raise", "null"))),
+            ("nulls", checked.choice("nulls", self.nulls, ("pass", "null", "raise"))),
+            ("key_columns", tuple(checked.names("key_columns", self.key_columns))),
+        ):
+            object.__setattr__(self, name, value)
         if self.batch_transform is not None and not callable(self.batch_transform):
             raise ArgumentTypeError(
                 f"batch_transform={self.batch_transform!r}: give a function that takes a dict of "
@@ -102,20 +103,6 @@ class Options:
             transform=self.batch_transform,
             transform_workers=self.transform_workers,
             prefetch=self.prefetch,
-        )
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{name}={value!r}: it must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ArgumentValueError(f"{name}={value}: it must be at least {least}")
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ArgumentValueError(
-            f"{name}={value!r}: give one of {', '.join(repr(choice) for choice in choices)}"
         )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from horovodrunner.core.called import called_signature
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.inference.host_copy import local_directory
 from horovodrunner.inference.outputs import OutputError
@@ -76,7 +77,7 @@ def function_predictor(function: Callable[..., Any]) -> Predictor:
             f"make_predict_fn returned {function!r:.100} ({type(function).__name__}): it must "
             "return the function that predicts"
         )
-    parameters = _parameters(function)
+    parameters = _by_position(called_signature(function))
     expected = None if parameters is None else len(parameters)
 
     def predict(*inputs: _Array) -> Any:
@@ -116,7 +117,7 @@ def torch_predictor(net: Any, compiled: bool, device: Device) -> Predictor:
     net.to(device.torch_name)
     tensors = (*net.parameters(), *net.buffers())
     dtype = next((each.dtype for each in tensors if each.is_floating_point()), None)
-    expected = _required(net.forward)
+    expected, stacks = _required(net.forward), _takes_one(net.forward)
     embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
     embeds = any(isinstance(each, embeddings) for each in net.modules())
     scalar_dtype = None
@@ -145,7 +146,7 @@ def torch_predictor(net: Any, compiled: bool, device: Device) -> Predictor:
         with torch.inference_mode():
             return _named_outputs(call(*map(tensor, inputs)), f"what {name} returned", array)
 
-    return _Predictor(predict, expected, expected == 1, scalar_dtype)
+    return _Predictor(predict, expected, stacks, scalar_dtype)
 
 
 def keras_predictor(skeleton: bytes, file: str | bytes, device: Device) -> Predictor:
@@ -225,6 +226,7 @@ def _wrapped_keras(keras: Any, model: Any, backend: str, device: Device) -> Pred
     # what a functional model was made of; others have no such thing
     structure = getattr(model, "input", None)
     expected = _required(model.call) if structure is None else len(model.inputs)
+    stacks = _takes_one(model.call) if structure is None else expected == 1
     embeds = any("Embedding" in type(each).__name__ for each in model._flatten_layers())
 
     def evaluate(inputs: tuple[Any, ...]) -> Any:
@@ -263,7 +265,7 @@ def _wrapped_keras(keras: Any, model: Any, backend: str, device: Device) -> Pred
         return found.astype(np.float32) if found.dtype.name in _HALVES else found
 
     scalar_dtype = None if embeds else np.dtype("float32")
-    return _Predictor(predict, expected, expected == 1, scalar_dtype)
+    return _Predictor(predict, expected, stacks, scalar_dtype)
 
 
 def _from_torch(tensor: Any) -> _Array:
@@ -292,13 +294,10 @@ def _named_outputs(outputs: Any, what: str, array: Callable[[Any, str], _Array])
     return array(outputs, what)
 
 
-def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
+def _by_position(signature: inspect.Signature | None) -> list[inspect.Parameter] | None:
     """List what can be given by position; None: any number, or nobody knows."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+    parameters = () if signature is None else signature.parameters.values()
+    if signature is None or any(each.kind is each.VAR_POSITIONAL for each in parameters):
         return None
     by_position = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
     return [each for each in parameters if each.kind in by_position]
@@ -306,7 +305,20 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
 
 def _required(function: Callable[..., Any]) -> int | None:
     """Count what has to be given by position; None: any number."""
-    parameters = _parameters(function) or ()
+    return _count_required(called_signature(function))
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    """Whether it has one input: by what a decorator wraps, if that itself does not tell."""
+    signature = called_signature(function)
+    if _by_position(signature) is None:
+        with contextlib.suppress(TypeError, ValueError):
+            signature = inspect.signature(function)
+    return _count_required(signature) == 1
+
+
+def _count_required(signature: inspect.Signature | None) -> int | None:
+    parameters = _by_position(signature) or ()
     required = [each for each in parameters if each.default is each.empty]
     # a function with defaults for all its inputs takes some of them nevertheless
     return len(required) or None

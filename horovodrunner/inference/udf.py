@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
+from horovodrunner.core import checked
+from horovodrunner.core.column_names import literal
+from horovodrunner.core.spark_errors import told_as
 from horovodrunner.driver.session import find_session
-from horovodrunner.errors import ArgumentTypeError
+from horovodrunner.errors import ArgumentTypeError, PredictionError
 from horovodrunner.inference.model import Model
 from horovodrunner.inference.options import Options, Shapes, handle_of, spark_type
 from horovodrunner.inference.scoring import Scoring, score
@@ -117,12 +120,12 @@ def predict_udf(
         transform_workers,
         prefetch,
     )
-    if isinstance(input_names, str):
-        raise ArgumentTypeError(f"input_names={input_names!r}: give a list, [{input_names!r}]")
+    names = () if input_names is None else checked.names("input_names", input_names)
     spark = find_session()
-    kind = spark_type(return_type, spark)
-    scoring = options.scoring(spark, handle_of(model, spark), kind, input_names or ())
-    return PredictUdf(scoring, kind if on_error == "raise" else _with_error(kind))
+    with told_as(PredictionError, "the model cannot be sent to the executors"):
+        kind = spark_type(return_type, spark)
+        scoring = options.scoring(spark, handle_of(model, spark), kind, names)
+    return PredictUdf(scoring, kind if options.on_error == "raise" else _with_error(kind))
 
 
 def predict_batch_udf(
@@ -193,7 +196,7 @@ class PredictUdf:
         """
         keys = self._scoring.keys
         names = self._scoring.names or tuple(
-            each if isinstance(each, str) else f"input {number}"
+            literal(each) if isinstance(each, str) else f"input {number}"
             for number, each in enumerate(columns)
         )
         if len(names) != len(columns):

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from horovodrunner.core import checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 from horovodrunner.keras.backend import collectives, hvd
 from horovodrunner.keras.optimizer import is_distributed
@@ -175,8 +176,8 @@ class LearningRateScheduleCallback(_Callback):
 
     Raises
     ------
-    ArgumentValueError
-        If `initial_lr` is None.
+    ArgumentTypeError, ArgumentValueError
+        If a number is none, or `initial_lr` is None.
     """
 
     def __init__(  # noqa: PLR0917 - Horovod's signature
@@ -192,9 +193,9 @@ class LearningRateScheduleCallback(_Callback):
         super().__init__()
         if initial_lr is None:
             raise ArgumentValueError("initial_lr=None: give the learning rate at the start")
-        self.initial_lr = initial_lr
-        self.start_epoch = start_epoch
-        self.end_epoch = end_epoch
+        self.initial_lr = checked.number("initial_lr", initial_lr)
+        self.start_epoch = checked.number("start_epoch", start_epoch)
+        self.end_epoch = None if end_epoch is None else checked.number("end_epoch", end_epoch)
         self.staircase = staircase
         self.momentum_correction = momentum_correction
         self.steps_per_epoch = steps_per_epoch
@@ -202,7 +203,7 @@ class LearningRateScheduleCallback(_Callback):
         if callable(multiplier):
             self.multiplier = multiplier
         else:
-            base = multiplier
+            base = checked.number("multiplier", multiplier)
             self.multiplier = lambda epoch: base ** (epoch - start_epoch)
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -283,11 +284,13 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         steps_per_epoch: int | None = None,
         verbose: int = 0,
     ) -> None:
+        epochs = checked.number("warmup_epochs", warmup_epochs)
+
         def multiplier(epoch: float) -> float:
             # A batch's rate is that of its end, so that the last one arrives.
             epoch += 1.0 / (self.steps_per_epoch or 1)
             size: int = hvd.size()
-            return (epoch * (size - 1) / warmup_epochs + 1) / size
+            return (epoch * (size - 1) / epochs + 1) / size
 
         super().__init__(
             initial_lr,

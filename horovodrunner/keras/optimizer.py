@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 
+from horovodrunner.core import checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 from horovodrunner.keras.backend import collectives, hvd
 from horovodrunner.keras.options import Options
@@ -104,10 +105,12 @@ def DistributedOptimizer(  # noqa: N802, PLR0917 - Horovod's name and signature
         raise ArgumentValueError(
             f"op={op!r}: Horovod's optimizer for Keras takes Average and Sum only"
         )
-    if backward_passes_per_step < 1:
-        raise ArgumentValueError(
-            f"backward_passes_per_step={backward_passes_per_step}: it must be at least 1"
-        )
+    backward_passes_per_step = checked.integer(
+        "backward_passes_per_step", backward_passes_per_step, at_least=1
+    )
+    gradient_predivide_factor = checked.number(
+        "gradient_predivide_factor", gradient_predivide_factor
+    )
     if gradient_predivide_factor != 1.0 and op != hvd.Average:
         raise ArgumentValueError(
             f"gradient_predivide_factor={gradient_predivide_factor}: it is for op=Average"
@@ -115,8 +118,8 @@ def DistributedOptimizer(  # noqa: N802, PLR0917 - Horovod's name and signature
     if num_groups:
         warnings.warn("num_groups is now called groups", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups
-    if isinstance(groups, int) and groups < 1:
-        raise ArgumentValueError(f"groups={groups}: it must be at least 1, or lists of variables")
+    if groups is not None and not isinstance(groups, (list, tuple)):
+        groups = checked.integer("groups", groups, at_least=1)
     options = Options(
         name=name or f"Distributed{type(optimizer).__name__}",
         device_dense=device_dense,

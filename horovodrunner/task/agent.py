@@ -260,7 +260,7 @@ class Agent:
         )
         hub.begin(coordinator, slots, latest)
         driver.placed(slots)
-        driver.note(_placement_in_words(slots))
+        driver.note(_placement_in_words(slots), routine=True)
         watchers = [
             asyncio.create_task(hub.watch_joining()),
             asyncio.create_task(self._stop_on_request(coordinator)),
@@ -300,7 +300,7 @@ class Agent:
         courier = self._courier
         if courier is None or courier.is_idle:
             return
-        driver.note("the ranks have ended; the last checkpoint is still being stored")
+        driver.note("the ranks have ended; the last checkpoint is still being stored", routine=True)
         while not self._stop_requested.is_set() and not await courier.drain(STORING_SECONDS):
             driver.storing()
 

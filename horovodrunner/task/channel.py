@@ -162,7 +162,7 @@ class SilentDriver:
         """Put the message where it can be found at least."""
         self._log(prefix_lines(message + b"\n", rank, "log_to_driver"))
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, *, routine: bool = False) -> None:
         """Put the line where it can be found at least."""
         self._log(f"HorovodRunner: {text}\n".encode(errors="backslashreplace"))
 
@@ -222,9 +222,9 @@ class RemoteDriver:
             self._log(prefix_lines(message + b"\n", rank, "log_to_driver"))
         self._connection.send("message", message, rank=rank)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, *, routine: bool = False) -> None:
         """Forward a line of the run's own."""
-        self._connection.send("note", text.encode(errors="backslashreplace"))
+        self._connection.send("note", text.encode(errors="backslashreplace"), routine=routine)
 
     def placed(self, slots: Sequence[Slot]) -> None:
         """Tell which task and host has which rank."""

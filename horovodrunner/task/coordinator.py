@@ -69,8 +69,8 @@ class DriverLink(Protocol):
     def message(self, rank: int, message: bytes) -> None:
         """Show a ``log_to_driver`` message of one rank."""
 
-    def note(self, text: str) -> None:
-        """Show a line of the run's own about what happens now."""
+    def note(self, text: str, *, routine: bool = False) -> None:
+        """Show a line of the run's own about what happens now, or goes on as it should."""
 
     def placed(self, slots: Sequence[Slot]) -> None:
         """Tell which task and host has which rank."""
@@ -169,7 +169,7 @@ class Coordinator:
         self._stall_watch.heard(rank, RankState(time.monotonic()))
         if len(self._started) == len(self._slots):
             verb = "is" if len(self._started) == 1 else "are"
-            self._driver.note(f"{ranks_in_words(self._started)} {verb} running main")
+            self._driver.note(f"{ranks_in_words(self._started)} {verb} running main", routine=True)
 
     def state(self, rank: int, fields: Mapping[str, Any]) -> None:
         """Note where a rank's main is."""

@@ -48,6 +48,12 @@ DRAIN_SECONDS = 1.0
 OUTPUT_PAUSE_SECONDS = 0.01
 """Output that comes within this time after other output is read together: per line it is dear."""
 
+STATE_SECONDS = 1.0
+"""Of a line that is drawn again and again, such as a progress bar, a state is taken so often."""
+
+DRAWING_SECONDS = 0.05
+"""How long a first state is left to be drawn, which may take several writes."""
+
 OUTPUT_PIPE_BYTES = 256 * 1024
 """So much a worker may print before it has to wait for its task to read.
 
@@ -380,7 +386,8 @@ async def _reading(pipe: IO[bytes]) -> AsyncIterator[asyncio.StreamReader]:
 class _OutputReader(asyncio.Protocol):
     """Takes whole lines from a pipe, those that come in quick succession together.
 
-    What comes after a silence is taken at once.
+    What comes after a silence is taken at once; of a line that is overwritten, such as a progress
+    bar, what it shows every `STATE_SECONDS`, and at last.
 
     Parameters
     ----------
@@ -397,6 +404,8 @@ class _OutputReader(asyncio.Protocol):
         self._pipe_bytes = 0
         self._transport: asyncio.ReadTransport | None = None
         self._pause: asyncio.TimerHandle | None = None
+        self._next_state_at = 0.0
+        self._drawing: asyncio.TimerHandle | None = None
         self._ended = asyncio.Event()
 
     async def read_to_end(self) -> None:
@@ -424,6 +433,8 @@ class _OutputReader(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._end_pause()
+        if self._drawing is not None:
+            self._drawing.cancel()
         if rest := self._lines.close():
             self._on_lines(rest)
         self._ended.set()
@@ -438,6 +449,16 @@ class _OutputReader(asyncio.Protocol):
     def _take(self, data: bytes) -> None:
         if complete := self._lines.feed(data):
             self._on_lines(complete)
+        if self._drawing is None and self._lines.has_states:
+            loop = asyncio.get_running_loop()
+            at = max(self._next_state_at, loop.time() + DRAWING_SECONDS)
+            self._drawing = loop.call_at(at, self._take_states)
+
+    def _take_states(self) -> None:
+        self._drawing = None
+        self._next_state_at = asyncio.get_running_loop().time() + STATE_SECONDS
+        if states := self._lines.take_states():
+            self._on_lines(states)
 
     def _end_pause(self) -> None:
         if self._pause is not None:

@@ -18,9 +18,11 @@ import gc
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -37,19 +39,27 @@ from horovodrunner.core.job import (
     speaks_of_peer_loss,
 )
 from horovodrunner.core.pickled import Layout
+from horovodrunner.core.words import cut, in_one_line
 from horovodrunner.errors import PayloadError
 from horovodrunner.worker import horovod_keras, notices
 from horovodrunner.worker.context import TaskLink, WorkerContext, set_context
 from horovodrunner.worker.control import ControlPipe, leave_without_pipes
-from horovodrunner.worker.describing import RECURSION_LIMIT, describe, exit_code_of
+from horovodrunner.worker.describing import (
+    RECURSION_LIMIT,
+    describe,
+    exit_code_of,
+    show_source_of_threads,
+)
 from horovodrunner.worker.leaving import flush_output, leave
+from horovodrunner.worker.main_module import become_main, lowest_descriptor
 from horovodrunner.worker.watch import collective_of
 
-OUT_OF_THE_WAY = 4000
-"""Our own descriptors are moved up to this number, or as far as the limit allows: main may close or
-replace what it takes for its own (``os.closerange(3, 1000)``)."""
-
 _PEER_LOSS_TYPES = ("HorovodInternalError", "HorovodShutdownError", "DistBackendError")
+
+_NOT_IN_MAIN = re.compile(
+    r"Can't get attribute '(\w+)[\w.]*' on <module '__main__'"
+    r"|module '__main__' has no attribute '(\w+)'"
+)
 
 
 def main() -> int:
@@ -119,6 +129,8 @@ def run(
     own_pid = os.getpid()
     began = time.time()
     os.environ.update(spec.environment)
+    become_main()
+    show_source_of_threads()
     try:
         function, kwargs = payload.load(call)
     except BaseException as error:  # noqa: BLE001 - it is described
@@ -139,9 +151,10 @@ def run(
         _stop_what_interrupts()
         _end_main(control)
         if not issubclass(type(error), SystemExit):
-            return _failed(spec, error, ""), 1
+            return _failed(spec, error, "", hint=_missing_name_hint), 1
         if code := exit_code_of(error):
-            return _failed(spec, error, "main called sys.exit: ", exit_code=code), code
+            told = "main called sys.exit: "
+            return _failed(spec, error, told, hint=_exit_hint, exit_code=code), code
         result = None
     else:
         if os.getpid() != own_pid:
@@ -237,10 +250,6 @@ def _print(text: str) -> None:
 
 
 def _import_hint(error: BaseException) -> str:
-    if "Broadcast variable" in str(error):
-        return (
-            " Spark's broadcast variables reach its own tasks only: pass broadcast.value to run()"
-        )
     if not isinstance(error, ModuleNotFoundError):
         return ""
     return (
@@ -248,6 +257,39 @@ def _import_hint(error: BaseException) -> str:
         "install it on the executors, ship it with spark.sparkContext.addPyFile(...), or call "
         f"cloudpickle.register_pickle_by_value({(error.name or 'module').split('.')[0]})"
     )
+
+
+def _missing_name_hint(error: BaseException) -> str:
+    """Explain why a file of the driver's cannot be read: its classes have to be in ``__main__``."""
+    found = _NOT_IN_MAIN.search(str(error)) if isinstance(error, AttributeError) else None
+    if found is None:
+        return ""
+    name = found[1] or found[2]
+    return (
+        f". Of the driver's __main__ only what main refers to is there: mention {name} in main "
+        f"(a line that says {name} is enough) so that it travels along"
+    )
+
+
+def _exit_hint(error: BaseException) -> str:
+    """Repeat what a parser of arguments has printed before it left; it prints to standard error."""
+    reason = _text_of_parser(error)
+    if not reason:
+        return ""
+    return (
+        f" ({reason}). In main, sys.argv is {cut(repr(sys.argv), 200)}: pass settings "
+        "as arguments of run(), or give the parser a list of its own: parse_args([])"
+    )
+
+
+def _text_of_parser(error: BaseException) -> str:
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        message = frame.f_locals.get("message")
+        if frame.f_code.co_name == "error" and isinstance(message, str):
+            return " ".join(message.split())  # argparse, and what is built on it
+    refused = error.__context__
+    is_known = refused is not None and type(refused).__module__.startswith("absl.flags")
+    return in_one_line(refused) if refused is not None and is_known else ""
 
 
 def _take_over_surroundings() -> None:
@@ -261,9 +303,7 @@ def _take_over_surroundings() -> None:
 
 def _move_descriptors(arguments: Any) -> None:
     """Move our own descriptors out of main's way; those that main forks do not keep them."""
-    limit = os.sysconf("SC_OPEN_MAX")
-    lowest = OUT_OF_THE_WAY if limit < 0 else max(0, min(OUT_OF_THE_WAY, limit - 24))
-    moved = []
+    lowest, moved = lowest_descriptor(), list[int]()
     for name in ("control", "report", "stacks", "result"):
         if (descriptor := getattr(arguments, name)) is not None:
             moved.append(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest))

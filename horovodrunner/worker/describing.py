@@ -10,6 +10,7 @@ import contextlib
 import linecache
 import operator
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 from horovodrunner.core.pickled import Pickler
 from horovodrunner.core.words import class_names, cut, short_name
 
-__all__ = ["Description", "describe", "exit_code_of"]
+__all__ = ["Description", "describe", "exit_code_of", "show_source_of_threads"]
 
 MAX_TEXT = 20_000
 MAX_TRACEBACK = 200_000
@@ -113,6 +114,21 @@ def describe(error: BaseException) -> Description:
         )
     finally:
         sys.setrecursionlimit(limit)
+
+
+def show_source_of_threads() -> None:
+    """Have tracebacks of threads show their source, too: Python has files read only before 3.13."""
+    if sys.version_info < (3, 13):
+        threading.excepthook = _show_thread
+
+
+def _show_thread(args: threading.ExceptHookArgs) -> None:
+    if issubclass(args.exc_type, SystemExit) or sys.stderr is None:
+        return
+    name = args.thread.name if args.thread is not None else threading.get_ident()
+    shown = traceback.format_exception(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.stderr.write(f"Exception in thread {name}:\n{''.join(shown)}")
+    sys.stderr.flush()
 
 
 def exit_code_of(leaving: BaseException) -> int:

@@ -7,9 +7,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from horovodrunner.core import checked
+from horovodrunner.errors import ArgumentTypeError
 from horovodrunner.worker.context import log_to_driver
 
-__all__ = ["TrainingLog", "format_logs", "format_value"]
+__all__ = ["TrainingLog", "count_or_none", "format_logs", "format_value"]
 
 _MAX_ITEMS = 4
 _MAX_CHARACTERS = 80
@@ -68,6 +70,25 @@ class TrainingLog:
     @staticmethod
     def _say(text: str) -> None:
         log_to_driver(f"{_rank_prefix()}{text}")
+
+
+def count_or_none(number: Any) -> int | None:
+    """Return how many epochs or batches a framework says there are, if that is known.
+
+    Parameters
+    ----------
+    number
+        What it says; Lightning has -1 and infinity, too.
+
+    Returns
+    -------
+    int or None
+        None for what is no positive number.
+    """
+    try:
+        return max(0, checked.integer("number", number)) or None
+    except ArgumentTypeError:
+        return None
 
 
 def _numbered(what: str, number: int, total: int | None) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tests.corpus.run_notebook import code_cells
 
 pytestmark = [pytest.mark.spark, pytest.mark.horovod, pytest.mark.timeout(500)]
@@ -33,23 +31,15 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Run the notebooks in one process; give what the cells of each show, stderr included."""
     scratch = tmp_path_factory.mktemp("corpus")
     notebooks = [str(FOLDER / "notebooks" / name) for name in NOTEBOOKS]
-    with subprocess.Popen(
+    done = processes.run(
         [sys.executable, str(FOLDER / "run_notebook.py"), *notebooks],
         cwd=scratch,
         env={**os.environ, "PYSPARK_PYTHON": sys.executable, "TMPDIR": str(scratch)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=SECONDS)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-6000:]
-    parts = re.split(r"^NOTEBOOK (.*)\n", output, flags=re.MULTILINE)
+        stdout=processes.PIPE,
+        stderr=processes.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    parts = re.split(r"^NOTEBOOK (.*)\n", done.stdout, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import horovodrunner
+from tests import processes
 
 pytest.importorskip("sphinx")
 pytest.importorskip("myst_parser")
@@ -22,12 +22,9 @@ BUILD_SECONDS = 150
 def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("docs")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
-    process = subprocess.run(
+    process = processes.run(
         [*command, "-d", str(target / "doctrees"), str(DOCS), str(target / "html")],
         capture_output=True,
-        text=True,
-        check=False,
-        timeout=BUILD_SECONDS,
     )
     assert process.returncode == 0, process.stderr
     return target / "html"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import horovodrunner
+from tests import processes
 
 OF_KERAS = ".keras"
 
@@ -48,9 +48,7 @@ def test_examples_of_what_imports_keras() -> None:
     code = "import doctest, importlib, sys; sys.exit(sum(" + (
         "doctest.testmod(importlib.import_module(name)).failed for name in sys.argv[1:]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *names], capture_output=True, text=True, check=False
-    )
+    done = processes.run([sys.executable, "-c", code, *names], capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-nbclient = pytest.importorskip("nbclient")
+from tests import processes
+
+pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
@@ -92,13 +94,12 @@ def read(path: Path) -> Any:
 def execute(path: Path, scratch: Path) -> list[Cell]:
     """Run a notebook; give its code cells."""
     notebook = read(path)
-    client = nbclient.NotebookClient(
+    processes.execute(
         notebook,
         timeout=CELL_SECONDS,
         kernel_name="python3",
         resources={"metadata": {"path": str(scratch)}},
     )
-    client.execute()
     return [
         Cell(
             cell.source,

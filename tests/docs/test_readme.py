@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import configparser
-import contextlib
 import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -26,23 +25,11 @@ def code_blocks(text: str, language: str) -> list[str]:
 
 def run_script(path: Path, environment: dict[str, str]) -> str:
     """Run a Python script and return its standard output; nothing of it outlives the call."""
-    with subprocess.Popen(
-        [sys.executable, str(path)],
-        cwd=path.parent,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=SCRIPT_SECONDS)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, f"{out}\n{err[-4000:]}"
-    return out
+    done = processes.run(
+        [sys.executable, str(path)], cwd=path.parent, env=environment, capture_output=True
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
+    return done.stdout
 
 
 @pytest.mark.spark
@@ -82,12 +69,9 @@ class TestPage:
     def test_commands_of_the_package_exist(self, page: Path) -> None:
         shown = re.findall(r"python -m horovodrunner ([a-z-]+)", page.read_text())
         for command in set(shown):
-            process = subprocess.run(
+            process = processes.run(
                 [sys.executable, "-m", "horovodrunner", command, "--help"],
                 capture_output=True,
-                text=True,
-                check=False,
-                timeout=60,
             )
             assert process.returncode == 0, process.stderr
             for option in re.findall(rf"`{command} (--[a-z-]+)", page.read_text()):

@@ -8,6 +8,8 @@ import os
 import traceback
 from typing import Any
 
+import numpy as np
+
 EPOCHS = 2
 SIZE = 2
 
@@ -26,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
         "distributed": TWO_PASSES,
     },
     "keras' own passes": {"settings": {"gradient_accumulation_steps": 2}},
-    "three groups": {"distributed": {"groups": 3}},
+    "three groups": {"distributed": {"groups": np.int64(3)}},
     "predivided": {"distributed": {"gradient_predivide_factor": 2.0}},
     "sum": {"distributed": {"op": "Sum"}, "rate_alone": 0.1},
     "fp16": {"distributed": {"compression": "fp16"}, "tolerance": 2e-3},
@@ -104,7 +106,6 @@ def _object_gatherer(hvd: Any) -> Any:
 def weights_by_epoch(hvd: Any, rank: int, size: int, case: dict[str, Any]) -> list[list[float]]:
     """Train on this rank's share of each batch and give the weights after every epoch."""
     keras = _keras(case)
-    import numpy as np
 
     keras.backend.clear_session()
     with contextlib.ExitStack() as put_back:
@@ -277,7 +278,6 @@ def facts_about(module: str, directory: str) -> dict[str, Any]:
 
 def _model(keras: Any, hvd: Any, optimizer: Any, seed: int) -> tuple[Any, Any, Any]:
     """Give a compiled model and this rank's 8 samples of its own."""
-    import numpy as np
 
     keras.utils.set_random_seed(seed)
     inputs = np.random.default_rng(hvd.rank()).normal(size=(8, 3)).astype("float32")
@@ -452,6 +452,7 @@ def refusals(hvd: Any, directory: str) -> Any:
             keras.optimizers.LossScaleOptimizer(hvd.DistributedOptimizer(sgd()))
         ),
         "no groups": lambda: hvd.DistributedOptimizer(sgd(), groups=0),
+        "half a group": lambda: hvd.DistributedOptimizer(sgd(), groups=2.5),
         "no passes": lambda: hvd.DistributedOptimizer(sgd(), backward_passes_per_step=0),
         "predivided sum": lambda: hvd.DistributedOptimizer(
             sgd(), op=hvd.Sum, gradient_predivide_factor=2.0
@@ -482,7 +483,6 @@ def plain_optimizer(hvd: Any, directory: str) -> Any:
 
 def state_of_legacy_optimizers(hvd: Any, directory: str) -> Any:
     """Train on after the optimizer was loaded and then wrapped, and compare with one process."""
-    import numpy as np
     import tensorflow as tf
 
     keras = tf.keras

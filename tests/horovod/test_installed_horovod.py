@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from horovodrunner.horovod_build.recipe import (
     installed_status,
     toolchain_facts,
 )
+from tests import processes
 
 pytestmark = pytest.mark.horovod
 
@@ -35,9 +35,7 @@ def test_versions_are_those_that_the_frameworks_report() -> None:
     """Horovod's build asks the imported framework; here nothing is imported."""
     for name, found in framework_versions().items():
         code = f"import {name}; print('version:' + {name}.__version__)"
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-        )
+        done = processes.run([sys.executable, "-c", code], capture_output=True, check=True)
         assert f"version:{found}" in done.stdout.splitlines()
 
 

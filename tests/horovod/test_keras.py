@@ -177,6 +177,7 @@ def test_what_cannot_work_is_refused(facts: dict[str, Any]) -> None:
         "twice": "this SGD is distributed already",
         "scaled twice": "this LossScaleOptimizer is distributed already",
         "no groups": "groups=0: it must be at least 1",
+        "half a group": "groups=2.5: it must be an int, got float",
         "no passes": "backward_passes_per_step=0: it must be at least 1",
         "predivided sum": "gradient_predivide_factor=2.0: it is for op=Average",
         "a name": "got 'sgd': it takes an optimizer of Keras 3.",

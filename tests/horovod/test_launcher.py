@@ -7,7 +7,6 @@ import http.client
 import re
 import resource
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ import pytest
 from horovodrunner.core.topology import Member, Slot
 from horovodrunner.task import horovodrun
 from horovodrunner.task.horovodrun import Rendezvous, assign_slots
+from tests import processes
 
 pytestmark = pytest.mark.horovod
 
@@ -181,14 +181,10 @@ def few_descriptors() -> Iterator[None]:
 def test_thousands_of_strangers_do_not_keep_a_worker_out(planned: Rendezvous, sent: bytes) -> None:
     process = psutil.Process()
     fds, rss, threads = process.num_fds(), process.memory_info().rss, threading.active_count()
-    flood = subprocess.Popen(
-        [sys.executable, "-c", STRANGERS, str(planned.port), "3000", sent.hex()],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    try:
+    command = [sys.executable, "-c", STRANGERS, str(planned.port), "3000", sent.hex()]
+    with processes.started(command, stdin=processes.PIPE, stdout=processes.PIPE) as flood:
         assert flood.stdout is not None
-        assert flood.stdout.readline() == b"begins\n"
+        assert flood.stdout.readline() == "begins\n"
         all_opened = threading.Thread(target=flood.stdout.readline)
         all_opened.start()
         waited: list[float] = []
@@ -204,9 +200,6 @@ def test_thousands_of_strangers_do_not_keep_a_worker_out(planned: Rendezvous, se
         assert 200 < most[0] - fds < 256 + 50
         assert 200 < most[1] - threads < 256 + 50
         assert process.memory_info().rss - rss < 100 * 1024 * 1024
-    finally:
-        flood.kill()
-        flood.communicate()
 
 
 @pytest.mark.usefixtures("silent")

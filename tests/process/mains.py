@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from horovodrunner import log_to_driver
 
@@ -85,7 +86,19 @@ def ignore_sigterm_with_children(pid_file: str, on_rank: int) -> None:
 def print_a_lot(lines: int, width: int) -> None:
     for i in range(lines):
         print(f"{rank()}:{i}:" + "x" * width)
-    print(f"{rank()} done", file=sys.stderr)
+    for i in range(lines):
+        print(f"\r{rank()} bar {i + 1}/{lines}", end="", file=sys.stderr)
+    print(f"\n{rank()} done", file=sys.stderr)
+
+
+def shown_of_a_bar(lines: list[str], rank: int) -> list[str]:
+    """What of the bar of :func:`print_a_lot` is among lines."""
+    prefix = f"[{rank}]<stderr>:{rank} bar "
+    return [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
+
+
+def leave_a_child(**options: Any) -> int:
+    return subprocess.Popen(["sleep", "600"], **options).pid
 
 
 def leave_a_thread() -> str:

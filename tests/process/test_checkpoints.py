@@ -568,7 +568,7 @@ def test_outside_a_run_a_save_keeps_nothing(capsys: pytest.CaptureFixture[str]) 
 
 def test_a_process_that_main_forks_saves_nothing(kept: Path) -> None:
     def main() -> int:
-        child = os.fork()
+        child = os.fork()  # noqa: TID251 -- in a rank
         if child == 0:
             save(1)
             os._exit(0 if checkpoint.latest() is None else 3)

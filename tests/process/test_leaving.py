@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from horovodrunner import HorovodRunner
+from tests import processes
 
 
 def test_a_worker_ends_as_an_interpreter_does(
@@ -56,8 +56,8 @@ def test_a_worker_ends_as_an_interpreter_does(
     assert tmp_path.joinpath("thread").read_text() == "done"
     assert tmp_path.joinpath("text").read_text() == "text"
     assert tmp_path.joinpath("bytes").read_bytes() == b"bytes"
-    with subprocess.Popen(["gzip", "-dc", tmp_path / "text.gz"], stdout=subprocess.PIPE) as gunzip:
-        assert gunzip.communicate()[0] == b"compressed"
+    gunzip = processes.run(["gzip", "-dc", tmp_path / "text.gz"], stdout=processes.PIPE)
+    assert gunzip.stdout == "compressed"
 
 
 @pytest.mark.parametrize(
@@ -77,11 +77,9 @@ def test_what_needs_the_ordinary_way_out_gets_it(loaded: str, injected: str, exp
         sys.modules.setdefault({loaded!r}, types.ModuleType({loaded!r}))
         leave(3)
     """
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", textwrap.dedent(script)],
-        check=False,
         capture_output=True,
-        text=True,
         env={**os.environ, "CUDA_INJECTION64_PATH": injected},
     )
     assert (done.returncode, done.stdout) == (3, expected)
@@ -97,6 +95,6 @@ def test_hdf5_files_are_complete(tmp_path: Path) -> None:
         kept["weights"] = [1.0, 2.0]
         leave(0)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+    processes.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
     with h5py.File(tmp_path / "weights.h5") as file:
         assert file["weights"][:].tolist() == [1.0, 2.0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -17,6 +16,7 @@ import pytest
 
 import horovodrunner
 from horovodrunner import ConfigurationError, HorovodRunner, PayloadError, WorkerFailedError
+from tests import processes
 from tests.process import mains
 
 
@@ -77,14 +77,11 @@ def test_no_spark_is_imported_and_no_jvm_started() -> None:
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def python(script: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def python(script: str, **kwargs: Any) -> processes.CompletedProcess[str]:
     """Run a script as a driver of its own."""
-    return subprocess.run(
+    return processes.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
         capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
         **kwargs,
     )
 
@@ -199,18 +196,8 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pids: list[int], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert [pid for pid in pids if is_running(pid)] == []
-
-
 def test_a_child_that_a_successful_main_left_behind_is_ended() -> None:
-    def main() -> int:
-        return subprocess.Popen(["sleep", "600"]).pid
-
-    assert not is_running(run(main, np=-1))
+    assert not is_running(run(mains.leave_a_child, np=-1))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
@@ -222,20 +209,16 @@ def test_workers_go_when_the_driver_goes(tmp_path: Path, number: signal.Signals)
             mains.ignore_sigterm_with_children, pid_file={str(tmp_path / "pids")!r}, on_rank=-1
         )
     """
-    driver = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
-    pids: list[int] = []
-    while len(pids) < 4 and time.monotonic() < deadline:
-        time.sleep(0.02)
-        pids = [int(pid) for path in tmp_path.iterdir() for pid in path.read_text().split()]
-    driver.send_signal(number if len(pids) == 4 else signal.SIGKILL)
-    _, errors = driver.communicate(timeout=30)
-    wait_until_gone(pids, seconds=5)
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with processes.started(command, stdout=processes.DEVNULL, stderr=processes.PIPE) as driver:
+        pids: list[int] = []
+        while len(pids) < 4:
+            time.sleep(0.02)
+            pids = [int(pid) for path in tmp_path.iterdir() for pid in path.read_text().split()]
+        driver.send_signal(number)
+        _, errors = driver.communicate()
+    # Whoever had stayed would have failed the block.
+    assert not any(is_running(pid) for pid in pids)
     if number == signal.SIGINT:
         assert "KeyboardInterrupt" in errors
 
@@ -247,9 +230,13 @@ def test_all_output_arrives_whole_and_prefixed(capfd: pytest.CaptureFixture[str]
         expected = [f"[{rank}]<stdout>:{rank}:{i}:" + "x" * 200 for i in range(3000)]
         assert [line for line in shown if line.startswith(f"[{rank}]<stdout>:")] == expected
         assert f"[{rank}]<stderr>:{rank} done" in shown
+        bar = mains.shown_of_a_bar(shown, rank)
+        assert bar[-1] == "3000/3000"
+        assert len(bar) < 300
 
 
-def test_output_is_shown_while_it_happens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["\n", "\r", ""])
+def test_output_is_shown_while_it_happens(end: str, tmp_path: Path) -> None:
     """The driver sees a line that main waits to have been seen."""
 
     class Watch:
@@ -258,14 +245,14 @@ def test_output_is_shown_while_it_happens(tmp_path: Path) -> None:
 
         def write(self, text: str) -> None:
             self.text += text
-            if "first line" in self.text:
+            if "<stdout>:first line\n" in self.text:
                 (tmp_path / "seen").touch()
 
         def flush(self) -> None:
             pass
 
-    def main(seen: str) -> bool:
-        print("first line")
+    def main(seen: str, end: str) -> bool:
+        print("\rother line" * (end != "\n") + "\rfirst line", end=end)
         deadline = time.monotonic() + 30
         while not Path(seen).exists() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -274,7 +261,7 @@ def test_output_is_shown_while_it_happens(tmp_path: Path) -> None:
     import contextlib
 
     with contextlib.redirect_stdout(Watch()):  # type: ignore[type-var]
-        assert run(main, np=-1, seen=str(tmp_path / "seen"))
+        assert run(main, np=-1, seen=str(tmp_path / "seen"), end=end)
 
 
 def test_the_start_lines_say_the_mode_and_the_size(capsys: pytest.CaptureFixture[str]) -> None:
@@ -527,9 +514,7 @@ def test_classes_of_the_notebook_come_back_as_they_are_there(tmp_path: Path) -> 
         assert values[2].b + values[3].c + values[2]._Plain__hidden == 9
         print("all of them")
     """)
-    done = subprocess.run(
-        [sys.executable, str(script)], check=False, capture_output=True, text=True
-    )
+    done = processes.run([sys.executable, str(script)], capture_output=True)
     assert "all of them" in done.stdout, done.stdout + done.stderr
 
 
@@ -636,10 +621,7 @@ def test_no_secret_is_on_a_command_line() -> None:
 
 
 def test_output_of_a_descendant_that_outlives_the_group_does_not_hang_the_run() -> None:
-    def main() -> int:
-        return subprocess.Popen(["sleep", "600"], start_new_session=True).pid
-
-    pid = run(main, np=-1)
+    pid = run(mains.leave_a_child, np=-1, start_new_session=True)
     assert is_running(pid)  # it left our group on purpose: a daemon of the user's
     os.kill(pid, signal.SIGKILL)
 
@@ -652,3 +634,19 @@ def test_a_failure_after_success_elsewhere_still_fails_the_run() -> None:
         return "early"
 
     assert "late" in failure(main).summary
+
+
+@pytest.mark.parametrize("quiet", ["", "0", "1"])
+def test_what_is_as_it_should_be_can_be_left_out(
+    quiet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOROVODRUNNER_QUIET", quiet)
+
+    def main() -> None:
+        print("hello")
+        horovodrunner.log_to_driver("message")
+
+    run(main, np=-1)
+    shown = capsys.readouterr().out.splitlines()
+    assert {"[0]<stdout>:hello", "message"} <= set(shown)
+    assert len(shown) == (2 if quiet == "1" else 6)

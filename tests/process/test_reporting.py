@@ -9,7 +9,6 @@ import io
 import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,6 +25,7 @@ from horovodrunner import (
     checkpoint,
     log_to_driver,
 )
+from tests import processes
 from tests.process import breaks
 
 
@@ -83,7 +83,7 @@ Path("said").write_text(", ".join(said))
 def test_a_driver_whose_standard_streams_are_closed_can_run(tmp_path: Path) -> None:
     """The next descriptors that it opens are 0 to 2, which are its workers' streams."""
     closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
-    subprocess.run([*closed, sys.executable, "-c", WITHOUT_STREAMS], cwd=tmp_path, check=True)
+    processes.run([*closed, sys.executable, "-c", WITHOUT_STREAMS], cwd=tmp_path, check=True)
     assert (tmp_path / "said").read_text() == "value, ValueError: told"
 
 
@@ -229,7 +229,7 @@ FALLS_OUT: dict[str, tuple[Callable[[], object], int]] = {
 
 def _child(act: Callable[[], object]) -> int:
     """Fork; the child acts and goes on as main does: out of it. Give its exit code."""
-    if pid := os.fork():
+    if pid := os.fork():  # noqa: TID251 -- in a rank
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     act()
     return -1
@@ -272,7 +272,7 @@ def test_a_child_has_none_of_the_descriptors_and_its_task_waits_for_none(tmp_pat
     def main() -> tuple[int, int]:
         open_here = len(list(Path("/proc/self/fd").iterdir()))
         read, write = os.pipe()
-        if not (pid := os.fork()):
+        if not (pid := os.fork()):  # noqa: TID251 -- in a rank
             os.setsid()  # so that nobody ends it
             os.write(write, str(len(list(Path("/proc/self/fd").iterdir()))).encode())
             os.close(1)
@@ -317,7 +317,7 @@ def test_a_child_that_uses_the_run_leaves_it_alone(
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_processes_of_multiprocessing_do_not_report(method: str) -> None:
     def main() -> list[int]:
-        import multiprocessing
+        import multiprocessing  # noqa: TID251 -- in a rank
 
         with multiprocessing.get_context(method).Pool(2) as pool:
             return pool.map(abs, [-1, -2])

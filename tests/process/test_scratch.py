@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from horovodrunner.task.scratch import Scratch
+from tests.processes import PIPE, started
 
 HOLD = """
 import sys, time
@@ -37,16 +36,13 @@ def test_it_is_deleted_when_its_task_is_killed(
 ) -> None:
     base = tmp_path / "a base $(with) 'quotes'"
     base.mkdir()
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(base)], stdout=subprocess.PIPE, start_new_session=True
-    ) as task:
+    with started([sys.executable, "-c", HOLD, str(base)], stdout=PIPE) as task:
         assert task.stdout is not None
-        path = Path(task.stdout.readline().decode().strip())
+        path = Path(task.stdout.readline().strip())
         (path / "weights").write_bytes(b"x")
         kill(task.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while path.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+        task.wait()
+    # The process that deletes it has left by now, too.
     assert list(base.iterdir()) == []
 
 
@@ -56,7 +52,7 @@ def test_nothing_is_left_when_it_cannot_be_watched(
     def no_processes(*_args: object, **_options: object) -> None:
         raise BlockingIOError("Resource temporarily unavailable")
 
-    monkeypatch.setattr(subprocess, "Popen", no_processes)
+    monkeypatch.setattr("subprocess.Popen", no_processes)
     with pytest.raises(BlockingIOError):
         Scratch("abc", str(tmp_path))
     assert list(tmp_path.iterdir()) == []

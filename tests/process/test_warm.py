@@ -6,7 +6,6 @@ Every driver is a process of its own, because that process ends with its session
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import textwrap
 import time
@@ -14,6 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from tests import processes
+from tests.process.notebooks import run_notebook
 
 PRELUDE = """
     import os, signal, sys, time
@@ -38,13 +40,10 @@ PRELUDE = """
 """
 
 
-def drive(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def drive(script: str, **variables: str) -> processes.CompletedProcess[str]:
+    return processes.run(
         [sys.executable, "-c", textwrap.dedent(PRELUDE) + textwrap.dedent(script)],
         capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
         env={**os.environ, **variables},
     )
 
@@ -228,10 +227,7 @@ def test_what_the_first_optimizer_imports_is_there_for_a_main_of_a_module(tmp_pa
     assert done.returncode == 0, done.stderr
 
 
-def test_a_notebooks_second_run_is_warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+def test_a_notebooks_second_run_is_warm(tmp_path: Path) -> None:
     cell = """
         import os
         from horovodrunner import HorovodRunner
@@ -247,10 +243,8 @@ def test_a_notebooks_second_run_is_warm(tmp_path: Path, monkeypatch: pytest.Monk
         assert HorovodRunner(np=-1, keep_warm=False).run(main)[1] == os.getpid()
         first[1]
     """
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(textwrap.dedent(cell))])
-    resources = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=150, resources=resources).execute()
-    assert gone_soon([int(notebook.cells[0].outputs[-1].data["text/plain"])])
+    outputs = run_notebook(tmp_path, cell)
+    assert gone_soon([int(outputs[-1].data["text/plain"])])
 
 
 def test_who_has_connected_is_served_before_a_process_ends() -> None:

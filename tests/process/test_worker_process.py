@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from horovodrunner import HorovodRunner
+from horovodrunner import HorovodRunner, WorkerFailedError
 from horovodrunner.core import payload
 from horovodrunner.core.job import WorkerSpec
 from horovodrunner.task import process as process_module
@@ -215,3 +215,37 @@ def test_what_was_printed_before_a_message_is_shown_before_it(
     shown = capsys.readouterr().out.splitlines()
     for index in range(100):
         assert shown.index(f"[0]<stdout>:{index}") < shown.index(f"after {index}")
+
+
+def test_of_a_bar_some_states_are_shown_and_all_lines_in_their_order(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(process_module, "STATE_SECONDS", 600)
+
+    def main() -> None:
+        import sys
+        import time
+
+        from tqdm import tqdm
+
+        for i in tqdm(range(200), mininterval=0, ascii=True, desc="ä"):
+            time.sleep(0.001)
+            if i % 50 == 0:
+                tqdm.write(f"line {i}", file=sys.stderr)
+        for i in range(200):
+            print("\b" * 100 + f"\r{i}/200", end="")
+        os.write(1, b"\n")
+        sys.stdout.write("\rlast words")
+        os._exit(3)
+
+    with pytest.raises(WorkerFailedError, match="exit code 3"):
+        HorovodRunner(np=-1).run(main)
+    shown = capsys.readouterr().out.splitlines()
+    stderr = [line for line in shown if line.startswith("[0]<stderr>:")]
+    lines = [line for line in stderr if "ä:" not in line]
+    assert lines == [f"[0]<stderr>:line {i}" for i in (0, 50, 100, 150)]
+    assert "200/200" in stderr[-1]
+    assert len(stderr) in (5, 6)  # one state, unless it was drawn over by a line at that moment
+    stdout = [line for line in shown if line.startswith("[0]<stdout>:")]
+    assert stdout[-2:] == ["[0]<stdout>:199/200", "[0]<stdout>:last words"]
+    assert len(stdout) in (2, 3)

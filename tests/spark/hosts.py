@@ -12,8 +12,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+from tests import processes
 
 __all__ = ["Host", "Network", "Standalone", "network", "why_no_hosts"]
 
@@ -32,7 +32,7 @@ START_SECONDS = 90.0
 
 def ip(*arguments: str) -> str:
     """Run iproute2's command; an error says which one failed and why."""
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    done = processes.run(["ip", *arguments], capture_output=True)
     if done.returncode:
         raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout
@@ -50,7 +50,7 @@ def why_no_hosts() -> str:
     try:
         with network() as trial:
             trial.add_host("trial", {"lan0": ["10.77.0.1/24"]}, {}).run("true")
-    except (OSError, AssertionError, subprocess.SubprocessError) as error:
+    except (OSError, AssertionError) as error:
         return f"the system does not allow to make network namespaces: {error}"
     return ""
 
@@ -76,7 +76,7 @@ class Host:
     interface: str = ""
     port: str = ""
     addresses: list[str] = field(default_factory=list)
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    started: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
     def link(self) -> str:
@@ -93,14 +93,11 @@ class Host:
         named = ["unshare", "--uts", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh"]
         return ["ip", "netns", "exec", self.namespace, *named, *arguments]
 
-    def run(self, *arguments: str, timeout: float = 60, **environment: str) -> str:
+    def run(self, *arguments: str, **environment: str) -> str:
         """Run a command to its end; gives its output."""
-        done = subprocess.run(
+        done = processes.run(
             self.command(*arguments),
             capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
             env={**os.environ, **environment},
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -108,25 +105,14 @@ class Host:
 
     def start(self, *arguments: str, log: Path, environment: Mapping[str, str]) -> None:
         """Start a process that runs until :meth:`stop`."""
-        with log.open("wb") as output:
-            self.processes.append(
-                subprocess.Popen(
-                    self.command(*arguments),
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **environment},
-                    start_new_session=True,
-                )
-            )
+        output = self.started.enter_context(log.open("wb"))
+        both = {"stdout": output, "stderr": processes.STDOUT}
+        command, environment = self.command(*arguments), {**os.environ, **environment}
+        self.started.enter_context(processes.started(command, env=environment, **both))
 
     def stop(self) -> None:
         """End every process on the host."""
-        for pid in ip("netns", "pids", self.namespace).split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-        for process in self.processes:
-            process.wait()
-        self.processes.clear()
+        self.started.close()
 
 
 class Network:

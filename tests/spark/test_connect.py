@@ -6,8 +6,6 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -16,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import marked_processes
+from tests import processes
+from tests.conftest import marked_processes, workers_left
 
 pytestmark = [
     pytest.mark.spark,
@@ -79,22 +78,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [str(home / "bin" / "spark-submit"), "--master", "local-cluster[2,1,1024]"]
     command += ["--class", "org.apache.spark.sql.connect.service.SparkConnectServer"]
     command += [part for name, value in confs.items() for part in ("--conf", f"{name}={value}")]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
+    with (
+        log.open("wb") as output,
+        processes.started(
             [*command, "spark-internal"],
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=processes.STDOUT,
             env={**os.environ, "PYSPARK_PYTHON": sys.executable},
-            start_new_session=True,
-        )
-    try:
+        ) as process,
+    ):
         port = wait_for(r"Connect server started at: .*:(\d+)", log)
         yield f"sc://localhost:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)  # lets it stop its executors
-        process.wait(30)
-        if application := re.search(r"app-\d+-\d+-\d+-connect", log.read_text()):
-            shutil.rmtree(home / "work" / application[0], ignore_errors=True)
+        process.terminate()  # lets it stop its executors
+        process.wait()
+    if application := re.search(r"app-\d+-\d+-\d+-connect", log.read_text()):
+        shutil.rmtree(home / "work" / application[0], ignore_errors=True)
 
 
 def wait_for(pattern: str, log: Path) -> str:
@@ -115,12 +113,9 @@ def drive(server: str, script: str, tmp_path: Path) -> str:
     """Run a script as a client; gives what it printed, after it has ended well."""
     directory = tmp_path / "ranks"
     directory.mkdir()
-    done = subprocess.run(
+    done = processes.run(
         client(server, script, directory),
         capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -153,8 +148,20 @@ def test_errors_are_those_of_any_cluster(server: str, tmp_path: Path) -> None:
             HorovodRunner(np=2, resources={"gpu": 1}).run(lambda: 1)
         except ConfigurationError as error:
             print(error)
+        df = spark.range(3)
+        for thing in (spark, df, df.groupBy()):
+            try:
+                HorovodRunner(np=2).run(lambda: thing)
+            except PayloadError as error:
+                print(error)
     """
     shown = drive(server, script, tmp_path)
+    for kind, reason in [
+        ("session.SparkSession", "Spark is on the driver only"),
+        ("dataframe.DataFrame", "a Spark DataFrame is on the driver only"),
+        ("group.GroupedData", "Spark's objects are on the driver only"),
+    ]:
+        assert re.search(rf"^the global 'thing' used by .*{kind}\) cannot .*{reason}", shown, re.M)
     assert "WorkerFailedError ZeroDivisionError('division by zero') rank" in shown
     assert "np=3 needs 3 task slots, and the cluster has 2 (local-cluster[2,1,1024]; " in shown
     assert "2 ranks" in shown
@@ -227,20 +234,17 @@ def test_slots_that_stay_taken_are_a_start_timeout(server: str, tmp_path: Path) 
 
 
 def test_the_server_ends_the_run_of_a_client_that_died(server: str, tmp_path: Path) -> None:
-    with subprocess.Popen(
+    with processes.started(
         client(server, "HorovodRunner(np=2).run(run_for_ever)", tmp_path),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=processes.DEVNULL,
+        stderr=processes.DEVNULL,
     ) as process:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.02)
         assert any("horovodrunner.worker" in command for command in marked_processes())
         process.kill()
-    deadline = time.monotonic() + 60
-    while marked_processes() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert marked_processes() == []
+        process.wait()
+    assert workers_left() == []
 
 
 def test_a_dataframe_feeds_the_ranks(server: str, tmp_path: Path) -> None:

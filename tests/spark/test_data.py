@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from horovodrunner import DataError, HorovodRunner, data
+from horovodrunner import ConfigurationError, DataError, HorovodRunner, data
 from horovodrunner.data import origin
 from horovodrunner.data.cache import cache
 from horovodrunner.data.origin import origin_of
@@ -92,7 +92,7 @@ def test_every_type_has_its_outcome(spark: Any) -> None:
         "SELECT make_ym_interval(1, 2) AS y": "'y' has the type interval year to month",
         "SELECT array(named_struct('x', 1)) AS p": "'p' has arrays of the type struct",
         "SELECT 1 AS x, 2 AS x": "2 columns have the name 'x'",
-        "SELECT named_struct('x', 1) AS s, 2 AS `s.x`": "'s.x' is a column as well as a field",
+        "SELECT named_struct('x', 1) AS s, 2 AS `s.x`": "2 columns or fields of structs would",
         "SELECT parse_json('1') AS v": "'v' has the type variant",
     }.items():
         if "variant" in words and spark.version < "4":
@@ -357,3 +357,28 @@ def test_what_fails_leaves_nothing(spark: Any, tmp_path: Path) -> None:
     assert len(empty) == 0
     with pytest.raises(DataError, match="0 rows"):
         empty.numpy(1)
+
+
+OTHERS: dict[str, tuple[Any, str]] = {
+    "column": (lambda df: df.id, r"Column: .*df.select\(column\)"),
+    "RDD": (lambda df: df.rdd, r"RDD: .*rdd.toDF\(\)"),
+    "groups": (lambda df: df.groupBy("id"), r"GroupedData: .*groups.agg"),
+    "writer": (lambda df: df.write, r"DataFrameWriter: .*give the DataFrame that it writes"),
+    "reader": (lambda df: df.sparkSession.read, r"DataFrameReader: .*\.parquet\(path\)"),
+    "session": (lambda df: df.sparkSession, r"SparkSession: .*spark.table\(name\)"),
+    "row": (lambda df: df.head(), r"Row: .*createDataFrame\(rows\)"),
+    "method": (lambda df: df.cache, "of type method: .*with parentheses"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_sparks_and_no_dataframe_is_told_with_what_to_give(kind: str, spark: Any) -> None:
+    make, text = OTHERS[kind]
+    with pytest.raises(ConfigurationError, match=text):
+        data.from_dataframe(make(spark.range(3)))
+
+
+def test_a_streaming_dataframe_is_refused(spark: Any) -> None:
+    stream = spark.readStream.format("rate").load()
+    with pytest.raises(ConfigurationError, match=r"df is a streaming DataFrame, .*foreachBatch"):
+        data.from_dataframe(stream)

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import textwrap
 import threading
@@ -21,9 +20,10 @@ import pytest
 
 from horovodrunner import BarrierStageError, HorovodRunner, WorkerFailedError
 from horovodrunner.driver import addresses, slots
+from tests import processes
 from tests.conftest import workers_left
 from tests.process import mains
-from tests.process.test_local_runs import wait_until_gone
+from tests.process.test_local_runs import is_running
 
 pytestmark = [pytest.mark.spark, pytest.mark.usefixtures("spark")]
 
@@ -160,7 +160,8 @@ def test_an_interrupt_is_raised_in_a_thread_other_than_the_main_one(
     pids = list(pids_in(tmp_path).values())
     interrupt = ctypes.py_object(KeyboardInterrupt)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), interrupt)
-    wait_until_gone(pids, 5)
+    while any(is_running(pid) for pid in pids):
+        time.sleep(0.02)
     thread.join(20)
     assert [type(error) for error in raised] == [KeyboardInterrupt]
     assert spark.range(10).count() == 10
@@ -240,29 +241,20 @@ def test_workers_go_with_the_driver(
 ) -> None:
     directory = tmp_path / "runs"
     directory.mkdir()
-    driver = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(DRIVER), str(directory), str(np), thread],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+    command = [sys.executable, "-c", textwrap.dedent(DRIVER), str(directory), str(np), thread]
+    with processes.started(
+        command,
+        stdout=processes.DEVNULL,
+        stderr=processes.PIPE,
         cwd=Path(__file__).parents[2],
-    )
-    when_both_run(directory, lambda: None).join()
-    pids = list(pids_in(directory).values())
-    assert len(pids) == 2
-    driver.send_signal(number)
-    wait_until_gone(pids, 5)
-    _, errors = driver.communicate(timeout=60)
+    ) as driver:
+        when_both_run(directory, lambda: None).join()
+        driver.send_signal(number)
+        _, errors = driver.communicate()
+    # A worker, an executor or a JVM that had stayed would have failed the block.
+    assert len(pids_in(directory)) == 2
     if number == signal.SIGINT:
         assert "KeyboardInterrupt" in errors
-    wait_until_gone([p.pid for p in psutil.process_iter() if is_of(p, str(directory))], 20)
-
-
-def is_of(process: psutil.Process, word: str) -> bool:
-    try:
-        return any(word in part for part in process.cmdline())
-    except psutil.Error:
-        return False
 
 
 class Proxy:
@@ -375,7 +367,7 @@ time.sleep(4)
 def test_strangers_on_every_port_do_not_disturb_a_run(
     tmp_path: Path, spark: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    floods: list[subprocess.CompletedProcess[str]] = []
+    floods: list[processes.CompletedProcess[str]] = []
 
     def main(directory: str) -> float:
         import horovod.torch as hvd
@@ -393,15 +385,7 @@ def test_strangers_on_every_port_do_not_disturb_a_run(
         ports = ports_of([*agents, os.getpid()]) - others
         marker = threading.Timer(3, (tmp_path / "flooded").touch)
         marker.start()
-        floods.append(
-            subprocess.run(
-                [sys.executable, "-c", FLOOD, *ports],
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=100,
-            )
-        )
+        floods.append(processes.run([sys.executable, "-c", FLOOD, *ports], capture_output=True))
         marker.join()
 
     others = ports_of([os.getpid()])  # Spark's own

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import stat
-import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import processes
 
 pytestmark = [pytest.mark.spark, pytest.mark.timeout(600)]
 
@@ -175,13 +176,10 @@ def report(tmp_path_factory: pytest.TempPathFactory, calls: Path) -> Report:
     script.write_text(f"#!/bin/sh\necho '{addresses}'\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     compiler = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(tools / "libcuda.so.1")]
-    subprocess.run(compiler, input=CUDAS_DRIVER, text=True, check=True)
-    done = subprocess.run(
+    processes.run(compiler, input=CUDAS_DRIVER, check=True)
+    done = processes.run(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), str(script), str(directory), str(calls)],
         capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
         env={
             **os.environ,
             "PYSPARK_PYTHON": sys.executable,

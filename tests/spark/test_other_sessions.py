@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
-import signal
-import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import processes
+from tests.spark.standalone import standalone
 
 pytestmark = [pytest.mark.spark, pytest.mark.timeout(500)]
 
@@ -43,12 +42,9 @@ def drive(script: str, tmp_path: Path, **environment: str) -> str:
     """Run a script as a driver; gives what it printed, after it has ended well."""
     path = tmp_path / "driver.py"
     path.write_text(TRAIN + QUIET + textwrap.dedent(script))
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, str(path)],
         capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
         env={**os.environ, **environment},
         cwd=tmp_path,
     )
@@ -69,12 +65,22 @@ def test_without_a_session_one_is_created_that_uses_this_python(
     assert {"[0]<stdout>:training", "[1]<stdout>:training"} <= set(shown)
 
 
+def test_a_run_that_creates_its_session_says_so_and_where_output_goes(tmp_path: Path) -> None:
+    script = """
+        HorovodRunner(np=1).run(train, prefix="")
+        SparkSession.getActiveSession().stop()
+    """
+    first, second, *_ = drive(script, tmp_path).splitlines()
+    assert first == "HorovodRunner: there is no SparkSession yet: creating one"
+    assert "so is all output of the ranks, on standard error" in second
+
+
 @pytest.fixture(scope="module")
 def of_local_threads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What one driver shows of three sessions, one after the other."""
     directory = tmp_path_factory.mktemp("threads")
     bare = directory / "bare"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    processes.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
     script = f"""
         from horovodrunner import (
             BarrierStageError, ClusterCapacityError, ConfigurationError, WorkerFailedError
@@ -125,6 +131,8 @@ def test_local_threads_behave_like_a_cluster(of_local_threads: dict[str, str]) -
     assert "1 executor with 2 cores: 2 slots; " in shown
     assert "ZeroDivisionError('division by zero')" in shown
     assert shown.endswith("\n5\n")
+    assert shown.count("so is all output of the ranks, on standard error") == 4
+    assert "only log_to_driver messages" not in shown
 
 
 def test_dynamic_allocation_is_refused_before_launch(of_local_threads: dict[str, str]) -> None:
@@ -140,52 +148,10 @@ def test_an_executor_python_without_the_package_is_named(
     assert "PYSPARK_PYTHON" in shown
 
 
-def spark_class() -> str:
-    import pyspark
-
-    return str(Path(pyspark.__file__).parent / "bin" / "spark-class")
-
-
 @pytest.fixture
 def standalone_master(tmp_path: Path) -> Iterator[str]:
-    """Start a standalone master and one worker with two cores; gives the master's URL."""
-    log = tmp_path / "master.log"
-    environment = {**os.environ, "SPARK_WORKER_DIR": str(tmp_path / "work")}
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def start(*arguments: str, into: Path) -> None:
-        with into.open("wb") as output:
-            processes.append(
-                subprocess.Popen(
-                    [spark_class(), *arguments],
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    start_new_session=True,
-                )
-            )
-
-    def wait_for(text: str, into: Path) -> str:
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            if match := re.search(text, into.read_text()):
-                return match[0]
-            time.sleep(0.1)
-        raise AssertionError(f"no {text} in {into.read_text()}")
-
-    try:
-        master = "org.apache.spark.deploy.master.Master"
-        start(master, "--host", "127.0.0.1", "--port", "0", "--webui-port", "0", into=log)
-        url = wait_for(r"spark://[\w.]+:\d+", log)
-        worker = "org.apache.spark.deploy.worker.Worker"
-        arguments = ["--cores", "2", "--memory", "2g", "--webui-port", "0", url]
-        start(worker, *arguments, into=tmp_path / "worker.log")
-        wait_for("Successfully registered with master", tmp_path / "worker.log")
+    with standalone(tmp_path, os.environ) as url:
         yield url
-    finally:
-        for process in processes:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def test_a_standalone_cluster_without_any_slot_and_with_two_executors(

@@ -357,7 +357,7 @@ def test_what_cannot_work_is_refused_at_once(spark: Any, frame: Any, net: torch.
     refused: list[tuple[dict[str, Any], str]] = [
         ({"batch_size": 0}, "batch_size=0: it must be at least 1"),
         ({"batch_size": 2.5}, "batch_size=2.5: it must be an int"),
-        ({"on_error": "skip"}, "on_error='skip': give one of 'raise', 'null'"),
+        ({"on_error": "skip"}, "on_error='skip': it must be 'raise' or 'null'"),
         ({"nulls": "drop"}, "nulls='drop'"),
         ({"return_type": "flaot"}, "return_type='flaot' is no type that Spark knows"),
         ({"return_type": float}, "return_type=<class 'float'>: give a type"),

@@ -1,7 +1,6 @@
 """Executors whose Python is not the driver's: shipped with the application, or simply another one.
 
-The standalone cluster is started by Spark's own scripts, in an environment that does not know this
-one; see docs/shipping.md.
+The standalone cluster's environment does not know this one; see docs/shipping.md.
 """
 
 from __future__ import annotations
@@ -11,29 +10,25 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import textwrap
-import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from horovodrunner import BarrierStageError, ConfigurationError, HorovodRunner
+from tests import processes
+from tests.spark.standalone import standalone
 
 pytestmark = pytest.mark.spark
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIX = Path(sys.prefix)
-SECONDS_FOR_DAEMONS = 90
-MASTER = "org.apache.spark.deploy.master.Master"
-WORKER = "org.apache.spark.deploy.worker.Worker"
 
 TRAIN = """
     import importlib.util
@@ -54,11 +49,9 @@ TRAIN = """
 """
 
 
-def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, **options: Any) -> processes.CompletedProcess[str]:
     """Run a command that must succeed."""
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=False, **options
-    )
+    done = processes.run([str(part) for part in command], capture_output=True, **options)
     assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done
 
@@ -115,7 +108,7 @@ def test_type_checkers_see_the_annotations_of_what_is_installed(
     (tmp_path / "typed.py").write_text(textwrap.dedent(TYPED))
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache")]
     command += ["--python-executable", str(environment / "bin/python"), "typed.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = processes.run(command, cwd=tmp_path, capture_output=True)
     [error] = [line for line in done.stdout.splitlines() if "error:" in line]
     assert error.startswith('typed.py:13: error: Argument "np" to "HorovodRunner" has incompatible')
 
@@ -137,50 +130,17 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A master and a worker with two cores, started and stopped by spark-daemon.sh."""
-    import pyspark
-
-    home = Path(pyspark.__file__).parent
+    """Its environment has nothing of the driver's."""
     directory = tmp_path_factory.mktemp("cluster")
-    places = {name: directory / name for name in ("LOG", "PID", "WORKER")}
     inherited = ("HOME", "USER", "JDK_JAVA_OPTIONS", "SPARK_LOCAL_DIRS", "TMPDIR")
     java = Path(shutil.which("java") or "/usr/bin/java").resolve()
     environ = {
         **{name: os.environ[name] for name in inherited if name in os.environ},
-        **{f"SPARK_{name}_DIR": str(place) for name, place in places.items()},
         "PATH": "/usr/bin:/bin",
         "JAVA_HOME": str(java.parents[1]),
     }
-
-    def daemon(action: str, name: str, *arguments: str) -> None:
-        run(home / "sbin" / "spark-daemon.sh", action, name, "1", *arguments, env=environ)
-
-    def wait_for(text: str, of: str) -> str:
-        deadline = time.monotonic() + SECONDS_FOR_DAEMONS
-        while time.monotonic() < deadline:
-            logs = [path.read_text() for path in places["LOG"].glob(f"*{of}*")]
-            if match := re.search(text, "".join(logs)):
-                return match[0]
-            time.sleep(0.1)
-        raise AssertionError(f"no {text} in {logs}")
-
-    host = ["--host", "127.0.0.1", "--webui-port", "0"]
-    processes: list[psutil.Process] = []
-    try:
-        daemon("start", MASTER, *host, "--port", "0")
-        url = wait_for(r"spark://[\w.]+:\d+", MASTER)
-        daemon("start", WORKER, *host, "--cores", "2", "--memory", "2g", url)
-        wait_for("Successfully registered with master", WORKER)
-        yield Cluster(url, places["WORKER"])
-    finally:
-        pids = [int(path.read_text()) for path in places["PID"].glob("*.pid")]
-        processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-        for name in (WORKER, MASTER):
-            daemon("stop", name)
-        _, left = psutil.wait_procs(processes, timeout=20)
-        for process in left:
-            process.kill()
-        assert not left
+    with standalone(directory, environ) as url:
+        yield Cluster(url, directory / "work")
 
 
 def seen_by_ranks(shown: str) -> dict[int, dict[str, Any]]:
@@ -217,14 +177,14 @@ def test_an_archive_brings_the_executors_their_python(
     path = tmp_path / "train.py"
     path.write_text(textwrap.dedent(TRAIN) + textwrap.dedent(script))
     environ = driver_environment(PYSPARK_PYTHON="./environment/bin/python")
-    shown = run(sys.executable, path, env=environ, cwd=tmp_path, timeout=170).stdout
+    shown = run(sys.executable, path, env=environ, cwd=tmp_path).stdout
     assert "np was 2\n" in shown
     assert_ranks_ran_in_the_archives_python(shown, cluster)
 
 
 def submit(
     cluster: Cluster, script: str, tmp_path: Path, *options: str
-) -> subprocess.CompletedProcess[str]:
+) -> processes.CompletedProcess[str]:
     import pyspark
 
     path = tmp_path / "train.py"
@@ -237,14 +197,11 @@ def submit(
     }
     settings = [part for name, value in confs.items() for part in ("--conf", f"{name}={value}")]
     spark_submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
-    return subprocess.run(
+    return processes.run(
         [str(spark_submit), "--master", cluster.url, *settings, *options, str(path)],
         capture_output=True,
-        text=True,
-        check=False,
         env=driver_environment(),
         cwd=tmp_path,
-        timeout=170,
     )
 
 

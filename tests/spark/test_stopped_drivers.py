@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from tests import processes
 
 pytestmark = pytest.mark.spark
 
@@ -67,7 +68,7 @@ def test_ranks_go_on_and_afterwards_every_line_is_shown_or_counted(tmp_path: Pat
     command = [sys.executable, str(script), str(tmp_path), str(LINES)]
     with (
         Path(tmp_path, "stderr").open("wb") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as driver,
+        processes.started(command, stdout=processes.PIPE, stderr=errors) as driver,
     ):
         try:
             wait_for(tmp_path, "begun")
@@ -77,10 +78,10 @@ def test_ranks_go_on_and_afterwards_every_line_is_shown_or_counted(tmp_path: Pat
             assert psutil.Process(driver.pid).status() == psutil.STATUS_STOPPED
         finally:
             os.kill(driver.pid, signal.SIGCONT)
-        text, _ = driver.communicate(timeout=120)
+        text, _ = driver.communicate()
     assert driver.returncode == 0, Path(tmp_path, "stderr").read_text()
     assert max(grown) < 60e6, f"the tasks grew by {grown} bytes"
-    shown = text.decode().splitlines()
+    shown = text.splitlines()
     assert shown[-1] == "value"
     printed = [re.fullmatch(r"\[(\d)\]<stdout>:(\d+) x{1000}", line) for line in shown]
     missing = [re.search(r"HorovodRunner: (\d+) lines are missing here", line) for line in shown]

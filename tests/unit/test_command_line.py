@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from subprocess import PIPE, STDOUT
 
 import pytest
 
+from tests import processes
+from tests.processes import PIPE, STDOUT
 
-def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+
+def run(*arguments: str, **environ: str) -> processes.CompletedProcess[str]:
+    return processes.run(
         [sys.executable, "-m", "horovodrunner", *arguments],
         capture_output=True,
-        text=True,
         env={**os.environ, **environ},
-        timeout=60,
-        check=False,
     )
 
 
@@ -48,9 +46,7 @@ def test_help_loads_nothing_heavy() -> None:
         "import sys; from horovodrunner.__main__ import main; main([]);"
         "print(sorted({'torch', 'tensorflow', 'pyspark', 'horovod'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = processes.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -61,13 +57,11 @@ WITHOUT_FRAMEWORKS = {"HOROVOD_WITHOUT_PYTORCH": "1", "HOROVOD_WITHOUT_TENSORFLO
 def test_the_version_is_known_without_an_installation(tmp_path: Path) -> None:
     (tmp_path / "horovodrunner").symlink_to(ROOT / "horovodrunner")
     script = "import horovodrunner; print(horovodrunner.__version__)"
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-S", "-c", script],  # without site-packages
         env={"PYTHONPATH": str(tmp_path)},
         capture_output=True,
-        text=True,
         check=True,
-        timeout=60,
     )
     assert done.stdout == f"{version('horovodrunner')}\n"
 
@@ -90,14 +84,16 @@ def test_a_reader_that_goes_away_changes_nothing_but_what_is_shown(
     """As with ``doctor | head``: no traceback, and the exit code of what was found."""
     command = [sys.executable, "-m", "horovodrunner", *arguments.split()]
     environ = {**os.environ, **WITHOUT_FRAMEWORKS}
-    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, env=environ, text=True) as reader:
+    with processes.started(command, stdout=PIPE, stderr=PIPE, env=environ) as reader:
         assert reader.stdout
         reader.stdout.close()
         assert reader.stderr
         shown = reader.stderr.read()
-    with subprocess.Popen(command, stdout=PIPE, stderr=STDOUT, env=environ) as nobody:
+        reader.wait()
+    with processes.started(command, stdout=PIPE, stderr=STDOUT, env=environ) as nobody:
         assert nobody.stdout
         nobody.stdout.close()
+        nobody.wait()
     assert [reader.returncode, nobody.returncode] == [code, code]
     assert "Broken" not in shown
     assert "Traceback" not in shown

@@ -24,7 +24,7 @@ class Driver:
     def message(self, rank: int, message: bytes) -> None:
         self.shown.append(f"message of {rank}: ".encode() + message)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, *, routine: bool = False) -> None:
         self.notes.append(text)
 
     def placed(self, slots: Sequence[Slot]) -> None:

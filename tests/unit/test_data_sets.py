@@ -6,7 +6,6 @@ import datetime
 import decimal
 import pickle
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,9 +16,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from horovodrunner import ArgumentTypeError, ArgumentValueError, DataError, data
+from horovodrunner import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    ConfigurationError,
+    DataError,
+    data,
+)
 from horovodrunner.data import writing
 from horovodrunner.data.dataset import DataSet
+from tests import processes
 
 ROWS = 1003
 
@@ -195,7 +201,7 @@ def test_some_columns_only(rows: DataSet) -> None:
     assert sorted(batch) == ["features", "row"]
     with pytest.raises(ArgumentValueError, match=r"no column 'x'; there are row, features"):
         rows.numpy(10, columns=["x"])
-    with pytest.raises(ArgumentTypeError, match="a list of names"):
+    with pytest.raises(ArgumentTypeError, match="give a list"):
         rows.numpy(10, columns="row")
 
 
@@ -409,7 +415,7 @@ def test_reading_what_is_deleted_says_so(table: pa.Table, tmp_path: Path) -> Non
         ({"batch_size": 2.5}, "batch_size=2.5"),
         ({"shuffle": "yes"}, "shuffle='yes'"),
         ({"epoch": -1}, "epoch=-1"),
-        ({"remainder": "keep"}, "'drop', 'pad', 'share' and 'join'"),
+        ({"remainder": "keep"}, "'drop', 'pad', 'share' or 'join'"),
         ({"rank": 0}, "give both"),
         ({"rank": 2, "size": 2}, "from 0 to 1"),
         ({"threads": -1}, "threads=-1"),
@@ -504,6 +510,24 @@ print(rows.location)
 {ending}
 """
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = processes.run(command, capture_output=True)
     assert done.stdout.startswith(f"{tmp_path}/horovodrunner-data-")
     assert [path.name for path in tmp_path.iterdir()] == ["of-others"]
+
+
+@pytest.mark.parametrize(
+    ("cache_dir", "text"),
+    [
+        (Path("s3://bucket/rows"), r"cache_dir=.*is a URL in a path object, .* give it as a str"),
+        ("", "cache_dir='': it must not be empty"),
+        ("dbfs:/rows", "on Databricks write the path /dbfs/rows/"),
+        ("C:/rows", "a path of Windows"),
+        ("~no-such-user/rows", "the directory ~no-such-user/rows is unknown"),
+    ],
+    ids=["path object", "empty", "dbfs", "Windows", "home"],
+)
+def test_a_cache_dir_that_cannot_be_one_is_told_with_what_to_write(
+    cache_dir: Any, text: str, table: pa.Table
+) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        data.from_arrow(table, cache_dir)

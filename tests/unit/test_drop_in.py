@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 import horovodrunner
 from horovodrunner import doctor
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ROOT / "horovodrunner" / "compat"
@@ -22,14 +22,11 @@ OURS = ROOT / "horovodrunner" / "compat"
 def python(script: str, *before: Path, behind: tuple[Path, ...] = ()) -> str:
     """Run a script with our sparkdl on the path, others before or behind it; give all output."""
     path = os.pathsep.join(str(entry) for entry in (*before, OURS, *behind, ROOT))
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-        check=False,
+        stdout=processes.PIPE,
+        stderr=processes.STDOUT,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

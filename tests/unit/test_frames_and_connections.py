@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
 import re
 import resource
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -36,6 +36,7 @@ from horovodrunner.core.frames import (
     parse_header,
     parse_prefix,
 )
+from tests.processes import PIPE, started
 
 TOKEN = b"t" * 32
 Scenario = Callable[[FrameServer, int, list[Frame], list[str]], Awaitable[None]]
@@ -84,26 +85,14 @@ sys.stdin.read()
 """Opens as many connections as it is told to, says one byte on each, and keeps them."""
 
 
-class Strangers:
-    """Many connections of another process, that has file descriptors of its own."""
-
-    def __init__(self, port: int, count: int) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", STRANGERS, str(port), str(count)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == b"begins\n"
-        self._opened = asyncio.create_task(asyncio.to_thread(self._process.stdout.readline))
-
-    @property
-    def all_opened(self) -> bool:
-        return self._opened.done()
-
-    def leave(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+@contextlib.contextmanager
+def strangers(port: int, count: int) -> Iterator[Callable[[], bool]]:
+    """Let another process, with file descriptors of its own, connect; yield whether it has."""
+    command = [sys.executable, "-c", STRANGERS, str(port), str(count)]
+    with started(command, stdin=PIPE, stdout=PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begins\n"
+        yield asyncio.create_task(asyncio.to_thread(process.stdout.readline)).done
 
 
 @pytest.fixture
@@ -206,9 +195,8 @@ def test_thousands_of_strangers_do_not_keep_a_peer_out() -> None:
         server: FrameServer, port: int, frames: list[Frame], refusals: list[str]
     ) -> None:
         fds_before, rss_before = process.num_fds(), process.memory_info().rss
-        strangers = Strangers(port, 4000)
-        try:
-            while not strangers.all_opened or len(fds) < 5:
+        with strangers(port, 4000) as all_opened:
+            while not all_opened() or len(fds) < 5:
                 peer = await connect("127.0.0.1", port, TOKEN, 60)
                 peer.send("hello")
                 fds.append(process.num_fds() - fds_before)
@@ -216,8 +204,6 @@ def test_thousands_of_strangers_do_not_keep_a_peer_out() -> None:
             await until(lambda: len(frames) == len(fds))
             assert len(server._unproved) <= connection_module.MAX_UNPROVED_CONNECTIONS
             assert process.memory_info().rss - rss_before < 100 * 1024 * 1024
-        finally:
-            strangers.leave()
 
     _, refusals = serve(scenario)
     assert 200 < max(fds) < 256 + 100
@@ -235,17 +221,17 @@ def test_peers_that_are_expected_have_room_in_the_handshake(
     async def run() -> None:
         server = FrameServer(TOKEN, lambda peer: asyncio.sleep(0), refusals.append, peers=5)
         port = await server.start("127.0.0.1")
-        strangers = []
+        others = []
         try:
             for number in range(1, 9):
-                strangers.append((await asyncio.open_connection("127.0.0.1", port))[1])
+                others.append((await asyncio.open_connection("127.0.0.1", port))[1])
                 await until(lambda number=number: len(server._unproved) == number)  # type: ignore[misc]
             assert refusals == []
-            strangers.append((await asyncio.open_connection("127.0.0.1", port))[1])
+            others.append((await asyncio.open_connection("127.0.0.1", port))[1])
             await until(lambda: bool(refusals))
             assert len(server._unproved) <= 8
         finally:
-            for stranger in strangers:
+            for stranger in others:
                 stranger.transport.abort()
             await server.close()
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import textwrap
 import zipfile
@@ -39,6 +38,7 @@ from horovodrunner.horovod_build.recipe import (
     toolchain_facts,
 )
 from horovodrunner.horovod_build.verify import verify_allreduce
+from tests import processes
 
 RECIPE = Recipe(
     horovod="0.28.1",
@@ -139,11 +139,10 @@ def test_a_tensorflow_without_cuda_gets_no_gpu_code(is_cuda_build: bool, tmp_pat
         "get_directory_property(left COMPILE_DEFINITIONS)\n"
         'message(STATUS "left: ${HAVE_CUDA} ${SOURCES} ${LINKER_LIBS} ${left}")\n'
     )
-    done = subprocess.run(
+    done = processes.run(
         ["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build")],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
-        text=True,
         check=True,
     )
     [left] = [line for line in done.stdout.splitlines() if "left:" in line]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from horovodrunner.core.import_path import (
     start_command,
 )
 from horovodrunner.core.installed import is_of_a_python
+from tests import processes
 
 STDLIB = os.path.dirname(os.__file__)  # noqa: PTH120
 OURS = tuple(dict.fromkeys(e for e in sys.path if Path(e).is_dir() and not is_of_a_python(e)))
@@ -147,7 +147,5 @@ def test_a_start_meets_no_module_of_the_users(here: Path, monkeypatch: pytest.Mo
         here.joinpath(f"{name}.py").write_text("raise SystemExit('the wrong one')")
     here.joinpath("greets.py").write_text("import json, queue, sys; print(sys.argv[1:])")
     monkeypatch.setattr(sys, "path", [str(here), *sys.path])
-    done = subprocess.run(
-        [*start_command("greets"), "hello"], capture_output=True, text=True, check=False
-    )
+    done = processes.run([*start_command("greets"), "hello"], capture_output=True)
     assert done.stdout == "['hello']\n", done.stderr

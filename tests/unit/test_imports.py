@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
 
 import horovodrunner
+from tests import processes
 
 
 def _imported_by(statement: str) -> set[str]:
     code = f"{statement}; import json, sys; print(json.dumps(list(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", code], check=True, capture_output=True)
     return set(json.loads(done.stdout))
 
 

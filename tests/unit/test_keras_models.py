@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 DRIVER = """
     import importlib, sys, types
@@ -114,12 +115,9 @@ def run(script: str, *arguments: str | Path, backend: str = "") -> str:
     environ.pop("KERAS_BACKEND", None)
     if backend:
         environ["KERAS_BACKEND"] = backend
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
         capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
         env=environ,
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,10 +1,14 @@
 """Bytes to lines."""
 
+import io
 import random
+import re
 import time
+from collections.abc import Callable
 
 import psutil
 import pytest
+from tqdm import tqdm
 
 from horovodrunner.core.lines import (
     CUT_MARK,
@@ -24,7 +28,106 @@ def assemble(chunks: list[bytes], max_line_bytes: int = 1000) -> bytes:
 def test_lines_do_not_depend_on_how_the_bytes_are_chunked(size: int) -> None:
     text = "one\n\ntwo\r\nzähler 10%\rzähler 20%\r\n\nlast without end".encode()
     chunks = [text[i : i + size] for i in range(0, len(text), size)]
-    assert assemble(chunks) == "one\n\ntwo\nzähler 10%\nzähler 20%\n\nlast without end\n".encode()
+    assert assemble(chunks) == "one\n\ntwo\nzähler 20%\n\nlast without end\n".encode()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def tqdm_alone(out: Terminal) -> None:
+    for i in tqdm(range(20), file=out, mininterval=0):
+        if i % 7 == 0:
+            tqdm.write(f"written {i}", file=out)
+    print("after", file=out)
+
+
+def tqdm_nested(out: Terminal) -> None:
+    for epoch in tqdm(range(2), file=out, mininterval=0, desc="outer"):
+        for i in tqdm(range(3), file=out, mininterval=0, leave=False):
+            tqdm.write(f"written {epoch} {i}", file=out)
+        print("after inner", file=out)
+
+
+def tqdm_with_positions(out: Terminal) -> None:
+    bars = [tqdm(total=5, file=out, mininterval=0, position=k, desc=f"bar {k}") for k in range(3)]
+    for _ in range(5):
+        for bar in bars:
+            bar.update()
+    for bar in bars:
+        bar.close()
+    print("after", file=out)
+
+
+def rich_bars(out: Terminal) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(file=out, force_terminal=True, width=80)
+    with Progress(console=console, auto_refresh=False) as progress:
+        bars = [progress.add_task(f"bar {k}", total=5) for k in range(3)]
+        for i in range(5):
+            for bar in bars:
+                progress.update(bar, advance=1)
+            progress.refresh()
+            if i == 2:
+                console.print("a message")
+    print("after", file=out)
+
+
+def keras_bar(out: Terminal) -> None:
+    """As Keras 2 and 3 draw it, who write to sys.stdout alone."""
+    for i in range(20):
+        bar = f"\x1b[1m{i + 1}/20\x1b[0m - loss: 0.1"
+        print("\b" * len(bar) * (i > 0) + "\r" + bar, end="", file=out)
+    print(file=out)
+    print("after", file=out)
+
+
+@pytest.mark.parametrize(
+    ("draw", "lines"),
+    [
+        (tqdm_alone, ["written 0", "written 7", "written 14", "100%.* 20/20.*", "after"]),
+        (
+            tqdm_nested,
+            [
+                "outer: *0%.*",
+                *(f"written 0 {i}" for i in range(3)),
+                "after inner",
+                *(f"written 1 {i}" for i in range(3)),
+                "after inner",
+                "outer: 100%.* 2/2.*",
+            ],
+        ),
+        (
+            tqdm_with_positions,
+            # that of the first bar before there is another one
+            ["bar 0: *0%.*", *(f"bar {k}: 100%.*" for k in range(3)), "after"],
+        ),
+        (
+            rich_bars,
+            [
+                "bar 0 .*  0%.*",
+                "a message",
+                *(f"bar {k} .*100%.*" for k in range(3)),
+                ".*after",
+            ],
+        ),
+        (keras_bar, [".*20/20.* - loss: 0.1", "after"]),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 5, 100_000])
+def test_of_a_bar_the_last_state_is_a_line(
+    draw: Callable[[Terminal], None], lines: list[str], size: int
+) -> None:
+    out = Terminal()
+    draw(out)
+    text = out.getvalue().encode()
+    shown = assemble([text[i : i + size] for i in range(0, len(text), size)]).decode().splitlines()
+    assert len(shown) == len(lines), shown
+    for line, pattern in zip(shown, lines, strict=True):
+        assert re.fullmatch(pattern, line)
 
 
 def test_an_incomplete_line_waits() -> None:
@@ -33,6 +136,61 @@ def test_an_incomplete_line_waits() -> None:
     assert lines.feed(b" done\nnext") == b"half done\n"
     assert lines.close() == b"next\n"
     assert lines.close() == b""
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        (b"a\r\nb\r\r\n\r\n\n", b"a\nb\n\n\n"),
+        (b"print(end='\\r')\r 1\r 2\r", b" 2\n"),
+        (b"busy |\b/\b-\b\\\bdone\n", b"busy done\n"),
+        ("zähl\b\b\bö\n".encode(), "zö\n".encode()),
+        (b"1%\x1b[1000D2%\x1b[1000D3%", b"3%\n"),
+        (b"\x1b[2K\x1b[1G1%\x1b[2K\x1b[1G2%", b"2%\n"),
+        (b"\r99%\r    \r", b"99%\n"),  # wiped at the end, as by tqdm(leave=False)
+        (b"\r99%\r    \rafter\n", b"after\n"),
+        (b"1 of 9\rerror: no space\nleft", b"error: no space\nleft\n"),
+        (b"\r50%print\n\r51%", b"50%print\n51%\n"),
+        (b"\x1b[31m\x1b[Kred\x1b[m\x1b[K rest\n", b"\x1b[31m\x1b[Kred\x1b[m\x1b[K rest\n"),
+        (b"a 1\nb 1\n\x1b[2Aa 2\nb 2\n", b"a 1\nb 1\na 2\nb 2\n"),
+        (b"\r1%\xff\r2%\xff", b"2%\xff\n"),
+        (b"cut \x1b[", b"cut \x1b[\n"),
+        (b"\x1b[999A" * 99 + b"\rx", b"x\n"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_what_is_overwritten_is_left_out(text: bytes, lines: bytes, size: int) -> None:
+    assert assemble([text[i : i + size] for i in range(0, len(text), size)]) == lines
+
+
+def test_states_are_given_out_once_and_whole_characters_only() -> None:
+    lines = LineAssembler()
+    assert lines.feed(b"no state yet") == b""
+    assert lines.take_states() == b""
+    assert lines.feed("\r10% ä".encode()[:-1]) == b""
+    assert lines.take_states() == b"10% \n"
+    assert lines.take_states() == b""
+    assert lines.feed("ä".encode()[-1:]) == b""
+    assert lines.take_states() == "10% ä\n".encode()
+    assert lines.feed("\r10% ä\r".encode()) == b""
+    assert lines.take_states() == b""
+    assert lines.feed(b"\n") == b""  # it has been shown
+    assert lines.feed(b"next\n") == b"next\n"
+    assert lines.close() == b""
+
+
+def test_lines_and_states_do_not_pass_each_other() -> None:
+    lines = LineAssembler()
+    assert lines.feed(b"\rbar 0: 1%\n\rbar 1: 1%\x1b[A\rbar 0: 100%") == b"bar 0: 1%\n"
+    assert lines.feed(b"\nprinted\n") == b"bar 0: 100%\nprinted\n"
+
+
+def test_states_beyond_measure_stay_in_bounded_memory() -> None:
+    lines = LineAssembler(max_line_bytes=100)
+    for i in range(1000):
+        lines.feed(b"\x1b[A" + b"\r%d %b" % (i, b"x" * 90))
+        lines.feed(b"\n\n\r" + b"y" * 90)
+    assert sum(len(row.text + row.state + row.shown) for row in lines._rows) < 64 * 400
 
 
 def test_a_line_without_end_is_cut_and_memory_stays_bounded() -> None:

@@ -237,6 +237,7 @@ def test_the_fields_of_one_struct_make_one_input(
         found = inputs(*columns, **how)
         assert found.dtype == dtype
         np.testing.assert_equal(found.tolist(), values)
+    assert inputs(*columns, stacks_scalars=True, expected=None).dtype == dtype
     assert inputs(*columns, grouped=True, shapes=[[2]]).shape == (len(values), 2)
     assert inputs(*columns, grouped=True, shapes=[[2, 1]]).shape == (len(values), 2, 1)
 

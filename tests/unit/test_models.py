@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import hashlib
 import io
@@ -9,7 +11,6 @@ import mmap
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -41,6 +42,7 @@ from horovodrunner.inference.frozen import freeze, restore
 from horovodrunner.inference.loading import ModelHandle, load
 from horovodrunner.inference.model import Model
 from horovodrunner.inference.parcels import Parcel, Piece
+from tests import processes
 
 CPU = Device(None, 0)
 
@@ -194,43 +196,38 @@ COPY = """
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start() -> Iterator[Callable[..., processes.Process]]:
     """Start processes that share a copy; they end when the test does."""
     identity = f"test-{os.getpid()}-{time.monotonic_ns()}"
-    running = []
+    with contextlib.ExitStack() as blocks:
+        running = []
 
-    def begin(mode: str = "quick") -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(COPY), identity, mode],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        running.append(process)
-        return process
+        def begin(mode: str = "quick") -> processes.Process:
+            command = [sys.executable, "-c", textwrap.dedent(COPY), identity, mode]
+            block = processes.started(command, stdin=processes.PIPE, stdout=processes.PIPE)
+            process = blocks.enter_context(block)
+            running.append(process)
+            return process
 
-    yield begin
-    for process in running:
-        if process.poll() is None:
-            process.communicate(timeout=30)
-            assert process.returncode == 0
-        for stream in (process.stdin, process.stdout):
-            assert stream is not None
-            stream.close()
+        yield begin
+        for process in running:
+            if process.poll() is None:
+                process.communicate()
+                assert process.returncode == 0
 
 
-def said(process: subprocess.Popen[str]) -> str:
+def said(process: processes.Process) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: processes.Process) -> None:
     process.send_signal(signal.SIGKILL)
-    process.wait(30)
+    process.wait()
 
 
 def test_a_file_without_a_name_is_shared_and_outlives_who_wrote_it(
-    start: Callable[..., subprocess.Popen[str]],
+    start: Callable[..., processes.Process],
 ) -> None:
     first = start()
     assert said(first) == "writing"
@@ -240,13 +237,13 @@ def test_a_file_without_a_name_is_shared_and_outlives_who_wrote_it(
     kill(first)
     fourth = start()
     assert said(fourth) == inode
-    second.communicate(timeout=30)  # leaves in good order, whether it serves or not
+    second.communicate()  # leaves in good order, whether it serves or not
     fifth = start()
     assert said(fifth) == inode
 
 
 def test_who_dies_while_writing_is_followed_by_one_who_waits(
-    start: Callable[..., subprocess.Popen[str]],
+    start: Callable[..., processes.Process],
 ) -> None:
     first = start("slow")
     assert said(first) == "writing"
@@ -261,7 +258,7 @@ def test_who_dies_while_writing_is_followed_by_one_who_waits(
 
 
 def test_a_child_does_not_seem_to_serve_what_its_parent_did(
-    start: Callable[..., subprocess.Popen[str]],
+    start: Callable[..., processes.Process],
 ) -> None:
     first = start("forks")
     assert said(first) == "writing"
@@ -509,6 +506,48 @@ def test_functions_are_called_as_they_are() -> None:
         predict = load(handle(model))
     assert predict(np.array([3]), np.array([4])).tolist() == [9.0]
     assert (predict.expected_inputs, predict.stacks_scalars) == (2, False)
+
+
+def with_a_mask(function: Any) -> Any:
+    """Give the last argument by itself."""
+
+    @functools.wraps(function)
+    def wrapper(*inputs: Any) -> Any:
+        return function(*inputs, 2)
+
+    return wrapper
+
+
+class Scaled(torch.nn.Module):  # type: ignore[misc]
+    """Takes one input more than it is given."""
+
+    @with_a_mask
+    def forward(self, x: Any, factor: int) -> Any:
+        """Scale."""
+        return x * factor
+
+
+class WithoutGradients(torch.nn.Module):  # type: ignore[misc]
+    """Says behind a decorator that it takes one input."""
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def forward(self, x: Any) -> Any:
+        """Add up."""
+        return x.sum(dim=1)
+
+
+def test_what_is_called_decides_how_many_inputs_there_are() -> None:
+    with Model.from_function(with_a_mask(lambda x, factor: x * factor)) as model:
+        predict = load(handle(model))
+    assert (predict.expected_inputs, predict.stacks_scalars) == (None, False)
+    assert predict(np.arange(3)).tolist() == [0, 2, 4]
+    with Model.from_torch(Scaled()) as model:
+        predict = load(handle(model))
+    assert (predict.expected_inputs, predict.stacks_scalars) == (None, False)
+    assert predict(np.arange(3)).tolist() == [0, 2, 4]
+    with Model.from_torch(WithoutGradients()) as model:
+        predict = load(handle(model))
+    assert (predict.expected_inputs, predict.stacks_scalars) == (None, True)
 
 
 def test_the_wrong_things_are_refused() -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
+import contextlib
 import dataclasses
 import functools
 import io
-import subprocess
+import os
+import re
+import socket
+import sqlite3
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -20,6 +27,7 @@ import pytest
 from horovodrunner.core import culprit, payload
 from horovodrunner.core.pickled import Pickled
 from horovodrunner.errors import PayloadError
+from tests import processes
 
 
 def in_a_notebook(source: str, name: str = "main") -> Callable[..., Any]:
@@ -67,6 +75,53 @@ def test_an_unpicklable_global_of_a_helper_is_named_with_the_helper() -> None:
         "def main(): return helper()"
     )
     assert "the global 'guard' used by helper" in refusal(main)
+
+
+async def later() -> None:
+    """Do nothing."""
+
+
+def in_steps() -> Iterator[int]:
+    """Do nothing."""
+    yield 1
+
+
+@contextlib.contextmanager
+def around() -> Iterator[None]:
+    """Do nothing."""
+    yield
+
+
+STAYING: dict[str, tuple[Callable[[], Any], str]] = {
+    "coroutine": (later, "coroutine.*a coroutine runs only where it is awaited. Let main make it"),
+    "generator": (in_steps, "generator.*runs only where it was made.*use list"),
+    "context": (around, r"\(contextlib._GeneratorContextManager\) .*a generator runs only"),
+    "loop": (asyncio.new_event_loop, r"\(asyncio\..*belongs to the event loop.*inside main"),
+    "pool": (ThreadPoolExecutor, r"\(concurrent.*threads and processes stay .*inside main"),
+    "file": (functools.partial(open, os.devnull, "wb"), "_io.Buffered.*open file .*have the path"),
+    "file that vanishes": (tempfile.TemporaryFile, "an open file stays in its process"),
+    "database": (lambda: sqlite3.connect(":memory:"), "sqlite3.Connection.*Create it inside main"),
+    "socket": (socket.socket, "socket.socket.*Create it inside main"),
+}
+
+
+@pytest.mark.parametrize("kind", STAYING)
+@pytest.mark.filterwarnings("ignore:coroutine 'later' was never awaited")
+def test_what_stays_in_its_process_is_told_with_what_to_send_instead(kind: str) -> None:
+    make, text = STAYING[kind]
+    thing: Any = make()
+    main = in_a_notebook("def helper(): return x\ndef main(): return helper()")
+    main.__globals__["x"] = [thing]
+    try:
+        assert re.match(rf"the global 'x' used by helper\[0\] .*{text}", refusal(main))
+    finally:
+        getattr(thing, "close", getattr(thing, "shutdown", lambda: None))()
+
+
+def test_a_known_class_around_plain_things_does_not_hide_what_fails() -> None:
+    row = pytest.importorskip("pyspark.sql").Row(lock=threading.Lock())
+    text = refusal(in_a_notebook("def main(row): pass"), row=row)
+    assert text.startswith("the argument 'row'[1][0] (_thread.lock) cannot be sent")
 
 
 def test_an_unpicklable_attribute_is_named_by_its_path() -> None:
@@ -285,9 +340,7 @@ def test_a_high_recursion_limit_of_the_notebook_overflows_no_stack() -> None:
         payload.dump_call(print, {"x": chain(40_000)})
         print("limit", sys.getrecursionlimit())
     """
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=False, capture_output=True, text=True
-    )
+    done = processes.run([sys.executable, "-c", script], capture_output=True)
     assert done.stdout == "limit 1000000\n", (done.returncode, done.stderr)
 
 
@@ -332,6 +385,70 @@ def test_an_unpicklable_result_is_named(tmp_path: Path) -> None:
         (tmp_path / "result").open("wb") as file,
     ):
         payload.write_result({"loss": 1.0, "model": threading.Lock()}, file.fileno())
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            later,
+            r"main returned \(builtins.coroutine\) .*awaited. Return what it gives, asyncio.run",
+        ),
+        (in_steps, r"main returned \(builtins.generator\) .*it was made. Return list\(...\) of it"),
+        (threading.Lock, r"main returned \(_thread.lock\) .*pickle.*Return plain data"),
+    ],
+    ids=["coroutine", "generator", "lock"],
+)
+@pytest.mark.filterwarnings("ignore:coroutine 'later' was never awaited")
+def test_a_result_that_runs_later_is_told_with_what_to_return(
+    make: Any, text: str, tmp_path: Path
+) -> None:
+    with (tmp_path / "result").open("wb") as file, pytest.raises(PayloadError, match=text):
+        payload.write_result(make(), file.fileno())
+
+
+def test_functions_that_dispatch_on_a_type_travel() -> None:
+    source = """
+import functools
+
+@functools.singledispatch
+def size(x):
+    "Say how large it is."
+    return 1
+
+@size.register
+def _(x: list):
+    return sum(map(size, x))
+
+@size.register(str)
+@size.register(bytes)
+def letters(x):
+    return len(x)
+
+size.note = "mine"
+
+class Shape:
+    @functools.singledispatchmethod
+    def of(self, x):
+        return "anything"
+
+    @of.register
+    def _(self, x: int):
+        return "int"
+
+def main(x):
+    return size(x), Shape().of(1), Shape().of("")
+"""
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    exec(source, scope)
+    assert scope["size"](["a", [b"bc", 3]]) == 4  # what it remembers of classes is left behind
+    function, kwargs = payload.load(payload.dump_call(scope["main"], {"x": ["a", [b"bc", 3]]}))
+    assert function(**kwargs) == (4, "int", "anything")
+    size = function.__globals__["size"]
+    assert size is not scope["size"]
+    assert (size.__name__, size.__doc__, size.note) == ("size", "Say how large it is.", "mine")
+    assert size.dispatch(bytes).__name__ == "letters"
+    assert size.registry.keys() == {object, list, str, bytes}
 
 
 def test_what_makes_a_call_large_is_named_largest_first() -> None:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import pickle
-import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from horovodrunner.compat.petastorm.spark import SparkDatasetConverter, make_spa
 from horovodrunner.compat.petastorm.transform import edit_field
 from horovodrunner.compat.petastorm.urls import without_file_scheme
 from horovodrunner.errors import ConfigurationError, DataError
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 21
@@ -164,8 +164,8 @@ class TestConverter:
         [
             ({"cur_shard": 0}, "shard_count=None: give both"),
             ({"cur_shard": 2, "shard_count": 2}, "go from 0 to 1"),
-            ({"cur_shard": "0", "shard_count": 2}, "cur_shard='0': give an integer"),
-            ({"num_epochs": 0}, "num_epochs=0: it is at least 1"),
+            ({"cur_shard": "0", "shard_count": 2}, "cur_shard='0': it must be an int, got str"),
+            ({"num_epochs": 0}, "num_epochs=0: it must be at least 1"),
             ({"batch_size": 0}, "batch_size"),
             ({"workers_count": 0}, "workers_count=0"),
             ({"reader_pool_type": "fork"}, "'thread', 'process' or 'dummy'"),
@@ -576,6 +576,14 @@ class TestArguments:
         assert without_file_scheme("file:///a%20b/c") == "/a b/c"
         assert without_file_scheme("file:/dbfs/c") == "/dbfs/c"
         assert without_file_scheme("dbfs:/c") == "dbfs:/c"
+        for url, text in (
+            ("dbfs:/c", "on Databricks write the path /dbfs/c"),
+            ("C:/c", "a path of Windows"),
+            ("s3n://bucket/c", "write s3://bucket/c"),
+            (["", "/c"], "is empty: give at least one URL"),
+        ):
+            with pytest.raises(ConfigurationError, match=text):
+                make_batch_reader(url)
         with pytest.raises(ConfigurationError, match="file:///tmp/x"):
             without_file_scheme("file://tmp/x")
 
@@ -588,15 +596,12 @@ class TestArguments:
 
 def python(script: str, *path: Path) -> str:
     """Run a script with such a path; give all output."""
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
         cwd="/",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-        check=False,
+        stdout=processes.PIPE,
+        stderr=processes.STDOUT,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout.strip()

@@ -8,7 +8,6 @@ import enum
 import functools
 import json
 import os
-import subprocess
 import sys
 import types
 from collections import namedtuple
@@ -22,6 +21,7 @@ import pytest
 from horovodrunner.core.manifest import Manifest
 from horovodrunner.core.record import MAX_ENTRIES, RunRecord, calls_another_main, changes
 from horovodrunner.driver.recording import record_call
+from tests import processes
 
 CELL = """
 import dataclasses, enum, functools, json, sys, threading
@@ -108,8 +108,8 @@ def change(was: Any, now: Any) -> list[str]:
 
 def in_a_fresh_kernel(cell: str, seed: str) -> RunRecord | None:
     environment = {**os.environ, "PYTHONHASHSEED": seed}
-    ran = subprocess.run(
-        [sys.executable, "-c", cell], env=environment, capture_output=True, text=True, check=True
+    ran = processes.run(
+        [sys.executable, "-c", cell], env=environment, capture_output=True, check=True
     )
     return RunRecord.from_fields(json.loads(ran.stdout))
 

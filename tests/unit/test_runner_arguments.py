@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
 import inspect
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sparkdl
 
 import horovodrunner
 from horovodrunner import ConfigurationError, HorovodRunner
@@ -77,6 +82,7 @@ def test_a_wrong_timeout_is_refused(timeout: Any, kind: type[Exception]) -> None
         ({"checkpoint_dir": 3}, TypeError, "checkpoint_dir=3: .* path or a URL, got int"),
         ({"checkpoint_dir": b"/tmp"}, TypeError, "checkpoint_dir=.* got bytes"),
         ({"checkpoint_dir": ""}, ValueError, "checkpoint_dir='': .* not be empty"),
+        ({"checkpoint_dir": Path("s3://b/x")}, TypeError, "is a URL in a path object"),
         ({"checkpoint_dir": "nosuch://x"}, ConfigurationError, "nosuch"),
         ({"keep_checkpoints": 0}, ValueError, "keep_checkpoints=0: .* at least 1"),
         ({"keep_checkpoints": None}, TypeError, "keep_checkpoints=None: .* int, got NoneType"),
@@ -143,9 +149,179 @@ def test_a_timeline_that_cannot_be_written_is_refused_before_anything_is_launche
         HorovodRunner(np=np).run(train, lr=1.0)
 
 
-def test_calling_main_instead_of_passing_it_is_explained() -> None:
-    with pytest.raises(TypeError, match=r"run\(train\), not run\(train\(\)\)"):
-        HorovodRunner(np=-1).run(train(0.1))  # type: ignore[func-returns-value, arg-type]
+class Trainer:
+    """Trains nothing, in many ways."""
+
+    def fit(self, lr: float) -> float:
+        """Train nothing."""
+        return lr
+
+    fit_slowly = functools.partialmethod(fit, 0.1)
+    static = staticmethod(train)
+
+    async def __call__(self) -> None:
+        """Train nothing, later."""
+
+
+@pytest.mark.parametrize(
+    ("main", "text"),
+    [
+        (train(0.1), r"got NoneType \(None\): .*run\(train\), not run\(train\(\)\)"),  # type: ignore[func-returns-value]
+        ("train", r"got str \('train'\): pass the function itself, run\(train\), not its name"),
+        (inspect, r"got module .*: pass one of its functions, such as run\(inspect\.train\)"),
+        (Path("train.py"), r"got PosixPath .*or a method: run\(trainer\.train\)"),
+        (classmethod(lambda cls: cls), r"got classmethod .*such as run\(trainer\.train\)"),
+        ([train, 0.1], r"got list .*run\(train\), not run\(train\(\)\)"),
+    ],
+    ids=["result", "name", "module", "object", "classmethod", "list"],
+)
+def test_what_is_no_function_is_told_by_its_type_and_what_to_pass(main: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=f"^main must be a function, {text}"):
+        HorovodRunner(np=-1).run(main)
+
+
+def supplies_lr(function: Any) -> Any:
+    """Call something with a learning rate, as ``hydra.main`` calls it with a configuration."""
+
+    @functools.wraps(function)
+    def wrapper(**kwargs: Any) -> Any:
+        return function(lr=0.1, **kwargs)
+
+    return wrapper
+
+
+def declared(function: Any) -> Any:
+    """Let something declare another signature than it has."""
+    function.__signature__ = inspect.signature(train)
+    return function
+
+
+class Context(contextlib.ContextDecorator):
+    """Can decorate a function, and takes all arguments then."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+async def train_later(lr: float = 0.1) -> None:
+    """Train nothing."""
+
+
+def train_in_steps(lr: float = 0.1) -> Any:
+    """Train nothing."""
+    yield lr
+
+
+async def train_in_later_steps() -> Any:
+    """Train nothing."""
+    yield 1
+
+
+@functools.wraps(train_later)
+def train_now() -> None:
+    """Train nothing."""
+    asyncio.run(train_later())
+
+
+CALLED = [
+    ("wraps", supplies_lr(train), {}),
+    ("wraps of a method", supplies_lr(Trainer().fit), {}),
+    ("partial of wraps", functools.partial(supplies_lr(train), epochs=2), {}),
+    ("a signature that is only declared", declared(supplies_lr(train)), {"epochs": 2}),
+    ("context", Context()(train), {"lr": 0.1}),
+    ("partial", functools.partial(train, 0.1), {"epochs": 2}),
+    ("partial, again", functools.partial(train, lr=0.1), {"lr": 0.2}),
+    ("partialmethod", Trainer().fit_slowly, {}),
+    ("method", Trainer().fit, {"lr": 0.1}),
+    ("staticmethod", staticmethod(train), {"lr": 0.1}),
+    ("cache", functools.lru_cache(train), {"lr": 0.1}),
+    ("class", types.SimpleNamespace, {"lr": 0.1}),
+    ("builtin that does not tell", dict, {"lr": 0.1}),
+    ("wraps of async", train_now, {}),
+    ("self", lambda self: self, {"self": 1}),
+]
+
+
+@pytest.mark.parametrize(
+    ("main", "kwargs"), [each[1:] for each in CALLED], ids=[each[0] for each in CALLED]
+)
+def test_what_is_called_decides_which_arguments_fit(main: Any, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError, match="launched"):
+        HorovodRunner(np=-1).run(main, **kwargs)
+
+
+ANY: Any = train
+REFUSED = [
+    ("wraps", supplies_lr(train).__wrapped__, {}, "missing a required argument: 'lr'"),
+    ("cache", functools.cache(train), {}, "missing a required argument: 'lr'"),
+    ("method", Trainer().fit, {}, r"Trainer\.fit\(lr\) .*missing a required argument: 'lr'"),
+    ("partial", functools.partial(train, 0.1), {"lr": 1}, "1 by position, 'lr': multiple values"),
+    ("partial of too much", functools.partial(ANY, 1, 2), {}, "too many positional arguments"),
+    ("partial of the wrong", functools.partial(ANY, 1, foo=2), {}, "has no argument 'foo'"),
+    ("positional", eval("lambda lr, /: lr"), {"lr": 1}, "it has no argument|positional only"),
+    ("class", Trainer, {"lr": 0.1}, r"Trainer\(\) cannot be called .*unexpected keyword"),
+    ("option", train, {"lr": 1, "np": 2}, r"'np'; np is an option of HorovodRunner\(np=\.\.\.\)$"),
+    (
+        "default",
+        eval("lambda lr, table=range(9): 0"),
+        {},
+        r"<lambda>\(lr, table=\.\.\.\) cannot be",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("main", "kwargs", "text"), [each[1:] for each in REFUSED], ids=[each[0] for each in REFUSED]
+)
+def test_what_certainly_fails_is_refused(main: Any, kwargs: dict[str, Any], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        HorovodRunner(np=2).run(main, **kwargs)
+
+
+LATER = [
+    ("async", train_later, "train_later only makes a coroutine .*asyncio.run"),
+    ("partial of async", functools.partial(train_later, 1), "train_later only makes a coroutine"),
+    ("cache of async", functools.cache(train_later), "train_later only makes a coroutine"),
+    ("object", Trainer(), "Trainer only makes a coroutine"),
+    ("method", Trainer().__call__, r"Trainer\.__call__ only makes a coroutine"),
+    ("generator", train_in_steps, r"train_in_steps only makes a generator .*list\(train\(\)\)"),
+    ("static", staticmethod(train_in_steps), "train_in_steps only makes a generator"),
+    ("old coroutine", types.coroutine(train_in_steps), "train_in_steps only makes a generator"),
+    ("async generator", train_in_later_steps, "train_in_later_steps only makes an async generator"),
+]
+
+
+@pytest.mark.parametrize(
+    ("main", "text"), [each[1:] for each in LATER], ids=[each[0] for each in LATER]
+)
+@pytest.mark.parametrize("np", [-1, 1])
+def test_a_main_that_a_call_does_not_run_is_refused(main: Any, text: str, np: int) -> None:
+    with pytest.raises(TypeError, match=f"^main must run when it is called, and {text}"):
+        HorovodRunner(np=np).run(main)
+
+
+@pytest.mark.parametrize("runner", [HorovodRunner, sparkdl.HorovodRunner], ids=["own", "sparkdl"])
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        ("runner()", "lacks np, the number of ranks: np=2"),
+        ("runner(2)", r"options are given by name, HorovodRunner\(np=2\)"),
+        ("runner(2, driver_log_verbosity='all')", r"by name, HorovodRunner\(np=2\)"),
+        (
+            "runner(np=2, verbosity='all')",
+            "no option 'verbosity': do you mean driver_log",
+        ),
+        ("runner(np=2, colour=1)", "no option 'colour': it has np, driver_log_verbosity"),
+        ("runner(np=-1).run()", r"^run\(\) lacks main"),
+        ("runner(np=-1).run(lr=3)", r"^run\(\) lacks main"),
+        ("runner(np=-1).run(train, 3)", r"by name, run\(train, lr=3\)"),
+        ("runner(np=-1).run(train, main=3)", r"^run\(train, main=\.\.\.\): .*functools\.partial"),
+        ("runner(np=-1).run(train, self=3)", r"^train\(lr, \*, epochs=1\) .*no argument 'self'$"),
+    ],
+)
+def test_a_call_that_does_not_fit_says_what_to_write(runner: Any, call: str, text: str) -> None:
+    with pytest.raises(horovodrunner.ArgumentTypeError, match=text):
+        eval(call, {"runner": runner, "train": train})
 
 
 @pytest.mark.parametrize(

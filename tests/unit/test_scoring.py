@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from horovodrunner.inference.inputs import InputError, InputPlan
 from horovodrunner.inference.loading import ModelHandle
 from horovodrunner.inference.outputs import OutputError
 from horovodrunner.inference.scoring import PIECES_AHEAD, Scoring, score
+from tests import processes
 
 SECONDS = 30
 
@@ -289,12 +289,13 @@ def test_a_transforming_process_that_is_killed_is_told() -> None:
 def test_transforming_processes_end_with_a_python_worker_that_is_killed() -> None:
     program = """
 import os, signal
+from tests import processes
 from tests.unit.test_scoring import *
 scoring = of(lambda x: x, transform=dict, transform_workers=2)
 assert predicted(scoring, rows([1.0])) == [[1.0]]
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    ended = subprocess.run([sys.executable, "-c", program], check=False, timeout=SECONDS)
+    ended = processes.run([sys.executable, "-c", program])
     assert ended.returncode == -signal.SIGKILL  # and nothing is left behind, as after every test
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from horovodrunner.core.manifest import Manifest
 from horovodrunner.core.places import is_url
 from horovodrunner.errors import ArgumentValueError, ConfigurationError
 from horovodrunner.task.store import CheckpointStore, IncomingCheckpoint, list_tree
+from tests import processes
 
 CONTENT = {"model.pt": b"weights" * 1000, "variables/deep/index": b"", "optimizer.pt": b"\0" * 99}
 
@@ -160,7 +160,7 @@ def test_a_disk_that_takes_no_more_leaves_only_older_ones(location: str, step: i
     save(store, 1)
     before = tree(location)
     command = [sys.executable, "-c", FULL_DISK, location, str(step)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = processes.run(command, capture_output=True)
     assert done.stdout.split() == ["OSError", "27"], done.stderr
     # behind a URL the step that is saved again is overwritten in place
     lost = {path for path in before if path.startswith("step-00000001") and step == 1}
@@ -503,9 +503,46 @@ def test_a_scheme_whose_package_is_missing_is_refused() -> None:
         CheckpointStore("lacking://x", keep=1)
 
 
-def test_a_scheme_that_needs_options_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"cannot open dbfs:/x .*instance"):
-        CheckpointStore("dbfs:/x", keep=1)
+@pytest.mark.parametrize(
+    ("location", "text"),
+    [
+        ("dbfs:/run/1", r"on Databricks write the path /dbfs/run/1; .*'instance': ..., 'token'"),
+        ("dbfs:///run", "on Databricks write the path /dbfs/run;"),
+        ("DBFS:/run", r"\(scheme 'dbfs'\): on Databricks write the path /dbfs/run;"),
+        ("s3n://bucket/run", "write s3://bucket/run instead"),
+        ("wasbs://c@a.blob.core.windows.net/run", "write abfss://CONTAINER@ACCOUNT.dfs.core"),
+        ("viewfs://cluster/run", "write the hdfs:// URL"),
+        ("runs:/17/model", "it is MLflow's: mlflow.artifacts.download_artifacts"),
+        ("cosn://bucket/run", "install the package that knows it, here and on the executors"),
+        ("file://node-7/run", "names the host 'node-7': three slashes .* file:///node-7/run"),
+        (r"C:\run", "a path of Windows"),
+        ("C:/run", "a path of Windows"),
+        (r"\\server\run", "a path of Windows"),
+        ("~no-such-user/run", "the directory ~no-such-user/run is unknown"),
+    ],
+)
+def test_what_to_write_or_to_install_is_told_for_a_location(location: str, text: str) -> None:
+    with pytest.raises(ConfigurationError, match=text) as caught:
+        CheckpointStore(location, keep=1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "package"),
+    [("s3", "s3fs"), ("s3a", "s3fs"), ("gs", "gcsfs"), ("abfss", "adlfs"), ("abfs", "adlfs")],
+)
+def test_the_package_for_a_scheme_is_named(
+    scheme: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigurationError, match=f"pip install {package}, here and on the executo"):
+        CheckpointStore(f"{scheme}://bucket/run", keep=1)
+
+
+def test_file_urls_mean_the_same_however_they_are_written(tmp_path: Path) -> None:
+    for url in (f"file:{tmp_path}/a", f"FILE://{tmp_path}/a", f"file://localhost{tmp_path}/a"):
+        CheckpointStore(url, keep=1).check()
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]
 
 
 class OverQuota(MemoryFileSystem):  # type: ignore[misc]

@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import textwrap
 import threading
@@ -28,6 +27,7 @@ from horovodrunner.driver.console import Console
 from horovodrunner.task import depot as depot_module
 from horovodrunner.task.depot import DriverDepot, serve_depot
 from horovodrunner.task.store import CheckpointStore, IncomingCheckpoint
+from tests import processes
 
 TOKEN = b"t" * 32
 MEGABYTE = 1_000_000
@@ -398,13 +398,8 @@ def test_a_full_disk_on_the_driver_is_told_at_once_in_its_own_words(
             print(channel.open("127.0.0.1", 0), flush=True)
             sys.stdin.read()
     """
-    driver = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with driver:
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with processes.started(command, stdin=processes.PIPE, stdout=processes.PIPE) as driver:
         assert driver.stdin is not None
         assert driver.stdout is not None
         address = ("127.0.0.1", int(driver.stdout.readline()))
@@ -417,7 +412,7 @@ def test_a_full_disk_on_the_driver_is_told_at_once_in_its_own_words(
         assert not isinstance(caught.value, ConnectionError)  # trying again would not help
         depot.put(3, source)
         driver.stdin.close()
-        assert driver.wait(30) == 0
+        assert driver.wait() == 0
     assert sorted(path.name for path in location.iterdir()) == ["step-00000001", "step-00000003"]
 
 

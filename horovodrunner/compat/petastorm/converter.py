@@ -17,7 +17,10 @@ from horovodrunner.compat.petastorm.frames import FrameTransform
 from horovodrunner.compat.petastorm.options import ReaderOptions
 from horovodrunner.compat.petastorm.schema import Field, Schema
 from horovodrunner.compat.petastorm.urls import without_file_scheme
-from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
+from horovodrunner.core.checked import integer
+from horovodrunner.core.dataframes import check_dataframe
+from horovodrunner.core.spark_errors import told_as
+from horovodrunner.errors import ArgumentValueError, DataError
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -75,13 +78,21 @@ def make_spark_converter(
     if isinstance(df, str):
         from pyspark.sql import SparkSession
 
-        df = SparkSession.builder.getOrCreate().read.parquet(df)
-    if not hasattr(df, "mapInArrow"):
-        raise ArgumentTypeError(f"df={df!r}: give a Spark DataFrame, or a URL as a string")
+        with told_as(DataError, f"df={df!r} cannot be read as Parquet files"):
+            df = SparkSession.builder.getOrCreate().read.parquet(df)
+    check_dataframe(df, takes_url=True)
     url = df.sparkSession.conf.get(SparkDatasetConverter.PARENT_CACHE_DIR_URL_CONF, None)
     place = None if url is None else without_file_scheme(url)
-    nulls = {name: data.fill(math.nan) for name in _floats(df)}
-    return SparkDatasetConverter(data.from_dataframe(df, place, dtype=dtype, nulls=nulls))
+    with told_as(DataError, "the DataFrame cannot be analyzed"):
+        nulls = {name: data.fill(math.nan) for name in _floats(df)}
+    converter = SparkDatasetConverter(data.from_dataframe(df, place, dtype=dtype, nulls=nulls))
+    if unfit := converter._columns(ReaderOptions()).unfit_names:
+        _log.warning(
+            "the columns %s cannot be fields of Petastorm's rows, which are namedtuples: "
+            "make_tf_dataset will refuse them unless schema_fields leaves them out",
+            ", ".join(map(repr, unfit)),
+        )
+    return converter
 
 
 def _floats(df: DataFrame) -> Iterator[str]:
@@ -209,7 +220,10 @@ class SparkDatasetConverter:
         """
         options = self._options(num_epochs, workers_count, petastorm_reader_kwargs)
         reading = self._reading(options, batch_size, shuffling_queue_capacity)
-        return _tf_dataset(self._stored, reading, num_epochs, self._schema(options), prefetch)
+        if prefetch is not None:
+            prefetch = integer("prefetch", prefetch, at_least=-1)
+        schema = self._schema(options)
+        return _tf_dataset(self._stored, reading, options.num_epochs, schema, prefetch)
 
     def make_torch_dataloader(
         self,
@@ -254,11 +268,12 @@ class SparkDatasetConverter:
         options = self._options(num_epochs, workers_count, petastorm_reader_kwargs)
         reading = self._reading(options, batch_size, shuffling_queue_capacity)
         if data_loader_fn is None:
-            return _torch_loader(self._stored, reading, num_epochs)
+            return _torch_loader(self._stored, reading, options.num_epochs)
         reading["remainder"] = "pad"
         rows = self._stored.numpy(**reading)
-        reader = _BatchReader(rows, num_epochs, self._schema(options), options.seed)
-        return _own_loader(reader, data_loader_fn, batch_size or 32, shuffling_queue_capacity)
+        reader = _BatchReader(rows, options.num_epochs, self._schema(options), options.seed)
+        capacity = integer("shuffling_queue_capacity", shuffling_queue_capacity)
+        return _own_loader(reader, data_loader_fn, reading["batch_size"], capacity)
 
     def _options(
         self, num_epochs: int | None, workers_count: int | None, others: dict[str, Any]
@@ -275,9 +290,10 @@ class SparkDatasetConverter:
     def _columns(self, options: ReaderOptions) -> Schema:
         """Give the columns to read; a struct is one."""
         found: dict[str, Field] = {}
-        for name, field in Schema.of_arrow(self._stored.schema).fields.items():
-            top = name.partition(".")[0]
-            found.setdefault(top, field._replace(name=top))
+        fields = Schema.of_arrow(self._stored.schema).fields
+        for column in self._stored._columns:
+            top = column.path[0]
+            found.setdefault(top, fields[column.name]._replace(name=top))
         return Schema(found.values()).matching(options.schema_fields)
 
     def _schema(self, options: ReaderOptions) -> Schema:
@@ -292,7 +308,7 @@ class SparkDatasetConverter:
         rank, size = options.shard
         columns = self._columns(options)
         reading: dict[str, Any] = {
-            "batch_size": 32 if batch_size is None else batch_size,
+            "batch_size": 32 if batch_size is None else integer("batch_size", batch_size, 1),
             "shuffle": bool(options.shuffle_row_groups or options.shuffle_rows or capacity),
             "seed": self._calls[options.shard_count] if options.seed is None else options.seed,
             "remainder": "pad" if options.num_epochs is None else "share",
@@ -402,6 +418,7 @@ class _BatchReader:
     ) -> None:
         self._loader = _Loader(epoch, num_epochs)
         self.schema = schema
+        self._row_class = schema.row_class
         self.seed = seed
         self.num_epochs = num_epochs
         self.last_row_consumed = False
@@ -416,7 +433,7 @@ class _BatchReader:
         except StopIteration:
             self.last_row_consumed = True
             raise
-        return self.schema.row_class(**batch)
+        return self._row_class(**batch)
 
     def reset(self) -> None:
         self.last_row_consumed = False

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from horovodrunner.compat.petastorm.transform import TransformSpec
+from horovodrunner.core.checked import integer
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 
 __all__ = ["ReaderOptions"]
@@ -96,7 +97,8 @@ class ReaderOptions:
                     "would have different numbers of them. Filter them in Spark: df.filter(...)"
                 )
         if "shard_seed" in own:
-            own["seed"] = own.pop("shard_seed") or own.get("seed")
+            shard_seed = own.pop("shard_seed")
+            own["seed"] = own.get("seed") if shard_seed is None else shard_seed
         own = {name: value for name, value in own.items() if name not in _WITHOUT_EFFECT}
         unknown = sorted(own.keys() - cls.__dataclass_fields__.keys())
         if unknown:
@@ -112,8 +114,10 @@ class ReaderOptions:
                 f"reader_pool_type={self.reader_pool_type!r}: it is 'thread', 'process' or 'dummy'"
             )
         if self.num_epochs is not None:
-            _check_integer("num_epochs", self.num_epochs, 1)
-        _check_integer("workers_count", self.workers_count, 1)
+            self._check("num_epochs", at_least=1)
+        self._check("workers_count", at_least=1)
+        if self.seed is not None:
+            self._check("seed")
         if self.transform_spec is not None and not isinstance(self.transform_spec, TransformSpec):
             raise ArgumentTypeError(
                 f"transform_spec={self.transform_spec!r}: give a TransformSpec(function, ...)"
@@ -124,13 +128,16 @@ class ReaderOptions:
                 "hvd.rank() and hvd.size() say, or none to read everything"
             )
         if self.cur_shard is not None and self.shard_count is not None:
-            _check_integer("shard_count", self.shard_count, 1)
-            _check_integer("cur_shard", self.cur_shard, 0)
+            self._check("shard_count", at_least=1)
+            self._check("cur_shard", at_least=0)
             if self.cur_shard >= self.shard_count:
                 raise ArgumentValueError(
                     f"cur_shard={self.cur_shard}: with shard_count={self.shard_count} shards go "
                     f"from 0 to {self.shard_count - 1}"
                 )
+
+    def _check(self, name: str, at_least: int | None = None) -> None:
+        object.__setattr__(self, name, integer(name, getattr(self, name), at_least))
 
     @property
     def shard(self) -> tuple[int, int]:
@@ -141,10 +148,3 @@ class ReaderOptions:
     def threads(self) -> int:
         """How many threads read or transform."""
         return 0 if self.reader_pool_type == "dummy" else self.workers_count
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{name}={value!r}: give an integer")
-    if value < least:
-        raise ArgumentValueError(f"{name}={value!r}: it is at least {least}")

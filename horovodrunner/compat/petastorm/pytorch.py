@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from horovodrunner.compat.absent import PETASTORM, refuse_names
+from horovodrunner.core.checked import integer
 from horovodrunner.errors import DataError
 
 __all__ = ["BatchedDataLoader", "DataLoader"]
+
+__getattr__ = refuse_names("petastorm.pytorch", PETASTORM)
 
 _Rows = dict[str, Any]
 _PROMOTED = {"uint16": "int32", "uint32": "int64", "bool": "uint8"}
@@ -32,8 +36,10 @@ class _Loader:
 
     def __init__(self, reader: Any, batch_size: int, shuffling_queue_capacity: int) -> None:
         self.reader = reader
-        self.batch_size = batch_size
-        self.shuffling_queue_capacity = shuffling_queue_capacity
+        self.batch_size = integer("batch_size", batch_size, at_least=1)
+        self.shuffling_queue_capacity = integer(
+            "shuffling_queue_capacity", shuffling_queue_capacity, at_least=0
+        )
         self._random = np.random.default_rng(getattr(reader, "seed", None))
         self._is_running = False
         self._was_iterated = False

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
+from horovodrunner.compat.absent import PETASTORM, refuse_names
 from horovodrunner.compat.petastorm.frames import arrays_of, transformed
 from horovodrunner.compat.petastorm.options import ReaderOptions
 from horovodrunner.compat.petastorm.schema import Schema
@@ -23,6 +24,8 @@ from horovodrunner.errors import (
 )
 
 __all__ = ["Reader", "make_batch_reader", "make_reader"]
+
+__getattr__ = refuse_names("petastorm.reader", PETASTORM)
 
 _Item = TypeVar("_Item")
 
@@ -116,8 +119,8 @@ def _listed(urls: Any) -> list[str]:
     found = [urls] if isinstance(urls, str) else urls
     if not isinstance(found, list | tuple) or not all(isinstance(each, str) for each in found):
         raise ArgumentTypeError(f"dataset_url_or_urls={urls!r}: give a URL, or a list of URLs")
-    if not found:
-        raise ArgumentValueError("dataset_url_or_urls is empty: give at least one URL")
+    if not found or not all(found):
+        raise ArgumentValueError(f"dataset_url_or_urls={urls!r} is empty: give at least one URL")
     return list(found)
 
 
@@ -155,6 +158,7 @@ class Reader:
         self._stored = Schema.of_arrow(dataset.schema).matching(options.schema_fields)
         spec = options.transform_spec
         self.schema = self._stored if spec is None else self._stored.transformed(spec)
+        self._row_class = self.schema.row_class
         groups = [
             _Piece(group, 0, group.row_groups[0].num_rows)
             for fragment in sorted(dataset.get_fragments(), key=lambda each: each.path)
@@ -246,7 +250,7 @@ class Reader:
         arrays = (
             arrays_of(frame, self.schema) if spec is None else transformed(frame, spec, self.schema)
         )
-        return self.schema.row_class(**arrays)
+        return self._row_class(**arrays)
 
 
 def _share(groups: list[_Piece], shard: int, shards: int) -> list[_Piece]:

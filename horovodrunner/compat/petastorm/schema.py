@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections import namedtuple
 from collections.abc import Iterable, Sequence
@@ -89,11 +90,20 @@ class Schema:
             raise ArgumentTypeError(
                 f"schema_fields={patterns!r}: give a list of column names or regular expressions"
             )
-        found = [
-            field
-            for name, field in self.fields.items()
-            if any(re.fullmatch(each, name) for each in patterns)
-        ]
+        try:
+            found = [
+                field
+                for name, field in self.fields.items()
+                if any(
+                    each == name if each in self.fields else re.fullmatch(each, name)
+                    for each in patterns
+                )
+            ]
+        except re.error as error:
+            raise ArgumentValueError(
+                f"schema_fields={patterns!r}: {error.pattern!r} is neither a column nor a regular "
+                f"expression ({error}); there are {', '.join(self.fields)}"
+            ) from None
         if not found:
             raise ArgumentValueError(
                 f"schema_fields={patterns!r} matches no column; there are {', '.join(self.fields)}"
@@ -135,6 +145,15 @@ class Schema:
             return Schema(fields[name] for name in spec.selected_fields)
         return Schema(each for name, each in fields.items() if name not in spec.removed_fields)
 
+    @property
+    def unfit_names(self) -> list[str]:
+        """The columns that cannot be fields of a namedtuple."""
+        return [
+            name
+            for name in self.fields
+            if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_")
+        ]
+
     @cached_property
     def row_class(self) -> Any:
         """The namedtuple that has these columns.
@@ -144,13 +163,13 @@ class Schema:
         DataError
             If a column has a name that none of its fields can have.
         """
-        try:
-            return namedtuple("Row", self.fields)
-        except ValueError as error:
+        if unfit := self.unfit_names:
             raise DataError(
-                f"the columns {', '.join(self.fields)} cannot be fields of a namedtuple: {error}. "
-                "Rename them with withColumnRenamed"
-            ) from None
+                f"the columns {', '.join(map(repr, unfit))} cannot be fields of Petastorm's rows, "
+                "which are namedtuples: rename them in Spark (withColumnRenamed), or leave them "
+                "out (schema_fields)"
+            )
+        return namedtuple("Row", self.fields)
 
 
 def _field(name: str, arrow_type: pa.DataType, nullable: bool) -> Field:

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from horovodrunner.compat.absent import PETASTORM, refuse_names
 from horovodrunner.compat.petastorm.schema import Field
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
 __all__ = ["make_petastorm_dataset"]
+
+__getattr__ = refuse_names("petastorm.tf_utils", PETASTORM)
 
 
 def make_petastorm_dataset(reader: Any) -> tf.data.Dataset:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from horovodrunner.compat.absent import PETASTORM, refuse_names
 from horovodrunner.errors import ArgumentValueError
 
 __all__ = ["TransformSpec", "edit_field"]
+
+__getattr__ = refuse_names("petastorm.transform", PETASTORM)
 
 EditedField = tuple[str, Any, tuple[int | None, ...], bool]
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-from horovodrunner.errors import ArgumentValueError
+from horovodrunner.core.places import is_url, local_path, open_file_system, path_of_file_url
 
 __all__ = ["as_path", "without_file_scheme"]
-
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
 
 def without_file_scheme(url: str) -> str:
@@ -36,15 +33,8 @@ def without_file_scheme(url: str) -> str:
     >>> without_file_scheme("file:///dbfs/tmp/cache"), without_file_scheme("s3://bucket/cache")
     ('/dbfs/tmp/cache', 's3://bucket/cache')
     """
-    if not url.startswith("file:"):
-        return url
-    parts = urlsplit(url)
-    if parts.netloc not in ("", "localhost"):
-        raise ArgumentValueError(
-            f"{url!r} names the host {parts.netloc!r}: three slashes come before a path, "
-            f"file:///{parts.netloc}{parts.path}"
-        )
-    return unquote(parts.path)
+    path = path_of_file_url(url)
+    return url if path is None else unquote(path)
 
 
 def as_path(url: str, storage_options: dict[str, Any] | None) -> tuple[str, Any]:
@@ -63,9 +53,7 @@ def as_path(url: str, storage_options: dict[str, Any] | None) -> tuple[str, Any]
         The path, and fsspec's file system; None for the local one.
     """
     path = without_file_scheme(url)
-    if not _SCHEME.match(path):
-        return path, None
-    import fsspec
-
-    filesystem, path = fsspec.core.url_to_fs(path, **(storage_options or {}))
+    if not is_url(path):
+        return str(local_path(path)), None
+    filesystem, path = open_file_system(path, **(storage_options or {}))
     return path, filesystem

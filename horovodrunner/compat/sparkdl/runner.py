@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import horovodrunner
+from horovodrunner.usage import explained, wrong_options, wrong_run
 
 __all__ = ["HorovodRunner"]
 
@@ -20,7 +21,7 @@ class HorovodRunner(horovodrunner.HorovodRunner):
         ``"log_callback_only"`` or ``"all"``.
     """
 
-    _frames_to_user = horovodrunner.HorovodRunner._frames_to_user + 1
+    _frames_to_user = horovodrunner.HorovodRunner._frames_to_user + 2
 
     # Code looks at these signatures, which have no annotations; type checkers see some.
     if TYPE_CHECKING:
@@ -29,10 +30,12 @@ class HorovodRunner(horovodrunner.HorovodRunner):
 
     else:
 
+        @explained(wrong_options)
         def __init__(self, *, np, driver_log_verbosity="log_callback_only"):
             super().__init__(np=np, driver_log_verbosity=driver_log_verbosity)
 
-        def run(self, main, **kwargs):
+        @explained(wrong_run)
+        def run(self, /, main, **kwargs):
             """Run ``main(**kwargs)`` once on every rank and give back what rank 0 returned.
 
             Parameters

@@ -1,0 +1,124 @@
+"""What stays in the process that made it, and what to send instead. Runs in: every process."""
+
+from __future__ import annotations
+
+import re
+import types
+from typing import Any, NamedTuple
+
+from horovodrunner.core.words import class_names
+
+__all__ = ["Staying", "staying"]
+
+
+_PLAIN_DATA = "Return plain data (numbers, arrays, state_dict()) instead"
+
+
+class Staying(NamedTuple):
+    """Why something stays where it is.
+
+    Parameters
+    ----------
+    reason
+        Half a sentence.
+    instead
+        What to do where main uses it; without a full stop.
+    returned
+        What to do where main returns it.
+    """
+
+    reason: str
+    instead: str = "Create it inside main, or leave it out of what main refers to"
+    returned: str = _PLAIN_DATA
+
+
+_TO_RANKS = "rows = horovodrunner.data.from_dataframe"
+
+_KINDS = {
+    re.compile(pattern): text
+    for pattern, text in {
+        r"pyspark\.sql\.(\w+\.)*dataframe\.DataFrame$": Staying(
+            "a Spark DataFrame is on the driver only",
+            f"Let main use {_TO_RANKS}(df), made before run(); or, if it is small, df.toPandas()",
+        ),
+        r"pyspark\.pandas\.": Staying(
+            "pandas-on-Spark is on the driver only",
+            f"Let main use {_TO_RANKS}(psdf.to_spark()), made before run(); or, if it is small, "
+            "psdf.to_pandas()",
+        ),
+        r"pyspark\.(core\.)?rdd\.RDD$": Staying(
+            "an RDD is on the driver only",
+            f"Let main use {_TO_RANKS}(rdd.toDF()), made before run(); or, if it is small, "
+            "rdd.collect()",
+        ),
+        r"pyspark\.(core\.)?broadcast\.Broadcast$": Staying(
+            "a broadcast variable reaches Spark's own tasks only",
+            "Use its value, x = broadcast.value: what main uses is sent to each executor once",
+        ),
+        r"pyspark\.sql\.(\w+\.)*udf\.UserDefinedFunction$": Staying(
+            "a UDF is for Spark's queries only",
+            "Let main use the plain function instead: function = the_udf.func, before run()",
+        ),
+        r"pyspark\.(sql\.(\w+\.)*session\.SparkSession|(core\.)?context\.SparkContext)$": Staying(
+            "Spark is on the driver only",
+            f"Read DataFrames before run(), and let main use {_TO_RANKS}(df)",
+        ),
+        r"(pyspark|py4j)\.(?!sql\.types\.|ml\.linalg\.)": Staying(
+            "Spark's objects are on the driver only",
+            f"Let main use plain values, or {_TO_RANKS}(df), made before run()",
+        ),
+        r"(\w+\.)*(Remote)?DBUtils$": Staying(
+            "dbutils is on the driver only",
+            "Ask it before run(), and let main use the answers",
+        ),
+        r"builtins\.coroutine$": Staying(
+            "a coroutine runs only where it is awaited",
+            "Let main make it, and run it with asyncio.run(...)",
+            "Return what it gives, asyncio.run(...)",
+        ),
+        r"_?asyncio\.": Staying("it belongs to the event loop of its process"),
+        r"(builtins\.(async_)?generator|contextlib\._(Async)?GeneratorContextManager)$": Staying(
+            "a generator runs only where it was made",
+            "Let main make it, or use list(...) of it",
+            "Return list(...) of it",
+        ),
+        r"_io\.(Text|Buffered|File)|tempfile\.|zipfile\.|tarfile\.|h5py\.": Staying(
+            "an open file stays in its process", "Let main have the path, and open it there"
+        ),
+        r"tensorflow\.(\w+\.)*(data\.ops\.|client\.session\.|framework\.ops\.Graph$)": Staying(
+            "TensorFlow's datasets, sessions and graphs stay in the process that made them"
+        ),
+        r"concurrent\.futures\.|multiprocessing\.pool\.|threading\.Thread$": Staying(
+            "threads and processes stay with the process that started them"
+        ),
+    }.items()
+}
+"""By the name of a class."""
+
+
+def staying(thing: Any) -> Staying | None:
+    """Tell whether something is known to stay in its process.
+
+    Parameters
+    ----------
+    thing
+        Anything that does not pickle, or holds what does not.
+
+    Returns
+    -------
+    Staying or None
+        Why, and what to do; None if it is not known.
+    """
+    kind = type(thing)
+    if issubclass(kind, types.FunctionType) and {"func", "evalType"} <= vars(thing).keys():
+        return _of("pyspark.sql.udf.UserDefinedFunction")  # its UDF in a wrapper of Spark's
+    if issubclass(kind, type):
+        return None
+    for name in class_names(kind):
+        if (found := _of(name)) is not None:
+            return found
+    return None
+
+
+def _of(name: str) -> Staying | None:
+    return next((text for pattern, text in _KINDS.items() if pattern.match(name)), None)

@@ -1,0 +1,107 @@
+"""Calls of the runner that Python would refuse with less help. Runs in: the driver."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from horovodrunner.core.called import called_signature, name_of
+from horovodrunner.core.checked import shown
+from horovodrunner.errors import ArgumentTypeError
+
+__all__ = ["explained", "wrong_options", "wrong_run"]
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+_Explain = Callable[[inspect.Signature, Sequence[Any], Mapping[str, Any], TypeError], str]
+
+
+def explained(explain: _Explain) -> Callable[[_Method], _Method]:
+    """Decorate a method, so that it says what to write where its arguments do not fit.
+
+    Parameters
+    ----------
+    explain
+        Is called with its signature, the arguments by position and by name, and Python's error.
+
+    Returns
+    -------
+    callable
+        The decorator; the method keeps its signature.
+    """
+
+    def decorate(method: _Method) -> _Method:
+        signature = inspect.signature(method)
+
+        @functools.wraps(method)
+        def checked_call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise ArgumentTypeError(explain(signature, args[1:], kwargs, error)) from None
+            return method(*args, **kwargs)
+
+        # getfullargspec does not look behind a decorator
+        checked_call.__signature__ = signature  # type: ignore[attr-defined]
+        return checked_call  # type: ignore[return-value]
+
+    return decorate
+
+
+def wrong_run(
+    signature: inspect.Signature,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    error: TypeError,
+) -> str:
+    """Explain a call of ``run`` that does not fit."""
+    if not args:
+        return "run() lacks main, the function that every rank is to call: run(train, lr=0.1)"
+    main = args[0]
+    name = name_of(main) if callable(main) else "train"
+    if len(args) > 1:
+        taken = called_signature(main) if callable(main) else None
+        names = [*(taken.parameters if taken else ())][: len(args) - 1]
+        named = _named(names, args[1:], kwargs) or "name=value"
+        return (
+            f"run({name}, {', '.join(map(shown, args[1:]))}): give main's arguments by name, "
+            f"run({name}, {named})"
+        )
+    if "main" in kwargs:
+        return (
+            f"run({name}, main=...): 'main' is run's own parameter, so {name} is not given an "
+            f"argument of that name: rename it, or run(functools.partial({name}, main=...))"
+        )
+    return f"run(): {error}"
+
+
+def wrong_options(
+    signature: inspect.Signature,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    error: TypeError,
+) -> str:
+    """Explain a call of the runner's class that does not fit."""
+    options = [name for name in signature.parameters if name != "self"]
+    if args:
+        values, named = ", ".join(map(shown, args)), _named(options, args, kwargs)
+        return f"HorovodRunner({values}): options are given by name, HorovodRunner({named})"
+    for name in kwargs:
+        if name not in options:
+            close = difflib.get_close_matches(name, options, 1, 0.5)
+            meant = close or [each for each in options if name in each]
+            advice = f"do you mean {meant[0]}=...?" if meant else f"it has {', '.join(options)}"
+            return f"HorovodRunner has no option {name!r}: {advice}"
+    if "np" not in kwargs:
+        return (
+            "HorovodRunner() lacks np, the number of ranks: np=2 for two on Spark, np=-2 for two "
+            "on this machine"
+        )
+    return f"HorovodRunner(): {error}"
+
+
+def _named(names: Sequence[str], values: Sequence[Any], given: Mapping[str, Any]) -> str:
+    free = [name for name in names if name not in given]
+    return ", ".join(f"{k}={shown(v)}" for k, v in zip(free, values, strict=False))
