@@ -18,6 +18,10 @@ __all__ = ["changed", "take_over"]
 _LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", "NOTSET")
 
 
+_OF_TORCH = ("torch.__", "strobelight_", "c10d-")
+"""Loggers that torch sets up when it is imported."""
+
+
 def changed(module: Any) -> dict[str, Any]:
     """Describe how logging is set up in this process, as far as it is not the default.
 
@@ -60,8 +64,8 @@ def changed(module: Any) -> dict[str, Any]:
 def _is_changed(name: str, logger: Any) -> bool:
     if name == "":
         return bool(logger.level != logging.WARNING or logger.disabled)
-    if type(logger) is not logging.Logger:  # a placeholder, or of a class that a library makes
-        return False
+    if type(logger) is not logging.Logger or name.startswith(_OF_TORCH):
+        return False  # a placeholder, or of a class that a library makes
     if name.partition(".")[0] == "torch" and logger.level in {logging.NOTSET, logging.WARNING}:
         return False  # it sets hundreds when it is imported
     return bool(logger.level or logger.disabled or not (logger.propagate or _is_of_a_library(name)))
@@ -70,7 +74,7 @@ def _is_changed(name: str, logger: Any) -> bool:
 def _is_of_a_library(name: str) -> bool:
     """Whether a module that is imported here has that name, which sets its logger up itself."""
     top = name.partition(".")[0]
-    return top != "__main__" and top in sys.modules
+    return name.startswith(_OF_TORCH) or (top != "__main__" and top in sys.modules)
 
 
 def _described(handler: logging.Handler) -> tuple[bool, int, Any, list[Any]] | None:
@@ -135,7 +139,7 @@ class _AsInTheNotebook(logging.Handler):
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Hand a record to the handlers of its logger and of those above."""
-        found = []
+        found: list[logging.Handler] = []
         logger: logging.Logger | None = logging.getLogger(record.name)
         while logger is not None:
             found += self._handlers.get("" if logger.parent is None else logger.name, ())

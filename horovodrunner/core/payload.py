@@ -19,7 +19,6 @@ from horovodrunner.core.pickled import (
     travels_by_reference,
     write_pickle,
 )
-from horovodrunner.core.registries import pickled_things
 from horovodrunner.core.staying import Staying
 from horovodrunner.core.surroundings import InSurroundings
 from horovodrunner.core.words import in_one_line
@@ -108,8 +107,7 @@ def dump_call(
     parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
     try:
         whole = call_in_its_modules(main, kwargs, argv)
-        with pickled_things() as pickled:
-            call = dumps(InSurroundings(whole, dump_in_its_modules, pickled), TravellingPickler)
+        call = dumps(InSurroundings(whole, dump_in_its_modules), TravellingPickler)
         if any(module in call for module in _SPARKS_OWN):
             _refuse_sparks_own(parts)
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit

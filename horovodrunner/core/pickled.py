@@ -8,6 +8,7 @@ is made of it on the way.
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import io
 import mmap
@@ -16,6 +17,7 @@ import pickle
 import sys
 import types
 import typing
+from abc import ABCMeta
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, ClassVar
@@ -23,6 +25,7 @@ from typing import Any, BinaryIO, ClassVar
 import cloudpickle
 
 from horovodrunner.core import registries
+from horovodrunner.core.enums import make_enum, with_members
 
 __all__ = [
     "Layout",
@@ -73,6 +76,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                     reduced = _with_qualname(obj, *reduced)
                 if "__slots__" in obj.__dict__:
                     reduced = _with_slots(obj, *reduced)
+                if isinstance(obj, enum.EnumMeta):
+                    reduced = with_members(obj, reduced)
+                elif _is_noticed_when_made(obj):
+                    reduced = (_make_class_once, (reduced[0], reduced[1]), *reduced[2:])
             return self._registered_again(obj, reduced)
         if isinstance(obj, types.FunctionType):
             if vars(obj).keys() >= _DISPATCHER and not travels_by_reference(obj):
@@ -109,6 +116,21 @@ def _with_slots(kind: type, make: Any, args: Any, state: Any, *rest: Any) -> Any
             attributes.pop(name, None)
     namespace = {**args[3], "__slots__": tuple(slots)}
     return make, (*args[:3], namespace, *args[4:]), (attributes, *state[1:]), *rest
+
+
+def _is_noticed_when_made(kind: type) -> bool:
+    """Whether making it runs code that may keep it, as registries of plug-ins do."""
+    return type(kind) not in (type, ABCMeta) or any(
+        "__init_subclass__" in vars(base)
+        for base in kind.__mro__[1:]
+        if base not in (object, typing.Generic, typing.Protocol)
+    )
+
+
+def _make_class_once(make: Any, args: Any) -> Any:
+    """Make a class unless it is one of this process that comes back."""
+    known = cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(args[4])
+    return make(*args) if known is None else known
 
 
 class _LruCache:
@@ -537,7 +559,9 @@ class _NamingUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def _reduce(self) -> None:
         function, args = self.stack[-2:]
-        if function is cloudpickle.cloudpickle._make_skeleton_class:
+        if function is _make_class_once:
+            function, args = args
+        if function in (cloudpickle.cloudpickle._make_skeleton_class, make_enum):
             self.made = f"the class {args[1]}"
         elif function is cloudpickle.cloudpickle._class_setstate:
             self.made = f"the class {args[0].__qualname__}"

@@ -2,7 +2,7 @@
 
 A class or function that travels by value is another object in the worker, of which no registry
 there knows: ``@keras.saving.register_keras_serializable()`` ran on the driver. So its registrations
-travel in its pickle, and those of what main does not refer to (a layer of a saved model) beside it.
+travel in its pickle, and all that come from cells (a layer of a saved model) before main as well.
 No library is imported for that: where it is not there yet, the registration waits for it.
 """
 
@@ -16,7 +16,6 @@ import numbers
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -26,7 +25,6 @@ from horovodrunner.core.import_hook import after_import
 __all__ = [
     "Registered",
     "of_this_process",
-    "pickled_things",
     "repeat",
     "with_registrations",
 ]
@@ -67,19 +65,6 @@ def _is_from_a_cell(part: Any) -> bool:
 
 _SAFE_GLOBALS = "torch.serialization"
 
-_pickled: ContextVar[set[int] | None] = ContextVar("pickled", default=None)
-
-
-@contextlib.contextmanager
-def pickled_things() -> Iterator[set[int]]:
-    """Collect which registered things are pickled meanwhile, by their ids."""
-    found: set[int] = set()
-    token = _pickled.set(found)
-    try:
-        yield found
-    finally:
-        _pickled.reset(token)
-
 
 def of_this_process() -> dict[int, list[Registered]]:
     """Look up what is registered with the libraries that are imported.
@@ -118,8 +103,6 @@ def with_registrations(thing: Any, reduced: Any, entries: list[Registered]) -> A
         For the pickler.
     """
     make, args, state, items, pairs, set_state = reduced
-    if (pickled := _pickled.get()) is not None:
-        pickled.add(id(thing))
     again = [(each.registry, each.how) for each in entries]
     return make, args, (set_state, state, again), items, pairs, _set_state
 

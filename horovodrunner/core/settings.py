@@ -108,6 +108,11 @@ def _decimal_context(module: Any) -> dict[str, Any] | None:
     return {**{name: getattr(now, name) for name in names}, "traps": dict(now.traps)}
 
 
+def _set_decimal_context(module: Any, changed: dict[str, Any]) -> None:
+    for name, value in changed.items():
+        setattr(module.getcontext(), name, value)
+
+
 def _keras_policy(module: Any) -> str | None:
     """Name the policy of all layers, unless it follows from the type of floating-point numbers."""
     if hasattr(module, "config") and hasattr(module.config, "dtype_policy"):
@@ -173,9 +178,7 @@ _SETTINGS: dict[str, dict[str, _Setting]] = {
         "context": _Setting(
             None,
             _decimal_context,
-            lambda module, changed: [
-                setattr(module.getcontext(), name, value) for name, value in changed.items()
-            ],
+            _set_decimal_context,
         ),
     },
     "numpy": {

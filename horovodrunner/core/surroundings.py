@@ -1,7 +1,8 @@
 """What main finds in the notebook without being given it. Runs in: driver and worker.
 
 Settings of libraries, and what was registered with them from cells. They stand before main in the
-pickle, each in a pickle of its own that is opened when main imports that library.
+pickle, each in a pickle of its own that is opened when that library is imported: a Keras model that
+main refers to is unpickled by the registered names of its layers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,10 +19,11 @@ import cloudpickle
 from horovodrunner.core import registries, settings
 from horovodrunner.core.import_hook import after_import
 
-__all__ = ["InSurroundings", "Part", "restore"]
+__all__ = ["InSurroundings"]
 
 Part = tuple[str, bytes]
-"""A library, and the pickle of a function and arguments to call it with once it is imported."""
+"""A library, and the pickle of a function and arguments to call it with once it is imported. It is
+in Base64: a pickle within main's would be taken for code that main runs (driver/early_imports)."""
 
 _Dumps = Callable[[object], bytes]
 
@@ -28,56 +31,44 @@ _Dumps = Callable[[object], bytes]
 class InSurroundings:
     """Pickles as a value that is unpickled where this process's settings are in force.
 
-    What it does not refer to and what was registered from cells comes after it.
-
     Parameters
     ----------
     value
         The value, which is all that is there afterwards.
     dumps
         Pickles settings and registrations.
-    pickled
-        Where the ids of registered things are collected that the value refers to.
     """
 
-    def __init__(self, value: object, dumps: _Dumps, pickled: set[int]) -> None:
+    def __init__(self, value: object, dumps: _Dumps) -> None:
         self._value = value
-        self._settings = _Parts(lambda: _settings_here(dumps))
-        self._registered = _Parts(lambda: _registered_beside(dumps, pickled))
+        self._parts = _Parts([*_settings_here(dumps), *_registered_here(dumps)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _value_of, (self._settings, self._value, self._registered)
+        return _value_of, (self._parts, self._value)  # in this order
 
 
 class _Parts:
-    """Pickles as their restoration; they are found when what stands before is pickled."""
+    """Pickles as their restoration."""
 
-    def __init__(self, find: Callable[[], list[Part]]) -> None:
-        self._find = find
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._parts = tuple(parts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return restore, (self._find(),)
+        return _restore, (self._parts,)
 
 
-def _value_of(_: object, value: Any, __: object) -> Any:
+def _value_of(_: object, value: Any) -> Any:
     return value
 
 
-def restore(parts: Iterable[Part]) -> None:
-    """Put settings and registrations in force, each when its library is imported.
-
-    Parameters
-    ----------
-    parts
-        What a :class:`InSurroundings` was pickled with.
-    """
+def _restore(parts: Iterable[Part]) -> None:
     for library, data in parts:
         after_import(library, functools.partial(_restore_part, library, data))
 
 
 def _restore_part(library: str, data: bytes, _: object) -> None:
     try:
-        function, arguments = cloudpickle.loads(data)
+        function, arguments = cloudpickle.loads(a2b_base64(data))
     except Exception as error:  # noqa: BLE001 - main may do without
         warnings.warn(
             f"what the driver has set or registered in {library} does not come along: "
@@ -101,15 +92,15 @@ def _settings_here(dumps: _Dumps) -> list[Part]:
     )
 
 
-def _registered_beside(dumps: _Dumps, pickled: set[int]) -> list[Part]:
-    """Pickle what was registered from cells and is not in the pickle already."""
+def _registered_here(dumps: _Dumps) -> list[Part]:
+    """Pickle what was registered from cells, whether or not main refers to it."""
     return _pickled(
         dumps,
         [
             (each.registry.partition(".")[0], (registries.repeat, each))
             for entries in registries.of_this_process().values()
             for each in entries
-            if each.is_from_a_cell and id(each.thing) not in pickled
+            if each.is_from_a_cell
         ],
     )
 
@@ -118,5 +109,5 @@ def _pickled(dumps: _Dumps, calls: Iterable[tuple[str, object]]) -> list[Part]:
     parts = []
     for library, call in calls:
         with contextlib.suppress(Exception):  # main may do without
-            parts.append((library, dumps(call)))
+            parts.append((library, b2a_base64(dumps(call), newline=False)))
     return parts

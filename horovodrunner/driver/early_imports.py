@@ -23,7 +23,6 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-from horovodrunner.core import surroundings
 from horovodrunner.core.installed import holds_installed_packages, is_of_a_python
 
 __all__ = ["early_imports"]
@@ -170,14 +169,11 @@ class _Search:
 
     def follow(self, payload: bytes) -> None:
         """Look at all that unpickling imports, and that the code in the pickle names."""
-        reader = _PickleReader(payload)
-        reader.load()
-        for part in reader.parts:  # our own, which are opened for what main imports anyway
-            if b"environ" not in part:
-                payload = payload.replace(part, b"")
         nested = _NESTED_PICKLE.search(payload, 2)
         if nested is not None and payload.find(b"environ", nested.start()) >= 0:
             raise _UnknownError
+        reader = _PickleReader(payload)
+        reader.load()
         self._todo += [(_facts_of(code, whole=True), "") for code in reader.codes]
         for module, name in reader.named:
             if _is_below(module, "torch.optim"):
@@ -271,7 +267,6 @@ class _PickleReader(pickle.Unpickler):
         super().__init__(io.BytesIO(payload))
         self.named: set[tuple[str, str]] = set()
         self.codes: list[types.CodeType] = []
-        self.parts: list[bytes] = []
 
     def find_class(self, module: str, name: str) -> Any:
         """Note a name instead of importing it."""
@@ -281,17 +276,11 @@ class _PickleReader(pickle.Unpickler):
             return self._builtin_type
         if (module, name) == ("types", "CodeType"):
             return self._code
-        if (module, name) == (surroundings.__name__, surroundings.restore.__name__):
-            return self._note_parts
         self.named.add((module, name))
         return _Nothing
 
     def _note_module(self, module: str) -> Any:
         self.named.add((module, ""))
-        return _Nothing
-
-    def _note_parts(self, parts: Iterable[surroundings.Part]) -> Any:
-        self.parts += [pickled for _, pickled in parts]
         return _Nothing
 
     def _builtin_type(self, name: str) -> Any:
