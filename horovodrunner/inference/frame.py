@@ -145,8 +145,8 @@ def predict(
         scan = plain_scan(df, columns) if reads else "read_files=False"
         if isinstance(scan, FileScan):
             show_text(
-                f"HorovodRunner: predict reads {scan.files:,} Parquet files ({scan.rows:,} rows) in "
-                "Python, past the JVM; read_files=False switches this off\n"
+                f"HorovodRunner: predict reads {scan.files:,} Parquet files ({scan.rows:,} rows) "
+                "in Python, past the JVM; read_files=False switches this off\n"
             )
             parts = parts_dataframe(spark, scan)
             return map_in_arrow(parts, functools.partial(_score_files, call), schema)
