@@ -99,10 +99,10 @@ def _said_by_java(text: str) -> str:
     if lost := re.search(r"failure: Lost task \S+ in stage \S+ \(TID \d+\) \((.*?)\): (.*)", text):
         head = f"{_without_class(lost[2])} ({lost[1]})"
     head = _without_class(head)
-    roots = re.findall(r"^Caused by: (.*)$", text, re.MULTILINE)
-    if roots and (root := _without_class(roots[-1])) not in head:
-        head = f"{head} ({root})"
-    return head
+    roots = [_without_class(root) for root in re.findall(r"^Caused by: (.*)$", text, re.MULTILINE)]
+    if roots and head.startswith("Exception thrown in awaitResult"):
+        head = next((root for root in roots if root.startswith("[")), roots[-1])
+    return f"{head} ({roots[-1]})" if roots and roots[-1] not in head else head
 
 
 def _without_class(said: str) -> str:

@@ -129,9 +129,7 @@ def from_dataframe(
         return UnsharedDataSet(uuid.uuid4().hex, tuple(columns), source, policies)
     settings = (base, tuple(columns), tuple(sorted(policies.items(), key=lambda each: each[0])))
     with told_as(DataError, "the DataFrame cannot be analyzed"):
-        origin = origin_of(
-            df
-        )  # before the rows are computed: what changes meanwhile is another one
+        origin = origin_of(df)  # before the rows are computed: what changes then is another one
     if reuse and origin is not None and (found := cache.find(origin, settings)) is not None:
         return found
     return _stored(

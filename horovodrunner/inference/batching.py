@@ -83,7 +83,9 @@ class Batch:
     reasons: dict[int, str] = field(default_factory=dict)
 
 
-def rebatched(stretches: Iterable[Arrays], size: int) -> Iterator[Arrays]:
+def rebatched(
+    stretches: Iterable[Arrays], size: int, *, may_differ: bool = False
+) -> Iterator[Arrays]:
     """Cut rows into batches, whatever the borders they came with.
 
     Parameters
@@ -92,6 +94,8 @@ def rebatched(stretches: Iterable[Arrays], size: int) -> Iterator[Arrays]:
         Arrays of rows, as many rows in each array of one stretch.
     size
         Rows in a batch.
+    may_differ
+        Whether a batch ends early where the shape of an input changes.
 
     Yields
     ------
@@ -101,7 +105,7 @@ def rebatched(stretches: Iterable[Arrays], size: int) -> Iterator[Arrays]:
     Raises
     ------
     InputError
-        If rows of different stretches have different shapes.
+        If rows of different stretches have different shapes, and may not.
 
     Examples
     --------
@@ -113,6 +117,9 @@ def rebatched(stretches: Iterable[Arrays], size: int) -> Iterator[Arrays]:
     for arrays in stretches:
         rows = len(arrays[0])
         start = 0
+        if held and may_differ and _shapes(held[0]) != _shapes(arrays):
+            yield _joined(held)
+            held, missing = [], size
         if held:
             start = min(missing, rows)
             held.append(tuple(each[:start] for each in arrays))
@@ -128,6 +135,10 @@ def rebatched(stretches: Iterable[Arrays], size: int) -> Iterator[Arrays]:
             held, missing = [tuple(each[start:] for each in arrays)], size - (rows - start)
     if held:
         yield _joined(held)
+
+
+def _shapes(arrays: Arrays) -> list[tuple[int, ...]]:
+    return [each.shape[1:] for each in arrays]
 
 
 def _joined(parts: Sequence[Arrays]) -> Arrays:

@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -40,9 +41,12 @@ __all__ = [
     "InputError",
     "InputPlan",
     "Nulls",
+    "UsualShape",
+    "as_one_array",
     "is_vector",
     "null_rows",
     "numpy_inputs",
+    "shape_of",
     "to_numpy",
 ]
 
@@ -199,6 +203,7 @@ def numpy_inputs(
     expected: int | None,
     stacks_scalars: bool = False,
     grouped: bool = False,
+    lengths: UsualShape | None = None,
 ) -> tuple[np.ndarray, ...]:
     """Make the arrays a model takes from the columns of one batch.
 
@@ -218,6 +223,9 @@ def numpy_inputs(
         Whether several columns of numbers are to make one input of shape ``(batch, columns)``.
     grouped
         Whether the columns were the fields of one struct, which makes one such input, too.
+    lengths
+        What arrays of which no shape is known had until now, where those that differ are bad rows;
+        None: they are an error.
 
     Returns
     -------
@@ -236,7 +244,12 @@ def numpy_inputs(
     number = len(fields)
     may_stack = (grouped or stacks_scalars) and not any(_is_list(each.type) for each in fields)
     if number > 1 and may_stack and (expected == 1 or (expected is None and stacks_scalars)):
-        inputs = [_stacked(fields, paths, plan.shapes_of(1)[0])]
+        try:
+            inputs = [_stacked(fields, paths, plan.shapes_of(1)[0])]
+        except pa.ArrowInvalid:
+            for field, path in zip(fields, paths, strict=True):
+                _refuse_rows(_scalars, field, path)
+            raise
     elif expected == 1 and number > 1:
         raise InputError(
             f"the model takes one input, and there are {number} columns ({', '.join(paths)}): "
@@ -248,12 +261,15 @@ def numpy_inputs(
             f"({', '.join(paths)}): give one column for each input"
         )
     else:
-        inputs = _one_each(fields, paths, plan.shapes_of(number))
+        inputs = _one_each(fields, paths, plan.shapes_of(number), lengths)
     return tuple(inputs)
 
 
 def _one_each(
-    columns: Sequence[pa.Array], names: Sequence[str], shapes: Sequence[Shape | None]
+    columns: Sequence[pa.Array],
+    names: Sequence[str],
+    shapes: Sequence[Shape | None],
+    lengths: UsualShape | None,
 ) -> list[np.ndarray]:
     inputs = []
     bad: dict[int, str] = {}
@@ -262,11 +278,17 @@ def _one_each(
         try:
             # as in predict_batch_udf, an empty shape says nothing beside other inputs
             said = shape if is_alone else shape or None
-            inputs.append(_input(column, name, said, is_alone=is_alone))
+            if lengths is not None and is_alone and said is None and _is_list(column.type):
+                inputs.append(lengths.of_usual_shape(_tensor(column, name, None), name))
+            else:
+                inputs.append(_input(column, name, said, is_alone=is_alone))
         except BadRows as found:
             bad = {**found.rows, **bad}
-        except pa.ArrowInvalid as error:
-            raise _unfit(name, column.type, error) from error
+        except pa.ArrowInvalid:
+            try:
+                _refuse_rows(_arrays if _is_list(column.type) else _scalars, column, name)
+            except BadRows as found:
+                bad = {**found.rows, **bad}
     if bad:
         raise BadRows(dict(sorted(bad.items())))
     return inputs
@@ -342,12 +364,128 @@ def to_numpy(column: pa.Array, name: str) -> np.ndarray:
         column = _vectors_as_lists(column)
     try:
         return _arrays(column)[0] if _is_list(column.type) else _scalars(column)
-    except pa.ArrowInvalid as error:
-        raise _unfit(name, column.type, error) from error
+    except pa.ArrowInvalid:
+        _refuse_rows(_arrays if _is_list(column.type) else _scalars, column, name)
+        raise
 
 
-def _unfit(name: str, kind: pa.DataType, error: Exception) -> InputError:
-    return InputError(f"column {name!r} of type {kind} has values that NumPy cannot hold: {error}")
+def _refuse_rows(convert: Callable[[pa.Array], Any], column: pa.Array, name: str) -> None:
+    """Find the rows with values that NumPy cannot hold."""
+    bad = {}
+    waiting = [(0, len(column))]
+    while waiting:
+        start, stop = waiting.pop()
+        try:
+            convert(column.slice(start, stop - start))
+        except pa.ArrowInvalid as error:
+            if stop - start > 1:
+                half = (start + stop) // 2
+                waiting += [(half, stop), (start, half)]
+            else:
+                bad[start] = (
+                    f"column {name!r} of type {column.type} has a value that NumPy cannot hold: "
+                    f"{error}"
+                )
+    if bad:
+        raise BadRows(bad)
+
+
+class UsualShape:
+    """What shape the arrays of a partition's rows have, where nobody has said it.
+
+    Rows with another shape than most are bad rows. Where as many have one shape as another, all
+    of these reach the model, which knows.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[Shape] = Counter()
+
+    def of_usual_shape(self, values: np.ndarray, name: str) -> np.ndarray:
+        """Refuse the rows whose arrays have an unusual shape.
+
+        Parameters
+        ----------
+        values
+            Arrays of the next rows: one array, or objects where they differ.
+        name
+            What their column is called in error texts.
+
+        Returns
+        -------
+        ndarray
+            The same, if there is no such row.
+
+        Raises
+        ------
+        BadRows
+            If there are some.
+        """
+        if values.dtype != object and len(values):
+            shapes: list[Shape | None] = [values.shape[1:]] * len(values)
+        else:
+            shapes = [shape_of(each) for each in values]
+        counts = self._counts + Counter(shape for shape in shapes if shape is not None)
+        most = max(counts.values(), default=0)
+        usual = {shape for shape, count in counts.items() if count == most}
+        bad = {
+            row: f"column {name!r} has an array of {_sizes(shape)}, and most rows have "
+            f"{_sizes(next(iter(usual)))}: input_tensor_shapes would say what is right"
+            if usual
+            else f"column {name!r} has an array of arrays that differ in length"
+            for row, shape in enumerate(shapes)
+            if shape not in usual
+        }
+        if bad:
+            raise BadRows(bad)
+        self._counts = counts
+        return values
+
+
+def _sizes(shape: Shape | None) -> str:
+    return "arrays that differ" if shape is None else f"{' x '.join(map(str, shape))} values"
+
+
+def shape_of(value: Any) -> Shape | None:
+    """Return the shape that an array of a row has, or would have as one array.
+
+    Parameters
+    ----------
+    value
+        An array, of arrays perhaps; or anything else, whose shape is ().
+
+    Returns
+    -------
+    tuple of int or None
+        None if arrays in it differ.
+    """
+    if not isinstance(value, np.ndarray):
+        return ()
+    if value.dtype != object or not any(isinstance(each, np.ndarray) for each in value):
+        return tuple(value.shape)
+    inner = {shape_of(each) for each in value}
+    shape = inner.pop()
+    return None if inner or shape is None else (len(value), *shape)
+
+
+def as_one_array(values: np.ndarray) -> np.ndarray:
+    """Make one array of objects that are arrays of one shape; what is none stays as it is.
+
+    Parameters
+    ----------
+    values
+        Some rows.
+
+    Returns
+    -------
+    ndarray
+        ``(batch, ...)``, if that is possible.
+    """
+    is_of_arrays = values.dtype == object and len(values) and isinstance(values[0], np.ndarray)
+    if not is_of_arrays or len({shape_of(each) for each in values} | {None}) > 2:
+        return values
+    if shape_of(values[0]) is None:
+        return values
+    return np.stack([as_one_array(each) for each in values])
 
 
 def _fields(columns: Sequence[pa.Array], names: Sequence[str]) -> tuple[list[pa.Array], list[str]]:
@@ -457,7 +595,9 @@ def _input(column: pa.Array, name: str, shape: Shape | None, *, is_alone: bool) 
     return values.reshape(len(values), *shape)
 
 
-def _tensor(column: pa.Array, name: str, shape: Shape | None, *, is_alone: bool) -> np.ndarray:
+def _tensor(
+    column: pa.Array, name: str, shape: Shape | None, *, is_alone: bool = False
+) -> np.ndarray:
     leaves, ends, nulls = _leaves(column)
     bad = {}
     lengths = ends[1:] - ends[:-1]

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 
 from horovodrunner.errors import ArgumentValueError, DataError
 
-__all__ = ["OutputError", "arrow_type", "to_arrow"]
+__all__ = ["OutputError", "arrow_type", "to_arrow", "to_arrow_by_row"]
 
 
 class OutputError(DataError, ValueError):
@@ -126,6 +126,55 @@ def to_arrow(predictions: Any, rows: int, target: pa.DataType, *, safe: bool = T
         If the predictions do not fit `target` or `rows`.
     """
     return _converted(predictions, rows, target, "the prediction", safe)
+
+
+def to_arrow_by_row(
+    predictions: Any, rows: int, target: pa.DataType, *, safe: bool = True
+) -> tuple[pa.Array, dict[int, str]]:
+    """Do what :func:`to_arrow` does, and leave out the rows that do not fit.
+
+    Parameters
+    ----------
+    predictions, rows, target, safe
+        As for :func:`to_arrow`.
+
+    Returns
+    -------
+    tuple of pyarrow.Array and dict
+        The array, with null for these rows; and what is wrong with each.
+
+    Raises
+    ------
+    OutputError
+        If all of them have another shape or type than they should: the model is wrong, not a row.
+    """
+    parts: dict[int, pa.Array] = {}
+    bad: dict[int, OutputError] = {}
+    waiting = [(0, rows)]
+    while waiting:
+        start, stop = waiting.pop()
+        try:
+            part = _part(predictions, slice(start, stop))
+            parts[start] = to_arrow(part, stop - start, target, safe=safe)
+        except OutputError as error:
+            if stop - start > 1:
+                half = (start + stop) // 2
+                waiting += [(start, half), (half, stop)]
+            else:
+                bad[start] = error
+                parts[start] = pa.nulls(1, target)
+    if len(bad) == rows:
+        for each in bad.values():
+            if not isinstance(each.__cause__, (pa.ArrowInvalid, OverflowError)):
+                raise each
+    reasons = {row: f"{type(each).__name__}: {each}" for row, each in sorted(bad.items())}
+    return pa.concat_arrays([parts[start] for start in sorted(parts)]), reasons
+
+
+def _part(predictions: Any, rows: slice) -> Any:
+    if isinstance(predictions, Mapping):
+        return {name: _part(each, rows) for name, each in predictions.items()}
+    return predictions[rows]
 
 
 def _converted(values: Any, rows: int, target: pa.DataType, what: str, safe: bool) -> pa.Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -23,13 +23,15 @@ from horovodrunner.inference.inputs import (
     BadRows,
     InputError,
     InputPlan,
+    UsualShape,
+    as_one_array,
     is_vector,
     null_rows,
     numpy_inputs,
     to_numpy,
 )
 from horovodrunner.inference.loading import ModelHandle, Predictor, load
-from horovodrunner.inference.outputs import OutputError, to_arrow
+from horovodrunner.inference.outputs import OutputError, to_arrow, to_arrow_by_row
 from horovodrunner.inference.transforming import Transform, transformed
 
 __all__ = ["Scored", "Scoring", "score"]
@@ -121,6 +123,7 @@ class _Partition:
         self._open: deque[Piece] = deque()
         self._predictions: deque[Predictions] = deque()
         self._reasons: dict[int, str] = {}
+        self._lengths = UsualShape() if scoring.on_error == "null" else None
 
     def scored(self, batches: Iterable[pa.RecordBatch]) -> Iterator[Scored]:
         scoring = self._scoring
@@ -130,7 +133,7 @@ class _Partition:
             except BaseException:
                 self._model.cancel()
                 raise
-            raw = rebatched(stretches, scoring.batch_size)
+            raw = rebatched(stretches, scoring.batch_size, may_differ=self._lengths is not None)
             if scoring.transform is None:
                 yield from self._results(Batch(each, len(each[0])) for each in raw)
                 return
@@ -190,6 +193,7 @@ class _Partition:
             expected=model.expected_inputs,
             stacks_scalars=model.stacks_scalars,
             grouped=is_group,
+            lengths=self._lengths,
         )
         if len(inputs) < len(columns) and model.scalar_dtype is not None:  # stacked scalars
             return tuple(each.astype(model.scalar_dtype, copy=False) for each in inputs)
@@ -213,16 +217,19 @@ class _Partition:
         self._reasons.update({first + row: reason for row, reason in batch.reasons.items()})
         rows = batch.rows if batch.kept is None else len(batch.kept)
         numbers = first + (np.arange(rows) if batch.kept is None else batch.kept)
-        predictions = self._predicted(batch.inputs, numbers)
+        inputs = batch.inputs
+        if self._scoring.on_error == "null":
+            inputs = _cut(inputs, slice(None))
+        predictions = self._predicted(inputs, numbers)
         if batch.kept is not None:
-            predictions = expanded(self._as_arrow([predictions]), batch.kept, batch.rows)
+            predictions = expanded(self._as_arrow([predictions], numbers), batch.kept, batch.rows)
         self._predictions.append(predictions)
 
     def _predicted(self, inputs: Arrays, numbers: np.ndarray) -> Predictions:
         if not len(numbers):
             return pa.nulls(0, self._scoring.target)
         try:
-            return self._called(inputs)
+            return self._called(inputs, numbers)
         except (OutputError, InputError):
             raise
         except Exception as error:
@@ -234,9 +241,14 @@ class _Partition:
             half = len(numbers) // 2
             parts = (slice(None, half), slice(half, None))
             halves = [self._predicted(_cut(inputs, part), numbers[part]) for part in parts]
-            return pa.concat_arrays([self._as_arrow([each]) for each in halves])
+            return pa.concat_arrays(
+                [
+                    self._as_arrow([each], numbers[part])
+                    for each, part in zip(halves, parts, strict=True)
+                ]
+            )
 
-    def _called(self, inputs: Arrays) -> Predictions:
+    def _called(self, inputs: Arrays, numbers: np.ndarray) -> Predictions:
         model = self._model.result()
         if model.expected_inputs not in {None, len(inputs)}:
             raise InputError(
@@ -247,7 +259,7 @@ class _Partition:
         rows = len(inputs[0])
         if isinstance(found, np.ndarray) and found.ndim and len(found) == rows:
             return found  # several batches are converted at once
-        return to_arrow(found, rows, self._scoring.target, safe=self._scoring.safe)
+        return self._to_arrow(found, numbers)
 
     def _refusal(self, inputs: Arrays, numbers: np.ndarray, error: Exception) -> PredictionError:
         """Find the first row with which the model fails, in as many calls as the rows have bits."""
@@ -256,7 +268,7 @@ class _Partition:
             half = len(numbers) // 2
             for part in (slice(None, half), slice(half, None)):
                 try:
-                    self._called(_cut(inputs, part))
+                    self._called(_cut(inputs, part), numbers[part])
                 except Exception as narrower:  # noqa: BLE001 - whatever the model raises
                     inputs, numbers, cause = _cut(inputs, part), numbers[part], narrower
                     break
@@ -277,7 +289,7 @@ class _Partition:
 
     def _completed(self, piece: Piece) -> Scored:
         rows = piece.batch.num_rows
-        predictions = self._take(piece.end - piece.first)
+        predictions = self._take(piece.first, piece.end)
         if piece.good is not None:
             predictions = expanded(predictions, piece.good, rows)
         if self._scoring.on_error == "raise":
@@ -291,9 +303,10 @@ class _Partition:
         texts = pa.array([reasons[row] for row in places], pa.string())
         return piece.batch, predictions, expanded(texts, np.array(places), rows)
 
-    def _take(self, count: int) -> pa.Array:
-        """Take the next predictions."""
+    def _take(self, first: int, end: int) -> pa.Array:
+        """Take the next predictions, which are those of these good rows."""
         taken: list[Predictions] = []
+        count = end - first
         while count:
             values = self._predictions.popleft()
             if len(values) > count:
@@ -301,22 +314,36 @@ class _Partition:
                 values = values[:count]
             count -= len(values)
             taken.append(values)
-        return self._as_arrow(taken)
+        return self._as_arrow(taken, np.arange(first, end))
 
-    def _as_arrow(self, parts: Sequence[Predictions]) -> pa.Array:
+    def _as_arrow(self, parts: Sequence[Predictions], numbers: np.ndarray) -> pa.Array:
         """Convert predictions, those together that the model gave as arrays of one kind."""
         found: list[pa.Array] = []
+        start = 0
         for kind, group in itertools.groupby(parts, _kind):
             alike = list(group)
+            stop = start + sum(map(len, alike))
             if kind is None:
                 found += alike
-                continue
-            array = alike[0] if len(alike) == 1 else np.concatenate(alike)
-            scoring = self._scoring
-            found.append(to_arrow(array, len(array), scoring.target, safe=scoring.safe))
+            else:
+                array = alike[0] if len(alike) == 1 else np.concatenate(alike)
+                found.append(self._to_arrow(array, numbers[start:stop]))
+            start = stop
         if len(found) == 1:
             return found[0]
         return pa.concat_arrays(found) if found else pa.nulls(0, self._scoring.target)
+
+    def _to_arrow(self, found: Any, numbers: np.ndarray) -> pa.Array:
+        """Convert what the model gave for some rows; those that the type cannot hold are bad."""
+        target, safe = self._scoring.target, self._scoring.safe
+        try:
+            return to_arrow(found, len(numbers), target, safe=safe)
+        except OutputError:
+            if self._scoring.on_error == "raise" or _rows_in(found) != len(numbers):
+                raise
+            converted, bad = to_arrow_by_row(found, len(numbers), target, safe=safe)
+            self._reasons.update({int(numbers[row]): reason for row, reason in bad.items()})
+            return converted
 
     # ---- naming rows
 
@@ -346,10 +373,20 @@ def _inputs(batch: pa.RecordBatch, names: Sequence[str]) -> tuple[list[pa.Array]
     return columns[0].flatten(), [field.name for field in kind], True
 
 
+def _rows_in(found: Any) -> int | None:
+    """Count the rows that a model gave predictions for; None where they are no rows."""
+    values = list(found.values()) if isinstance(found, Mapping) else [found]
+    try:
+        counts = {len(each) for each in values}
+    except TypeError:
+        return None
+    return counts.pop() if len(counts) == 1 else None
+
+
 def _kind(predictions: Predictions) -> tuple[Any, ...] | None:
     is_array = isinstance(predictions, np.ndarray)
     return (predictions.dtype, predictions.shape[1:]) if is_array else None
 
 
 def _cut(inputs: Arrays, part: slice) -> Arrays:
-    return tuple(each[part] for each in inputs)
+    return tuple(as_one_array(each[part]) for each in inputs)

@@ -10,7 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +22,7 @@ import numpy as np
 from horovodrunner.errors import PredictionError
 from horovodrunner.inference.ahead import ReadAhead
 from horovodrunner.inference.batching import Arrays, Batch
-from horovodrunner.inference.inputs import InputError
+from horovodrunner.inference.inputs import InputError, as_one_array
 
 __all__ = ["Transform", "transformed"]
 
@@ -91,7 +91,12 @@ class _Transforming:
         while waiting:
             start, stop = waiting.pop()
             try:
-                parts.append((start, self._made(tuple(each[start:stop] for each in arrays))))
+                cut = arrays
+                if self._find_all:
+                    cut = tuple(as_one_array(each[start:stop]) for each in arrays)
+                elif (start, stop) != (0, rows):
+                    cut = tuple(each[start:stop] for each in arrays)
+                parts.append((start, self._made(cut)))
             except InputError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever the user's function raises
@@ -104,6 +109,10 @@ class _Transforming:
                     return Batch((), rows, np.arange(0), reasons)
         if not reasons and len(parts) == 1:
             return Batch(parts[0][1], rows)
+        parts, unusual = _of_one_kind(parts)
+        if unusual and not self._find_all:
+            raise InputError(next(iter(unusual.values())))
+        reasons.update(unusual)
         kept = [np.arange(start, start + len(made[0])) for start, made in parts]
         joined = tuple(np.concatenate(each) for each in zip(*(made for _, made in parts)))  # noqa: B905
         return Batch(joined, rows, np.concatenate(kept) if kept else np.arange(0), reasons)
@@ -123,6 +132,30 @@ class _Transforming:
                     f"{each.shape}: its first dimension is to be the rows"
                 )
         return inputs
+
+
+def _of_one_kind(
+    parts: list[tuple[int, Arrays]],
+) -> tuple[list[tuple[int, Arrays]], dict[int, str]]:
+    """Leave out what the transform has made of some rows, if it cannot stand beside the rest."""
+    counts: Counter[tuple[tuple[int, ...], ...]] = Counter()
+    for _, made in parts:
+        counts[tuple(each.shape[1:] for each in made)] += len(made[0])
+    if len(counts) < 2:
+        return parts, {}
+    ((usual, _),) = counts.most_common(1)
+    kept, unusual = [], {}
+    for start, made in parts:
+        shapes = tuple(each.shape[1:] for each in made)
+        if shapes == usual:
+            kept.append((start, made))
+            continue
+        for row in range(start, start + len(made[0])):
+            unusual[row] = (
+                f"the transform gave the shape {', '.join(map(str, shapes))} for this row, and "
+                f"{', '.join(map(str, usual))} for most rows of its batch"
+            )
+    return kept, unusual
 
 
 # ---- processes

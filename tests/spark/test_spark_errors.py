@@ -28,7 +28,7 @@ def null_vector(spark: Any, path: Path) -> Any:
 
 
 def failing_udf(spark: Any, path: Path) -> Any:
-    def fail(number: int) -> int:
+    def fail(number):  # type: ignore[no-untyped-def]  # PySpark warns of annotations
         raise ValueError(f"the row is\nnot {number}")
 
     return spark.range(2).select(functions.udf(fail, "long")("id").alias("x"))
@@ -97,7 +97,7 @@ def test_predict_tells_of_what_cannot_be_analyzed(spark: Any, tmp_path: Path) ->
 
     with pytest.raises(DataError, match=r"^predict cannot use .*\[TABLE_OR_VIEW_NOT_FOUND\]"):
         predict(
-            Broken(),  # type: ignore[arg-type]
+            Broken(),
             lambda: lambda x: x,
             inputs="x",
             return_type="double",

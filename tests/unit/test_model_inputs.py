@@ -88,9 +88,9 @@ def test_timestamps_are_in_the_time_zone_of_the_session() -> None:
     assert np.isnat(zoned[1])
     assert inputs(pa.array([noon], pa.timestamp("us")))[0] == utc
     assert inputs(pa.array([datetime.timedelta(1)])).dtype == "timedelta64[ns]"
-    with pytest.raises(InputError, match=r"column 'c0' of type timestamp.us. has values"):
+    with pytest.raises(BadRows, match=r"row 0: column 'c0' of type timestamp.us. has a value"):
         inputs(pa.array([datetime.datetime(1, 1, 1)]))
-    with pytest.raises(InputError, match="column 'then' of type"):
+    with pytest.raises(BadRows, match="column 'then' of type"):
         to_numpy(pa.array([datetime.datetime(1, 1, 1)]), "then")
 
 

@@ -303,3 +303,139 @@ def _end_pools() -> None:
     for pool in transforming._pools.values():
         pool.shutdown()
     transforming._pools.clear()
+
+
+# ---- bad rows of all kinds, where they are to be null
+
+
+def linear(x: np.ndarray) -> np.ndarray:
+    """Take two values a row, as a trained model does."""
+    return x.astype(float) @ np.ones(2)
+
+
+def summed(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x.sum(1), float)
+
+
+GOOD = [1.0, 2.0]
+RAGGED: dict[str, tuple[list[Any], list[float | None]]] = {
+    "one too long": ([GOOD, [1.0, 2.0, 3.0], GOOD], [3.0, None, 3.0]),
+    "the first one": ([[1.0], GOOD, GOOD], [None, 3.0, 3.0]),
+    "the last one": ([GOOD, GOOD, []], [3.0, 3.0, None]),
+    "several": ([[1.0], GOOD, GOOD, [], GOOD], [None, 3.0, 3.0, None, 3.0]),
+    "null": ([GOOD, None, GOOD], [3.0, None, 3.0]),
+    "null and ragged": ([None, GOOD, [1.0], GOOD], [None, 3.0, None, 3.0]),
+}
+
+
+@pytest.mark.parametrize("shape", [None, [[2]]], ids=["no shape", "a shape"])
+@pytest.mark.parametrize("predict", [linear, summed], ids=["linear", "sum"])
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+@pytest.mark.parametrize("case", RAGGED)
+def test_one_ragged_row_costs_no_other(
+    case: str, batch_size: int, predict: Callable[..., Any], shape: Any
+) -> None:
+    values, expected = RAGGED[case]
+    scoring = of(predict, batch_size=batch_size, plan=InputPlan.of(shape, "pass"))
+    bad = [place for place, value in enumerate(expected) if value is None]
+    for at, pieces in ((0, [values]), (3, [[GOOD] * 3, values]), (0, [values, [GOOD] * 3])):
+        found = with_errors(scoring, rows(*pieces))
+        assert [value for value, _ in found[at : at + len(values)]] == expected
+        assert [place for place, (_, error) in enumerate(found) if error] == [at + b for b in bad]
+        assert all(error is None or "'x'" in error for _, error in found)
+
+
+def test_a_model_knows_where_the_rows_do_not_tell() -> None:
+    one_each = rows([[1.0]], [[1.0, 2.0]], [[3.0, 4.0, 5.0]])
+    assert [value for value, _ in with_errors(of(linear), one_each)] == [None, 3.0, None]
+    tied = with_errors(of(linear), rows([[1.0], GOOD]))
+    assert [value for value, _ in tied] == [None, 3.0]
+    assert "ValueError" in tied[0][1]
+    none = with_errors(of(linear), rows([[1.0], [1.0, 2.0, 3.0], []]))
+    assert [value for value, _ in none] == [None] * 3
+
+
+def test_arrays_of_arrays_may_be_ragged_inside() -> None:
+    square = [[1.0, 2.0], [3.0, 4.0]]
+    scoring = of(lambda x: x.sum((1, 2)))
+    values = [square, [[1.0], [3.0, 4.0]], square, [[1.0, 2.0]], square]
+    found = with_errors(scoring, rows(values))
+    assert [value for value, _ in found] == [10.0, None, 10.0, None, 10.0]
+
+
+def test_a_ragged_row_beside_other_inputs_costs_no_other() -> None:
+    scoring = of(lambda x, y: linear(x) + y, names=("x", "y"))
+    found = with_errors(scoring, rows([GOOD, [1.0], GOOD, GOOD], y=[1.0, 2.0, 3.0, 4.0]))
+    assert [value for value, _ in found] == [4.0, None, 6.0, 7.0]
+    lengths = of(lambda x, y: np.array([len(each) for each in x]) + y, names=("x", "y"))
+    found = with_errors(lengths, rows([GOOD, [1.0]], y=[1.0, 2.0]))
+    assert found == [(3.0, None), (3.0, None)]  # it takes arrays that differ
+
+
+def test_vectors_of_another_size_are_bad_rows() -> None:
+    kind = pa.struct(
+        [
+            ("type", pa.int8()),
+            ("size", pa.int32()),
+            ("indices", pa.list_(pa.int32())),
+            ("values", pa.list_(pa.float64())),
+        ]
+    )
+    dense = {"type": 1, "size": None, "indices": None, "values": GOOD}
+    sparse = {"type": 0, "size": 2, "indices": [1], "values": [5.0]}
+    larger = {**sparse, "size": 4}
+    column = pa.array([dense, larger, sparse, None, dense], kind)
+    found = with_errors(of(linear), iter([pa.RecordBatch.from_arrays([column], ["x"])]))
+    assert [value for value, _ in found] == [3.0, None, 5.0, None, 3.0]
+
+
+def test_values_that_numpy_cannot_hold_are_bad_rows() -> None:
+    late = pa.array([0, 64_000_000_000_000_000, 10**6], pa.timestamp("us"))
+    batch = pa.RecordBatch.from_arrays([late], ["x"])
+    found = with_errors(of(lambda x: x.astype("int64") / 1e9), iter([batch]))
+    assert [value for value, _ in found] == [0.0, None, 1.0]
+    named = of(lambda x: x, transform=lambda b: {"x": b["x"].astype("int64") / 1e9})
+    assert [value for value, _ in with_errors(named, iter([batch]))] == [0.0, None, 1.0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_predictions_that_the_type_cannot_hold_are_bad_rows(batch_size: int) -> None:
+    numbers = [1.0, 2.5, 300.0, 4.0, float("nan")]
+    scoring = of(lambda x: x, pa.int8(), batch_size=batch_size)
+    found = with_errors(scoring, rows(numbers))
+    assert [value for value, _ in found] == [1, None, None, 4, None]
+    assert [error is None for _, error in found] == [True, False, False, True, True]
+    assert "2.5" in found[1][1]
+    with pytest.raises(OutputError, match=r"2\.5"):
+        predicted(scoring, rows(numbers))
+    texts = of(lambda x: ["7" if each < 3 else each for each in x], pa.string())
+    assert [value for value, _ in with_errors(texts, rows([1.0, 3.0]))] == ["7", None]
+    pair = pa.struct([("a", pa.int8()), ("b", pa.float64())])
+    fields = of(lambda x: {"a": x, "b": x}, pair, batch_size=batch_size)
+    assert [value for value, _ in with_errors(fields, rows(numbers[:2]))] == [
+        {"a": 1, "b": 1.0},
+        None,
+    ]
+    dicts = of(lambda x: [{"a": 1, "b": e} if e < 3 else {"a": 1} for e in x.tolist()], pair)
+    assert [v and v["b"] for v, _ in with_errors(dicts, rows(numbers[:4]))] == [1, 2.5, None, None]
+
+
+def sized(batch: dict[str, Any]) -> dict[str, Any]:
+    """Make an image of each number, as a decoder does: one size for a batch, or an error."""
+    images = [np.full((int(each), int(each)), each) for each in batch["x"]]
+    if len({each.shape for each in images}) > 1:
+        raise ValueError("different sizes")
+    return {"image": np.stack(images)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_image_of_another_size_costs_no_other(workers: int) -> None:
+    scoring = of(lambda x: x.mean((1, 2)), transform=sized, transform_workers=workers)
+    found = with_errors(scoring, rows([2.0, 2.0, 3.0, 2.0], [2.0, float("nan")]))
+    assert [value for value, _ in found] == [2.0, 2.0, None, 2.0, 2.0, None]
+    ragged = of(lambda x: x, transform=lambda b: {"x": b["x"].sum(1)})
+    found = with_errors(ragged, rows([GOOD, GOOD, [1.0], None, GOOD]))
+    assert [value for value, _ in found][:2] == [3.0, 3.0]
+    assert found[3][0] is None
+    assert found[4] == (3.0, None)
+    _end_pools()
