@@ -346,8 +346,10 @@ def test_what_is_called_decides_on_the_ranks_too(np: int) -> None:
         PayloadError, match=r"main returned \(builtins.generator\) .*list\(\.\.\.\)"
     ):
         run(makes_steps, np=np)
-    with pytest.raises(PayloadError, match=r"main returned \(builtins.coroutine\) .*asyncio.run"):
-        run(lambda: train(), np=np)
+    with pytest.raises(
+        PayloadError, match=r"main returned\[0\] \(builtins.coroutine\) .*asyncio.run"
+    ):
+        run(lambda: [train()], np=np)
 
 
 def test_a_result_larger_than_spark_takes_comes_back_whole(spark: Any) -> None:

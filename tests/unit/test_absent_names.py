@@ -9,6 +9,8 @@ import petastorm.tf_utils
 import pytest
 import sparkdl
 
+petastorm = importlib.import_module("petastorm")
+
 import petastorm
 
 
