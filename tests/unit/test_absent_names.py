@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from typing import Any
 
 import petastorm.tf_utils
 import pytest
 import sparkdl
 
-petastorm = importlib.import_module("petastorm")
-
-import petastorm
+petastorm: Any = importlib.import_module("petastorm")
 
 
 @pytest.mark.parametrize(
