@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 from typing import Any
 
-import petastorm.tf_utils
 import pytest
 import sparkdl
 
