@@ -77,7 +77,12 @@ _KINDS = {
             "Return what it gives, asyncio.run(...)",
         ),
         r"_?asyncio\.": Staying("it belongs to the event loop of its process"),
-        r"(builtins\.(async_)?generator|contextlib\._(Async)?GeneratorContextManager)$": Staying(
+        r"contextlib\._(Async)?GeneratorContextManager$": Staying(
+            "a context manager stays where it was made",
+            "Let main make it",
+            "Let main enter it, `with ...:`, and return a value",
+        ),
+        r"builtins\.(async_)?generator$": Staying(
             "a generator runs only where it was made",
             "Let main make it, or use list(...) of it",
             "Return list(...) of it",

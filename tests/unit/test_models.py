@@ -540,6 +540,14 @@ class WithoutGradients(torch.nn.Module):  # type: ignore[misc]
         return x.sum(dim=1)
 
 
+class Generates:
+    """Predicts later."""
+
+    def predict(self, x: Any) -> Any:
+        """Yield."""
+        yield x
+
+
 def test_what_is_called_decides_how_many_inputs_there_are() -> None:
     with Model.from_function(with_a_mask(lambda x, factor: x * factor)) as model:
         predict = load(handle(model))
@@ -560,6 +568,7 @@ def test_the_wrong_things_are_refused() -> None:
         (Model.from_torch, 3, "it must be a torch.nn.Module, got int"),
         (Model.from_keras, torch.nn.Linear(1, 1), "it must be a model of Keras 3 or tf_keras"),
         (Model.from_function, "f", "it must be callable, got str"),
+        (Model.from_function, Generates().predict, r"predict only makes a generator .*list\("),
         (Model.from_function, torch.nn.Linear(1, 1), r"use Model.from_torch\(...\)"),
     ):
         with pytest.raises(ArgumentTypeError, match=text):
