@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -84,6 +83,8 @@ def wrong_options(
     error: TypeError,
 ) -> str:
     """Explain a call of the runner's class that does not fit."""
+    import difflib  # hardly ever needed
+
     options = [name for name in signature.parameters if name != "self"]
     if args:
         values, named = ", ".join(map(shown, args)), _named(options, args, kwargs)

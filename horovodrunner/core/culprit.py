@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from horovodrunner.core.pickled import Pickler
 from horovodrunner.core.staying import Staying, staying
+from horovodrunner.core.words import in_one_line
 
 __all__ = ["Culprit", "DeepPickler", "TooDeepError", "find_culprit", "name_of_type"]
 
@@ -307,13 +308,13 @@ class Culprit(NamedTuple):
         The path to it, and its type.
     error
         What pickling it raised.
-    known
-        Why it stays where it is, if that is known.
+    why
+        Why it stays where it is, and what to do.
     """
 
     where: str
     error: BaseException
-    known: Staying | None
+    why: Staying
 
 
 def find_culprit(
@@ -346,7 +347,8 @@ def find_culprit(
         except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
             way, culprit, known = _known_on_the_way(*pickler.path())
             where = _where_it_failed(way, culprit, called)
-            return Culprit(where, error.with_traceback(None), known)
+            why = known or Staying(in_one_line(error))
+            return Culprit(where, error.with_traceback(None), why)
     return None
 
 
