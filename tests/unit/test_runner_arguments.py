@@ -260,6 +260,7 @@ REFUSED = [
     ("partial of the wrong", functools.partial(ANY, 1, foo=2), {}, "has no argument 'foo'"),
     ("positional", eval("lambda lr, /: lr"), {"lr": 1}, "it has no argument|positional only"),
     ("class", Trainer, {"lr": 0.1}, r"Trainer\(\) cannot be called .*unexpected keyword"),
+    ("of a class", Trainer.fit, {"lr": 1}, "argument: 'self'; give the method of an object$"),
     ("option", train, {"lr": 1, "np": 2}, r"'np'; np is an option of HorovodRunner\(np=\.\.\.\)$"),
     (
         "default",
