@@ -123,7 +123,8 @@ def test_what_torch_compile_made_is_told_with_what_to_send_instead() -> None:
     compiled = torch.compile(in_a_notebook("def main(x): return x"))
     assert refusal(in_a_notebook("def main(model): pass"), model=compiled) == (
         "the argument 'model' (builtins.function) cannot be sent to the workers: what "
-        "torch.compile made stays in its process. Let main have the original, and call torch.compile there."
+        "torch.compile made stays in its process. Let main have the original, and call "
+        "torch.compile there."
     )
 
 
