@@ -404,6 +404,8 @@ def _first_step(  # noqa: PLR0911, PLR0912 - a table of what the parts of object
             return True, f"the argument {_text_of(inner[1])} bound by functools.partial", 3
     if issubclass(kind, type) and step is _STATE and len(inner) >= 2:
         return True, f"the attribute {_text_of(inner[1])} of the class {name_of_type(owner)}", 3
+    if issubclass(kind, types.ModuleType) and step is _ARGUMENTS and inner[:1] == [1] and inner[1:]:
+        return False, _attribute(inner[1]), 3
     if kind is types.CellType:
         return False, "", 2
     if step is _STATE and inner and type(way[1][0]) is dict and inner[0] is not _KEY:

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -136,6 +136,13 @@ def test_torchscript_is_told_with_what_to_send_instead() -> None:
         r"the argument 'model' \(torch\.jit.*\) cannot .*Let main have the original, or a file",
         refusal(in_a_notebook("def main(model): pass"), model=scripted),
     )
+
+
+def test_a_variable_of_a_module_that_the_notebook_made_is_named() -> None:
+    main = in_a_notebook("def main(): return settings.lock")
+    main.__globals__["settings"] = ModuleType("settings")
+    main.__globals__["settings"].lock = threading.Lock()
+    assert refusal(main).startswith("the global 'settings' used by main.lock (_thread.lock) cannot")
 
 
 def test_a_known_class_around_plain_things_does_not_hide_what_fails() -> None:
