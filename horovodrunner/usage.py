@@ -36,6 +36,7 @@ def explained(explain: _Explain) -> Callable[[_Method], _Method]:
 
         @functools.wraps(method)
         def checked_call(*args: Any, **kwargs: Any) -> Any:
+            __tracebackhide__ = True
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
