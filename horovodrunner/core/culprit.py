@@ -70,6 +70,8 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         On the monotonic clock, in seconds: when to give up. None is never.
     """
 
+    refused = _NO_UNPICKLING
+
     def __init__(
         self,
         file: Any,
@@ -149,7 +151,7 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         return True
 
     def _reduce(self, obj: Any, kind: type) -> Any:
-        if kind.__name__ in _NO_UNPICKLING and (known := staying(obj)) is not None:
+        if kind.__name__ in self.refused and (known := staying(obj)) is not None:
             raise pickle.PicklingError(known.reason)
         reduced = self._reducers.reducer_override(obj)
         if reduced is not NotImplemented:
@@ -318,7 +320,7 @@ class Culprit(NamedTuple):
 
 
 def find_culprit(
-    parts: Iterable[tuple[str, Any]], seconds: float = SEARCH_SECONDS
+    parts: Iterable[tuple[str, Any]], seconds: float = SEARCH_SECONDS, *, by_spark: bool = False
 ) -> Culprit | None:
     """Name what cannot be pickled.
 
@@ -330,6 +332,8 @@ def find_culprit(
         What is pickled, with what each is called.
     seconds
         When to give up.
+    by_spark
+        Whether Spark sends it, with which broadcast variables arrive.
 
     Returns
     -------
@@ -337,6 +341,8 @@ def find_culprit(
         None if there is no such thing, or too much comes before it.
     """
     pickler = DeepPickler(_Nowhere(), lambda _: False, time.monotonic() + seconds)
+    if by_spark:
+        pickler.refused = _NO_UNPICKLING - {"Broadcast"}
     for called, value in parts:
         try:
             pickler.save(value)

@@ -562,6 +562,16 @@ def test_what_is_called_decides_how_many_inputs_there_are() -> None:
     assert (predict.expected_inputs, predict.stacks_scalars) == (None, True)
 
 
+def test_what_of_a_model_does_not_pickle_is_named() -> None:
+    lock = threading.Lock()
+    net = Named()
+    net.guard = [lock]
+    with pytest.raises(PayloadError, match=r"^the model \(.*Named\)\.guard\[0\] \(_thread.lock\)"):
+        Model.from_torch(net)
+    with pytest.raises(PayloadError, match=r"^the variable 'lock' in the closure .*_thread.lock"):
+        Model.from_function(lambda x: (x, lock))
+
+
 def test_the_wrong_things_are_refused() -> None:
     wrong: Any
     for make, wrong, text in (
