@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +36,7 @@ def explained(explain: _Explain) -> Callable[[_Method], _Method]:
 
         @functools.wraps(method)
         def checked_call(*args: Any, **kwargs: Any) -> Any:
+            __tracebackhide__ = True
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
@@ -84,6 +84,8 @@ def wrong_options(
     error: TypeError,
 ) -> str:
     """Explain a call of the runner's class that does not fit."""
+    import difflib  # hardly ever needed
+
     options = [name for name in signature.parameters if name != "self"]
     if args:
         values, named = ", ".join(map(shown, args)), _named(options, args, kwargs)

@@ -76,6 +76,7 @@ def misfit(called: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
             f"{name_of(function)}{_in_short(signature)} cannot be called with "
             f"{f'the arguments {given}' if given else 'no arguments'}: {error}"
             + (f"; it has no argument {', '.join(map(repr, unknown))}" if unknown else "")
+            + ("; give the method of an object" if _lacks_self(function, signature) else "")
         )
     return ""
 
@@ -156,6 +157,12 @@ def _bare(called: Any) -> Any:  # noqa: PLR0911 - a list of kinds
 
 def _bound(function: Any, instance: object) -> Any:
     return function and types.MethodType(function, instance)
+
+
+def _lacks_self(function: Any, signature: inspect.Signature) -> bool:
+    """Whether it seems to be a method that was taken from its class."""
+    is_of_class = "." in name_of(function).rpartition("<locals>")[2].lstrip(".")
+    return is_of_class and next(iter(signature.parameters), "") == "self"
 
 
 class _Default:

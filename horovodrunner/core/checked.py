@@ -34,6 +34,7 @@ __all__ = [
     "path",
     "plain",
     "resources",
+    "runs_at_once",
     "seconds",
     "shown",
     "text",
@@ -534,19 +535,34 @@ def main(
         options = [name for name in kwargs if name in runner_options and repr(name) in problem]
         where = "".join(f"; {name} is an option of HorovodRunner({name}=...)" for name in options)
         raise ArgumentTypeError(f"{problem}{where}")
-    if later := what_runs_later(checked):
-        raise ArgumentTypeError(
-            f"main must run when it is called, and {name_of(checked)} only makes {later} then: "
-            f"{_RUN_AT_ONCE[later]}"
-        )
+    runs_at_once("main", checked)
     return checked
 
 
-_RUN_AT_ONCE = {
-    "a coroutine": "give a function that runs it, such as def main(): return asyncio.run(train())",
-    "a generator": "return what it yields, such as def main(): return list(train())",
-    "an async generator": "give a function that collects what it yields, under asyncio.run(...)",
-}
+def runs_at_once(name: str, function: Callable[..., Any]) -> None:
+    """Check that a call runs a function, instead of making a coroutine or a generator of it.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    function
+        The function.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is async or a generator.
+    """
+    later = what_runs_later(function)
+    if not later:
+        return
+    of_async = "async" in later or later == "a coroutine"
+    called = f"{'asyncio.run' if of_async else 'list'}({name_of(function)}(...))"
+    raise ArgumentTypeError(
+        f"{name} must run when it is called, and {name_of(function)} only makes {later} then: give "
+        f"a function that returns {called}"
+    )
 
 
 def _function_instead(thing: Any) -> str:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from horovodrunner.core.pickled import Pickler
 from horovodrunner.core.staying import Staying, staying
+from horovodrunner.core.words import in_one_line
 
 __all__ = ["Culprit", "DeepPickler", "TooDeepError", "find_culprit", "name_of_type"]
 
@@ -70,6 +71,8 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
     reducers
         What knows how to take objects apart.
     """
+
+    refused = _NO_UNPICKLING
 
     def __init__(
         self,
@@ -151,7 +154,7 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         return True
 
     def _reduce(self, obj: Any, kind: type) -> Any:
-        if kind.__name__ in _NO_UNPICKLING and (known := staying(obj)) is not None:
+        if kind.__name__ in self.refused and (known := staying(obj)) is not None:
             raise pickle.PicklingError(known.reason)
         reduced = self._reducers.reducer_override(obj)
         if reduced is not NotImplemented:
@@ -310,17 +313,17 @@ class Culprit(NamedTuple):
         The path to it, and its type.
     error
         What pickling it raised.
-    known
-        Why it stays where it is, if that is known.
+    why
+        Why it stays where it is, and what to do.
     """
 
     where: str
     error: BaseException
-    known: Staying | None
+    why: Staying
 
 
 def find_culprit(
-    parts: Iterable[tuple[str, Any]], seconds: float = SEARCH_SECONDS
+    parts: Iterable[tuple[str, Any]], seconds: float = SEARCH_SECONDS, *, by_spark: bool = False
 ) -> Culprit | None:
     """Name what cannot be pickled.
 
@@ -332,6 +335,8 @@ def find_culprit(
         What is pickled, with what each is called.
     seconds
         When to give up.
+    by_spark
+        Whether Spark sends it, with which broadcast variables arrive.
 
     Returns
     -------
@@ -339,6 +344,8 @@ def find_culprit(
         None if there is no such thing, or too much comes before it.
     """
     pickler = DeepPickler(_Nowhere(), lambda _: False, time.monotonic() + seconds)
+    if by_spark:
+        pickler.refused = _NO_UNPICKLING - {"Broadcast"}
     for called, value in parts:
         try:
             pickler.save(value)
@@ -349,7 +356,8 @@ def find_culprit(
         except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
             way, culprit, known = _known_on_the_way(*pickler.path())
             where = _where_it_failed(way, culprit, called)
-            return Culprit(where, error.with_traceback(None), known)
+            why = known or Staying(in_one_line(error))
+            return Culprit(where, error.with_traceback(None), why)
     return None
 
 
@@ -405,6 +413,8 @@ def _first_step(  # noqa: PLR0911, PLR0912 - a table of what the parts of object
             return True, f"the argument {_text_of(inner[1])} bound by functools.partial", 3
     if issubclass(kind, type) and step is _STATE and len(inner) >= 2:
         return True, f"the attribute {_text_of(inner[1])} of the class {name_of_type(owner)}", 3
+    if issubclass(kind, types.ModuleType) and step is _ARGUMENTS and inner[:1] == [1] and inner[1:]:
+        return False, _attribute(inner[1]), 3
     if kind is types.CellType:
         return False, "", 2
     if step is _STATE and inner and type(way[1][0]) is dict and inner[0] is not _KEY:

@@ -19,7 +19,6 @@ from horovodrunner.core.pickled import (
     travels_by_reference,
     write_pickle,
 )
-from horovodrunner.core.staying import Staying
 from horovodrunner.core.surroundings import InSurroundings
 from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import PayloadError
@@ -112,9 +111,8 @@ def dump_call(
             _refuse_sparks_own(parts)
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
         found = _culprit(parts, error, f"main ({_name(main)}) or an argument")
-        known = found.known or Staying(in_one_line(found.error))
         raise PayloadError(
-            f"{found.where} cannot be sent to the workers: {known.reason}. {known.instead}."
+            f"{found.where} cannot be sent to the workers: {found.why.reason}. {found.why.instead}."
         ) from found.error
     return call
 
@@ -152,9 +150,8 @@ def write_result(result: object, descriptor: int) -> Layout:
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
         what = "the value that main returned"
         found = _culprit([(what, result)], error, what)
-        known = found.known or Staying(in_one_line(found.error))
         raise PayloadError(
-            f"{found.where} cannot be sent to the driver: {known.reason}. {known.returned}."
+            f"{found.where} cannot be sent to the driver: {found.why.reason}. {found.why.returned}."
         ) from found.error
 
 
@@ -307,10 +304,11 @@ def _refuse_sparks_own(parts: list[tuple[str, Any]]) -> None:
 def _culprit(parts: list[tuple[str, Any]], error: BaseException, otherwise: str) -> Culprit:
     """Find what does not pickle, and why; let an interrupt pass."""
     from horovodrunner.core.culprit import Culprit, find_culprit  # hardly ever needed
+    from horovodrunner.core.staying import Staying
 
     if isinstance(error, KeyboardInterrupt):
         raise error
     found = find_culprit(parts)
     if found is None and not isinstance(error, Exception):
         raise error  # it came from outside, as a thread's end does
-    return found or Culprit(otherwise, error, None)
+    return found or Culprit(otherwise, error, Staying(in_one_line(error)))

@@ -77,13 +77,23 @@ _KINDS = {
             "Return what it gives, asyncio.run(...)",
         ),
         r"_?asyncio\.": Staying("it belongs to the event loop of its process"),
-        r"(builtins\.(async_)?generator|contextlib\._(Async)?GeneratorContextManager)$": Staying(
+        r"contextlib\._(Async)?GeneratorContextManager$": Staying(
+            "a context manager stays where it was made",
+            "Let main make it",
+            "Let main enter it, `with ...:`, and return a value",
+        ),
+        r"builtins\.(async_)?generator$": Staying(
             "a generator runs only where it was made",
             "Let main make it, or use list(...) of it",
             "Return list(...) of it",
         ),
         r"_io\.(Text|Buffered|File)|tempfile\.|zipfile\.|tarfile\.|h5py\.": Staying(
             "an open file stays in its process", "Let main have the path, and open it there"
+        ),
+        r"torch\.(jit\.|ScriptModule$|ScriptFunction$)": Staying(
+            "TorchScript does not pickle",
+            "Let main have the original, or a file that torch.jit.save wrote",
+            "Return its state_dict()",
         ),
         r"tensorflow\.(\w+\.)*(data\.ops\.|client\.session\.|framework\.ops\.Graph$)": Staying(
             "TensorFlow's datasets, sessions and graphs stay in the process that made them"
@@ -94,6 +104,12 @@ _KINDS = {
     }.items()
 }
 """By the name of a class."""
+
+
+_COMPILED = Staying(
+    "what torch.compile made stays in its process",
+    "Let main have the original, and call torch.compile there",
+)
 
 
 def staying(thing: Any) -> Staying | None:
@@ -112,6 +128,8 @@ def staying(thing: Any) -> Staying | None:
     kind = type(thing)
     if issubclass(kind, types.FunctionType) and {"func", "evalType"} <= vars(thing).keys():
         return _of("pyspark.sql.udf.UserDefinedFunction")  # its UDF in a wrapper of Spark's
+    if issubclass(kind, types.FunctionType) and "_torchdynamo_orig_callable" in vars(thing):
+        return _COMPILED
     if issubclass(kind, type):
         return None
     for name in class_names(kind):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from horovodrunner.driver.console import Console
+from horovodrunner.driver.executors import ended_in_words, logs_in_words
 from horovodrunner.driver.jobs import SparkJob
 from horovodrunner.driver.resources import TaskRequest
 from horovodrunner.driver.session import is_connect
@@ -184,7 +185,8 @@ def require_slots(
         raise StartTimeoutError(
             f"{wanted} task slots were asked for, {expected} are to come "
             f"({_facts(spark, request)}), and after {start_timeout:g} s there are {slots}: "
-            "executors cannot be started (see the cluster manager), or raise start_timeout"
+            f"{ended_in_words(spark, wanted) or 'executors cannot be started'}; "
+            f"{logs_in_words(spark)}; if they are only slow, raise start_timeout"
         )
     if slots < wanted:
         raise _too_few_slots(spark, np, slots, request)
@@ -211,9 +213,14 @@ def _wait_for_slots(
             changed = now
         if expected is None and now - changed >= QUIET_SECONDS:
             break
-        if now - noted >= NOTE_SECONDS and slots != told:
-            noted, told = now, slots
-            console.note(f"waiting for {wanted} slots, {slots} have registered so far")
+        if now - noted >= NOTE_SECONDS:
+            noted, ended = now, ended_in_words(spark, wanted)
+            if (slots, ended) != told:
+                told = slots, ended
+                console.note(
+                    f"waiting for {wanted} slots, {slots} have registered so far"
+                    + (f"; {ended}; {logs_in_words(spark)}" if ended else "")
+                )
         console.show(0)
         time.sleep(CHECK_SECONDS)
     return slots

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import cloudpickle
 import numpy as np
 
+from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import PayloadError
 
 __all__ = ["Frozen", "freeze", "restore"]
@@ -128,9 +129,15 @@ def freeze(thing: object, file: BinaryIO, names: Mapping[str, Any] | None = None
     try:
         pickler.dump(thing)
     except Exception as error:  # whatever a __reduce__ raises
+        from horovodrunner.core.culprit import find_culprit  # hardly ever needed
+
+        model = thing[0] if isinstance(thing, tuple) else thing
+        kind = f"the model ({type(model).__module__}.{type(model).__qualname__})"
+        found = find_culprit([(kind, model)], by_spark=True)
+        what, why = (found.where, found.why.reason) if found else (kind, in_one_line(error))
         raise PayloadError(
-            f"the model ({type(thing).__module__}.{type(thing).__qualname__}) cannot be sent to "
-            f"the executors: {type(error).__name__}: {error}".replace("\n", " ")
+            f"{what} cannot be sent to the executors: {why}. Load or make it where the model "
+            "predicts, or leave it out"
         ) from error
     size, digest = _write(pickler.entries.values(), file)
     weights = sum(entry.size for entry in pickler.entries.values())

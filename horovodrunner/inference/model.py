@@ -173,6 +173,7 @@ class Model:
             raise ArgumentTypeError(
                 f"function={function!r:.100}: it must be callable, got {type(function).__name__}"
             )
+        checked.runs_at_once("function", function)
         for package, kind, maker in (
             ("torch.nn", "Module", "from_torch"),
             ("keras", "Model", "from_keras"),

@@ -55,6 +55,8 @@ class Options:
                 f"batch_transform={self.batch_transform!r}: give a function that takes a dict of "
                 "arrays and gives one"
             )
+        if self.batch_transform is not None:
+            checked.runs_at_once("batch_transform", self.batch_transform)
         if self.batch_transform is None and self.transform_workers:
             raise ArgumentValueError(
                 f"transform_workers={self.transform_workers}: there is no batch_transform for them"
@@ -140,6 +142,7 @@ def handle_of(model: Model | Callable[[], Callable[..., Any]], spark: SparkSessi
             f"model={model!r}: give a Model, or a function that loads a model and returns its "
             "predict function"
         )
+    checked.runs_at_once("model", model)
     return ModelHandle.of_make_predict_fn(model)
 
 

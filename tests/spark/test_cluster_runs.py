@@ -330,6 +330,39 @@ def test_what_is_sparks_is_refused_with_what_to_use_instead(kind: str, spark: An
             run(main, np=np, **kwargs)
 
 
+def with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a main with settings, as ``hydra.main`` does."""
+
+    @functools.wraps(function)
+    def wrapper(**kwargs: Any) -> Any:
+        return function({"lr": 0.1}, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("np", [1, -1])
+def test_what_is_called_decides_on_the_ranks_too(np: int) -> None:
+    @with_settings
+    def main(settings: dict[str, float], steps: int) -> Any:
+        return settings["lr"] * steps
+
+    def makes_steps() -> Any:
+        return (step for step in range(3))
+
+    async def train() -> int:
+        return 3
+
+    assert run(main, np=np, steps=10) == 1.0
+    with pytest.raises(WorkerFailedError, match="missing 1 required positional argument: 'steps'"):
+        run(main, np=np)
+    with pytest.raises(
+        PayloadError, match=r"main returned \(builtins.generator\) .*list\(\.\.\.\)"
+    ):
+        run(makes_steps, np=np)
+    with pytest.raises(PayloadError, match=r"returned\[0\] \(builtins.coroutine\) .*asyncio.run"):
+        run(lambda: [train()], np=np)
+
+
 def test_a_result_larger_than_spark_takes_comes_back_whole(spark: Any) -> None:
     def main() -> Any:
         import numpy as np

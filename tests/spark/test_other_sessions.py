@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -193,3 +194,24 @@ def test_a_standalone_cluster_without_any_slot_and_with_two_executors(
     assert "rank 0 of 2\n" in shown
     assert "[1]<stdout>:training" in shown
     assert "ZeroDivisionError" in shown
+
+
+def test_executors_that_end_before_they_register_are_told_with_their_last_words(
+    tmp_path: Path,
+) -> None:
+    script = """
+        from horovodrunner import StartTimeoutError
+        from horovodrunner.driver import slots
+        slots.NOTE_SECONDS = 1.0
+        builder = builder.config("spark.executor.extraJavaOptions", "-javaagent:/nope.jar")
+        spark = builder.master("local-cluster[1,1,1024]").getOrCreate()
+        try:
+            HorovodRunner(np=1, start_timeout=20).run(train, prefix="")
+        except StartTimeoutError as error:
+            print(error)
+        spark.stop()
+    """
+    shown = drive(script, tmp_path)
+    ended = r"\d+ executors? ha(s|ve) ended, the last one with: .*/nope.jar; .* why: work/app"
+    assert re.search(rf"waiting for 1 slots, 0 have registered so far; {ended}", shown)
+    assert re.search(rf"after 20 s there are 0: {ended}.* raise start_timeout", shown)

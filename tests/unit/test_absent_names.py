@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from typing import Any
 
-import petastorm.tf_utils  # type: ignore[import-not-found]
 import pytest
 import sparkdl
 
-import petastorm
+petastorm: Any = importlib.import_module("petastorm")
 
 
 @pytest.mark.parametrize(

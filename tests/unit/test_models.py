@@ -536,6 +536,14 @@ class WithoutGradients(torch.nn.Module):  # type: ignore[misc]
         return x.sum(dim=1)
 
 
+class Generates:
+    """Predicts later."""
+
+    def predict(self, x: Any) -> Any:
+        """Yield."""
+        yield x
+
+
 def test_what_is_called_decides_how_many_inputs_there_are() -> None:
     with Model.from_function(with_a_mask(lambda x, factor: x * factor)) as model:
         predict = load(handle(model))
@@ -550,12 +558,23 @@ def test_what_is_called_decides_how_many_inputs_there_are() -> None:
     assert (predict.expected_inputs, predict.stacks_scalars) == (None, True)
 
 
+def test_what_of_a_model_does_not_pickle_is_named() -> None:
+    lock = threading.Lock()
+    net = Named()
+    net.guard = [lock]
+    with pytest.raises(PayloadError, match=r"^the model \(.*Named\)\.guard\[0\] \(_thread.lock\)"):
+        Model.from_torch(net)
+    with pytest.raises(PayloadError, match=r"^the variable 'lock' in the closure .*_thread.lock"):
+        Model.from_function(lambda x: (x, lock))
+
+
 def test_the_wrong_things_are_refused() -> None:
     wrong: Any
     for make, wrong, text in (
         (Model.from_torch, 3, "it must be a torch.nn.Module, got int"),
         (Model.from_keras, torch.nn.Linear(1, 1), "it must be a model of Keras 3 or tf_keras"),
         (Model.from_function, "f", "it must be callable, got str"),
+        (Model.from_function, Generates().predict, r"predict only makes a generator .*list\("),
         (Model.from_function, torch.nn.Linear(1, 1), r"use Model.from_torch\(...\)"),
     ):
         with pytest.raises(ArgumentTypeError, match=text):

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ def around() -> Iterator[None]:
 STAYING: dict[str, tuple[Callable[[], Any], str]] = {
     "coroutine": (later, "coroutine.*a coroutine runs only where it is awaited. Let main make it"),
     "generator": (in_steps, "generator.*runs only where it was made.*use list"),
-    "context": (around, r"\(contextlib._GeneratorContextManager\) .*a generator runs only"),
+    "context": (around, r"\(contextlib._GeneratorContextManager\) .*a context manager stays"),
     "loop": (asyncio.new_event_loop, r"\(asyncio\..*belongs to the event loop.*inside main"),
     "pool": (ThreadPoolExecutor, r"\(concurrent.*threads and processes stay .*inside main"),
     "file": (functools.partial(open, os.devnull, "wb"), "_io.Buffered.*open file .*have the path"),
@@ -106,7 +106,6 @@ STAYING: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", STAYING)
-@pytest.mark.filterwarnings("ignore:coroutine 'later' was never awaited")
 def test_what_stays_in_its_process_is_told_with_what_to_send_instead(kind: str) -> None:
     make, text = STAYING[kind]
     thing: Any = make()
@@ -116,6 +115,34 @@ def test_what_stays_in_its_process_is_told_with_what_to_send_instead(kind: str) 
         assert re.match(rf"the global 'x' used by helper\[0\] .*{text}", refusal(main))
     finally:
         getattr(thing, "close", getattr(thing, "shutdown", lambda: None))()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules
+def test_what_torch_compile_made_is_told_with_what_to_send_instead() -> None:
+    torch = pytest.importorskip("torch")
+    compiled = torch.compile(in_a_notebook("def main(x): return x"))
+    assert refusal(in_a_notebook("def main(model): pass"), model=compiled) == (
+        "the argument 'model' (builtins.function) cannot be sent to the workers: what "
+        "torch.compile made stays in its process. Let main have the original, and call "
+        "torch.compile there."
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_told_with_what_to_send_instead() -> None:
+    torch = pytest.importorskip("torch")
+    scripted = torch.jit.script(torch.nn.Linear(1, 1))
+    assert re.match(
+        r"the argument 'model' \(torch\.jit.*\) cannot .*Let main have the original, or a file",
+        refusal(in_a_notebook("def main(model): pass"), model=scripted),
+    )
+
+
+def test_a_variable_of_a_module_that_the_notebook_made_is_named() -> None:
+    main = in_a_notebook("def main(): return settings.lock")
+    main.__globals__["settings"] = ModuleType("settings")
+    main.__globals__["settings"].lock = threading.Lock()
+    assert refusal(main).startswith("the global 'settings' used by main.lock (_thread.lock) cannot")
 
 
 def test_a_known_class_around_plain_things_does_not_hide_what_fails() -> None:
@@ -399,12 +426,13 @@ def test_an_unpicklable_result_is_named(tmp_path: Path) -> None:
     ],
     ids=["coroutine", "generator", "lock"],
 )
-@pytest.mark.filterwarnings("ignore:coroutine 'later' was never awaited")
 def test_a_result_that_runs_later_is_told_with_what_to_return(
     make: Any, text: str, tmp_path: Path
 ) -> None:
+    value = make()
     with (tmp_path / "result").open("wb") as file, pytest.raises(PayloadError, match=text):
-        payload.write_result(make(), file.fileno())
+        payload.write_result(value, file.fileno())
+    getattr(value, "close", int)()  # a coroutine would be missed
 
 
 def test_functions_that_dispatch_on_a_type_travel() -> None:
