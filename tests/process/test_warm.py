@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests import processes
+from tests.waiting import wait_until
 
 PRELUDE = """
     import os, signal, sys, time
@@ -55,13 +55,8 @@ def warm_parents() -> list[psutil.Process]:
     ]
 
 
-def gone_soon(pids: list[int]) -> bool:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if not any(process.pid in pids for process in warm_parents()):
-            return True
-        time.sleep(0.05)
-    return False
+def wait_until_gone(pids: list[int]) -> None:
+    wait_until(lambda: not any(process.pid in pids for process in warm_parents()))
 
 
 def test_runs_share_imports_and_nothing_else() -> None:
@@ -78,7 +73,7 @@ def test_runs_share_imports_and_nothing_else() -> None:
         print(first[3], other[3])
     """)
     assert done.returncode == 0, done.stderr
-    assert gone_soon([int(pid) for pid in done.stdout.splitlines()[-1].split()])
+    wait_until_gone([int(pid) for pid in done.stdout.splitlines()[-1].split()])
 
 
 def test_failures_are_told_as_those_of_fresh_processes() -> None:
@@ -101,13 +96,12 @@ def test_failures_are_told_as_those_of_fresh_processes() -> None:
         assert isinstance(raised.__cause__, ValueError), raised
         assert left.exit_code == 4, left
         assert failure(fail("kill")).signal == "SIGKILL"
-        began = time.monotonic()
         assert failure(fail("kill the parent")).signal == "SIGKILL"
         assert run(look)[0]
         print(run(look)[3])
     """)
     assert done.returncode == 0, done.stderr
-    assert gone_soon([int(done.stdout.split()[-1])])
+    wait_until_gone([int(done.stdout.split()[-1])])
 
 
 def test_where_imports_start_threads_workers_are_fresh_processes(tmp_path: Path) -> None:
@@ -124,7 +118,7 @@ def test_where_imports_start_threads_workers_are_fresh_processes(tmp_path: Path)
         PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path[1:]]),
     )
     assert "done" in done.stdout, done.stderr
-    assert gone_soon([int(done.stdout.split()[-1])])
+    wait_until_gone([int(done.stdout.split()[-1])])
 
 
 @pytest.mark.slow
@@ -140,7 +134,7 @@ def test_executors_keep_their_own_until_the_session_ends() -> None:
         print("done", first[3])
     """)
     assert "done" in done.stdout, done.stderr
-    assert gone_soon([int(done.stdout.split()[-1])])
+    wait_until_gone([int(done.stdout.split()[-1])])
 
 
 LOOKS = """
@@ -179,7 +173,7 @@ def test_an_edited_module_is_imported_anew_and_scripts_are_not_kept_warm(tmp_pat
         """
     )
     assert done.returncode == 0, done.stderr
-    assert gone_soon([int(done.stdout.split()[-1])])
+    wait_until_gone([int(done.stdout.split()[-1])])
 
 
 def test_a_session_keeps_two_processes_at_most() -> None:
@@ -199,7 +193,7 @@ def test_a_session_keeps_two_processes_at_most() -> None:
         print(older, newest)
     """)
     assert done.returncode == 0, done.stderr
-    assert gone_soon([int(pid) for pid in done.stdout.splitlines()[-1].split()])
+    wait_until_gone([int(pid) for pid in done.stdout.splitlines()[-1].split()])
 
 
 def test_what_the_first_optimizer_imports_is_there_for_a_main_of_a_module(tmp_path: Path) -> None:
@@ -249,7 +243,7 @@ def test_a_notebooks_second_run_is_warm(tmp_path: Path, monkeypatch: pytest.Monk
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(textwrap.dedent(cell))])
     resources = {"metadata": {"path": str(tmp_path)}}
     processes.execute(notebook, resources=resources)
-    assert gone_soon([int(notebook.cells[0].outputs[-1].data["text/plain"])])
+    wait_until_gone([int(notebook.cells[0].outputs[-1].data["text/plain"])])
 
 
 def test_who_has_connected_is_served_before_a_process_ends() -> None:
@@ -283,7 +277,7 @@ def test_who_has_connected_is_served_before_a_process_ends() -> None:
         print(first)
     """)
     assert done.returncode == 0, done.stderr
-    assert gone_soon([int(done.stdout.split()[-1])])
+    wait_until_gone([int(done.stdout.split()[-1])])
 
 
 def test_a_process_that_holds_a_users_module_does_not_fork(tmp_path: Path) -> None:
@@ -308,4 +302,4 @@ def test_a_process_that_holds_a_users_module_does_not_fork(tmp_path: Path) -> No
         PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path[1:]]),
     )
     assert done.returncode == 0, done.stderr
-    assert gone_soon([int(done.stdout.split()[-1])])
+    wait_until_gone([int(done.stdout.split()[-1])])
