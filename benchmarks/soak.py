@@ -29,7 +29,14 @@ from pyspark.sql import SparkSession
 
 from horovodrunner import HorovodRunner
 from horovodrunner.driver.slots import total_slots
-from tests.conftest import listening_sockets, marked_processes, own_threads, temporary_files
+from tests import processes
+from tests.conftest import (
+    TEMPORARY,
+    listening_sockets,
+    marked_processes,
+    own_threads,
+    temporary_files,
+)
 
 LEAVING_SECONDS = 5.0
 
@@ -227,6 +234,7 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path, help="file to write the records to")
     options = parser.parse_args()
     os.environ["PYSPARK_PYTHON"] = sys.executable
+    processes.guard(TEMPORARY)
     session = (
         SparkSession.builder.master("local-cluster[2,1,1024]")
         .config("spark.ui.enabled", "false")

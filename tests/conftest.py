@@ -37,7 +37,6 @@ os.environ.pop("PYTHONUNBUFFERED", None)  # output must be shown at once without
 TEMPORARY = tempfile.mkdtemp(prefix="tests-of-horovodrunner-")
 os.environ["TMPDIR"] = os.environ["SPARK_LOCAL_DIRS"] = tempfile.tempdir = TEMPORARY
 """Another test session on this machine has files of its own."""
-processes.guard(TEMPORARY)
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 """Not in "make test-python": see scripts/newest.py."""
@@ -99,6 +98,11 @@ def _present() -> set[str]:
         *listening_sockets(),
         *temporary_files(),
     }
+
+
+def pytest_configure() -> None:
+    """Not on import: ranks import this, too, with the module of a test's main."""
+    processes.guard(TEMPORARY)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -116,7 +116,7 @@ def _nothing_outlives() -> Iterator[str]:
 
 
 def _new_mark() -> str:
-    return f"{os.environ.get(MARK, '/')}{uuid.uuid4().hex}/"
+    return f"{os.environ.get(MARK, '/')}{uuid.uuid4().hex[:16]}/"
 
 
 def pids_of(mark: str) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -41,11 +40,9 @@ def test_versions_are_those_that_the_frameworks_report() -> None:
 
 def test_a_second_build_has_nothing_to_do() -> None:
     said: list[str] = []
-    started = time.monotonic()
     build_horovod(say=said.append)
     assert len(said) == 1
     assert said[0].endswith("nothing to do")
-    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])

@@ -14,6 +14,7 @@ import pytest
 from horovodrunner import HorovodRunner, WorkerFailedError
 from horovodrunner.driver import slots
 from tests.conftest import workers_left
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.horovod, pytest.mark.spark, pytest.mark.usefixtures("spark")]
 
@@ -110,9 +111,7 @@ def test_the_weights_are_those_of_an_undisturbed_training(
         assert f"going on from step {FAULT_AT}" in announced[0]
     assert runner.checkpoints[-1].step == EPOCHS - 1
     assert workers_left() == []
-    deadline = time.monotonic() + 60
-    while (slots.total_slots(spark) or 0) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: (slots.total_slots(spark) or 0) >= 2)
 
 
 def test_when_all_attempts_are_used_every_cause_is_told() -> None:

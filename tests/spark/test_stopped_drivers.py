@@ -55,9 +55,7 @@ DRIVER = """
 
 def wait_for(directory: Path, name: str) -> list[Any]:
     """Wait until both ranks have made their files."""
-    deadline = time.monotonic() + 120
     while len(found := sorted(directory.glob(f"{name}?"))) < 2:
-        assert time.monotonic() < deadline, f"no {name}"
         time.sleep(0.02)
     return [json.loads(path.read_text() or "null") for path in found]
 

@@ -22,6 +22,7 @@ from horovodrunner.inference.loading import ModelHandle
 from horovodrunner.inference.outputs import OutputError
 from horovodrunner.inference.scoring import PIECES_AHEAD, Scoring, score
 from tests import processes
+from tests.waiting import wait_until
 
 SECONDS = 30
 
@@ -163,10 +164,7 @@ def test_leaving_early_ends_the_threads() -> None:
     next(found)
     assert len(threads()) == 2
     found.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + SECONDS
-    while threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not threads()
+    wait_until(lambda: not threads())
 
 
 # ---- rows that cannot be scored
@@ -290,6 +288,7 @@ def test_transforming_processes_end_with_a_python_worker_that_is_killed() -> Non
     program = """
 import os, signal
 from tests import processes
+from tests.waiting import wait_until
 from tests.unit.test_scoring import *
 scoring = of(lambda x: x, transform=dict, transform_workers=2)
 assert predicted(scoring, rows([1.0])) == [[1.0]]
