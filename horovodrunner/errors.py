@@ -53,7 +53,9 @@ class HorovodRunnerError(Exception):
     attempts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        text = self._text()
+        return self._with_attempts(self._text())
+
+    def _with_attempts(self, text: str) -> str:
         if self.attempts:
             lines = "\n".join(
                 f"  attempt {number}: {cause}" for number, cause in enumerate(self.attempts, 1)
@@ -63,6 +65,12 @@ class HorovodRunnerError(Exception):
 
     def _text(self) -> str:
         return super().__str__()
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows: the user's frames, not those of this package."""
+        from horovodrunner.core.tracebacks import in_cell  # not needed by most processes
+
+        return in_cell(self, self.__str__)
 
 
 class ConfigurationError(HorovodRunnerError):
@@ -154,11 +162,21 @@ class WorkerFailedError(HorovodRunnerError):
         self.exception_types: tuple[str, ...] = ()
 
     def _text(self) -> str:
+        return self._parts(self.traceback)
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows: the cause first, and then what else is known."""
+        from horovodrunner.core.tracebacks import in_cell
+
+        told = f"On rank {self.rank}:\n{self.traceback.rstrip()}" if self.traceback else ""
+        return in_cell(self, lambda: self._with_attempts(self._parts("")), told)
+
+    def _parts(self, traceback: str) -> str:
         who = "the run" if self.rank is None else f"rank {self.rank}"
         where = f" on {self.host}" if self.host else ""
         parts = [f"{who}{where} failed: {self.summary}"]
-        if self.traceback:
-            parts.append(f"The worker's traceback:\n{self.traceback.rstrip()}")
+        if traceback:
+            parts.append(f"The worker's traceback:\n{traceback.rstrip()}")
         if self.last_lines:
             parts.append(f"What it wrote last to standard error:\n{self.last_lines}")
         if self.consequences:
@@ -180,12 +198,12 @@ class StallTimeoutError(WorkerFailedError, TimeoutError):
 
     stacks: dict[int, str]
 
-    def _text(self) -> str:
+    def _parts(self, traceback: str) -> str:
         stacks = "\n\n".join(
             f"Stack of rank {rank}:\n{text.rstrip()}"
             for rank, text in getattr(self, "stacks", {}).items()
         )
-        return f"{super()._text()}\n\n{stacks}".rstrip()
+        return f"{super()._parts(traceback)}\n\n{stacks}".rstrip()
 
 
 class CheckpointError(HorovodRunnerError):
@@ -199,9 +217,12 @@ class BarrierStageError(HorovodRunnerError):
     ----------
     executor_was_lost : bool
         Whether an executor or a task was lost, rather than the job cancelled.
+    was_cancelled : bool
+        Whether the job was cancelled, in Spark's UI, say.
     """
 
     executor_was_lost: bool = False
+    was_cancelled: bool = False
 
 
 class DataError(HorovodRunnerError):

@@ -14,7 +14,7 @@ from horovodrunner.driver.outcome import open_outcome
 from horovodrunner.errors import BarrierStageError, HorovodRunnerError, WorkerFailedError
 from horovodrunner.task.store import CheckpointStore
 
-__all__ = ["run_attempts"]
+__all__ = ["run_attempts", "stopped_in_words"]
 
 _CAUSE_CHARACTERS = 1000
 """So much is told of what ended an attempt."""
@@ -61,6 +61,8 @@ def run_attempts(
             if len(causes) > max_restarts or not _is_worth_another(error, restart_on):
                 if len(causes) > 1:
                     error.attempts = tuple(causes)
+                if isinstance(error, BarrierStageError) and error.was_cancelled:
+                    error.args = (f"{error.args[0]}; {_latest_in_words(store)}",)
                 raise
             console.note(
                 f"attempt {len(causes) + 1} of {max_restarts + 1}, because {causes[-1]}; "
@@ -90,6 +92,40 @@ def _names_on_ranks(kind: type) -> list[str]:
 
 def _in_one_line(error: HorovodRunnerError) -> str:
     return cut((str(error).splitlines() or [type(error).__name__])[0], _CAUSE_CHARACTERS)
+
+
+def stopped_in_words(interrupt: KeyboardInterrupt, size: int, store: CheckpointStore | None) -> str:
+    """Say what an interrupt has stopped, and what is left of it.
+
+    Parameters
+    ----------
+    interrupt
+        The interrupt, which may have a text already.
+    size
+        How many ranks the run had; 0 for all slots.
+    store
+        Where the run's checkpoints are kept, if they are.
+
+    Returns
+    -------
+    str
+        A sentence.
+    """
+    ranks = "1 rank was" if size == 1 else f"{size} ranks were" if size else "ranks were"
+    reason = f"{interrupt}: " if interrupt.args else ""
+    return f"{reason}the run's {ranks} stopped; {_latest_in_words(store)}"
+
+
+def _latest_in_words(store: CheckpointStore | None) -> str:
+    if store is None:
+        return "there is no checkpoint, because the run has no checkpoint_dir"
+    try:
+        saved = store.manifests()
+    except OSError as error:
+        return f"whether there is a checkpoint cannot be told: {error}"
+    if not saved:
+        return f"there is no checkpoint in {store.location} yet"
+    return f"the latest checkpoint is that of step {saved[0].step}: {store.path_of(saved[0].step)}"
 
 
 def _where_it_goes_on(store: CheckpointStore | None) -> str:

@@ -312,6 +312,7 @@ class BarrierRun:
         end = stage_end(self._error, channel.placement)
         error = BarrierStageError(end.text)
         error.executor_was_lost = end.task_was_lost
+        error.was_cancelled = end.was_cancelled
         raise error
 
     def _with_sparks_reason(self, channel: DriverChannel) -> Outcome:

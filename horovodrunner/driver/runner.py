@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.core import checked, payload
+from horovodrunner.core import checked, payload, tracebacks
 from horovodrunner.core.env import TF_CONFIG, forwarded_environment, hash_seed
 from horovodrunner.core.import_path import ImportPath
 from horovodrunner.core.installed import is_of_a_python
@@ -22,12 +22,12 @@ from horovodrunner.core.places import is_url
 from horovodrunner.core.showing import warn
 from horovodrunner.core.versions import installed_versions
 from horovodrunner.driver import interrupt
-from horovodrunner.driver.attempts import run_attempts
+from horovodrunner.driver.attempts import run_attempts, stopped_in_words
 from horovodrunner.driver.console import Console
 from horovodrunner.driver.early_imports import early_imports
 from horovodrunner.driver.histories import new_history, newest_history
 from horovodrunner.driver.interactive import is_interactive
-from horovodrunner.errors import ConfigurationError
+from horovodrunner.errors import ConfigurationError, HorovodRunnerError
 from horovodrunner.task.files import BroughtFiles
 from horovodrunner.task.store import CheckpointStore
 from horovodrunner.usage import explained, wrong_options, wrong_run
@@ -149,7 +149,7 @@ class HorovodRunner:
     """
 
     _frames_to_user = 4
-    """From a warning of run() to the line that called it; a subclass adds its own frames."""
+    """From a warning of run() to the line that called it; a subclass with its own run() adds 1."""
 
     @explained(wrong_options)
     def __init__(
@@ -266,6 +266,15 @@ class HorovodRunner:
         BarrierStageError
             If Spark lost or cancelled the run's stage.
         """
+        __tracebackhide__ = True  # for pytest, and IPython's debugger
+        handled = sys.exc_info()[1]
+        try:
+            return self._run(main, kwargs)
+        except (HorovodRunnerError, KeyboardInterrupt) as error:
+            # A bare raise would bring the frames back before Python 3.11.
+            raise tracebacks.shorten(error, handled)  # noqa: B904 - it is the same one
+
+    def _run(self, main: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
         spans, began = Spans(), time.time()
         checked.main(main, kwargs, runner_options=_OPTIONS)
         run_id = secrets.token_hex(4)
@@ -319,6 +328,9 @@ class HorovodRunner:
 
         try:
             return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
+        except KeyboardInterrupt as error:
+            error.args = (stopped_in_words(error, job.size, store),)
+            raise
         finally:
             self._note_phases(spans, console, began)
             if store is not None:

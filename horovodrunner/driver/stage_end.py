@@ -26,10 +26,13 @@ class StageEnd:
         A sentence or two.
     task_was_lost
         Whether a task or its executor was lost, rather than the job cancelled.
+    was_cancelled
+        Whether the job was cancelled.
     """
 
     text: str
     task_was_lost: bool = False
+    was_cancelled: bool = False
 
 
 def stage_end(error: Exception | None, placement: Sequence[tuple[int, int, str]]) -> StageEnd:
@@ -51,7 +54,8 @@ def stage_end(error: Exception | None, placement: Sequence[tuple[int, int, str]]
     if problem := problem_of_executors_python(text):
         return StageEnd(problem)
     if cancelled := re.search(CANCELLED, text):
-        return StageEnd(f"the run's Spark job was cancelled: {cancelled[0].strip()}")
+        text = f"the run's Spark job was cancelled: {cancelled[0].strip()}"
+        return StageEnd(text, was_cancelled=True)
     text = re.sub(r"\S*PythonException: Traceback .*\n(?: .*\n)*", "", text)
     if lost := re.search(r"Most recent failure reason: (.*)(?:\n(.*))?", text):
         reasons = " ".join(part.strip() for part in lost.groups() if part)

@@ -174,6 +174,31 @@ def _mlflow_digests(module: Any) -> None:
     _before(module.TensorFlowDataset, "_compute_tensorflow_dataset_digest", look)
 
 
+def _picture(action: str) -> None:
+    notice(
+        "picture",
+        f"main {action} {_where()}, and no picture of a rank's reaches the notebook, only text: "
+        "return the numbers and plot them there, or save a file (savefig) where you can read it",
+    )
+
+
+def _shown_figures(module: Any) -> None:
+    def look(*args: Any, **kwargs: Any) -> None:
+        if module.get_fignums() and not module.gcf().canvas.required_interactive_framework:
+            _picture("calls plt.show()")
+
+    _before(module, "show", look)
+
+
+def _displayed_pictures(module: Any) -> None:
+    def look(*objects: Any, **kwargs: Any) -> None:
+        # figures, and the images of Pillow and IPython
+        if any(hasattr(each, "savefig") or hasattr(each, "_repr_png_") for each in objects):
+            _picture("calls display()")
+
+    _before(module, "display", look)
+
+
 def _ignored(optimizer: Any, argument: str, value: Any, instead: str) -> None:
     name = type(optimizer).__name__
     notice(
@@ -217,8 +242,10 @@ def _keras_3_optimizers(module: Any) -> None:
 
 
 _WATCHED: dict[str, Callable[[Any], None]] = {
+    "IPython.core.display_functions": _displayed_pictures,
     "jax.experimental.multihost_utils": _jax_processes,
     "keras.src.optimizers.base_optimizer": _keras_3_optimizers,
+    "matplotlib.pyplot": _shown_figures,
     "mlflow.data.tensorflow_dataset": _mlflow_digests,
     "mpi4py.MPI": _mpi,
     "pyspark.accumulators": _accumulators,

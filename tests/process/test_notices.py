@@ -96,3 +96,38 @@ def test_a_library_that_was_built_with_mpi_may_be_imported(
 def test_a_worker_imports_none_of_what_it_watches() -> None:
     watched = "jax keras mpi4py pyspark tensorflow tf_keras"
     assert HorovodRunner(np=-1).run(lambda: {*watched.split()} & {*sys.modules}) == set()
+
+
+def show_a_figure(how: str) -> None:
+    import matplotlib.pyplot as plt
+
+    if how == "nothing":
+        plt.show()  # there is no figure
+        return
+    figure, _ = plt.subplots()
+    if how == "show":
+        plt.show()
+        plt.show()
+    else:
+        import importlib
+
+        importlib.import_module("IPython.display").display("text" if how == "text" else figure)
+
+
+@pytest.mark.parametrize(
+    ("how", "times"), [("show", 1), ("display", 1), ("text", 0), ("nothing", 0)]
+)
+@pytest.mark.parametrize("backend", ["agg", "module://matplotlib_inline.backend_inline"])
+def test_pictures_that_cannot_travel(
+    how: str,
+    times: int,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", backend)
+    HorovodRunner(np=-2).run(show_a_figure, how=how)
+    out = capsys.readouterr().out
+    assert out.count("no picture of a rank's reaches the notebook") == times
+    line = show_a_figure.__code__.co_firstlineno + (8 if how == "show" else 13)
+    assert out.count(f"({__file__}:{line})") == times

@@ -91,7 +91,7 @@ class TestHorovodRunner:
         monkeypatch.setattr(
             "horovodrunner.driver.runner.run_attempts", lambda launch, *_: launch(1)
         )
-        runner = runner_class(np=0)
+        runner = runner_class(np=0, driver_log_verbosity="all")
         with pytest.warns() as caught:
             runner.run(main)
         assert [warning.category for warning in caught] == [DeprecationWarning, UserWarning]

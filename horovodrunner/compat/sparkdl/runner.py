@@ -50,4 +50,5 @@ class HorovodRunner(horovodrunner.HorovodRunner):
             object
                 Rank 0's return value; the other ranks' are dropped.
             """
+            __tracebackhide__ = True
             return super().run(main, **kwargs)

@@ -1,0 +1,134 @@
+"""What a notebook's cell shows when something ends a run: in a real kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Jupyter's packages
+
+
+class Client(NotebookClient):  # type: ignore[misc]
+    """Interrupts the kernel as soon as it shows a word."""
+
+    def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
+        if msg["msg_type"] == "stream" and "NOW" in msg["content"]["text"]:
+            self.interrupting = asyncio.ensure_future(self.km.interrupt_kernel())
+        return super().process_message(msg, cell, cell_index)
+
+
+def errors_of(cells: list[str]) -> list[list[str]]:
+    """Run cells, and return the lines that each shows of an exception."""
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(textwrap.dedent(cell).strip()) for cell in cells]
+    )
+    Client(notebook, timeout=150, kernel_name="python3", allow_errors=True).execute()
+    shown = []
+    for cell in notebook.cells:
+        texts = ["\n".join(o.traceback) for o in cell.outputs if o.output_type == "error"]
+        shown.append(re.sub(r"\x1b\[[\d;]*m", "", "\n".join(texts)).splitlines())
+    return shown
+
+
+def test_cells_show_the_users_code_and_the_cause(tmp_path: Path) -> None:
+    shown = errors_of(
+        [
+            """
+            from horovodrunner import HorovodRunner
+            runner = HorovodRunner(np=-1, checkpoint_dir=CHECKPOINTS)
+            """.replace("CHECKPOINTS", repr(str(tmp_path))),
+            "HorovodRunner(np='2')",
+            "runner.run(3)",
+            """
+            class Odd:
+                def __getstate__(self):
+                    raise RuntimeError("no state")
+            odd = Odd()
+            """,
+            "runner.run(lambda: odd)",
+            """
+            def main():
+                try:
+                    {}["key"]
+                except KeyError as error:
+                    raise ValueError("too large") from error
+            def train():
+                runner.run(main)
+            train()
+            """,
+            """
+            def main():
+                import time
+                from horovodrunner import checkpoint
+                with checkpoint.save(step=7) as directory:
+                    (directory / "file").touch()
+                print("NO" + "W")
+                time.sleep(600)
+            runner.run(main)
+            """,
+            "%xmode Verbose",
+            "%tb",
+        ]
+    )
+    for lines in shown[:-1]:
+        assert not [line for line in lines if "horovodrunner/" in line]
+    np, main, _, odd, failed, interrupted, _, full = shown[1:]
+    assert [np[2], np[-1]] == [
+        "Cell In[2], line 1",
+        "ArgumentTypeError: " + np[-1].split(": ", 1)[1],
+    ]
+    assert len(np) == len(main) == 6
+    assert any('raise RuntimeError("no state")' in line for line in odd)
+    assert odd[-1].startswith("PayloadError: the global 'odd' used by")
+    assert failed[0] == "On rank 0:"
+    assert failed.index("ValueError: too large") < failed.index("----> 8 train()")
+    assert failed[-1].endswith("failed: ValueError: too large")
+    assert re.fullmatch(
+        r"KeyboardInterrupt: the run's 1 rank was stopped; the latest checkpoint is that of step "
+        rf"7: {tmp_path}\S+",
+        interrupted[-1],
+    )
+    assert len(interrupted) < 15
+    assert [line for line in full if "horovodrunner/driver/console.py" in line]
+
+
+SCRIPT = """
+from horovodrunner import HorovodRunner
+
+def main():
+    raise ValueError("too large")
+
+try:
+    {}["the caller's own"]
+except KeyError:
+    HorovodRunner(np=-1).run(main)
+"""
+
+
+@pytest.mark.parametrize("full", ["", "1"])
+def test_scripts_show_one_frame_of_this_package_unless_all_are_asked_for(
+    full: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env={**os.environ, "HOROVODRUNNER_FULL_TRACEBACK": full},
+    )
+    own = re.findall(r'File "\S+/horovodrunner/(\S+)"', done.stderr)
+    assert own[-1:] == ["driver/outcome.py"] if full else own == ["driver/runner.py"]
+    assert 'raise ValueError("too large")' in done.stderr
