@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from horovodrunner.core import tracebacks
 from horovodrunner.core.called import called_signature, name_of
 from horovodrunner.core.checked import shown
-from horovodrunner.errors import ArgumentTypeError
+from horovodrunner.errors import ArgumentTypeError, HorovodRunnerError
 
 __all__ = ["explained", "wrong_options", "wrong_run"]
 
@@ -18,7 +20,7 @@ _Explain = Callable[[inspect.Signature, Sequence[Any], Mapping[str, Any], TypeEr
 
 
 def explained(explain: _Explain) -> Callable[[_Method], _Method]:
-    """Decorate a method, so that it says what to write where its arguments do not fit.
+    """Decorate a method that users call: its errors say what to write, and show their code.
 
     Parameters
     ----------
@@ -36,12 +38,17 @@ def explained(explain: _Explain) -> Callable[[_Method], _Method]:
 
         @functools.wraps(method)
         def checked_call(*args: Any, **kwargs: Any) -> Any:
-            __tracebackhide__ = True
+            __tracebackhide__ = True  # for pytest, and IPython's debugger
+            handled = sys.exc_info()[1]
             try:
-                signature.bind(*args, **kwargs)
-            except TypeError as error:
-                raise ArgumentTypeError(explain(signature, args[1:], kwargs, error)) from None
-            return method(*args, **kwargs)
+                try:
+                    signature.bind(*args, **kwargs)
+                except TypeError as error:
+                    raise ArgumentTypeError(explain(signature, args[1:], kwargs, error)) from None
+                return method(*args, **kwargs)
+            except (HorovodRunnerError, KeyboardInterrupt) as error:
+                # A bare raise would bring the frames back before Python 3.11.
+                raise tracebacks.shorten(error, handled)  # noqa: B904 - it is the same one
 
         # getfullargspec does not look behind a decorator
         checked_call.__signature__ = signature  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ an xdist worker, pytest-timeout's ``os._exit``, SIGKILL.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import select
@@ -94,13 +95,28 @@ def started(
                         stream.close()
 
 
-def execute(notebook: Any, *, env: Mapping[str, str] | None = None, **options: Any) -> None:
-    """Execute a notebook in a kernel with these variables; nothing of it outlives the call."""
+def execute(
+    notebook: Any,
+    *,
+    env: Mapping[str, str] | None = None,
+    interrupt_at: str | None = None,
+    **options: Any,
+) -> None:
+    """Execute a notebook in a kernel; nothing of it outlives the call.
+
+    ``interrupt_at`` is a text: the kernel is interrupted as soon as it prints it.
+    """
     import nbclient
 
+    class Client(nbclient.NotebookClient):  # type: ignore[misc]
+        def process_message(self, msg: Any, cell: Any, cell_index: int) -> Any:
+            if interrupt_at and interrupt_at in msg["content"].get("text", ""):
+                self.interrupting = asyncio.ensure_future(self.km.interrupt_kernel())
+            return super().process_message(msg, cell, cell_index)
+
     with _nothing_outlives() as mark:
-        client = nbclient.NotebookClient(notebook, **options)
-        client.execute(env={**(os.environ if env is None else env), MARK: mark})
+        environment = {**(os.environ if env is None else env), MARK: mark}
+        Client(notebook, **options).execute(env=environment)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.core import checked, payload, tracebacks
+from horovodrunner.core import checked, payload
 from horovodrunner.core.env import TF_CONFIG, forwarded_environment, hash_seed
 from horovodrunner.core.import_path import ImportPath
 from horovodrunner.core.installed import is_of_a_python
@@ -27,7 +27,7 @@ from horovodrunner.driver.console import Console
 from horovodrunner.driver.early_imports import early_imports
 from horovodrunner.driver.histories import new_history, newest_history
 from horovodrunner.driver.interactive import is_interactive
-from horovodrunner.errors import ConfigurationError, HorovodRunnerError
+from horovodrunner.errors import ConfigurationError
 from horovodrunner.task.files import BroughtFiles
 from horovodrunner.task.store import CheckpointStore
 from horovodrunner.usage import explained, wrong_options, wrong_run
@@ -149,7 +149,7 @@ class HorovodRunner:
     """
 
     _frames_to_user = 4
-    """From a warning of run() to the line that called it; a subclass with its own run() adds 1."""
+    """From a warning of run() to the line that called it; a subclass adds its own frames."""
 
     @explained(wrong_options)
     def __init__(
@@ -266,15 +266,7 @@ class HorovodRunner:
         BarrierStageError
             If Spark lost or cancelled the run's stage.
         """
-        __tracebackhide__ = True  # for pytest, and IPython's debugger
-        handled = sys.exc_info()[1]
-        try:
-            return self._run(main, kwargs)
-        except (HorovodRunnerError, KeyboardInterrupt) as error:
-            # A bare raise would bring the frames back before Python 3.11.
-            raise tracebacks.shorten(error, handled)  # noqa: B904 - it is the same one
-
-    def _run(self, main: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
+        __tracebackhide__ = True
         spans, began = Spans(), time.time()
         checked.main(main, kwargs, runner_options=_OPTIONS)
         run_id = secrets.token_hex(4)

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+
+from tests import processes
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Jupyter's packages
-
-
-class Client(NotebookClient):  # type: ignore[misc]
-    """Interrupts the kernel as soon as it shows a word."""
-
-    def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
-        if msg["msg_type"] == "stream" and "NOW" in msg["content"]["text"]:
-            self.interrupting = asyncio.ensure_future(self.km.interrupt_kernel())
-        return super().process_message(msg, cell, cell_index)
 
 
 def errors_of(cells: list[str]) -> list[list[str]]:
@@ -32,7 +21,7 @@ def errors_of(cells: list[str]) -> list[list[str]]:
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(textwrap.dedent(cell).strip()) for cell in cells]
     )
-    Client(notebook, timeout=150, kernel_name="python3", allow_errors=True).execute()
+    processes.execute(notebook, interrupt_at="NOW", timeout=150, allow_errors=True)
     shown = []
     for cell in notebook.cells:
         texts = ["\n".join(o.traceback) for o in cell.outputs if o.output_type == "error"]
@@ -121,7 +110,7 @@ def test_scripts_show_one_frame_of_this_package_unless_all_are_asked_for(
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, str(script)],
         capture_output=True,
         text=True,
@@ -130,5 +119,5 @@ def test_scripts_show_one_frame_of_this_package_unless_all_are_asked_for(
         env={**os.environ, "HOROVODRUNNER_FULL_TRACEBACK": full},
     )
     own = re.findall(r'File "\S+/horovodrunner/(\S+)"', done.stderr)
-    assert own[-1:] == ["driver/outcome.py"] if full else own == ["driver/runner.py"]
+    assert own[-1:] == ["driver/outcome.py"] if full else own == ["usage.py"]
     assert 'raise ValueError("too large")' in done.stderr
