@@ -633,7 +633,7 @@ class TestVerify:
             verify_allreduce(["torch"], folder=folder, timeout=2)
         pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
         left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-        _, alive = psutil.wait_procs(left, timeout=5)
+        _, alive = psutil.wait_procs(left, timeout=processes.LEAVING_SECONDS)
         assert len(pids) == 2
         assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 

@@ -109,7 +109,7 @@ def test_a_call_that_goes_on_is_timed_and_a_new_one_starts_at_zero() -> None:
     one_call(3)
     assert seconds[2] >= 0.1
     one_call(1)
-    assert seconds[3] < 0.05
+    assert seconds[3] < seconds[2]
 
 
 def test_a_tensorflow_step_may_be_computing() -> None:
