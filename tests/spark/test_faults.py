@@ -107,7 +107,7 @@ def test_a_job_that_is_killed_in_the_ui_is_told_as_cancelled(tmp_path: Path, spa
 
     canceller = when_both_run(tmp_path, cancel)
     with pytest.raises(
-        BarrierStageError, match=r"killed via the Web UI; there is no checkp"
+        BarrierStageError, match=r"killed via the Web UI.*; there is no checkp"
     ) as caught:
         HorovodRunner(np=2, max_restarts=2).run(run_for_ever, directory=str(tmp_path))
     canceller.join()
