@@ -85,6 +85,39 @@ _KINDS = {
         r"_io\.(Text|Buffered|File)|tempfile\.|zipfile\.|tarfile\.|h5py\.": Staying(
             "an open file stays in its process", "Let main have the path, and open it there"
         ),
+        r"tensorflow\.(\w+\.)*(func_graph\.FuncGraph|ConcreteFunction)$": Staying(
+            "a function that TensorFlow has traced stays in the process that traced it",
+            "Apply tf.function inside main, to the plain function",
+        ),
+        r"(\w+\.)*(\w*Script(Module|Function)|TopLevelTracedModule)$": Staying(
+            "TorchScript does not pickle",
+            "Send the module that it was made of; or save it with torch.jit.save(...) and let main "
+            "load it with torch.jit.load(...)",
+            "Return the module that it was made of, or its state_dict()",
+        ),
+        r"torch\.nn\.utils\.parametrize\.Parametrized": Staying(
+            "a module with parametrizations (weight_norm, orthogonal, ...) does not pickle",
+            "Send its state_dict() and let main make the module anew; or take them out first: "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')",
+            "Return its state_dict()",
+        ),
+        r"torch\.utils\.data\.dataloader\._\w*Iter$": Staying(
+            "an iterator of a DataLoader stays in its process",
+            "Let main have the DataLoader, or the dataset, and call iter(...) there",
+        ),
+        r"(torch\._dynamo\.|torch\.utils\._config_module\.)": Staying(
+            "what torch.compile or torch.export has made stays in its process",
+            "Send the plain function or module, and call torch.compile(...) inside main",
+        ),
+        r"(tensorflow|tf_keras)\.(\w+\.)*(distribute\.\w+\.\w*Strategy\w*|"
+        r"distribute_lib\.\w*Strategy\w*)$": Staying(
+            "a strategy of tf.distribute stays in its process, and so do optimizers of tf_keras",
+            "Create it inside main",
+        ),
+        r"tensorflow\.(\w+\.)*summary_ops_v2\.": Staying(
+            "a writer of summaries stays in its process",
+            "Let main make it: tf.summary.create_file_writer(...)",
+        ),
         r"tensorflow\.(\w+\.)*(data\.ops\.|client\.session\.|framework\.ops\.Graph$)": Staying(
             "TensorFlow's datasets, sessions and graphs stay in the process that made them"
         ),

@@ -16,9 +16,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import cloudpickle
 import numpy as np
 
+from horovodrunner.core.pickled import Pickler
+from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import PayloadError
 
 __all__ = ["Frozen", "freeze", "restore"]
@@ -128,10 +129,16 @@ def freeze(thing: object, file: BinaryIO, names: Mapping[str, Any] | None = None
     try:
         pickler.dump(thing)
     except Exception as error:  # whatever a __reduce__ raises
-        raise PayloadError(
-            f"the model ({type(thing).__module__}.{type(thing).__qualname__}) cannot be sent to "
-            f"the executors: {type(error).__name__}: {error}".replace("\n", " ")
-        ) from error
+        from horovodrunner.core.culprit import find_culprit  # hardly ever needed
+
+        model = thing[0] if isinstance(thing, tuple) else thing
+        where, instead = f"the model ({type(model).__module__}.{type(model).__qualname__})", ""
+        reason = in_one_line(error)
+        if (found := find_culprit([("the model", model)])) is not None:
+            where, reason = found.where, in_one_line(found.error)
+            if found.known is not None:
+                reason, instead = found.known.reason, f". {found.known.instead}"
+        raise PayloadError(f"{where} cannot be sent to the executors: {reason}{instead}") from error
     size, digest = _write(pickler.entries.values(), file)
     weights = sum(entry.size for entry in pickler.entries.values())
     return Frozen(buffer.getvalue(), size, weights, digest, tuple(pickler.companions))
@@ -162,7 +169,7 @@ def restore(skeleton: bytes, weights: Any, companions: tuple[Any, ...] = ()) -> 
     return unpickler.load()
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+class _Pickler(Pickler):
     def __init__(self, buffer: io.BytesIO, names: Mapping[str, Any]) -> None:
         super().__init__(buffer)
         self.entries: dict[tuple[Any, ...], _Entry] = {}
