@@ -90,10 +90,38 @@ _KINDS = {
         r"_io\.(Text|Buffered|File)|tempfile\.|zipfile\.|tarfile\.|h5py\.": Staying(
             "an open file stays in its process", "Let main have the path, and open it there"
         ),
-        r"torch\.(jit\.|ScriptModule$|ScriptFunction$)": Staying(
+        r"tensorflow\.(\w+\.)*(func_graph\.FuncGraph|ConcreteFunction)$": Staying(
+            "a function that TensorFlow has traced stays in the process that traced it",
+            "Apply tf.function inside main, to the plain function",
+        ),
+        r"torch\.jit\.|(\w+\.)*(\w*Script(Module|Function)|TopLevelTracedModule)$": Staying(
             "TorchScript does not pickle",
-            "Let main have the original, or a file that torch.jit.save wrote",
+            "Send the module that it was made of; or save it with torch.jit.save(...) and let main "
+            "load it with torch.jit.load(...)",
+            "Return the module that it was made of, or its state_dict()",
+        ),
+        r"torch\.nn\.utils\.parametrize\.Parametrized": Staying(
+            "a module with parametrizations (weight_norm, orthogonal, ...) does not pickle",
+            "Send its state_dict() and let main make the module anew; or take them out first: "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')",
             "Return its state_dict()",
+        ),
+        r"torch\.utils\.data\.dataloader\._\w*Iter$": Staying(
+            "an iterator of a DataLoader stays in its process",
+            "Let main have the DataLoader, or the dataset, and call iter(...) there",
+        ),
+        r"(torch\._dynamo\.|torch\.utils\._config_module\.)": Staying(
+            "what torch.compile or torch.export has made stays in its process",
+            "Send the plain function or module, and call torch.compile(...) inside main",
+        ),
+        r"(tensorflow|tf_keras)\.(\w+\.)*(distribute\.\w+\.\w*Strategy\w*|"
+        r"distribute_lib\.\w*Strategy\w*)$": Staying(
+            "a strategy of tf.distribute stays in its process, and so do optimizers of tf_keras",
+            "Create it inside main",
+        ),
+        r"tensorflow\.(\w+\.)*summary_ops_v2\.": Staying(
+            "a writer of summaries stays in its process",
+            "Let main make it: tf.summary.create_file_writer(...)",
         ),
         r"tensorflow\.(\w+\.)*(data\.ops\.|client\.session\.|framework\.ops\.Graph$)": Staying(
             "TensorFlow's datasets, sessions and graphs stay in the process that made them"
@@ -104,12 +132,6 @@ _KINDS = {
     }.items()
 }
 """By the name of a class."""
-
-
-_COMPILED = Staying(
-    "what torch.compile made stays in its process",
-    "Let main have the original, and call torch.compile there",
-)
 
 
 def staying(thing: Any) -> Staying | None:
@@ -129,7 +151,7 @@ def staying(thing: Any) -> Staying | None:
     if issubclass(kind, types.FunctionType) and {"func", "evalType"} <= vars(thing).keys():
         return _of("pyspark.sql.udf.UserDefinedFunction")  # its UDF in a wrapper of Spark's
     if issubclass(kind, types.FunctionType) and "_torchdynamo_orig_callable" in vars(thing):
-        return _COMPILED
+        return _of("torch._dynamo.")
     if issubclass(kind, type):
         return None
     for name in class_names(kind):

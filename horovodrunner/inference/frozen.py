@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import cloudpickle
 import numpy as np
 
+from horovodrunner.core.pickled import Pickler
 from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import PayloadError
 
@@ -135,10 +135,10 @@ def freeze(thing: object, file: BinaryIO, names: Mapping[str, Any] | None = None
         kind = f"the model ({type(model).__module__}.{type(model).__qualname__})"
         found = find_culprit([(kind, model)], by_spark=True)
         what, why = (found.where, found.why.reason) if found else (kind, in_one_line(error))
-        raise PayloadError(
-            f"{what} cannot be sent to the executors: {why}. Load or make it where the model "
-            "predicts, or leave it out"
-        ) from error
+        instead = found.why.instead if found else ""
+        if not found or "main" in instead:
+            instead = "Load or make it where the model predicts, or leave it out"
+        raise PayloadError(f"{what} cannot be sent to the executors: {why}. {instead}") from error
     size, digest = _write(pickler.entries.values(), file)
     weights = sum(entry.size for entry in pickler.entries.values())
     return Frozen(buffer.getvalue(), size, weights, digest, tuple(pickler.companions))
@@ -169,7 +169,7 @@ def restore(skeleton: bytes, weights: Any, companions: tuple[Any, ...] = ()) -> 
     return unpickler.load()
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+class _Pickler(Pickler):
     def __init__(self, buffer: io.BytesIO, names: Mapping[str, Any]) -> None:
         super().__init__(buffer)
         self.entries: dict[tuple[Any, ...], _Entry] = {}

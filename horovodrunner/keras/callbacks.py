@@ -182,8 +182,8 @@ class LearningRateScheduleCallback(_Callback):
 
     def __init__(  # noqa: PLR0917 - Horovod's signature
         self,
-        initial_lr: float,
-        multiplier: float | Callable[[float], float],
+        initial_lr: float | None = None,
+        multiplier: float | Callable[[float], float] | None = None,
         start_epoch: int = 0,
         end_epoch: int | None = None,
         staircase: bool = True,
@@ -192,7 +192,16 @@ class LearningRateScheduleCallback(_Callback):
     ) -> None:
         super().__init__()
         if initial_lr is None:
-            raise ArgumentValueError("initial_lr=None: give the learning rate at the start")
+            raise ArgumentValueError(
+                f"{type(self).__name__} has no initial_lr: give it the optimizer's learning rate, "
+                "initial_lr=0.001 * hvd.size() for instance (Horovod before 0.21 took it from the "
+                "optimizer)"
+            )
+        if multiplier is None:
+            raise ArgumentValueError(
+                f"{type(self).__name__} has no multiplier: give it a number or a function of the "
+                "epoch, multiplier=0.1 for instance"
+            )
         self.initial_lr = checked.number("initial_lr", initial_lr)
         self.start_epoch = checked.number("start_epoch", start_epoch)
         self.end_epoch = None if end_epoch is None else checked.number("end_epoch", end_epoch)
@@ -278,7 +287,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
 
     def __init__(
         self,
-        initial_lr: float,
+        initial_lr: float | None = None,
         warmup_epochs: int = 5,
         momentum_correction: bool = True,
         steps_per_epoch: int | None = None,

@@ -354,10 +354,11 @@ class Coordinator:
             for collective, ranks in waiting.items()
         )
         note = (
-            f" ({ranks_in_words(left)} returned from main while {waits}. All ranks must take part "
-            "in the same collective operations)"
+            f"{ranks_in_words(left)} returned from main while {waits}. All ranks must take part in "
+            "the same collective operations: a callback that stops training (EarlyStopping) must "
+            "see the same numbers on all, so MetricAverageCallback goes before it"
         )
-        return replace(cause, summary=cause.summary + note)
+        return replace(cause, summary=f"{note}. {cause.summary}")
 
 
 def _own_line(text: str) -> bytes:
