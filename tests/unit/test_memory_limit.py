@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from horovodrunner import PredictionError
-from horovodrunner.core import memory_limit
 from horovodrunner.core.memory_limit import memory_hint
 from horovodrunner.inference.inputs import InputPlan
 from horovodrunner.inference.loading import ModelHandle
@@ -32,7 +31,7 @@ OTHERS = [ValueError("no"), RuntimeError("CUDA out of memory. Tried to allocate 
 def setting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A limit of 512 MiB, which nothing here has to keep to."""
     limit = (512 * 2**20, resource.RLIM_INFINITY)
-    monkeypatch.setattr(memory_limit.resource, "getrlimit", lambda _: limit)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limit)
     if request.param == "Spark's":
         monkeypatch.setenv("PYSPARK_EXECUTOR_MEMORY_MB", "512")
         return "spark.executor.pyspark.memory allows each Python process 512 MiB"
