@@ -18,6 +18,7 @@ _EXECUTORS_PYTHON = "PYSPARK_PYTHON (for spark-submit also spark.pyspark.python)
 _MAX_CAUSE = 600
 _MEMORY = re.compile(
     r"\bexit(?:ed with)?(?: code)? 137\b|exited unexpectedly|OutOfMemory|MemoryError|SIGKILL"
+    r"|can't start new thread|allocate memory|not enough memory|bad_alloc"
 )
 _AFTER_PYTHON = re.compile(r"\s+at |Driver stacktrace|Caused by|JVM stacktrace")
 _MEMORY_SETTINGS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import time
@@ -18,7 +19,7 @@ from horovodrunner.driver.jobs import spark_job
 from horovodrunner.driver.resources import TaskRequest
 from horovodrunner.driver.rows import stage_input
 from horovodrunner.driver.slots import NOTE_SECONDS, slot_holders
-from horovodrunner.driver.stage_end import data_problem, stage_end
+from horovodrunner.driver.stage_end import StageEnd, data_problem, stage_end
 from horovodrunner.errors import BarrierStageError, DataError, StartTimeoutError
 from horovodrunner.task.barrier import ROW_SCHEMA, barrier_task
 from horovodrunner.task.files import BroughtFiles
@@ -309,11 +310,22 @@ class BarrierRun:
             raise DataError(
                 f"the rows of the data sets could not be computed: {cause}"
             ) from self._error
-        end = stage_end(self._error, channel.placement)
+        end = self._stage_end(channel)
         error = BarrierStageError(end.text)
         error.executor_was_lost = end.task_was_lost
         error.was_cancelled = end.was_cancelled
         raise error
+
+    def _stage_end(self, channel: DriverChannel) -> StageEnd:
+        """Tell how the stage ended, and what bounds the memory of a task that was lost."""
+        end = stage_end(self._error, channel.placement)
+        limit = None
+        with contextlib.suppress(Exception):  # the session may have gone
+            limit = self._spark.conf.get("spark.executor.pyspark.memory", None)
+        if not end.task_was_lost or not limit:
+            return end
+        bound = f"spark.executor.pyspark.memory={limit} bounds its Python processes: raise it"
+        return replace(end, text=f"{end.text}; {bound}")
 
     def _with_sparks_reason(self, channel: DriverChannel) -> Outcome:
         """Add what Spark knows about a task that partition 0 lost contact with."""
@@ -321,7 +333,7 @@ class BarrierRun:
         failure = outcome.failure
         if failure is None or failure.kind is not FailureKind.LOST or self._error is None:
             return outcome
-        end = stage_end(self._error, channel.placement)
+        end = self._stage_end(channel)
         if not end.task_was_lost:
             return outcome
         summary = f"contact with its task was lost: {end.text}"

@@ -62,7 +62,7 @@ def stage_end(error: Exception | None, placement: Sequence[tuple[int, int, str]]
         return StageEnd(
             f"Spark lost {_what(reasons, placement)}, and so the whole stage: {reasons} The "
             "executor's log tells more; a frequent cause is memory "
-            "(spark.executor.memoryOverhead)",
+            "(spark.executor.memoryOverhead, spark.executor.pyspark.memory)",
             task_was_lost=True,
         )
     if error is not None and text:

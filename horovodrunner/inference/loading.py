@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, cast
 
 from horovodrunner.core.env import KEPT_MODELS
+from horovodrunner.core.memory_limit import memory_hint
 from horovodrunner.errors import ConfigurationError, HorovodRunnerError
 from horovodrunner.inference import frozen
 from horovodrunner.inference.devices import Device, current_device
@@ -207,7 +208,7 @@ def _made(handle: ModelHandle, device: Device) -> tuple[Predictor, HostCopy | No
             raise
         raise ConfigurationError(
             f"the model {handle.name} cannot be loaded in Spark's Python worker: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}{memory_hint(error)}"
         ) from error
 
 

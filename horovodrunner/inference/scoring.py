@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from horovodrunner.errors import PredictionError
+from horovodrunner.core.memory_limit import memory_hint
+from horovodrunner.errors import HorovodRunnerError, PredictionError
 from horovodrunner.inference.ahead import ReadAhead
 from horovodrunner.inference.batching import Arrays, Batch, Piece, expanded, rebatched
 from horovodrunner.inference.inputs import (
@@ -112,7 +113,16 @@ def score(scoring: Scoring, batches: Iterator[pa.RecordBatch]) -> Iterator[Score
     if first is None:
         return  # no rows, no model
     _, names, _ = _inputs(first, scoring.names)
-    yield from _Partition(scoring, names).scored(itertools.chain([first], batches))
+    try:
+        yield from _Partition(scoring, names).scored(itertools.chain([first], batches))
+    except HorovodRunnerError:
+        raise
+    except (MemoryError, OSError, RuntimeError) as error:
+        if hint := memory_hint(error):
+            raise PredictionError(
+                f"memory ran out in Spark's Python worker: {type(error).__name__}: {error}{hint}"
+            ) from error
+        raise
 
 
 class _Partition:
@@ -236,7 +246,8 @@ class _Partition:
             if self._scoring.on_error == "raise":
                 raise self._refusal(inputs, numbers, error) from error
             if len(numbers) == 1:
-                self._reasons[int(numbers[0])] = f"{type(error).__name__}: {error}"
+                hint = memory_hint(error)
+                self._reasons[int(numbers[0])] = f"{type(error).__name__}: {error}{hint}"
                 return pa.nulls(1, self._scoring.target)
             half = len(numbers) // 2
             parts = (slice(None, half), slice(half, None))
@@ -275,11 +286,11 @@ class _Partition:
             else:
                 return PredictionError(
                     f"the model failed on {len(numbers)} rows at once, and with neither half of "
-                    f"them: {type(error).__name__}: {error}"
+                    f"them: {type(error).__name__}: {error}{memory_hint(error)}"
                 )
         return PredictionError(
             f"the model failed on {self._name_good(int(numbers[0]))}: "
-            f"{type(cause).__name__}: {cause}"
+            f"{type(cause).__name__}: {cause}{memory_hint(cause)}"
         )
 
     def _complete_pieces(self, done: int) -> Iterator[Scored]:

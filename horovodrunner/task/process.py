@@ -28,6 +28,7 @@ from horovodrunner.core.frames import Frame, encode_frame, encode_prefix_and_hea
 from horovodrunner.core.import_path import start_command
 from horovodrunner.core.job import EXIT_WITHOUT_PIPES, STACK_SIGNAL
 from horovodrunner.core.lines import LineAssembler
+from horovodrunner.core.memory_limit import address_space_limit
 from horovodrunner.task.memory import OomWitness
 from horovodrunner.task.warm import fork_worker
 
@@ -530,4 +531,6 @@ def describe_exit(
             if killed_by_kernel
             else ", most likely by the kernel because memory ran out, or by an operator"
         )
+    elif name in {"SIGABRT", "SIGBUS", "SIGSEGV", "SIGTRAP"} and (limit := address_space_limit()):
+        text += f", perhaps because memory ran out: {limit}"
     return text, None, name

@@ -38,6 +38,7 @@ from horovodrunner.core.job import (
     WorkerSpec,
     speaks_of_peer_loss,
 )
+from horovodrunner.core.memory_limit import memory_hint
 from horovodrunner.core.pickled import Layout
 from horovodrunner.core.words import cut, in_one_line
 from horovodrunner.errors import PayloadError
@@ -225,11 +226,12 @@ def _failed(
     advice = collective = ""
     with contextlib.suppress(BaseException):  # it is the user's object, and so are names in frames
         advice = hint(error) if hint is not None else ""
+        advice += memory_hint(error)
         collective = collective_of(told.frames)
     failure = Failure(
         rank=spec.rank,
         host=spec.host,
-        summary=f"{prefix}{told.name}: {told.text}{advice}",
+        summary=_with_advice(f"{prefix}{told.name}: {told.text}", advice),
         kind=kind,
         traceback=told.traceback if with_traceback else "",
         exit_code=exit_code,
@@ -239,6 +241,12 @@ def _failed(
         collective=collective,
     )
     return Outcome(failure=failure)
+
+
+def _with_advice(text: str, advice: str) -> str:
+    """Put advice into the first line, also where a text has several."""
+    first, line_break, rest = text.partition("\n")
+    return f"{first}{advice}{line_break}{rest}"
 
 
 def _print(text: str) -> None:

@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import io
 import os
+import re
 import resource
 import signal
 import sys
@@ -87,8 +88,11 @@ def test_a_driver_whose_standard_streams_are_closed_can_run(tmp_path: Path) -> N
     assert (tmp_path / "said").read_text() == "value, ValueError: told"
 
 
-def test_running_out_of_memory_is_told() -> None:
+@pytest.mark.parametrize("by_spark", [True, False])
+def test_running_out_of_memory_is_told_with_what_limits_it(by_spark: bool) -> None:
     def main() -> NoReturn:
+        if by_spark:  # Spark's Python worker has both, the variable and the limit
+            os.environ["PYSPARK_EXECUTOR_MEMORY_MB"] = "512"
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 30_000_000, used + 30_000_000))
         data: list[Any] = []
@@ -96,7 +100,11 @@ def test_running_out_of_memory_is_told() -> None:
             data.append(bytearray(100_000))
 
     error = failure(main)
-    assert error.summary == "MemoryError: (no message)"
+    setting = r"spark\.executor\.pyspark\.memory" if by_spark else r"a limit \(ulimit -v"
+    told = (
+        rf"MemoryError: \(no message\) \({setting}.* allows .* [\d,]+ MiB of address space .*raise"
+    )
+    assert re.match(told, error.summary)
     assert "data.append" in error.traceback
 
 
