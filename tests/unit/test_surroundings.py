@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from horovodrunner.core import payload
+from horovodrunner.core.pickled import dumps
+from tests import processes
 
 _RANK = """
 import os, sys
@@ -43,12 +42,8 @@ os.write(answer, b"the same")
 def same_in_the_worker(cell: str) -> None:
     """Run main of a cell where the cell was run, and in another process; compare."""
     script = _DRIVER.format(cell=cell, rank=_RANK)
-    with tempfile.TemporaryFile() as errors:
-        driver = subprocess.run(
-            [sys.executable, "-c", script], check=False, stdout=subprocess.PIPE, stderr=errors
-        )
-        errors.seek(0)
-        assert driver.stdout == b"the same", errors.read().decode()
+    driver = processes.run([sys.executable, "-c", script], capture_output=True)
+    assert driver.stdout == "the same", driver.stderr
 
 
 _PLAIN = {
@@ -287,7 +282,7 @@ def test_what_this_process_registered_itself_stays() -> None:
     keras = pytest.importorskip("keras")
     scope: dict[str, Any] = {"__name__": "__main__", "keras": keras}
     exec("@keras.saving.register_keras_serializable('mine')\ndef act(x): return x", scope)
-    data = payload.dumps(scope["act"])
+    data = dumps(scope["act"])
     objects = keras.saving.get_custom_objects()
     try:
         came_back = pickle.loads(data)
