@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from horovodrunner.core import payload
+from horovodrunner.core import payload, pickled
 from horovodrunner.errors import PayloadError
 from tests.processes import run
 
@@ -281,7 +281,7 @@ def test_what_this_process_registered_itself_stays() -> None:
     keras = pytest.importorskip("keras")
     scope: dict[str, Any] = {"__name__": "__main__", "keras": keras}
     exec("@keras.saving.register_keras_serializable('mine')\ndef act(x): return x", scope)
-    data = payload.dumps(scope["act"])
+    data = pickled.dumps(scope["act"])
     objects = keras.saving.get_custom_objects()
     try:
         came_back = pickle.loads(data)
