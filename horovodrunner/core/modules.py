@@ -61,6 +61,7 @@ class TravellingPickler(Pickler):
         self._places: dict[str, _Place] = {}
         self._globals: dict[int, Any] = {}
         self._found: list[Any] = []
+        self._pickled: dict[int, Any] = {}
         self._mentioned: dict[tuple[str, str], None] = {}
         self._packages = {"builtins", *sys.stdlib_module_names}
         self._files: dict[str, Mapping[str, Any]] = {}
@@ -74,6 +75,7 @@ class TravellingPickler(Pickler):
         reduced = super().reducer_override(obj)
         if isinstance(obj, _NAMED):
             self._found.append(obj)
+            self._pickled[id(obj)] = obj
             self._packages.add(_package_of(obj))
         elif isinstance(obj, ModuleType):
             self._packages.add(_package_of(obj))
@@ -144,9 +146,18 @@ class TravellingPickler(Pickler):
     def _comes_cheaply(self, value: Any) -> bool:
         """Whether what is only mentioned can come along, without another package's import."""
         if isinstance(value, _NAMED) and module_travels_by_value(str(value.__module__)):
-            return _can_be_pickled(value)
+            return self._can_come(value)
         is_importable = isinstance(value, (*_NAMED, ModuleType)) or _package_of(value) == "typing"
         return is_importable and _package_of(value) in self._packages
+
+    def _can_come(self, value: Any) -> bool:
+        """Try it only where it does not come anyway: a class may lead to large data."""
+        if id(value) in self._pickled:
+            return True
+        if not _can_be_pickled(value):
+            return False
+        self._pickled[id(value)] = value
+        return True
 
     def _sort(self, obj: Any, names: Any, former: Any) -> None:
         """Find out under which name an object is found, if it still is."""
@@ -159,7 +170,7 @@ class TravellingPickler(Pickler):
         outermost = found = vars(module).get(top)
         for part in filter(None, inner.split(".")):
             found = inspect.getattr_static(found, part, None)
-        if found is obj and (not inner or _can_be_pickled(outermost)):
+        if found is obj and (not inner or self._can_come(outermost)):
             names.setdefault(module_name, {})[top] = outermost
         elif not inner:  # a cell was run again, say
             former.setdefault(module_name, {})[top] = obj

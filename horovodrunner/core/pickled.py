@@ -58,6 +58,14 @@ MAPPED_BYTES = 4 * 1024 * 1024
 """A buffer from this size on gets a mapping of its own."""
 
 
+_cloudpickle = cloudpickle.cloudpickle
+_MAKE_CLASSES = {_cloudpickle._make_skeleton_class: 4, _cloudpickle._make_skeleton_enum: 5}
+"""cloudpickle's functions that make a class, and which argument is its identity."""
+
+
+_HOOK = "__init_subclass__"
+
+
 class SinkError(OSError):
     """The file does not take the pickle."""
 
@@ -121,7 +129,7 @@ def _with_slots(kind: type, make: Any, args: Any, state: Any, *rest: Any) -> Any
 def _is_noticed_when_made(kind: type) -> bool:
     """Whether making it runs code that may keep it, as registries of plug-ins do."""
     return type(kind) not in (type, ABCMeta) or any(
-        "__init_subclass__" in vars(base)
+        _HOOK in vars(base)
         for base in kind.__mro__[1:]
         if base not in (object, typing.Generic, typing.Protocol)
     )
@@ -129,8 +137,34 @@ def _is_noticed_when_made(kind: type) -> bool:
 
 def _make_class_once(make: Any, args: Any) -> Any:
     """Make a class unless it is one of this process that comes back."""
-    known = cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(args[4])
-    return make(*args) if known is None else known
+    known = _cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(args[4])
+    if known is not None and make in _MAKE_CLASSES:  # else the unpickler knows
+        return known
+    try:
+        return make(*args)
+    except Exception:
+        # Code of the class's own may need its attributes, which come later, or the keywords of the
+        # class statement, which nothing remembers.
+        kind = _made_unnoticed(*args[:4])
+        if kind is None:
+            raise
+    return _cloudpickle._lookup_class_or_track(args[4], kind)
+
+
+def _made_unnoticed(meta: Any, name: str, bases: Any, namespace: Any) -> Any:
+    """Make a class without running code of its metaclass and its bases; None if that fails."""
+    make = ABCMeta.__new__ if issubclass(meta, ABCMeta) else type.__new__
+    bases = types.resolve_bases(bases)
+    with contextlib.ExitStack() as stack:
+        try:
+            for base in bases:
+                hooked = (each for each in base.__mro__[:-1] if _HOOK in vars(each))
+                if (first := next(hooked, None)) is not None:
+                    stack.callback(type.__setattr__, first, _HOOK, vars(first)[_HOOK])
+                    type.__setattr__(first, _HOOK, classmethod(lambda cls: None))
+            return make(meta, name, bases, dict(namespace))
+        except TypeError:  # it is of a kind of its own
+            return None
 
 
 class _LruCache:
@@ -458,11 +492,6 @@ class Pickled:
             file.write(self._parts[0])
         else:
             pickle.Pickler(file, pickle.HIGHEST_PROTOCOL).dump(_Nested(self._parts))
-
-
-_cloudpickle = cloudpickle.cloudpickle
-_MAKE_CLASSES = {_cloudpickle._make_skeleton_class: 4, _cloudpickle._make_skeleton_enum: 5}
-"""cloudpickle's functions that make a class, and which argument is its identity."""
 
 
 class _Unpickler(pickle.Unpickler):

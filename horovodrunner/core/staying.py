@@ -71,6 +71,14 @@ _KINDS = {
             "dbutils is on the driver only",
             "Ask it before run(), and let main use the answers",
         ),
+        r"IPython\.core\.interactiveshell\.InteractiveShell$": Staying(
+            "the notebook's magics and ! commands are on the driver only",
+            "Use subprocess.run(...) or a Python function in main",
+        ),
+        r"absl\.flags\.": Staying(
+            "absl's flags are on the driver only",
+            "Let main use their values: flags = FLAGS.flag_values_dict(), before run()",
+        ),
         r"builtins\.coroutine$": Staying(
             "a coroutine runs only where it is awaited",
             "Let main make it, and run it with asyncio.run(...)",

@@ -60,6 +60,7 @@ _PEER_LOSS_TYPES = ("HorovodInternalError", "HorovodShutdownError", "DistBackend
 _NOT_IN_MAIN = re.compile(
     r"Can't get attribute '(\w+)[\w.]*' on <module '__main__'"
     r"|module '__main__' has no attribute '(\w+)'"
+    r"|cannot import name '(\w+)' from '__main__'"
 )
 
 
@@ -269,10 +270,11 @@ def _import_hint(error: BaseException) -> str:
 
 def _missing_name_hint(error: BaseException) -> str:
     """Explain why a file of the driver's cannot be read: its classes have to be in ``__main__``."""
-    found = _NOT_IN_MAIN.search(str(error)) if isinstance(error, AttributeError) else None
+    is_lookup = isinstance(error, AttributeError | ImportError)
+    found = _NOT_IN_MAIN.search(str(error)) if is_lookup else None
     if found is None:
         return ""
-    name = found[1] or found[2]
+    name = found[found.lastindex or 0]
     return (
         f". Of the driver's __main__ only what main refers to is there: mention {name} in main "
         f"(a line that says {name} is enough) so that it travels along"

@@ -236,6 +236,101 @@ def test_a_class_that_only_a_file_names_is_asked_for(tmp_path: Path) -> None:
             assert "mention Net in main" in str(error).splitlines()[0], error
         else:
             raise AssertionError
+
+        def imports():
+            from __main__ import count
+
+        try:
+            run(imports)
+        except WorkerFailedError as error:
+            assert "mention count in main" in str(error).splitlines()[0], error
+        else:
+            raise AssertionError
+        """,
+    )
+
+
+def test_classes_whose_making_runs_code_travel_and_come_back(tmp_path: Path) -> None:
+    drive(
+        tmp_path,
+        """
+        registry = {}
+
+        class Checked:
+            def __init_subclass__(cls):
+                if not hasattr(cls, "name"):
+                    raise TypeError("it has no name")
+
+        class Keyed(abc.ABC, typing.Generic[typing.TypeVar("T")]):
+            def __init_subclass__(cls, *, key):
+                registry[key] = cls
+                cls.key = key
+
+        class Named(type):
+            def __new__(meta, name, bases, namespace, *, tag):
+                kind = super().__new__(meta, name, bases, namespace)
+                kind.tag = tag
+                return kind
+            def __init__(cls, name, bases, namespace, *, tag):
+                super().__init__(name, bases, namespace)
+                registry[namespace["title"]] = cls
+
+        class OfChecked(Checked):
+            name = "a"
+            def count(self):
+                return count
+
+        class OfKeyed(Keyed[int], key="k"):
+            __slots__ = ("x",)
+            def own(self):
+                return __class__
+
+        class OfNamed(metaclass=Named, tag=3):
+            title = "t"
+
+        kinds = OfChecked, OfKeyed, OfNamed
+
+        def main():
+            assert OfChecked.name == "a" and OfKeyed.key == "k" and OfNamed.tag == 3
+            assert registry == {"k": OfKeyed, "t": OfNamed} and OfKeyed().own() is OfKeyed
+            try:
+                class Nameless(Checked):
+                    pass
+            except TypeError:
+                pass
+            else:
+                raise AssertionError
+            OfChecked.name = "changed"
+            assert [type(pickle.loads(pickle.dumps(kind()))) for kind in kinds] == [*kinds]
+            return [kind() for kind in kinds]
+
+        assert [type(each) for each in run(main)] == [*kinds]
+        assert OfChecked.name == "a" and OfChecked.count.__globals__ is globals()
+        """,
+    )
+
+
+def test_what_many_methods_use_is_pickled_once(tmp_path: Path) -> None:
+    drive(
+        tmp_path,
+        """
+        class Large:
+            def __reduce__(self):
+                bump()
+                return Large, ()
+
+        large = Large()
+
+        class Uses:
+            def first(self): return large
+            def second(self): return large
+            class Inner:
+                def third(self): return large
+
+        def main(uses: "Uses"):
+            return type(uses).__name__
+
+        assert run(main, uses=Uses()) == "Uses" and count == 1, count
         """,
     )
 
@@ -320,7 +415,7 @@ def test_a_notebook_has_its_names_and_its_source(tmp_path: Path) -> None:
         tmp_path,
         """
         import inspect, pickle, typing
-        from horovodrunner import HorovodRunner, WorkerFailedError
+        from horovodrunner import HorovodRunner, PayloadError, WorkerFailedError
         """,
         "class Net:\n    version = 1",
         "old = Net()",
@@ -335,8 +430,17 @@ def test_a_notebook_has_its_names_and_its_source(tmp_path: Path) -> None:
 
         def fails():
             raise ValueError("here")  # the line
+
+        def shell():
+            !echo
         """,
         """
+        try:
+            HorovodRunner(np=-1).run(shell)
+        except PayloadError as error:
+            assert "magics and ! commands are on the driver only" in str(error), error
+        else:
+            raise AssertionError
         try:
             pickle.dumps(old)
         except pickle.PicklingError:
