@@ -67,11 +67,21 @@ def test_cells_show_the_users_code_and_the_cause(tmp_path: Path) -> None:
             """,
             "%xmode Verbose",
             "%tb",
+            "%xmode Context",
+            """
+            try:
+                runner.run(lambda: 1 / 0)
+            except Exception as error:
+                raise OSError("mine") from error
+            """,
         ]
     )
-    for lines in shown[:-1]:
+    *_, chained = shown
+    np, main, _, odd, failed, interrupted, _, full = shown[1:-2]
+    for lines in (np, main, odd, failed, interrupted):
         assert not [line for line in lines if "horovodrunner/" in line]
-    np, main, _, odd, failed, interrupted, _, full = shown[1:]
+    assert len([line for line in chained if "horovodrunner/" in line]) == 1
+    assert chained[-1] == "OSError: mine"
     assert [np[2], np[-1]] == [
         "Cell In[2], line 1",
         "ArgumentTypeError: " + np[-1].split(": ", 1)[1],
