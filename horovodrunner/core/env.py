@@ -61,6 +61,7 @@ HASH_SEED = "PYTHONHASHSEED"
 
 _FORWARDED_NAMES = frozenset(
     {
+        "CUBLAS_WORKSPACE_CONFIG",  # torch.use_deterministic_algorithms, which travels, needs it
         "KERAS_BACKEND",
         KERAS_SWITCH,
         _TORCH_GLOO_INTERFACE,

@@ -295,8 +295,12 @@ class Model:
         )
 
     def _frozen(self, thing: object, names: Mapping[str, Any] | None = None) -> Model:
-        with (self._directory / _FILE).open("wb") as file:
-            frozen = freeze(thing, file, names)
+        try:
+            with (self._directory / _FILE).open("wb") as file:
+                frozen = freeze(thing, file, names)
+        except BaseException:
+            self.delete()  # whoever keeps the error keeps this object
+            raise
         self._take(frozen.skeleton, frozen.digest, frozen.weights_size)
         self._companions = frozen.companions
         if frozen.companions:

@@ -194,8 +194,7 @@ class LearningRateScheduleCallback(_Callback):
         if initial_lr is None:
             raise ArgumentValueError(
                 f"{type(self).__name__} has no initial_lr: give it the optimizer's learning rate, "
-                "initial_lr=0.001 * hvd.size() for instance (Horovod before 0.21 took it from the "
-                "optimizer)"
+                "initial_lr=0.001 * hvd.size() for instance"
             )
         if multiplier is None:
             raise ArgumentValueError(

@@ -123,8 +123,8 @@ def test_what_torch_compile_made_is_told_with_what_to_send_instead() -> None:
     compiled = torch.compile(in_a_notebook("def main(x): return x"))
     assert refusal(in_a_notebook("def main(model): pass"), model=compiled) == (
         "the argument 'model' (builtins.function) cannot be sent to the workers: what "
-        "torch.compile made stays in its process. Let main have the original, and call "
-        "torch.compile there."
+        "torch.compile or torch.export has made stays in its process. Send the plain function or "
+        "module, and call torch.compile(...) inside main."
     )
 
 
@@ -133,7 +133,7 @@ def test_torchscript_is_told_with_what_to_send_instead() -> None:
     torch = pytest.importorskip("torch")
     scripted = torch.jit.script(torch.nn.Linear(1, 1))
     assert re.match(
-        r"the argument 'model' \(torch\.jit.*\) cannot .*Let main have the original, or a file",
+        r"the argument 'model' \(torch\.jit.*\) cannot .*Send the module that it was made of",
         refusal(in_a_notebook("def main(model): pass"), model=scripted),
     )
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pickle
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from horovodrunner.core.pickled import dumps
-from tests import processes
+from horovodrunner.core import payload, pickled
+from horovodrunner.errors import PayloadError
+from tests.processes import run
 
 _RANK = """
 import os, sys
@@ -41,9 +41,8 @@ os.write(answer, b"the same")
 
 def same_in_the_worker(cell: str) -> None:
     """Run main of a cell where the cell was run, and in another process; compare."""
-    script = _DRIVER.format(cell=cell, rank=_RANK)
-    driver = processes.run([sys.executable, "-c", script], capture_output=True)
-    assert driver.stdout == "the same", driver.stderr
+    done = run([sys.executable, "-c", _DRIVER.format(cell=cell, rank=_RANK)], capture_output=True)
+    assert done.stdout == "the same", done.stderr
 
 
 _PLAIN = {
@@ -265,7 +264,7 @@ def check(there, here): return there == "main|after\\n"
 """)
 
 
-def test_a_setting_imports_no_library(tmp_path: Path) -> None:
+def test_a_setting_imports_no_library() -> None:
     cell = """
 import pandas
 pandas.set_option("display.max_rows", 7)
@@ -282,7 +281,7 @@ def test_what_this_process_registered_itself_stays() -> None:
     keras = pytest.importorskip("keras")
     scope: dict[str, Any] = {"__name__": "__main__", "keras": keras}
     exec("@keras.saving.register_keras_serializable('mine')\ndef act(x): return x", scope)
-    data = dumps(scope["act"])
+    data = pickled.dumps(scope["act"])
     objects = keras.saving.get_custom_objects()
     try:
         came_back = pickle.loads(data)
@@ -294,3 +293,42 @@ def test_what_this_process_registered_itself_stays() -> None:
         assert objects["mine>act"] is second is not first  # a cell that was run again
     finally:
         objects.pop("mine>act", None)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_what_does_not_pickle_of_torch_says_what_to_send_instead() -> None:
+    torch = pytest.importorskip("torch")
+    from horovodrunner.inference import Model
+
+    normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 1))
+    for net, text in (
+        (torch.jit.trace(torch.nn.Linear(2, 1), torch.ones(1, 2)), "torch.jit.save"),
+        (normed, "remove_parametrizations(layer, 'weight')"),
+        (torch.nn.Sequential(normed), "remove_parametrizations(layer, 'weight')"),
+    ):
+        for send in (Model.from_torch, lambda net: payload.dump_call(len, {"net": net})):
+            with pytest.raises(PayloadError) as caught:
+                send(net)
+            assert text in str(caught.value).splitlines()[0]
+    batches = iter(torch.utils.data.DataLoader([1]))
+    with pytest.raises(PayloadError, match="Let main have the DataLoader"):
+        payload.dump_call(len, {"batches": batches})
+
+
+def test_a_function_that_tensorflow_has_traced_says_what_to_send_instead() -> None:
+    tf = pytest.importorskip("tensorflow")
+    traced = tf.function(lambda x: x * 2)
+    traced(tf.constant(1.0))
+    with pytest.raises(PayloadError, match=r"Apply tf\.function inside main"):
+        payload.dump_call(len, {"step": traced})
+
+
+@pytest.mark.parametrize("name", ["LearningRateWarmupCallback", "LearningRateScheduleCallback"])
+def test_a_schedule_without_its_first_rate_says_so(name: str) -> None:
+    for module in ("keras", "horovod.tensorflow"):
+        pytest.importorskip(module)
+    from horovodrunner.errors import ArgumentValueError
+    from horovodrunner.keras import callbacks
+
+    with pytest.raises(ArgumentValueError, match=f"{name} has no initial_lr"):
+        getattr(callbacks, name)()
