@@ -19,13 +19,14 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 _Explain = Callable[[inspect.Signature, Sequence[Any], Mapping[str, Any], TypeError], str]
 
 
-def explained(explain: _Explain) -> Callable[[_Method], _Method]:
-    """Decorate a method that users call: its errors say what to write, and show their code.
+def explained(explain: _Explain | None = None) -> Callable[[_Method], _Method]:
+    """Decorate what users call: its errors say what to write, and show their code.
 
     Parameters
     ----------
     explain
-        Is called with its signature, the arguments by position and by name, and Python's error.
+        Is called with a method's signature, the arguments by position and by name, and Python's
+        error. None: that error is shown.
 
     Returns
     -------
@@ -44,6 +45,8 @@ def explained(explain: _Explain) -> Callable[[_Method], _Method]:
                 try:
                     signature.bind(*args, **kwargs)
                 except TypeError as error:
+                    if explain is None:
+                        raise
                     raise ArgumentTypeError(explain(signature, args[1:], kwargs, error)) from None
                 return method(*args, **kwargs)
             except (HorovodRunnerError, KeyboardInterrupt) as error:

@@ -39,7 +39,7 @@ def told_as(kind: type[Exception], sentence: str, remedy: str = "") -> Iterator[
     sentence
         What cannot be done.
     remedy
-        What to do about it.
+        What to do about it, unless somebody has cancelled the job.
 
     Raises
     ------
@@ -52,6 +52,8 @@ def told_as(kind: type[Exception], sentence: str, remedy: str = "") -> Iterator[
         if not _is_of_spark(error):
             raise
         cause = cause_in_words(error).rstrip(".")
+        if re.search(CANCELLED, str(error)):
+            remedy = ""
         raise kind(f"{sentence}: {cause}{remedy and f'. {remedy}'}") from error
 
 

@@ -19,6 +19,7 @@ __all__ = ["FULL_TRACEBACK", "in_cell", "of_the_user", "shorten"]
 FULL_TRACEBACK = "HOROVODRUNNER_FULL_TRACEBACK"
 """Brings this package's frames back, unless it is empty or 0."""
 
+_ALL_FRAMES = "_horovodrunner_frames"
 _LED_TO = "The exception above led to this one:"
 _PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 
@@ -26,7 +27,8 @@ _PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 def shorten(error: _Error, handled: BaseException | None) -> _Error:
     """Return an exception that is about to leave this package, without this package's frames.
 
-    IPython asks the exception itself what to show (`in_cell`), and gets all when the user asks.
+    IPython asks the exception itself what to show (`in_cell`), and gets all when the user asks. It
+    does not ask where another exception was raised from this one.
 
     Parameters
     ----------
@@ -40,16 +42,18 @@ def shorten(error: _Error, handled: BaseException | None) -> _Error:
     BaseException
         The same.
     """
-    if _shell() is not None:
-        if not hasattr(error, "_render_traceback_"):
-            text = functools.partial(str, error)
-            error._render_traceback_ = functools.partial(in_cell, error, text)  # type: ignore[attr-defined]
-    elif not _are_full():
-        chain: list[BaseException] = [error, *_causes(error)]
-        for each in chain:
-            if each is handled:
-                break
-            each.__traceback__ = of_the_user(each.__traceback__)
+    if _are_full():
+        return error
+    chain: list[BaseException] = [error, *_causes(error)]
+    for each in chain:
+        if each is handled:
+            break
+        if _shell() is not None and not hasattr(each, _ALL_FRAMES):
+            setattr(each, _ALL_FRAMES, each.__traceback__)
+        each.__traceback__ = of_the_user(each.__traceback__)
+    if _shell() is not None and not hasattr(error, "_render_traceback_"):
+        text = functools.partial(str, error)
+        error._render_traceback_ = functools.partial(in_cell, error, text)  # type: ignore[attr-defined]
     return error
 
 
@@ -75,10 +79,7 @@ def of_the_user(trace: TracebackType | None) -> TracebackType | None:
         if not is_own and not (in_package and is_of_a_python(file)):
             kept.append(trace)
         trace = trace.tb_next
-    copy: TracebackType | None = None
-    for each in reversed(kept):
-        copy = TracebackType(copy, each.tb_frame, each.tb_lasti, each.tb_lineno)
-    return copy
+    return _linked(kept, None)
 
 
 def in_cell(error: BaseException, text: Callable[[], str], told: str = "") -> list[str]:
@@ -104,13 +105,34 @@ def in_cell(error: BaseException, text: Callable[[], str], told: str = "") -> li
     def show(error: BaseException, trace: TracebackType | None) -> list[str]:
         return list(formatter.structured_traceback(type(error), error, trace))
 
-    if formatter.mode == "Verbose" or _are_full():
+    if _are_full():
+        for each in (error, *_causes(error)):
+            each.__traceback__ = _with_all_frames(each)
         return show(error, error.__traceback__)
     parts = [told, ""] if told else []
     for cause in reversed(_causes(error)):
         if (trace := of_the_user(cause.__traceback__)) is not None:
             parts += [*show(_alone(cause, functools.partial(str, cause)), trace), "", _LED_TO, ""]
     return [*parts, *show(_alone(error, text), of_the_user(error.__traceback__))]
+
+
+def _with_all_frames(error: BaseException) -> TracebackType | None:
+    frames: TracebackType | None = getattr(error, _ALL_FRAMES, None)
+    if frames is None:
+        return error.__traceback__
+    callers: list[TracebackType] = []
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame is not frames.tb_frame:
+        callers.append(trace)
+        trace = trace.tb_next
+    return _linked(callers, frames)
+
+
+def _linked(entries: list[TracebackType], rest: TracebackType | None) -> TracebackType | None:
+    """Return a traceback of these entries, each alone, and the rest."""
+    for each in reversed(entries):
+        rest = TracebackType(rest, each.tb_frame, each.tb_lasti, each.tb_lineno)
+    return rest
 
 
 def _alone(error: BaseException, text: Callable[[], str]) -> BaseException:
@@ -135,4 +157,6 @@ def _shell() -> Any:
 
 
 def _are_full() -> bool:
-    return os.environ.get(FULL_TRACEBACK, "0") not in ("", "0")
+    shell = _shell()
+    is_verbose = shell is not None and shell.InteractiveTB.mode == "Verbose"
+    return is_verbose or os.environ.get(FULL_TRACEBACK, "0") not in ("", "0")

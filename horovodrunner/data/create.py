@@ -41,6 +41,7 @@ from horovodrunner.errors import (
     ConfigurationError,
     DataError,
 )
+from horovodrunner.usage import explained
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -55,6 +56,7 @@ _OS_ERROR = re.compile(
 )
 
 
+@explained()
 def from_dataframe(
     df: DataFrame,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -265,6 +267,8 @@ def _write(
     except BaseException as error:
         with contextlib.suppress(OSError):
             remove(location)
+        if isinstance(error, KeyboardInterrupt):
+            error.args = ("the rows were being stored: none of them is kept",)
         if isinstance(error, Exception) and (text := _cause_of_writing(error)):
             raise DataError(
                 f"the rows cannot be written to {location}: {text}. Give a cache_dir that the "

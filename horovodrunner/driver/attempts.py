@@ -111,9 +111,9 @@ def stopped_in_words(interrupt: KeyboardInterrupt, size: int, store: CheckpointS
     str
         A sentence.
     """
-    ranks = "1 rank was" if size == 1 else f"{size} ranks were" if size else "ranks were"
+    ranks = " of 1 rank" if size == 1 else f" of {size} ranks" if size else ""
     reason = f"{interrupt}: " if interrupt.args else ""
-    return f"{reason}the run's {ranks} stopped; {_latest_in_words(store)}"
+    return f"{reason}the run{ranks} was stopped; {_latest_in_words(store)}"
 
 
 def _latest_in_words(store: CheckpointStore | None) -> str:

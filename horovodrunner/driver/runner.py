@@ -322,7 +322,7 @@ class HorovodRunner:
             return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
         except KeyboardInterrupt as error:
             error.args = (stopped_in_words(error, job.size, store),)
-            raise
+            raise error from None  # a second Ctrl-C comes while the first one is handled
         finally:
             self._note_phases(spans, console, began)
             if store is not None:

@@ -67,11 +67,21 @@ def test_cells_show_the_users_code_and_the_cause(tmp_path: Path) -> None:
             """,
             "%xmode Verbose",
             "%tb",
+            "%xmode Context",
+            """
+            try:
+                runner.run(lambda: 1 / 0)
+            except Exception as error:
+                raise OSError("mine") from error
+            """,
         ]
     )
-    for lines in shown[:-1]:
+    *_, chained = shown
+    np, main, _, odd, failed, interrupted, _, full = shown[1:-2]
+    for lines in (np, main, odd, failed, interrupted):
         assert not [line for line in lines if "horovodrunner/" in line]
-    np, main, _, odd, failed, interrupted, _, full = shown[1:]
+    assert len([line for line in chained if "horovodrunner/" in line]) == 1
+    assert chained[-1] == "OSError: mine"
     assert [np[2], np[-1]] == [
         "Cell In[2], line 1",
         "ArgumentTypeError: " + np[-1].split(": ", 1)[1],
@@ -83,7 +93,7 @@ def test_cells_show_the_users_code_and_the_cause(tmp_path: Path) -> None:
     assert failed.index("ValueError: too large") < failed.index("----> 8 train()")
     assert failed[-1].endswith("failed: ValueError: too large")
     assert re.fullmatch(
-        r"KeyboardInterrupt: the run's 1 rank was stopped; the latest checkpoint is that of step "
+        r"KeyboardInterrupt: the run of 1 rank was stopped; the latest checkpoint is that of step "
         rf"7: {tmp_path}\S+",
         interrupted[-1],
     )
@@ -113,11 +123,30 @@ def test_scripts_show_one_frame_of_this_package_unless_all_are_asked_for(
     done = processes.run(
         [sys.executable, str(script)],
         capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
         env={**os.environ, "HOROVODRUNNER_FULL_TRACEBACK": full},
     )
     own = re.findall(r'File "\S+/horovodrunner/(\S+)"', done.stderr)
     assert own[-1:] == ["driver/outcome.py"] if full else own == ["usage.py"]
     assert 'raise ValueError("too large")' in done.stderr
+
+
+IMPATIENT = """
+import os, signal
+from horovodrunner import HorovodRunner
+
+def main(driver):
+    while True:
+        os.kill(driver, signal.SIGINT)
+
+HorovodRunner(np=-1).run(main, driver=os.getpid())
+"""
+
+
+def test_many_interrupts_show_one(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(IMPATIENT)
+    done = processes.run([sys.executable, str(script)], capture_output=True)
+    assert done.stderr.count("KeyboardInterrupt") == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "KeyboardInterrupt: the run of 1 rank was stopped"
+    )

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from pyspark.sql import functions
 from horovodrunner import DataError, HorovodRunner, data
 from horovodrunner.compat.petastorm.spark import make_spark_converter
 from horovodrunner.inference import predict
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.spark
 
@@ -104,3 +109,31 @@ def test_predict_tells_of_what_cannot_be_analyzed(spark: Any, tmp_path: Path) ->
             return_type="double",
             batch_size=2,
         )
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_stopped_job_is_told_as_that(spark: Any, is_interrupted: bool) -> None:
+    context = spark.sparkContext
+
+    def stop() -> None:
+        wait_until(context.statusTracker().getActiveStageIds)
+        if is_interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+        else:
+            context.cancelAllJobs()
+
+    slow = functions.udf(lambda _: time.sleep(600), "long")
+    df = spark.range(2).select(slow("id").alias("x"))
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    kind = KeyboardInterrupt if is_interrupted else DataError
+    with pytest.raises(kind) as caught:
+        data.from_dataframe(df)
+    stopping.join()
+    if is_interrupted:
+        assert str(caught.value) == "the rows were being stored: none of them is kept"
+    else:
+        assert "the Spark job was cancelled" in str(caught.value)
+        assert "correct what" not in str(caught.value)
+    frames = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert frames == ["test_a_stopped_job_is_told_as_that", "checked_call"]
