@@ -471,10 +471,12 @@ class HorovodRunner:
 
 
 def _arguments_of_program() -> list[str]:
-    """Return what main is to find in ``sys.argv``: a script's arguments, not those of a kernel."""
+    """Return what main is to find in ``sys.argv``: a script's or a cell's, not those of a kernel."""
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     is_a_script = isinstance(file, str) and file.endswith(".py") and not is_of_a_python(file)
-    return sys.argv if is_a_script and sys.argv else sys.argv[:1] or [""]
+    started_with = sys.orig_argv[len(sys.orig_argv) - len(sys.argv[1:]) :]
+    is_of_a_cell = is_interactive() and sys.argv[1:] != started_with
+    return sys.argv if sys.argv and (is_a_script or is_of_a_cell) else sys.argv[:1] or [""]
 
 
 _OPTIONS = [*inspect.signature(HorovodRunner.__init__).parameters][1:]

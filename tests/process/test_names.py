@@ -435,6 +435,11 @@ def test_a_notebook_has_its_names_and_its_source(tmp_path: Path) -> None:
             !echo
         """,
         """
+        import sys
+        sys.argv = ["train", "--lr", "0.5"]  # as people do where a parser reads them
+        assert HorovodRunner(np=-1).run(lambda: sys.argv) == sys.argv
+        """,
+        """
         try:
             HorovodRunner(np=-1).run(shell)
         except PayloadError as error:
