@@ -471,7 +471,7 @@ class HorovodRunner:
 
 
 def _arguments_of_program() -> list[str]:
-    """Return what main is to find in ``sys.argv``: a script's or a cell's, not those of a kernel."""
+    """Return what main is to find in ``sys.argv``: a script's or a cell's, not a kernel's."""
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     is_a_script = isinstance(file, str) and file.endswith(".py") and not is_of_a_python(file)
     started_with = sys.orig_argv[len(sys.orig_argv) - len(sys.argv[1:]) :]

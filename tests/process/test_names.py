@@ -436,8 +436,10 @@ def test_a_notebook_has_its_names_and_its_source(tmp_path: Path) -> None:
         """,
         """
         import sys
+        of_the_kernel = sys.argv
         sys.argv = ["train", "--lr", "0.5"]  # as people do where a parser reads them
         assert HorovodRunner(np=-1).run(lambda: sys.argv) == sys.argv
+        sys.argv = of_the_kernel
         """,
         """
         try:
