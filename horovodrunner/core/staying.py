@@ -25,11 +25,14 @@ class Staying(NamedTuple):
         What to do where main uses it; without a full stop.
     returned
         What to do where main returns it.
+    scored
+        What to do where a model that scores rows has it, if `instead` speaks of main.
     """
 
     reason: str
     instead: str = "Create it inside main, or leave it out of what main refers to"
     returned: str = _PLAIN_DATA
+    scored: str = "Load or make it where the model predicts, or leave it out"
 
 
 _TO_RANKS = "rows = horovodrunner.data.from_dataframe"
@@ -107,12 +110,16 @@ _KINDS = {
             "Send the module that it was made of; or save it with torch.jit.save(...) and let main "
             "load it with torch.jit.load(...)",
             "Return the module that it was made of, or its state_dict()",
+            "Give the module that it was made of; or, instead of a Model, a function that calls "
+            "torch.jit.load(...) and returns what predicts",
         ),
         r"torch\.nn\.utils\.parametrize\.Parametrized": Staying(
             "a module with parametrizations (weight_norm, orthogonal, ...) does not pickle",
             "Send its state_dict() and let main make the module anew; or take them out first: "
             "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')",
             "Return its state_dict()",
+            "Take them out first: torch.nn.utils.parametrize.remove_parametrizations(layer, "
+            "'weight')",
         ),
         r"torch\.utils\.data\.dataloader\._\w*Iter$": Staying(
             "an iterator of a DataLoader stays in its process",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -92,13 +92,17 @@ def prepared(df: DataFrame, floats: str | None) -> tuple[DataFrame, list[Column]
             columns.append(Column((field.name,), "number", vectors[place], (None,)))
         else:
             columns += _columns_of((field.name,), field.dataType, floats)
+    _refuse_twice(columns, "withColumnRenamed, withField")
+    return (_without_vectors(df, vectors) if vectors else df), columns
+
+
+def _refuse_twice(columns: Iterable[Column], renaming: str) -> None:
     for name, count in Counter(column.name for column in columns).items():
         if count > 1:
             raise DataError(
                 f"{count} columns or fields of structs would have the name {name!r}: rename them "
-                "(withColumnRenamed, withField), or leave some out"
+                f"({renaming}), or leave some out"
             )
-    return (_without_vectors(df, vectors) if vectors else df), columns
 
 
 def _without_vectors(df: DataFrame, vectors: Mapping[int, str]) -> DataFrame:
@@ -164,9 +168,13 @@ def arrow_columns(schema: pa.Schema) -> list[Column]:
     Raises
     ------
     DataError
-        If a column has a type that cannot be stored.
+        If a column has a type that cannot be stored, two have the same name, or there is none.
     """
-    return [column for field in schema for column in _of_arrow((field.name,), field.type)]
+    columns = [column for field in schema for column in _of_arrow((field.name,), field.type)]
+    if not columns:
+        raise DataError("the table has no columns: select at least one")
+    _refuse_twice(columns, "table.rename_columns")
+    return columns
 
 
 def _of_arrow(path: tuple[str, ...], arrow_type: pa.DataType) -> list[Column]:

@@ -130,15 +130,18 @@ def freeze(thing: object, file: BinaryIO, names: Mapping[str, Any] | None = None
         pickler.dump(thing)
     except Exception as error:  # whatever a __reduce__ raises
         from horovodrunner.core.culprit import find_culprit  # hardly ever needed
+        from horovodrunner.core.staying import Staying
 
         model = thing[0] if isinstance(thing, tuple) else thing
         kind = f"the model ({type(model).__module__}.{type(model).__qualname__})"
         found = find_culprit([(kind, model)], by_spark=True)
-        what, why = (found.where, found.why.reason) if found else (kind, in_one_line(error))
-        instead = found.why.instead if found else ""
-        if not found or "main" in instead:
-            instead = "Load or make it where the model predicts, or leave it out"
-        raise PayloadError(f"{what} cannot be sent to the executors: {why}. {instead}") from error
+        what, why = (found.where, found.why) if found else (kind, Staying(in_one_line(error)))
+        if what.startswith(f"{kind} ("):  # the model itself, with its class once more
+            what = kind
+        instead = why.scored if "main" in why.instead else why.instead
+        raise PayloadError(
+            f"{what} cannot be sent to the executors: {why.reason}. {instead}"
+        ) from error
     size, digest = _write(pickler.entries.values(), file)
     weights = sum(entry.size for entry in pickler.entries.values())
     return Frozen(buffer.getvalue(), size, weights, digest, tuple(pickler.companions))

@@ -34,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from horovodrunner.core import checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
 
 __all__ = [
@@ -121,8 +122,9 @@ class InputPlan:
         ArgumentValueError
             If a length in a shape or a key is out of range, or `nulls` is unknown.
         """
-        if nulls not in get_args(Nulls):
-            raise ArgumentValueError(f"nulls={nulls!r}: give one of {', '.join(get_args(Nulls))}")
+        nulls = checked.choice("nulls", nulls, get_args(Nulls))
+        if isinstance(input_tensor_shapes, np.ndarray):
+            input_tensor_shapes = input_tensor_shapes.tolist()
         if input_tensor_shapes is None:
             return cls(None, nulls=nulls)
         if isinstance(input_tensor_shapes, Mapping):
@@ -174,6 +176,8 @@ class InputPlan:
 
 
 def _shape(shape: Any) -> Shape | None:
+    if isinstance(shape, np.ndarray):
+        shape = shape.tolist()
     if shape is None:
         return None
     if isinstance(shape, str) or not isinstance(shape, Sequence):
@@ -181,6 +185,7 @@ def _shape(shape: Any) -> Shape | None:
             f"input_tensor_shapes has {shape!r} for an input: give a shape, which is a list of "
             "lengths without the batch's, or None, as in input_tensor_shapes=[[28, 28], None]"
         )
+    shape = [checked.plain(length) for length in shape]
     for length in shape:
         if isinstance(length, bool) or not isinstance(length, numbers.Integral):
             raise ArgumentTypeError(

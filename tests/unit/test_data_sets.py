@@ -328,6 +328,20 @@ def test_what_cannot_be_stored_is_refused(array: pa.Array, words: str, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (pa.table([[1], [2]], names=["a", "a"]), "2 columns .* would have the name 'a': rename"),
+        (pa.table({"a.b": [1], "a": [{"b": 2}]}), "2 columns .* would have the name 'a.b'"),
+        (pa.table({}), "the table has no columns"),
+    ],
+    ids=["twice", "field", "none"],
+)
+def test_each_column_of_a_table_needs_a_name(table: pa.Table, words: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=words):
+        data.from_arrow(table, tmp_path)
+
+
 def test_nulls_are_filled_or_masked() -> None:
     table = pa.table(
         {

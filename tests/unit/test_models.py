@@ -558,6 +558,26 @@ def test_what_is_called_decides_how_many_inputs_there_are() -> None:
     assert (predict.expected_inputs, predict.stacks_scalars) == (None, True)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 1)),
+            r"^the model \(\S+ParametrizedLinear\) cannot .*remove_parametrizations",
+        ),
+        (
+            lambda: torch.jit.script(torch.nn.Linear(2, 1)),
+            r"^the model \(\S+ScriptModule\) cannot .*a function that calls torch.jit.load",
+        ),
+    ],
+    ids=["weight_norm", "TorchScript"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_what_to_do_about_a_module_that_does_not_pickle(make: Any, words: str) -> None:
+    with pytest.raises(PayloadError, match=words):
+        Model.from_torch(make())
+
+
 def test_what_of_a_model_does_not_pickle_is_named() -> None:
     lock = threading.Lock()
     net = Named()

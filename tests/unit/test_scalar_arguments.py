@@ -303,3 +303,13 @@ def test_frameworks_count_with_numpy_too() -> None:
     assert [training_log.count_or_none(n) for n in (0, -1, None, float("inf"))] == [None] * 4
     callback = type("Callback", (), {"params": {"epochs": np.int64(3)}})()
     assert keras_callbacks._of(callback, "epochs") == 3
+
+
+def test_shapes_and_words_of_numpy() -> None:
+    from horovodrunner.inference.inputs import InputPlan
+
+    plan = InputPlan.of([np.array([2, 3]), (np.array(4),)], np.array("null"))
+    assert repr(plan) == repr(InputPlan.of([[2, 3], [4]], "null"))
+    assert repr(InputPlan.of(np.array([[2, 3]]))) == repr(InputPlan.of([[2, 3]]))
+    with pytest.raises(ArgumentValueError, match=r"^nulls=array.*'pass', 'null' or 'raise'"):
+        InputPlan.of(None, np.array(["null", "raise"]))
