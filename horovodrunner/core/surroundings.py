@@ -14,10 +14,9 @@ from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import cloudpickle
-
 from horovodrunner.core import registries, settings
 from horovodrunner.core.import_hook import after_import
+from horovodrunner.core.pickled import loads
 
 __all__ = ["InSurroundings"]
 
@@ -68,7 +67,7 @@ def _restore(parts: Iterable[Part]) -> None:
 
 def _restore_part(library: str, data: bytes, _: object) -> None:
     try:
-        function, arguments = cloudpickle.loads(a2b_base64(data))
+        function, arguments = loads(a2b_base64(data))
     except Exception as error:  # noqa: BLE001 - main may do without
         warnings.warn(
             f"what the driver has set or registered in {library} does not come along: "
