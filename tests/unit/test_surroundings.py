@@ -302,7 +302,7 @@ def test_what_does_not_pickle_of_torch_says_what_to_send_instead() -> None:
 
     normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 1))
     for net, text in (
-        (torch.jit.trace(torch.nn.Linear(2, 1), torch.ones(1, 2)), "torch.jit.save"),
+        (torch.jit.trace(torch.nn.Linear(2, 1), torch.ones(1, 2)), "torch.jit.load(...)"),
         (normed, "remove_parametrizations(layer, 'weight')"),
         (torch.nn.Sequential(normed), "remove_parametrizations(layer, 'weight')"),
     ):
