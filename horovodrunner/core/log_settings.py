@@ -48,7 +48,7 @@ def changed(module: Any) -> dict[str, Any]:
         "handlers": {
             name: handlers
             for name, logger in loggers.items()
-            if isinstance(logger, logging.Logger)
+            if type(logger) in (logging.Logger, logging.RootLogger)  # not of a library's own class
             and not _is_of_a_library(name)
             and (handlers := [each for each in map(_described, logger.handlers) if each])
         },

@@ -182,7 +182,7 @@ def test_what_cannot_work_is_refused(facts: dict[str, Any]) -> None:
         "predivided sum": "gradient_predivide_factor=2.0: it is for op=Average",
         "a name": "got 'sgd': it takes an optimizer of Keras 3.",
         "legacy": "Keras 3 has no legacy optimizers",
-        "no rate": "initial_lr=None: give the learning rate",
+        "no rate": "LearningRateWarmupCallback has no initial_lr: give it",
         "no model": "MetricAverageCallback is for models of Keras 3.",
     }
     texts = facts["refusals"]

@@ -524,10 +524,9 @@ def test_what_did_not_travel_of_a_module_is_read_where_it_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tmp_path.joinpath("partly.py").write_text("def f(): return VALUE\nVALUE = 1\nOTHER = 5\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     import partly  # type: ignore[import-not-found]
 
-    monkeypatch.setitem(sys.modules, "partly", partly)
     monkeypatch.setattr(partly, "VALUE", 2)
     cloudpickle.register_pickle_by_value(partly)
     try:
@@ -541,6 +540,7 @@ def test_what_did_not_travel_of_a_module_is_read_where_it_can_be(
         assert HorovodRunner(np=-1).run(main) == (2, 2, 5)
     finally:
         cloudpickle.unregister_pickle_by_value(partly)
+        del sys.modules["partly"]
 
 
 def test_what_pickle_cannot_find_in_main_is_said_by_pytest_too() -> None:

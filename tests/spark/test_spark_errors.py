@@ -98,6 +98,8 @@ def test_predict_tells_of_what_cannot_be_analyzed(spark: Any, tmp_path: Path) ->
     class Broken:
         """What a session of Spark Connect gives: it fails when it is asked, not before."""
 
+        mapInArrow = isStreaming = None  # noqa: N815 -- names of Spark's
+
         def __getattr__(self, name: str) -> Any:
             return spark.table("not_there")
 

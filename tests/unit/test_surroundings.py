@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import sys
 from typing import Any
 
 import pytest
 
-from horovodrunner.core import payload, pickled
+from horovodrunner.core import log_settings, payload, pickled
 from horovodrunner.errors import PayloadError
 from tests.processes import run
 
@@ -293,6 +294,12 @@ def test_what_this_process_registered_itself_stays() -> None:
         assert objects["mine>act"] is second is not first  # a cell that was run again
     finally:
         objects.pop("mine>act", None)
+
+
+def test_loggers_of_a_librarys_own_class_stay_with_it() -> None:
+    name = "SQLQueryContextLogger"  # its formatter would have each worker import pyspark
+    assert pytest.importorskip("pyspark.logger").PySparkLogger.getLogger(name).handlers
+    assert name not in log_settings.changed(logging).get("handlers", {})
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
