@@ -42,13 +42,13 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 """Not in "make test-python": see scripts/newest.py."""
 
 _ALLOWED = ("java", "pyspark.daemon", "pyspark/daemon", "resource_tracker", "ipykernel")
-_JANITOR = "horovodrunner-scratch"
+_JANITOR = ("horovodrunner-scratch", "rm -rf -- ")
 """Outlives a task that was killed, to delete its files."""
 
 
 def marked_processes(*, with_janitors: bool = False) -> list[str]:
     """List what this test session started, directly or through Spark, and what is ours."""
-    allowed = _ALLOWED if with_janitors else (*_ALLOWED, _JANITOR)
+    allowed = _ALLOWED if with_janitors else (*_ALLOWED, *_JANITOR)
     found = [
         (pid, processes.command_of(pid)) for pid in processes.pids_of(os.environ[processes.MARK])
     ]
