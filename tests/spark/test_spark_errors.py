@@ -116,9 +116,11 @@ def test_predict_tells_of_what_cannot_be_analyzed(spark: Any, tmp_path: Path) ->
 @pytest.mark.parametrize("is_interrupted", [False, True])
 def test_a_stopped_job_is_told_as_that(spark: Any, is_interrupted: bool) -> None:
     context = spark.sparkContext
+    stages = context.statusTracker().getActiveStageIds
+    wait_until(lambda: not stages())  # of the test before
 
     def stop() -> None:
-        wait_until(context.statusTracker().getActiveStageIds)
+        wait_until(stages)
         if is_interrupted:
             os.kill(os.getpid(), signal.SIGINT)
         else:
