@@ -267,8 +267,10 @@ def _write(
     except BaseException as error:
         with contextlib.suppress(OSError):
             remove(location)
-        if isinstance(error, KeyboardInterrupt):
-            error.args = ("the rows were being stored: none of them is kept",)
+        # Py4J may tell of an interrupt as of a lost connection.
+        is_py4js = type(error).__name__ == "Py4JNetworkError"
+        if isinstance(error.__context__ if is_py4js else error, KeyboardInterrupt):
+            raise KeyboardInterrupt("the rows were being stored: none of them is kept") from None
         if isinstance(error, Exception) and (text := _cause_of_writing(error)):
             raise DataError(
                 f"the rows cannot be written to {location}: {text}. Give a cache_dir that the "

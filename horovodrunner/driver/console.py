@@ -44,7 +44,11 @@ class Console:
 
     def __init__(self, *, executors_have_lines: bool = True) -> None:
         self._executors_have_lines = executors_have_lines
-        self._changed = threading.Condition()
+        # No Condition or Queue: an interrupt may hit the waiting thread anywhere in their code, and
+        # leave them locked for ever. It cannot in a plain lock's.
+        self._lock = threading.Lock()
+        self._nothing_new = threading.Lock()
+        self._nothing_new.acquire()
         self._waiting: deque[str] = deque()
         self._waiting_bytes = 0
         self._dropped_lines = 0
@@ -62,7 +66,7 @@ class Console:
         lines
             UTF-8, bytes that are not are shown as replacement characters.
         """
-        with self._changed:
+        with self._lock:
             if self._waiting_bytes > MAX_WAITING_BYTES:
                 self._dropped_lines += count_lines(lines)
                 return
@@ -79,7 +83,7 @@ class Console:
         message
             UTF-8 without a newline at its end.
         """
-        with self._changed:
+        with self._lock:
             self._put(message.decode("utf-8", errors="replace") + "\n")
 
     def note(self, text: str, *, routine: bool = False) -> None:
@@ -94,7 +98,7 @@ class Console:
         """
         if routine and self._leaves_routine_out:
             return
-        with self._changed:
+        with self._lock:
             self._put(f"HorovodRunner: {text}\n")
 
     def placed(self, slots: Sequence[Slot]) -> None:
@@ -115,9 +119,9 @@ class Console:
 
     def wake(self) -> None:
         """Make :meth:`show` return after it has printed everything."""
-        with self._changed:
+        with self._lock:
             self._woken = True
-            self._changed.notify()
+            self._tell()
 
     def show(self, timeout: float | None = None) -> bool:
         """Print what arrives until somebody calls :meth:`wake`.
@@ -135,7 +139,7 @@ class Console:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             self._wait_for_change(deadline)
-            with self._changed:
+            with self._lock:
                 self._report_dropped_lines()
                 text = "".join(self._waiting)
                 self._waiting.clear()
@@ -155,17 +159,18 @@ class Console:
         that an exception that was sent to it is raised.
         """
         in_main_thread = threading.current_thread() is threading.main_thread()
-        with self._changed:
-            while not (self._waiting or self._woken):
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                if left == 0.0:
+        while True:
+            with self._lock:
+                if self._waiting or self._woken:
                     return
-                if in_main_thread:
-                    self._changed.wait(left)
-                    continue
-                self._changed.wait(LOOK_UP_SECONDS if left is None else min(left, LOOK_UP_SECONDS))
-                if main_thread_was_interrupted():
-                    raise KeyboardInterrupt
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if left == 0.0:
+                return
+            if not in_main_thread:
+                left = LOOK_UP_SECONDS if left is None else min(left, LOOK_UP_SECONDS)
+            self._nothing_new.acquire(timeout=-1 if left is None else left)
+            if not in_main_thread and main_thread_was_interrupted():
+                raise KeyboardInterrupt
 
     def _tell_that_nothing_is_shown(self, why: str) -> None:
         """Say so once, by the only other way there is, which may be as broken."""
@@ -180,7 +185,11 @@ class Console:
     def _put(self, text: str) -> None:
         self._waiting.append(text)
         self._waiting_bytes += len(text)
-        self._changed.notify()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._nothing_new.locked():
+            self._nothing_new.release()
 
     def _report_dropped_lines(self) -> None:
         if self._dropped_lines:

@@ -131,12 +131,13 @@ def test_scripts_show_one_frame_of_this_package_unless_all_are_asked_for(
 
 
 IMPATIENT = """
-import os, signal
+import os, signal, time
 from horovodrunner import HorovodRunner
 
 def main(driver):
-    while True:
+    for _ in range(100):
         os.kill(driver, signal.SIGINT)
+    time.sleep(600)
 
 HorovodRunner(np=-1).run(main, driver=os.getpid())
 """

@@ -16,6 +16,7 @@ from horovodrunner import log_to_driver
 from horovodrunner.core import showing
 from horovodrunner.driver import console as console_module
 from horovodrunner.driver.console import Console
+from tests import processes
 
 
 def test_everything_taken_is_printed_in_order_by_the_thread_that_shows(
@@ -192,3 +193,26 @@ def test_a_warning_that_cannot_be_shown_ends_nothing(monkeypatch: pytest.MonkeyP
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         showing.warn("large")
+
+
+INTERRUPTS = """
+import random, signal, threading
+from horovodrunner.driver.console import Console
+
+console = Console()
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+for _ in range(3000):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 3e-5))
+        while True:
+            console.show(timeout=1e-5)
+    except KeyboardInterrupt:
+        waking = threading.Thread(target=console.wake)
+        waking.start()
+        waking.join()  # for ever, if what was interrupted holds a lock
+        assert console.show()
+"""
+
+
+def test_an_interrupt_at_any_place_leaves_nothing_locked() -> None:
+    assert processes.run([sys.executable, "-c", INTERRUPTS]).returncode == 0
