@@ -24,7 +24,6 @@ from typing import Any, BinaryIO, ClassVar
 
 import cloudpickle
 
-from horovodrunner.core import registries
 from horovodrunner.core.enums import make_enum, with_members
 
 __all__ = [
@@ -73,7 +72,7 @@ class SinkError(OSError):
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle's, which can also bring back what it cannot: see `_REDUCERS`, and slots."""
 
-    _registered: dict[int, list[registries.Registered]] | None = None
+    _registered: dict[int, Any] | None = None
 
     def reducer_override(self, obj: Any) -> Any:
         """Take care of ``__slots__``, classes in classes and registrations; the rest as usual."""
@@ -98,6 +97,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def _registered_again(self, obj: Any, reduced: Any) -> Any:
         if not isinstance(reduced, tuple) or len(reduced) != 6:  # it travels by reference
             return reduced
+        from horovodrunner.core import registries  # a worker may pickle nothing by value
+
         if self._registered is None:
             self._registered = registries.of_this_process()
         entries = self._registered.get(id(obj))

@@ -14,7 +14,6 @@ from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from horovodrunner.core import registries, settings
 from horovodrunner.core.import_hook import after_import
 from horovodrunner.core.pickled import loads
 
@@ -81,6 +80,8 @@ def _restore_part(library: str, data: bytes, _: object) -> None:
 
 def _settings_here(dumps: _Dumps) -> list[Part]:
     """Pickle the settings that were changed in this process."""
+    from horovodrunner.core import settings  # where it is not needed it costs a worker time
+
     return _pickled(
         dumps,
         [
@@ -93,6 +94,8 @@ def _settings_here(dumps: _Dumps) -> list[Part]:
 
 def _registered_here(dumps: _Dumps) -> list[Part]:
     """Pickle what was registered from cells, whether or not main refers to it."""
+    from horovodrunner.core import registries
+
     return _pickled(
         dumps,
         [
