@@ -212,7 +212,7 @@ class LearningRateScheduleCallback(_Callback):
             self.multiplier = multiplier
         else:
             base = checked.number("multiplier", multiplier)
-            self.multiplier = lambda epoch: base ** (epoch - start_epoch)
+            self.multiplier = lambda epoch: base ** (epoch - self.start_epoch)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Find out how many batches an epoch has."""
