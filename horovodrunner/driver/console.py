@@ -30,7 +30,7 @@ QUIET = "HOROVODRUNNER_QUIET"
 """Leaves out what a run says of itself as long as all is well, unless it is empty or 0."""
 
 LOOK_UP_SECONDS = 0.2
-"""How often a thread that is not the main one looks whether it was interrupted."""
+"""How often the waiting thread looks whether it was interrupted."""
 
 
 class Console:
@@ -155,8 +155,8 @@ class Console:
     def _wait_for_change(self, deadline: float | None) -> None:
         """Wait for something to print.
 
-        Signals reach the main thread only. Any other thread has to look up once in a while, so
-        that an exception that was sent to it is raised.
+        It has to look up once in a while. Signals reach the main thread only, and not a wait that
+        was just about to begin; and an exception that was sent to another thread waits for it.
         """
         in_main_thread = threading.current_thread() is threading.main_thread()
         while True:
@@ -166,9 +166,8 @@ class Console:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if left == 0.0:
                 return
-            if not in_main_thread:
-                left = LOOK_UP_SECONDS if left is None else min(left, LOOK_UP_SECONDS)
-            self._nothing_new.acquire(timeout=-1 if left is None else left)
+            left = LOOK_UP_SECONDS if left is None else min(left, LOOK_UP_SECONDS)
+            self._nothing_new.acquire(timeout=left)
             if not in_main_thread and main_thread_was_interrupted():
                 raise KeyboardInterrupt
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from horovodrunner.core import showing
 from horovodrunner.driver import console as console_module
 from horovodrunner.driver.console import Console
 from tests import processes
+from tests.waiting import wait_until
 
 
 def test_everything_taken_is_printed_in_order_by_the_thread_that_shows(
@@ -216,3 +218,30 @@ for _ in range(3000):
 
 def test_an_interrupt_at_any_place_leaves_nothing_locked() -> None:
     assert processes.run([sys.executable, "-c", INTERRUPTS]).returncode == 0
+
+
+def test_an_interrupt_that_another_thread_takes_for_the_main_one_is_met() -> None:
+    """The kernel may give it to any thread, and it may come just before the wait begins."""
+    console = Console()
+    main_thread = threading.main_thread()
+
+    def waits() -> bool:
+        frame = sys._current_frames()[main_thread.ident or 0]
+        return frame.f_code.co_name == "_wait_for_change"
+
+    def interrupt() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        wait_until(waits)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            console.show()
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
