@@ -25,13 +25,13 @@ from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
 from horovod.runner.http.http_server import RendezvousServer
 
 from benchmarks.report import Case, Figures
-from horovodrunner.core.job import Outcome, Success
-from horovodrunner.core.topology import Member
-from horovodrunner.task.channel import HubLink, SilentDriver
-from horovodrunner.task.checkpoints import LatestDecision
-from horovodrunner.task.coordinator import Coordinator
-from horovodrunner.task.horovodrun import Rendezvous, assign_slots
-from horovodrunner.task.hub import Hub
+from horovodrunner.flows.checkpoints.task import LatestDecision
+from horovodrunner.placement.rendezvous import Rendezvous, assign_slots
+from horovodrunner.placement.topology import Member
+from horovodrunner.processes.task.coordinator import Coordinator
+from horovodrunner.processes.task.links import HubLink, SilentDriver
+from horovodrunner.processes.task.peer_server import Hub
+from horovodrunner.wire.job import Outcome, Success
 
 SIZES = (32, 128, 512, 1024)
 RANKS_ON_A_HOST = 8

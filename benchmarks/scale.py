@@ -28,7 +28,7 @@ from horovodrunner import HorovodRunner
 
 SIZES = (2, 8, 32, 64)
 CORES = 32
-_SPAWN = "import horovodrunner.worker.__main__"
+_SPAWN = "import horovodrunner.processes.worker.__main__"
 
 
 class _Console(io.StringIO):

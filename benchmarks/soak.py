@@ -28,7 +28,7 @@ import psutil
 from pyspark.sql import SparkSession
 
 from horovodrunner import HorovodRunner
-from horovodrunner.driver.slots import total_slots
+from horovodrunner.processes.driver.slots import total_slots
 from tests import processes
 from tests.conftest import (
     TEMPORARY,

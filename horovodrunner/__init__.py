@@ -28,8 +28,8 @@ from horovodrunner.errors import (
 
 if TYPE_CHECKING:
     from horovodrunner import checkpoint
-    from horovodrunner.driver.runner import HorovodRunner, SavedCheckpoint
-    from horovodrunner.worker.context import log_to_driver
+    from horovodrunner.processes.worker.context import log_to_driver
+    from horovodrunner.runner import HorovodRunner, SavedCheckpoint
 
 __all__ = [
     "ArgumentTypeError",
@@ -55,9 +55,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "HorovodRunner": "horovodrunner.driver.runner",
-    "SavedCheckpoint": "horovodrunner.driver.runner",
-    "log_to_driver": "horovodrunner.worker.context",
+    "HorovodRunner": "horovodrunner.runner",
+    "SavedCheckpoint": "horovodrunner.runner",
+    "log_to_driver": "horovodrunner.processes.worker.context",
 }
 
 

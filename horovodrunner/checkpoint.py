@@ -28,9 +28,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from horovodrunner.core import checked
+from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, CheckpointError
-from horovodrunner.worker.context import WorkerContext, current_context, log_to_driver
+from horovodrunner.processes.worker.context import WorkerContext, current_context, log_to_driver
 
 __all__ = ["Checkpoint", "attempt", "latest", "load_torch", "save", "save_torch"]
 

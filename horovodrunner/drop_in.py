@@ -10,7 +10,7 @@ import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import NamedTuple
 
-from horovodrunner.core.showing import warn
+from horovodrunner.flows.logs.showing import warn
 
 __all__ = [
     "Found",

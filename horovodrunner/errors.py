@@ -68,7 +68,7 @@ class HorovodRunnerError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """Return what IPython shows: the user's frames, not those of this package."""
-        from horovodrunner.core.tracebacks import in_cell  # not needed by most processes
+        from horovodrunner.flows.outcome.tracebacks import in_cell  # not needed by most processes
 
         return in_cell(self, self.__str__)
 
@@ -166,7 +166,7 @@ class WorkerFailedError(HorovodRunnerError):
 
     def _render_traceback_(self) -> list[str]:
         """Return what IPython shows: the cause first, and then what else is known."""
-        from horovodrunner.core.tracebacks import in_cell
+        from horovodrunner.flows.outcome.tracebacks import in_cell
 
         told = f"On rank {self.rank}:\n{self.traceback.rstrip()}" if self.traceback else ""
         return in_cell(self, lambda: self._with_attempts(self._parts("")), told)

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from horovodrunner.core import tracebacks
-from horovodrunner.core.called import called_signature, name_of
-from horovodrunner.core.checked import shown
 from horovodrunner.errors import ArgumentTypeError, HorovodRunnerError
+from horovodrunner.flows.call.called import called_signature, name_of
+from horovodrunner.flows.outcome import tracebacks
+from horovodrunner.validation import shown
 
 __all__ = ["explained", "wrong_options", "wrong_run"]
 

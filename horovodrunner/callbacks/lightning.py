@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from horovodrunner.callbacks.bases import base_classes
-from horovodrunner.worker.training_log import TrainingLog, count_or_none
+from horovodrunner.flows.logs.training_log import TrainingLog, count_or_none
 
 __all__ = ["LogCallback"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from horovodrunner.core import checked
-from horovodrunner.worker.training_log import TrainingLog
+from horovodrunner import validation as checked
+from horovodrunner.flows.logs.training_log import TrainingLog
 
 __all__ = ["LogCallback"]
 

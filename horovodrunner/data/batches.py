@@ -14,13 +14,13 @@ from typing import Any, Generic, TypeVar, get_args
 import numpy as np
 import pyarrow as pa
 
-from horovodrunner.core import checked
+from horovodrunner import validation as checked
 from horovodrunner.data.formats import Format
 from horovodrunner.data.order import EpochOrder, EpochSteps, Remainder
 from horovodrunner.data.shares import OwnRowsSteps
 from horovodrunner.data.stored import Block, BlockReader
 from horovodrunner.errors import ArgumentValueError
-from horovodrunner.worker.context import current_context, log_to_driver
+from horovodrunner.processes.worker.context import current_context, log_to_driver
 
 __all__ = ["Batches", "ReadOptions", "own_rank_and_size"]
 

@@ -13,11 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from horovodrunner.core.places import LocalPlace, open_place
 from horovodrunner.data.dataset import DataSet
 from horovodrunner.data.origin import Origin
 from horovodrunner.data.stored import MANIFEST, Manifest
 from horovodrunner.errors import DataError
+from horovodrunner.storage import LocalPlace, open_place
 
 __all__ = ["DataSetCache", "cache"]
 

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from horovodrunner.core import checked
-from horovodrunner.core.column_names import as_written
+from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentValueError, DataError
+from horovodrunner.spark.column_names import as_written
 
 __all__ = [
     "NO_ARRAYS",

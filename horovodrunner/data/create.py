@@ -16,11 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from horovodrunner.core import checked
-from horovodrunner.core.column_names import map_by_name
-from horovodrunner.core.dataframes import check_dataframe
-from horovodrunner.core.places import is_url, local_path, open_place
-from horovodrunner.core.spark_errors import told_as
+from horovodrunner import validation as checked
 from horovodrunner.data.cache import cache, remove
 from horovodrunner.data.columns import (
     Column,
@@ -41,6 +37,10 @@ from horovodrunner.errors import (
     ConfigurationError,
     DataError,
 )
+from horovodrunner.spark.column_names import map_by_name
+from horovodrunner.spark.dataframes import check_dataframe
+from horovodrunner.spark.errors import told_as
+from horovodrunner.storage import is_url, local_path, open_place
 from horovodrunner.usage import explained
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.core import checked
+from horovodrunner import validation as checked
 from horovodrunner.data.batches import Batches, ReadOptions, own_rank_and_size
 from horovodrunner.data.columns import Column
 from horovodrunner.data.formats import ArrowFormat, NumpyFormat, arrow_schema

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from horovodrunner.core import checked
+from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentValueError, ConfigurationError, DataError
 
 __all__ = ["decode_images"]

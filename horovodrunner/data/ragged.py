@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from horovodrunner.core import checked
+from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentValueError
 
 __all__ = ["Ragged"]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from horovodrunner.core.column_names import numbered
 from horovodrunner.data.columns import Column
 from horovodrunner.errors import DataError
+from horovodrunner.spark.column_names import numbered
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from horovodrunner.core.places import LocalPlace, open_place
 from horovodrunner.data.columns import Column
 from horovodrunner.data.writing import stored_schema
 from horovodrunner.errors import DataError
+from horovodrunner.storage import LocalPlace, open_place
 
 __all__ = ["MANIFEST", "Block", "BlockReader", "Manifest", "StoredFile"]
 

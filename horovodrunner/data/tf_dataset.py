@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from horovodrunner.core.endless import refuse_without_end
 from horovodrunner.data.batches import Batches
 from horovodrunner.data.columns import Column
 from horovodrunner.data.formats import nested
 from horovodrunner.data.ragged import Ragged
+from horovodrunner.processes.worker.endless import refuse_without_end
 
 __all__ = ["refuse_a_digest", "tf_dataset"]
 

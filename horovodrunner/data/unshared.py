@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.core.env import DATA_DIRECTORY
-from horovodrunner.core.payload import travels_along
 from horovodrunner.data.columns import Column, NullPolicy
 from horovodrunner.data.dataset import DataSet
 from horovodrunner.data.stored import BlockReader
 from horovodrunner.errors import ArgumentValueError, DataError
+from horovodrunner.pickling.payload import travels_along
+from horovodrunner.placement.environment import DATA_DIRECTORY
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -15,9 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from horovodrunner.core.places import open_place
 from horovodrunner.data.columns import NO_ARRAYS, Column, Lengths, NullPolicy, merged, stored
 from horovodrunner.errors import DataError
+from horovodrunner.storage import open_place
 
 __all__ = [
     "BLOCK_BYTES",

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from horovodrunner.core.topology import compose_devices
 from horovodrunner.errors import ConfigurationError
+from horovodrunner.placement.topology import compose_devices
 
 __all__ = ["Device", "current_device", "gpu_index"]
 

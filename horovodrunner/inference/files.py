@@ -28,8 +28,8 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from horovodrunner.core.column_names import as_written
 from horovodrunner.errors import DataError
+from horovodrunner.spark.column_names import as_written
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

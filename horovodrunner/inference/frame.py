@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from horovodrunner.core import checked
-from horovodrunner.core.arrow import map_in_arrow
-from horovodrunner.core.column_names import fields_twice, numbered
-from horovodrunner.core.dataframes import check_dataframe
-from horovodrunner.core.showing import show_text
-from horovodrunner.core.spark_errors import told_as
+from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentValueError, DataError
+from horovodrunner.flows.logs.showing import show_text
 from horovodrunner.inference.files import FileScan, parts_dataframe, plain_scan, read_parts
 from horovodrunner.inference.model import Model
 from horovodrunner.inference.options import Options, Shapes, handle_of, spark_type
 from horovodrunner.inference.scoring import Scoring, score
 from horovodrunner.inference.transforming import Transform
+from horovodrunner.spark.arrow import map_in_arrow
+from horovodrunner.spark.column_names import fields_twice, numbered
+from horovodrunner.spark.dataframes import check_dataframe
+from horovodrunner.spark.errors import told_as
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from horovodrunner.core.pickled import Pickler
-from horovodrunner.core.words import in_one_line
 from horovodrunner.errors import PayloadError
+from horovodrunner.formatting import in_one_line
+from horovodrunner.pickling.pickled import Pickler
 
 __all__ = ["Frozen", "freeze", "restore"]
 
@@ -129,8 +129,8 @@ def freeze(thing: object, file: BinaryIO, names: Mapping[str, Any] | None = None
     try:
         pickler.dump(thing)
     except Exception as error:  # whatever a __reduce__ raises
-        from horovodrunner.core.culprit import find_culprit  # hardly ever needed
-        from horovodrunner.core.staying import Staying
+        from horovodrunner.pickling.culprit import find_culprit  # hardly ever needed
+        from horovodrunner.pickling.staying import Staying
 
         model = thing[0] if isinstance(thing, tuple) else thing
         kind = f"the model ({type(model).__module__}.{type(model).__qualname__})"

@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Callable
 from typing import BinaryIO
 
-from horovodrunner.core.peers import is_our_own
+from horovodrunner.wire.peers import is_our_own
 
 __all__ = ["HostCopy", "local_directory"]
 

@@ -34,7 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from horovodrunner.core import checked
+from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
 
 __all__ = [

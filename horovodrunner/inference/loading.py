@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, cast
 
-from horovodrunner.core.env import KEPT_MODELS
-from horovodrunner.core.memory_limit import memory_hint
 from horovodrunner.errors import ConfigurationError, HorovodRunnerError
 from horovodrunner.inference import frozen
 from horovodrunner.inference.devices import Device, current_device
 from horovodrunner.inference.host_copy import HostCopy, local_directory
 from horovodrunner.inference.parcels import Parcel
+from horovodrunner.memory_limit import memory_hint
+from horovodrunner.placement.environment import KEPT_MODELS
 
 if TYPE_CHECKING:
     import numpy as np

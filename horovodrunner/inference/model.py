@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import cloudpickle
 
-from horovodrunner.core import checked
-from horovodrunner.core.manifest import MANIFEST_NAME, Manifest
-from horovodrunner.core.payload import format_bytes
-from horovodrunner.core.places import LocalPlace, open_place
+from horovodrunner import validation as checked
 from horovodrunner.errors import (
     ArgumentTypeError,
     CheckpointError,
     ConfigurationError,
     PayloadError,
 )
+from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest
 from horovodrunner.inference.frozen import freeze
 from horovodrunner.inference.loading import ModelHandle
 from horovodrunner.inference.shipping import Shipment
+from horovodrunner.pickling.payload import format_bytes
+from horovodrunner.storage import LocalPlace, open_place
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

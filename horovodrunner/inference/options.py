@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from horovodrunner.core import checked
+from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 from horovodrunner.inference.inputs import InputPlan
 from horovodrunner.inference.loading import ModelHandle

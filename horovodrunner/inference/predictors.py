@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from horovodrunner.core.called import called_signature
 from horovodrunner.errors import ConfigurationError
+from horovodrunner.flows.call.called import called_signature
 from horovodrunner.inference.host_copy import local_directory
 from horovodrunner.inference.outputs import OutputError
 

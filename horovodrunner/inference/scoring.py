@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from horovodrunner.core.memory_limit import memory_hint
 from horovodrunner.errors import HorovodRunnerError, PredictionError
 from horovodrunner.inference.ahead import ReadAhead
 from horovodrunner.inference.batching import Arrays, Batch, Piece, expanded, rebatched
@@ -34,6 +33,7 @@ from horovodrunner.inference.inputs import (
 from horovodrunner.inference.loading import ModelHandle, Predictor, load
 from horovodrunner.inference.outputs import OutputError, to_arrow, to_arrow_by_row
 from horovodrunner.inference.transforming import Transform, transformed
+from horovodrunner.memory_limit import memory_hint
 
 __all__ = ["Scored", "Scoring", "score"]
 

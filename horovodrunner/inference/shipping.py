@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.driver.session import is_connect
 from horovodrunner.inference.parcels import Parcel, Piece
+from horovodrunner.spark.session import is_connect
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from horovodrunner.core import checked
-from horovodrunner.core.column_names import literal
-from horovodrunner.core.spark_errors import told_as
-from horovodrunner.driver.session import find_session
+from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, PredictionError
 from horovodrunner.inference.model import Model
 from horovodrunner.inference.options import Options, Shapes, handle_of, spark_type
 from horovodrunner.inference.scoring import Scoring, score
 from horovodrunner.inference.transforming import Transform
+from horovodrunner.spark.column_names import literal
+from horovodrunner.spark.errors import told_as
+from horovodrunner.spark.session import find_session
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -4,8 +4,8 @@ Horovod's own ``horovod.tensorflow.keras`` hooks into methods that Keras 3 no lo
 ``DistributedOptimizer`` trains without averaging and says nothing. The names here are Horovod's,
 with its signatures, for Keras 3 on TensorFlow and on torch. In a worker, ``import
 horovod.tensorflow.keras as hvd`` and ``import horovod.keras as hvd`` give them already
-(:mod:`horovodrunner.worker.horovod_keras`); elsewhere, under ``horovodrun`` say, import them from
-here::
+(:mod:`horovodrunner.processes.worker.horovod_keras`); elsewhere, under ``horovodrun`` say,
+import them from here::
 
     import horovod.tensorflow as hvd
     import keras

@@ -10,11 +10,11 @@ from typing import Any
 
 import keras
 
-from horovodrunner.core import checked
+from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 from horovodrunner.keras.backend import collectives, hvd
 from horovodrunner.keras.options import Options
-from horovodrunner.worker.context import log_to_driver
+from horovodrunner.processes.worker.context import log_to_driver
 
 __all__ = ["DistributedOptimizer", "is_distributed", "load_model"]
 

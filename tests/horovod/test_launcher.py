@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from horovodrunner.core.topology import Member, Slot
-from horovodrunner.task import horovodrun
-from horovodrunner.task.horovodrun import Rendezvous, assign_slots
+from horovodrunner.placement import rendezvous as horovodrun
+from horovodrunner.placement.rendezvous import Rendezvous, assign_slots
+from horovodrunner.placement.topology import Member, Slot
 from tests import processes
 from tests.waiting import wait_until
 

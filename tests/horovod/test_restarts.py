@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from horovodrunner import HorovodRunner, WorkerFailedError
-from horovodrunner.driver import slots
+from horovodrunner.processes.driver import slots
 from tests.conftest import workers_left
 from tests.waiting import wait_until
 

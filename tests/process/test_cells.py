@@ -98,7 +98,7 @@ def test_cells_show_the_users_code_and_the_cause(tmp_path: Path) -> None:
         interrupted[-1],
     )
     assert len(interrupted) < 15
-    assert [line for line in full if "horovodrunner/driver/console.py" in line]
+    assert [line for line in full if "horovodrunner/flows/logs/driver.py" in line]
 
 
 SCRIPT = """
@@ -126,7 +126,7 @@ def test_scripts_show_one_frame_of_this_package_unless_all_are_asked_for(
         env={**os.environ, "HOROVODRUNNER_FULL_TRACEBACK": full},
     )
     own = re.findall(r'File "\S+/horovodrunner/(\S+)"', done.stderr)
-    assert own[-1:] == ["driver/outcome.py"] if full else own == ["usage.py"]
+    assert own[-1:] == ["flows/outcome/driver.py"] if full else own == ["usage.py"]
     assert 'raise ValueError("too large")' in done.stderr
 
 

@@ -25,7 +25,7 @@ from horovodrunner import (
     WorkerFailedError,
     checkpoint,
 )
-from horovodrunner.task.depot import StoreDepot
+from horovodrunner.flows.checkpoints.backend import StoreDepot
 from tests.process import mains
 from tests.waiting import wait_until
 

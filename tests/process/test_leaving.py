@@ -67,7 +67,7 @@ def test_a_worker_ends_as_an_interpreter_does(
 def test_what_needs_the_ordinary_way_out_gets_it(loaded: str, injected: str, expected: str) -> None:
     script = f"""
         import os, sys, types
-        from horovodrunner.worker.leaving import leave
+        from horovodrunner.processes.worker.leaving import leave
 
         class Global:
             def __del__(self, write=os.write):
@@ -89,7 +89,7 @@ def test_hdf5_files_are_complete(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py")
     script = f"""
         import h5py
-        from horovodrunner.worker.leaving import leave
+        from horovodrunner.processes.worker.leaving import leave
 
         kept = h5py.File({str(tmp_path / "weights.h5")!r}, "w")
         kept["weights"] = [1.0, 2.0]

@@ -159,7 +159,7 @@ def test_the_ranks_own_exception_is_the_cause_and_its_traceback_the_users() -> N
     assert isinstance(error.__cause__, ValueError)
     assert "in fail" in error.traceback
     assert "mains.py" in error.traceback
-    assert "horovodrunner/worker" not in error.traceback
+    assert "horovodrunner/processes/worker" not in error.traceback
 
 
 def test_an_exception_that_does_not_unpickle_is_still_told() -> None:
@@ -408,7 +408,7 @@ def test_without_horovod_the_command_that_builds_it_is_named(tmp_path: Path) -> 
 def test_a_task_that_fails_itself_ends_the_run_with_its_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from horovodrunner.task import horovodrun
+    from horovodrunner.placement import rendezvous as horovodrun
 
     def refuse(*_: Any) -> None:
         raise OSError("no port left")
@@ -579,7 +579,7 @@ def test_a_large_argument_arrives_whole() -> None:
 def test_a_worker_that_does_not_leave_is_stopped_and_its_result_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from horovodrunner.task import supervisor
+    from horovodrunner.processes.task import supervisor
 
     monkeypatch.setattr(supervisor, "TEARDOWN_SECONDS", 0.5)
     assert run(mains.leave_a_thread, np=-1) == "result"
@@ -615,7 +615,7 @@ def test_no_secret_is_on_a_command_line() -> None:
         return psutil.Process().cmdline() + psutil.Process(os.getppid()).cmdline()
 
     words = " ".join(run(main, np=-1))
-    assert "horovodrunner.worker" in words
+    assert "horovodrunner.processes.worker" in words
     assert "token" not in words.lower()
     assert max(len(word) for word in words.split()) < 300
 

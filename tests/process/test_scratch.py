@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from horovodrunner.task.scratch import Scratch
+from horovodrunner.processes.task.scratch import Scratch
 from tests.processes import PIPE, started
 
 HOLD = """
 import sys, time
-from horovodrunner.task.scratch import Scratch
+from horovodrunner.processes.task.scratch import Scratch
 print(Scratch("abc", sys.argv[1]).path, flush=True)
 time.sleep(600)
 """

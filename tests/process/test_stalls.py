@@ -10,7 +10,7 @@ import time
 import pytest
 
 from horovodrunner import HorovodRunner, StallTimeoutError
-from horovodrunner.task import coordinator
+from horovodrunner.processes.task import coordinator
 from tests.process import mains
 
 
@@ -39,7 +39,7 @@ def test_a_rank_that_does_not_answer_ends_the_run_with_every_ranks_stack(
         assert "its state is 'stopped'" in error.stacks[on_rank]
     else:
         assert "in freeze" in error.stacks[on_rank]
-    assert "worker/__main__.py" not in str(error)
+    assert "processes/worker/__main__.py" not in str(error)
     assert f"[{1 - on_rank}]<stack>:" in capsys.readouterr().out
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from horovodrunner import HorovodRunner, WorkerFailedError
-from horovodrunner.core import payload
-from horovodrunner.core.job import WorkerSpec
-from horovodrunner.task import process as process_module
-from horovodrunner.task.process import WorkerProcess, describe_exit
+from horovodrunner.pickling import payload
+from horovodrunner.processes.task import process as process_module
+from horovodrunner.processes.task.process import WorkerProcess, describe_exit
+from horovodrunner.wire.job import WorkerSpec
 from tests.process import mains
 
 

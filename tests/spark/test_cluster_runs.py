@@ -27,7 +27,8 @@ from horovodrunner import (
     WorkerFailedError,
     checkpoint,
 )
-from horovodrunner.driver import addresses, cluster, session, slots
+from horovodrunner.processes.driver import addresses, cluster, slots
+from horovodrunner.spark import session
 from tests.conftest import marked_processes, workers_left
 from tests.process import breaks, mains
 from tests.process.travelling import module_by_value
@@ -408,7 +409,7 @@ def test_without_the_driver_a_result_comes_in_rows_as_large_as_spark_takes(
 def test_an_interrupt_while_the_result_is_sent_ends_the_run(
     spark: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from horovodrunner.driver import channel
+    from horovodrunner.processes.driver import channel
 
     def slowly(connection: Any, *_: Any) -> None:
         connection.send("go")

@@ -31,7 +31,7 @@ HEAD = """
     from pathlib import Path
     from pyspark.sql import SparkSession
     from horovodrunner import *
-    from horovodrunner.driver import cluster
+    from horovodrunner.processes.driver import cluster
 
     address, directory = sys.argv[1:]
     spark = SparkSession.builder.remote(address).getOrCreate()
@@ -233,7 +233,7 @@ def test_the_server_ends_the_run_of_a_client_that_died(server: str, tmp_path: Pa
     ) as process:
         while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.02)
-        assert any("horovodrunner.worker" in command for command in marked_processes())
+        assert any("horovodrunner.processes.worker" in command for command in marked_processes())
         process.kill()
         process.wait()
     assert workers_left() == []

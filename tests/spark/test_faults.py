@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from horovodrunner import BarrierStageError, HorovodRunner, WorkerFailedError
-from horovodrunner.driver import addresses, slots
+from horovodrunner.processes.driver import addresses, slots
 from tests import processes
 from tests.conftest import workers_left
 from tests.process import mains
@@ -300,7 +300,7 @@ def test_a_channel_that_breaks_leaves_the_run_alone(
     capsys: pytest.CaptureFixture[str],
     executor_logs: Path,
 ) -> None:
-    from horovodrunner.driver import channel
+    from horovodrunner.processes.driver import channel
 
     proxy = Proxy()
     listen = channel.DriverChannel.open

@@ -41,8 +41,8 @@ SCRIPT = """
     from pathlib import Path
     from pyspark.sql import SparkSession
     from horovodrunner import HorovodRunner
-    from horovodrunner.core import payload
-    from horovodrunner.driver.early_imports import early_imports
+    from horovodrunner.pickling import payload
+    from horovodrunner.flows.call.early_imports import early_imports
 
     discovery, directory, calls = sys.argv[1:]
 

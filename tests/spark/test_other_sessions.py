@@ -162,7 +162,7 @@ def test_a_standalone_cluster_without_any_slot_and_with_two_executors(
     script = f"""
         import warnings
         from horovodrunner import ClusterCapacityError, WorkerFailedError
-        from horovodrunner.driver import slots
+        from horovodrunner.processes.driver import slots
         quiet_seconds, slots.QUIET_SECONDS = slots.QUIET_SECONDS, 1.0
         warnings.simplefilter("ignore", DeprecationWarning)
         builder = builder.master("{standalone_master}")
@@ -201,7 +201,7 @@ def test_executors_that_end_before_they_register_are_told_with_their_last_words(
 ) -> None:
     script = """
         from horovodrunner import StartTimeoutError
-        from horovodrunner.driver import slots
+        from horovodrunner.processes.driver import slots
         slots.NOTE_SECONDS = 1.0
         builder = builder.config("spark.executor.extraJavaOptions", "-javaagent:/nope.jar")
         spark = builder.master("local-cluster[1,1,1024]").getOrCreate()

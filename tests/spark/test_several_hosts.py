@@ -267,7 +267,7 @@ def test_without_any_other_address_it_is_the_loopback_one(alpha: Host) -> None:
 def found_addresses(host: Host, cases: list[list[Any]]) -> list[list[str]]:
     script = """
         import json, sys
-        from horovodrunner.task.network import find_address
+        from horovodrunner.processes.task.network import find_address
         print(json.dumps([find_address(*case) for case in json.loads(sys.argv[1])]))
     """
     output = host.run(sys.executable, "-c", textwrap.dedent(script), json.dumps(cases))

@@ -14,8 +14,8 @@ import pytest
 
 from horovodrunner import HorovodRunner, data
 from horovodrunner.data.dealing import CONTROL
-from horovodrunner.driver.rows import stage_input
 from horovodrunner.errors import ArgumentValueError, DataError
+from horovodrunner.flows.rows.driver import stage_input
 
 pytestmark = pytest.mark.spark
 

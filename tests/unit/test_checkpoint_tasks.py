@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from horovodrunner.core.manifest import Manifest
-from horovodrunner.core.topology import Member
-from horovodrunner.task import checkpoints
-from horovodrunner.task.checkpoints import Courier, LatestCopy, LatestDecision
-from horovodrunner.task.depot import StoreDepot
-from horovodrunner.task.store import CheckpointStore
+from horovodrunner.flows.checkpoints import task as checkpoints
+from horovodrunner.flows.checkpoints.backend import StoreDepot
+from horovodrunner.flows.checkpoints.manifest import Manifest
+from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.checkpoints.task import Courier, LatestCopy, LatestDecision
+from horovodrunner.placement.topology import Member
 
 
 class CountingDepot(StoreDepot):

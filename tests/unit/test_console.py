@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import pytest
 
 from horovodrunner import log_to_driver
-from horovodrunner.core import showing
-from horovodrunner.driver import console as console_module
-from horovodrunner.driver.console import Console
+from horovodrunner.flows.logs import driver as console_module
+from horovodrunner.flows.logs import showing
+from horovodrunner.flows.logs.driver import Console
 from tests import processes
 from tests.waiting import wait_until
 
@@ -199,7 +199,7 @@ def test_a_warning_that_cannot_be_shown_ends_nothing(monkeypatch: pytest.MonkeyP
 
 INTERRUPTS = """
 import random, signal, threading
-from horovodrunner.driver.console import Console
+from horovodrunner.flows.logs.driver import Console
 
 console = Console()
 signal.signal(signal.SIGALRM, signal.default_int_handler)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from horovodrunner.core.job import Failure, Outcome, Success
-from horovodrunner.core.phases import Phase
-from horovodrunner.core.topology import Slot
-from horovodrunner.task.coordinator import Coordinator
+from horovodrunner.flows.telemetry.phases import Phase
+from horovodrunner.placement.topology import Slot
+from horovodrunner.processes.task.coordinator import Coordinator
+from horovodrunner.wire.job import Failure, Outcome, Success
 
 
 class Driver:

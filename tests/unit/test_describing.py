@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from horovodrunner.worker import describing
-from horovodrunner.worker.describing import Description, describe, exit_code_of
+from horovodrunner.flows.outcome import worker as describing
+from horovodrunner.flows.outcome.worker import Description, describe, exit_code_of
 
 
 def described(error: BaseException) -> Description:

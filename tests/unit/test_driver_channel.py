@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 
 from horovodrunner import ConfigurationError
-from horovodrunner.core.job import Failure, JobSpec, Outcome
-from horovodrunner.driver.channel import RETRY_REFUSED, DriverChannel
-from horovodrunner.driver.console import Console
-from horovodrunner.task.channel import RemoteDriver, SilentDriver, register_with_driver
+from horovodrunner.flows.logs.driver import Console
+from horovodrunner.processes.driver.channel import RETRY_REFUSED, DriverChannel
+from horovodrunner.processes.task.links import RemoteDriver, SilentDriver, register_with_driver
+from horovodrunner.wire.job import Failure, JobSpec, Outcome
 
 TOKEN = b"t" * 32
 

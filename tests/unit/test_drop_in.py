@@ -88,9 +88,7 @@ class TestHorovodRunner:
 
         monkeypatch.setattr(runner_class, "_run_on_spark", lambda *_: None)
         monkeypatch.setattr(runner_class, "_shares_terminal", lambda *_: False)
-        monkeypatch.setattr(
-            "horovodrunner.driver.runner.run_attempts", lambda launch, *_: launch(1)
-        )
+        monkeypatch.setattr("horovodrunner.runner.run_attempts", lambda launch, *_: launch(1))
         runner = runner_class(np=0, driver_log_verbosity="all")
         with pytest.warns() as caught:
             runner.run(main)
@@ -125,7 +123,11 @@ def test_it_is_installed_as_a_top_level_package() -> None:
     """
     given = json.loads(python(script))
     packages = set(given["packages"])
-    assert packages >= {"horovodrunner", "horovodrunner.worker", "horovodrunner.callbacks"}
+    assert packages >= {
+        "horovodrunner",
+        "horovodrunner.processes.worker",
+        "horovodrunner.callbacks",
+    }
     assert packages >= {"sparkdl", "sparkdl.horovod", "sparkdl.horovod.tensorflow"}
     assert not [name for name in packages if name.startswith("horovodrunner.compat.sparkdl")]
     assert given["package_dir"] == {"sparkdl": "horovodrunner/compat/sparkdl"}

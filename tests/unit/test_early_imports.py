@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from horovodrunner.core import payload
-from horovodrunner.driver.early_imports import early_imports
+from horovodrunner.flows.call.early_imports import early_imports
+from horovodrunner.pickling import payload
 
 TRAINS = ("torch", "torch._dynamo", "horovod.torch")
 FIT = """

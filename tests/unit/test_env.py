@@ -2,7 +2,7 @@
 
 import json
 
-from horovodrunner.core.env import (
+from horovodrunner.placement.environment import (
     forwarded_environment,
     hash_seed,
     slot_environment,
@@ -10,7 +10,7 @@ from horovodrunner.core.env import (
     torchrun_environment,
     worker_base_environment,
 )
-from horovodrunner.core.topology import Slot
+from horovodrunner.placement.topology import Slot
 
 SLOT = Slot(
     partition=3, rank=5, size=8, local_rank=1, local_size=4, cross_rank=2, cross_size=3,

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from horovodrunner import ConfigurationError
-from horovodrunner.core.job import JobSpec
-from horovodrunner.driver.channel import DriverChannel
-from horovodrunner.driver.console import Console
-from horovodrunner.task import files as module
-from horovodrunner.task.files import BroughtFiles, DriverFiles, LocalFiles
+from horovodrunner.flows.artifacts import task as module
+from horovodrunner.flows.artifacts.task import BroughtFiles, DriverFiles, LocalFiles
+from horovodrunner.flows.logs.driver import Console
+from horovodrunner.processes.driver.channel import DriverChannel
+from horovodrunner.wire.job import JobSpec
 
 TOKEN = b"t" * 32
 EVENT = '{"ph": "B", "name": "ALLREDUCE", "ts": 1, "pid": 1}'

@@ -16,14 +16,14 @@ from collections.abc import Awaitable, Callable, Iterator
 import psutil
 import pytest
 
-from horovodrunner.core import connection as connection_module
-from horovodrunner.core.connection import (
+from horovodrunner.wire import connection as connection_module
+from horovodrunner.wire.connection import (
     AuthenticationError,
     Connection,
     FrameServer,
     connect,
 )
-from horovodrunner.core.frames import (
+from horovodrunner.wire.frames import (
     MAGIC,
     MAX_BODY_BYTES,
     MAX_HEADER_BYTES,

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from horovodrunner.core.connection import connect
-from horovodrunner.core.job import JobSpec
-from horovodrunner.driver import gathering as driver_gathering
-from horovodrunner.driver.channel import DriverChannel
-from horovodrunner.driver.console import Console
-from horovodrunner.task.gathering import Gathering
+from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.members import driver as driver_gathering
+from horovodrunner.flows.members.task import Gathering
+from horovodrunner.processes.driver.channel import DriverChannel
+from horovodrunner.wire.connection import connect
+from horovodrunner.wire.job import JobSpec
 
 TOKEN = b"t" * 32
 

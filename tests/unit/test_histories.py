@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from horovodrunner.driver.histories import new_history, newest_history
-from horovodrunner.task.store import CheckpointStore
+from horovodrunner.flows.checkpoints.driver import new_history, newest_history
+from horovodrunner.flows.checkpoints.store import CheckpointStore
 
 
 def save(store: CheckpointStore, step: int) -> None:

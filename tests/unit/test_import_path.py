@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from horovodrunner.core.import_path import (
+from horovodrunner.flows.call.import_path import (
     ImportPath,
     before_stdlib,
     of_worker,
     start_command,
 )
-from horovodrunner.core.installed import is_of_a_python
+from horovodrunner.pickling.installed import is_of_a_python
 from tests import processes
 
 STDLIB = os.path.dirname(os.__file__)  # noqa: PTH120

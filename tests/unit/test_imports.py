@@ -18,20 +18,20 @@ def _imported_by(statement: str) -> set[str]:
 
 
 def test_a_worker_imports_nothing_of_the_other_processes() -> None:
-    modules = _imported_by("import horovodrunner.worker.__main__")
-    assert not {name for name in modules if name.startswith("horovodrunner.driver")}
-    assert not {name for name in modules if name.startswith("horovodrunner.task")}
+    modules = _imported_by("import horovodrunner.processes.worker.__main__")
+    assert not {name for name in modules if name.startswith("horovodrunner.processes.driver")}
+    assert not {name for name in modules if name.startswith("horovodrunner.processes.task")}
     assert not modules & {"asyncio", "hashlib", "importlib.metadata", "psutil", "pyspark"}
 
 
 def test_a_task_imports_nothing_of_the_driver() -> None:
-    modules = _imported_by("import horovodrunner.task.barrier")
-    assert not {name for name in modules if name.startswith("horovodrunner.driver")}
+    modules = _imported_by("import horovodrunner.processes.task.barrier")
+    assert not {name for name in modules if name.startswith("horovodrunner.processes.driver")}
 
 
 def test_every_public_name_is_there_when_it_is_asked_for() -> None:
     statement = "from horovodrunner import *; HorovodRunner, checkpoint.save, log_to_driver"
-    assert "horovodrunner.driver.runner" in _imported_by(statement)
+    assert "horovodrunner.runner" in _imported_by(statement)
     assert set(horovodrunner.__all__) <= set(dir(horovodrunner))
 
 

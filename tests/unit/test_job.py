@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from horovodrunner.core.frames import MAX_BODY_BYTES, MAX_HEADER_BYTES, encode_frame
-from horovodrunner.core.job import (
+from horovodrunner.processes.task.coordinator import MAX_CONSEQUENCES, Coordinator
+from horovodrunner.wire.frames import MAX_BODY_BYTES, MAX_HEADER_BYTES, encode_frame
+from horovodrunner.wire.job import (
     Failure,
     FailureKind,
     JobSpec,
@@ -15,7 +16,6 @@ from horovodrunner.core.job import (
     join_chunks,
     split_chunks,
 )
-from horovodrunner.task.coordinator import MAX_CONSEQUENCES, Coordinator
 from tests.unit.test_coordinator import Driver, slots
 
 FIRST = Failure(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from horovodrunner.core.manifest import Manifest, StoredFile, safe_path
+from horovodrunner.flows.checkpoints.manifest import Manifest, StoredFile, safe_path
 
 SHA = "0" * 63 + "f"
 MANIFEST = Manifest(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from horovodrunner.core.arrow import map_in_arrow
+from horovodrunner.spark.arrow import map_in_arrow
 
 WARNING = "PySpark does not yet fully support pandas >= 3.0.0. Some features may not work"
 

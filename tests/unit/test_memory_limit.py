@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from horovodrunner import PredictionError
-from horovodrunner.core.memory_limit import memory_hint
 from horovodrunner.inference.inputs import InputPlan
 from horovodrunner.inference.loading import ModelHandle
 from horovodrunner.inference.scoring import Scoring, score
-from horovodrunner.task.process import describe_exit
+from horovodrunner.memory_limit import memory_hint
+from horovodrunner.processes.task.process import describe_exit
 
 RAN_OUT: dict[str, Exception] = {
     "Python": MemoryError(),

@@ -27,8 +27,6 @@ pytest.importorskip("torch")
 
 import torch
 
-from horovodrunner.core.env import KEPT_MODELS
-from horovodrunner.core.manifest import Manifest, StoredFile
 from horovodrunner.errors import (
     ArgumentTypeError,
     CheckpointError,
@@ -36,12 +34,14 @@ from horovodrunner.errors import (
     DataError,
     PayloadError,
 )
+from horovodrunner.flows.checkpoints.manifest import Manifest, StoredFile
 from horovodrunner.inference import devices, host_copy, loading
 from horovodrunner.inference.devices import Device
 from horovodrunner.inference.frozen import freeze, restore
 from horovodrunner.inference.loading import ModelHandle, load
 from horovodrunner.inference.model import Model
 from horovodrunner.inference.parcels import Parcel, Piece
+from horovodrunner.placement.environment import KEPT_MODELS
 from tests import processes
 
 CPU = Device(None, 0)

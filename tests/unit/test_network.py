@@ -6,7 +6,12 @@ import socket
 import psutil
 import pytest
 
-from horovodrunner.task.network import find_address, host_id, loopback_address, on_free_port
+from horovodrunner.processes.task.network import (
+    find_address,
+    host_id,
+    loopback_address,
+    on_free_port,
+)
 
 
 def test_the_address_belongs_to_the_interface() -> None:

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from horovodrunner.core import culprit, payload
-from horovodrunner.core.pickled import Pickled
 from horovodrunner.errors import PayloadError
+from horovodrunner.pickling import culprit, payload
+from horovodrunner.pickling.pickled import Pickled
 from tests import processes
 
 
@@ -361,7 +361,7 @@ def test_what_is_nested_deeply_travels_both_ways(length: int, tmp_path: Path) ->
 def test_a_high_recursion_limit_of_the_notebook_overflows_no_stack() -> None:
     script = """if True:
         import sys
-        from horovodrunner.core import payload
+        from horovodrunner.pickling import payload
         from tests.unit.test_payload import chain
         sys.setrecursionlimit(10**6)
         payload.dump_call(print, {"x": chain(40_000)})

@@ -373,7 +373,7 @@ class TestTensorFlow:
         from mlflow.data import tensorflow_dataset
         from mlflow.data.code_dataset_source import CodeDatasetSource
 
-        from horovodrunner.worker import notices
+        from horovodrunner.processes.worker import notices
 
         name = "_compute_tensorflow_dataset_digest"
         original = getattr(tensorflow_dataset.TensorFlowDataset, name)

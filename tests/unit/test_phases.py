@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from horovodrunner.core.phases import Phase, Spans
+from horovodrunner.flows.telemetry.phases import Phase, Spans
 
 
 def test_a_phase_lasts_from_the_first_rank_to_the_last_which_is_named() -> None:

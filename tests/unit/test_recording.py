@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from horovodrunner.core.manifest import Manifest
-from horovodrunner.core.record import MAX_ENTRIES, RunRecord, calls_another_main, changes
-from horovodrunner.driver.recording import record_call
+from horovodrunner.flows.call.record import MAX_ENTRIES, RunRecord, calls_another_main, changes
+from horovodrunner.flows.call.recording import record_call
+from horovodrunner.flows.checkpoints.manifest import Manifest
 from tests import processes
 
 CELL = """
 import dataclasses, enum, functools, json, sys, threading
-from horovodrunner.driver.recording import record_call
+from horovodrunner.flows.call.recording import record_call
 LR = 0.1
 step = 7  # optimizer.step() does not read it
 lock = threading.Lock()

@@ -18,15 +18,15 @@ import pyarrow as pa
 import pytest
 
 from horovodrunner import PayloadError
-from horovodrunner.core import pickled as pickled_module
-from horovodrunner.core.job import JobSpec, Outcome, Success, join_chunks, split_chunks
-from horovodrunner.core.pickled import Layout, Pickled, SinkError, write_pickle
-from horovodrunner.core.transfer import BulkConnection, PeerFailedError
-from horovodrunner.driver.channel import DriverChannel
-from horovodrunner.driver.console import Console
-from horovodrunner.driver.outcome import open_outcome
-from horovodrunner.task import results
-from horovodrunner.task.results import DriverResult, LocalResult
+from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.outcome.driver import open_outcome
+from horovodrunner.flows.results import task as results
+from horovodrunner.flows.results.task import DriverResult, LocalResult
+from horovodrunner.pickling import pickled as pickled_module
+from horovodrunner.pickling.pickled import Layout, Pickled, SinkError, write_pickle
+from horovodrunner.processes.driver.channel import DriverChannel
+from horovodrunner.wire.bulk import BulkConnection, PeerFailedError
+from horovodrunner.wire.job import JobSpec, Outcome, Success, join_chunks, split_chunks
 
 TOKEN = b"t" * 32
 LARGE = 8 * 1024 * 1024

@@ -15,7 +15,7 @@ import sparkdl
 
 import horovodrunner
 from horovodrunner import ConfigurationError, HorovodRunner
-from horovodrunner.core import payload
+from horovodrunner.pickling import payload
 
 
 @pytest.fixture(autouse=True)

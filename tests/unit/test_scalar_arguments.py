@@ -15,15 +15,15 @@ import pyarrow as pa
 import pytest
 
 from horovodrunner import ArgumentTypeError, ArgumentValueError, HorovodRunner, checkpoint, data
+from horovodrunner import validation as checked
 from horovodrunner.callbacks import keras as keras_callbacks
 from horovodrunner.callbacks.torch import LogCallback
 from horovodrunner.compat.petastorm import pytorch as petastorm_torch
 from horovodrunner.compat.petastorm.options import ReaderOptions
-from horovodrunner.core import checked
 from horovodrunner.data.dataset import DataSet
+from horovodrunner.flows.logs import training_log
 from horovodrunner.inference import options as inference_options
 from horovodrunner.inference.frame import predict
-from horovodrunner.worker import training_log
 
 
 class Size(enum.IntEnum):

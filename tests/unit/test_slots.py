@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from horovodrunner.driver.resources import TaskRequest, task_request
-from horovodrunner.driver.slots import Holders, _expected_slots
+from horovodrunner.processes.driver.resources import TaskRequest, task_request
+from horovodrunner.processes.driver.slots import Holders, _expected_slots
 
 
 class Session:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from horovodrunner.driver.stage_end import data_problem, stage_end
+from horovodrunner.processes.driver.stage_end import data_problem, stage_end
 
 BARRIER = (
     "An error occurred while calling o65.getResult.\n"
@@ -90,7 +90,7 @@ def test_a_missing_package_is_named() -> None:
 def test_another_release_that_lacks_what_the_driver_sends_is_named() -> None:
     error = (
         "AttributeError: Can't get attribute 'barrier_task' on <module "
-        "'horovodrunner.task.barrier' from '/opt/env/horovodrunner/task/barrier.py'>\n"
+        "'horovodrunner.processes.task.barrier' from '/opt/env/horovodrunner/barrier.py'>\n"
     )
     end = stage_end(Exception(BARRIER + TRACEBACK + error + AFTERWARDS), [])
     assert "another release of horovodrunner" in end.text

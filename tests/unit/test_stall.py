@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from horovodrunner.task.stall import RankState, Stall, StallWatch
+from horovodrunner.processes.task.stall import RankState, Stall, StallWatch
 
 
 def waits(collective: str, seconds: float, at: float = 100.0, surely: bool = True) -> RankState:

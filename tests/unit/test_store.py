@@ -14,10 +14,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from horovodrunner.core.manifest import Manifest
-from horovodrunner.core.places import is_url
 from horovodrunner.errors import ArgumentValueError, ConfigurationError
-from horovodrunner.task.store import CheckpointStore, IncomingCheckpoint, list_tree
+from horovodrunner.flows.checkpoints.manifest import Manifest
+from horovodrunner.flows.checkpoints.store import CheckpointStore, IncomingCheckpoint, list_tree
+from horovodrunner.storage import is_url
 from tests import processes
 
 CONTENT = {"model.pt": b"weights" * 1000, "variables/deep/index": b"", "optimizer.pt": b"\0" * 99}
@@ -139,7 +139,7 @@ def test_content_that_fails_in_the_middle_leaves_only_older_ones(location: str) 
 
 FULL_DISK = """
 import resource, signal, sys
-from horovodrunner.task.store import CheckpointStore
+from horovodrunner.flows.checkpoints.store import CheckpointStore
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 store = CheckpointStore(sys.argv[1], keep=3)

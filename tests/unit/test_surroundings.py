@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 
-from horovodrunner.core import log_settings, payload, pickled
 from horovodrunner.errors import PayloadError
+from horovodrunner.flows.call import log_settings
+from horovodrunner.pickling import payload, pickled
 from tests.processes import run
 
 _RANK = """
 import os, sys
 answer = os.dup(1)
 os.dup2(2, 1)
-from horovodrunner.core import payload
-from horovodrunner.core.pickled import dumps
+from horovodrunner.pickling import payload
+from horovodrunner.pickling.pickled import dumps
 main, kwargs = payload.load(sys.stdin.buffer.read())
 os.write(answer, dumps(main(**kwargs)))
 """
@@ -29,7 +30,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 answer = os.dup(1)
 os.dup2(2, 1)
 exec(compile({cell!r}, "<cell>", "exec"))
-from horovodrunner.core import payload
+from horovodrunner.pickling import payload
 call = payload.dump_call(main, {{}})
 rank = subprocess.run([sys.executable, "-c", {rank!r}], input=call, stdout=subprocess.PIPE)
 assert rank.returncode == 0

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from horovodrunner.task import log as log_module
-from horovodrunner.task.log import TaskLog
+from horovodrunner.flows.logs import task as log_module
+from horovodrunner.flows.logs.task import TaskLog
 
 LINES = b"".join(b"%03d\n" % number for number in range(100))
 

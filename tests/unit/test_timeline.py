@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from horovodrunner.core import timeline
-from horovodrunner.core.timeline import TimelineRepair
+from horovodrunner.flows.artifacts import timeline
+from horovodrunner.flows.artifacts.timeline import TimelineRepair
 
 # As Horovod 0.28.1 writes it: metadata on lines of their own, all events of a tensor on one line.
 HEAD = (

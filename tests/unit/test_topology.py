@@ -2,7 +2,7 @@
 
 import pytest
 
-from horovodrunner.core.topology import (
+from horovodrunner.placement.topology import (
     HostGroup,
     Member,
     compose_devices,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from horovodrunner.callbacks.torch import LogCallback
-from horovodrunner.worker.training_log import TrainingLog, format_logs, format_value
+from horovodrunner.flows.logs.training_log import TrainingLog, format_logs, format_value
 
 
 class Unprintable:

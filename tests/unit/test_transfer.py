@@ -18,15 +18,15 @@ from pathlib import Path
 
 import pytest
 
-from horovodrunner.core.connection import AuthenticationError
-from horovodrunner.core.job import JobSpec
-from horovodrunner.core.manifest import Manifest
-from horovodrunner.core.transfer import BulkConnection
-from horovodrunner.driver.channel import DriverChannel
-from horovodrunner.driver.console import Console
-from horovodrunner.task import depot as depot_module
-from horovodrunner.task.depot import DriverDepot, serve_depot
-from horovodrunner.task.store import CheckpointStore, IncomingCheckpoint
+from horovodrunner.flows.checkpoints import backend as depot_module
+from horovodrunner.flows.checkpoints.backend import DriverDepot, serve_depot
+from horovodrunner.flows.checkpoints.manifest import Manifest
+from horovodrunner.flows.checkpoints.store import CheckpointStore, IncomingCheckpoint
+from horovodrunner.flows.logs.driver import Console
+from horovodrunner.processes.driver.channel import DriverChannel
+from horovodrunner.wire.bulk import BulkConnection
+from horovodrunner.wire.connection import AuthenticationError
+from horovodrunner.wire.job import JobSpec
 from tests import processes
 from tests.waiting import wait_until
 
@@ -382,9 +382,9 @@ def test_a_full_disk_on_the_driver_is_told_at_once_in_its_own_words(
     location = tmp_path / "kept"
     script = f"""
         import resource, sys
-        from horovodrunner.driver.channel import DriverChannel
-        from horovodrunner.driver.console import Console
-        from horovodrunner.task.store import CheckpointStore
+        from horovodrunner.processes.driver.channel import DriverChannel
+        from horovodrunner.flows.logs.driver import Console
+        from horovodrunner.flows.checkpoints.store import CheckpointStore
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
         console = Console()
         store = CheckpointStore({str(location)!r}, keep=3)

@@ -15,20 +15,20 @@ import pyspark
 import pytest
 
 from horovodrunner import StartTimeoutError, data
-from horovodrunner.core import payload
-from horovodrunner.core.env import DATA_DIRECTORY
-from horovodrunner.core.job import JobSpec
 from horovodrunner.data.columns import Column
 from horovodrunner.data.dealing import CONTROL, DealJob, deal_rows
 from horovodrunner.data.order import Remainder
 from horovodrunner.data.shares import OwnRowsSteps, dealt, first_target
 from horovodrunner.data.unshared import UnsharedDataSet
-from horovodrunner.driver import cluster
-from horovodrunner.driver.console import Console
-from horovodrunner.driver.resources import TaskRequest
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
-from horovodrunner.task.files import BroughtFiles
-from horovodrunner.task.rows import TaskRows, Travelling
+from horovodrunner.flows.artifacts.task import BroughtFiles
+from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.rows.task import TaskRows, Travelling
+from horovodrunner.pickling import payload
+from horovodrunner.placement.environment import DATA_DIRECTORY
+from horovodrunner.processes.driver import cluster
+from horovodrunner.processes.driver.resources import TaskRequest
+from horovodrunner.wire.job import JobSpec
 
 COLUMNS = (
     Column(("x",), "number", "int64"),

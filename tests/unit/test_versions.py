@@ -6,7 +6,7 @@ import platform
 
 import cloudpickle
 
-from horovodrunner.core.versions import (
+from horovodrunner.placement.versions import (
     differences,
     differences_in_words,
     installed_versions,

@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from horovodrunner.core.job import JobSpec
-from horovodrunner.driver import addresses, cluster
-from horovodrunner.driver.console import Console
-from horovodrunner.driver.resources import TaskRequest
-from horovodrunner.driver.slots import Holders
-from horovodrunner.task.files import BroughtFiles
+from horovodrunner.flows.artifacts.task import BroughtFiles
+from horovodrunner.flows.logs.driver import Console
+from horovodrunner.processes.driver import addresses, cluster
+from horovodrunner.processes.driver.resources import TaskRequest
+from horovodrunner.processes.driver.slots import Holders
+from horovodrunner.wire.job import JobSpec
 
 
 class Job:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from horovodrunner.worker.watch import MainThreadWatch
+from horovodrunner.processes.worker.watch import MainThreadWatch
 
 
 def module(name: str, source: str, **names: Any) -> Any:

@@ -17,10 +17,10 @@ from horovodrunner.compat.petastorm.frames import FrameTransform
 from horovodrunner.compat.petastorm.options import ReaderOptions
 from horovodrunner.compat.petastorm.schema import Field, Schema
 from horovodrunner.compat.petastorm.urls import without_file_scheme
-from horovodrunner.core.checked import integer
-from horovodrunner.core.dataframes import check_dataframe
-from horovodrunner.core.spark_errors import told_as
 from horovodrunner.errors import ArgumentValueError, DataError
+from horovodrunner.spark.dataframes import check_dataframe
+from horovodrunner.spark.errors import told_as
+from horovodrunner.validation import integer
 
 if TYPE_CHECKING:
     import tensorflow as tf

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from horovodrunner.compat.petastorm.transform import TransformSpec
-from horovodrunner.core.checked import integer
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
+from horovodrunner.validation import integer
 
 __all__ = ["ReaderOptions"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from horovodrunner.compat.absent import PETASTORM, refuse_names
-from horovodrunner.core.checked import integer
 from horovodrunner.errors import DataError
+from horovodrunner.validation import integer
 
 __all__ = ["BatchedDataLoader", "DataLoader"]
 

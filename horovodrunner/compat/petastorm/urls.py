@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import unquote
 
-from horovodrunner.core.places import is_url, local_path, open_file_system, path_of_file_url
+from horovodrunner.storage import is_url, local_path, open_file_system, path_of_file_url
 
 __all__ = ["as_path", "without_file_scheme"]
 

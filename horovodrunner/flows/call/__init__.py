@@ -1,0 +1,1 @@
+"""main and its arguments, out."""

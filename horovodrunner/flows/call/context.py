@@ -1,0 +1,115 @@
+"""What main finds in the notebook without being given it. Runs in: driver and worker.
+
+Settings of libraries, and what was registered with them from cells. They stand before main in the
+pickle, each in a pickle of its own that is opened when that library is imported: a Keras model that
+main refers to is unpickled by the registered names of its layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from binascii import a2b_base64, b2a_base64
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from horovodrunner.flows.call.import_hook import after_import
+from horovodrunner.pickling.pickled import loads
+
+__all__ = ["InSurroundings"]
+
+Part = tuple[str, bytes]
+"""A library, and the pickle of a function and arguments to call it with once it is imported. It is
+in Base64: a pickle within main's would be taken for code that main runs (driver/early_imports)."""
+
+_Dumps = Callable[[object], bytes]
+
+
+class InSurroundings:
+    """Pickles as a value that is unpickled where this process's settings are in force.
+
+    Parameters
+    ----------
+    value
+        The value, which is all that is there afterwards.
+    dumps
+        Pickles settings and registrations.
+    """
+
+    def __init__(self, value: object, dumps: _Dumps) -> None:
+        self._value = value
+        self._parts = _Parts([*_settings_here(dumps), *_registered_here(dumps)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _value_of, (self._parts, self._value)  # in this order
+
+
+class _Parts:
+    """Pickles as their restoration."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._parts = tuple(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self._parts,)
+
+
+def _value_of(_: object, value: Any) -> Any:
+    return value
+
+
+def _restore(parts: Iterable[Part]) -> None:
+    for library, data in parts:
+        after_import(library, functools.partial(_restore_part, library, data))
+
+
+def _restore_part(library: str, data: bytes, _: object) -> None:
+    try:
+        function, arguments = loads(a2b_base64(data))
+    except Exception as error:  # noqa: BLE001 - main may do without
+        warnings.warn(
+            f"what the driver has set or registered in {library} does not come along: "
+            f"{type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    else:
+        function(*arguments)
+
+
+def _settings_here(dumps: _Dumps) -> list[Part]:
+    """Pickle the settings that were changed in this process."""
+    from horovodrunner.flows.call import settings  # where it is not needed it costs a worker time
+
+    return _pickled(
+        dumps,
+        [
+            (library, (settings.take_over, (library, {name: value})))
+            for library, changed in settings.changed_settings()
+            for name, value in changed.items()
+        ],
+    )
+
+
+def _registered_here(dumps: _Dumps) -> list[Part]:
+    """Pickle what was registered from cells, whether or not main refers to it."""
+    from horovodrunner.flows.call import registries
+
+    return _pickled(
+        dumps,
+        [
+            (each.registry.partition(".")[0], (registries.repeat, each))
+            for entries in registries.of_this_process().values()
+            for each in entries
+            if each.is_from_a_cell
+        ],
+    )
+
+
+def _pickled(dumps: _Dumps, calls: Iterable[tuple[str, object]]) -> list[Part]:
+    parts = []
+    for library, call in calls:
+        with contextlib.suppress(Exception):  # main may do without
+            parts.append((library, b2a_base64(dumps(call), newline=False)))
+    return parts

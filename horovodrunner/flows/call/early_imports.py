@@ -1,0 +1,561 @@
+"""Which frameworks main will import, found without running any of its code. Runs in: the driver.
+
+What is looked at is bytecode: that in the pickle, and that of the user's own modules that it names.
+Installed packages are not followed; a table says what the well-known ones import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import importlib
+import io
+import os
+import pickle
+import re
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+from horovodrunner.pickling.installed import holds_installed_packages, is_of_a_python
+
+__all__ = ["early_imports"]
+
+_IN_ORDER = (
+    "numpy",
+    "torch",
+    "torch._dynamo",
+    "horovod.torch",
+    "tensorflow",
+    "horovod.tensorflow",
+    "horovod.tensorflow.keras",
+)
+"""Modules that take long to import and that a worker may import before it knows its rank.
+
+Lightning is none: it notes its rank from the environment when it is imported.
+"""
+
+_FRAMEWORKS = ("numpy", "torch", "tensorflow", "horovod")
+
+_OURS = frozenset({"horovodrunner", "sparkdl", "petastorm", "pyspark", "py4j"})
+
+_MEAN_TENSORFLOW = frozenset({"tf_keras", "tensorflow_datasets", "tensorflow_hub"})
+_MEAN_TORCH = frozenset(
+    {
+        "accelerate",
+        "diffusers",
+        "fastai",
+        "ignite",
+        "monai",
+        "peft",
+        "sentence_transformers",
+        "timm",
+        "torch_geometric",
+        "torchaudio",
+        "torchmetrics",
+        "torchvision",
+        "transformers",
+    }
+)
+_IMPORT_DYNAMO = frozenset({"lightning", "pytorch_lightning"})
+_INSTALLED = frozenset(_FRAMEWORKS).union(_OURS, _MEAN_TENSORFLOW, _MEAN_TORCH, _IMPORT_DYNAMO)
+"""Packages that are never followed, wherever they are."""
+
+_OF_OPTIMIZERS = frozenset(
+    {
+        *("optim", "DistributedOptimizer", "DistributedDataParallel", "fully_shard", "backward"),
+        *("Trainer", "TrainingArguments"),
+    }
+)
+"""Names in code that trains: torch imports ``torch._dynamo`` when the first optimizer is made."""
+
+_CHANGE_IMPORTS = frozenset(
+    {
+        *("putenv", "unsetenv", "setenv", "delenv", "monkeypatch", "load_dotenv"),
+        *("meta_path", "path_hooks", "addsitedir", "setdlopenflags", "CDLL", "PyDLL"),
+        *("import_module", "__import__", "reload", "exec_module", "exec", "run_path", "run_module"),
+        *("set_start_method", "sched_setaffinity", "cpu_affinity"),
+    }
+)
+"""Names in code after which importing a framework may give something else than before."""
+
+_COME_FIRST = frozenset({"comet_ml", "ddtrace", "dotenv", "eventlet", "gevent"})
+"""Packages that change what is imported after them."""
+
+_VARIABLES = re.compile(
+    r"(?:KERAS|TF|OMP|MKL|KMP|GOMP|OPENBLAS|NUMEXPR|CUDA|XLA|TORCH[A-Z]*|PYTORCH|LD)_"
+)
+"""How the names of environment variables begin that frameworks read when they are imported."""
+
+_READS = frozenset({"get", "copy", "items", "keys", "values"})
+"""Methods of ``os.environ`` that change nothing."""
+
+_SILENT = frozenset(
+    {
+        *("CACHE", "COPY", "DUP_TOP", "EXTENDED_ARG", "NOP", "NOT_TAKEN", "PUSH_NULL", "RESUME"),
+        *("SWAP", "TO_BOOL"),
+    }
+)
+"""Instructions that may stand between two that belong together."""
+
+_NO_OBSTACLES = frozenset({"benchmarks", "conftest", "docs", "examples", "setup", "test", "tests"})
+"""Names that stand in many directories, and that no framework imports."""
+
+_NESTED_PICKLE = re.compile(rb"\x80[\x02-\x05]")
+
+_MAX_INSTRUCTIONS = 400_000
+"""So much bytecode is looked at; it takes half a second the first time."""
+
+_MAX_SOURCE_BYTES = 1024 * 1024
+"""A larger module is data, and takes long to compile."""
+
+
+def early_imports(main: Callable[..., Any], payload: bytes) -> tuple[str, ...]:
+    """Find the slow modules that a worker may import while its peers are being gathered.
+
+    Nothing is imported early when something says that the way of importing matters to main: it
+    or a module that it imports changes the environment or the import path, its code cannot be
+    read, or a module of the user's hides an installed one.
+
+    Parameters
+    ----------
+    main
+        The training function.
+    payload
+        The pickled call.
+
+    Returns
+    -------
+    tuple of str
+        Module names, in the order in which they are safe to import; often empty.
+    """
+    try:
+        importlib.invalidate_caches()  # a module may be new, or an archive another one
+        search = _Search(_packages_of(main))
+        search.follow(payload)
+        found = search.frameworks()
+        return () if found and _an_installed_module_is_hidden() else found
+    except Exception:  # noqa: BLE001 - it is an acceleration, and code can be anything
+        return ()
+
+
+class _UnknownError(Exception):
+    """What main does before it imports a framework is not known, or changes what it gets."""
+
+
+class _Search:
+    """Follows a pickled call through the user's own modules.
+
+    Parameters
+    ----------
+    own
+        Packages that are followed although they are installed.
+    """
+
+    def __init__(self, own: frozenset[str]) -> None:
+        self._own = own
+        self._imported: set[str] = set()
+        self._named: set[str] = set()
+        self._of_optimizers = set(_OF_OPTIMIZERS)
+        self._later: dict[str, list[tuple[_Facts, str]]] = {}
+        self._todo: list[tuple[_Facts, str]] = []
+        self._instructions = 0
+
+    def follow(self, payload: bytes) -> None:
+        """Look at all that unpickling imports, and that the code in the pickle names."""
+        nested = _NESTED_PICKLE.search(payload, 2)
+        if nested is not None and payload.find(b"environ", nested.start()) >= 0:
+            raise _UnknownError
+        reader = _PickleReader(payload)
+        reader.load()
+        self._todo += [(_facts_of(code, whole=True), "") for code in reader.codes]
+        for module, name in reader.named:
+            if _is_below(module, "torch.optim"):
+                self._name(["optim"])
+            self._name(name.split("."))
+            self._import(module)
+        while self._todo:
+            self._take(*self._todo.pop())
+
+    def frameworks(self) -> tuple[str, ...]:
+        """Return what is worth importing early of all that was found."""
+        tops = {name.partition(".")[0] for name in self._imported}
+        found = {name for name in tops if name in ("numpy", "torch", "tensorflow")}
+        found |= self._imported.intersection(_IN_ORDER)
+        if tops & _MEAN_TENSORFLOW:
+            found.add("tensorflow")
+        if "tensorflow" not in found and tops & (_MEAN_TORCH | _IMPORT_DYNAMO):
+            found.add("torch")
+        trains = self._named & self._of_optimizers or tops & _IMPORT_DYNAMO
+        if trains and found & {"torch", "horovod.torch"}:
+            found.add("torch._dynamo")
+        return tuple(name for name in _IN_ORDER if name in found)
+
+    def _take(self, facts: _Facts, package: str) -> None:
+        self._instructions += facts.instructions
+        if facts.changes_imports or self._instructions > _MAX_INSTRUCTIONS:
+            raise _UnknownError
+        for name, function in facts.later:
+            waiting = self._todo if name in self._named else self._later.setdefault(name, [])
+            waiting.append((function, package))
+        for level, module, names in facts.imports:
+            base = _absolute(level, module, package)
+            self._import(base)
+            for name in names:
+                self._import(f"{base}.{name}")
+            if _is_below(base, "torch.optim"):
+                self._of_optimizers.update(names)
+                if "*" in names:
+                    self._name(["optim"])
+        self._name(facts.names)
+
+    def _name(self, names: Iterable[str]) -> None:
+        """Look at the functions and classes of these names, in whatever module they are."""
+        for name in set(names) - self._named:
+            self._named.add(name)
+            self._todo += self._later.pop(name, [])
+
+    def _import(self, module: str) -> None:
+        """Follow a module, and the packages that are imported before it, if they are the user's."""
+        parts = module.split(".")
+        for count in range(1, len(parts) + 1):
+            name = ".".join(parts[:count])
+            if name in self._imported:
+                continue
+            self._imported.add(name)
+            if parts[0] in _COME_FIRST:
+                raise _UnknownError
+            if parts[0] in sys.stdlib_module_names or parts[0] in _INSTALLED | {"__main__", ""}:
+                continue
+            spec = _spec_of(name)
+            if spec is not None and (parts[0] in self._own or not _is_installed(parts[0], spec)):
+                is_package = spec.submodule_search_locations is not None
+                package = name if is_package else name.rpartition(".")[0]
+                self._todo.append((_facts_of_module(spec), package))
+
+
+class _Inert(type):
+    """Stands for everything that a pickle names; whatever is done with it, nothing happens."""
+
+    def __call__(cls, *_: Any, **__: Any) -> Any:
+        return cls
+
+    def __setitem__(cls, _: Any, __: Any) -> None:
+        pass
+
+    def _ignore(cls, *_: Any) -> None:
+        pass
+
+    append = extend = add = __setstate__ = _ignore
+
+
+class _Nothing(metaclass=_Inert):
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return cls
+
+
+class _PickleReader(pickle.Unpickler):
+    """Collects what a pickle names and the code in it, and makes nothing of it."""
+
+    def __init__(self, payload: bytes) -> None:
+        super().__init__(io.BytesIO(payload))
+        self.named: set[tuple[str, str]] = set()
+        self.codes: list[types.CodeType] = []
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Note a name instead of importing it."""
+        if name == "subimport":
+            return self._note_module
+        if name == "_builtin_type":
+            return self._builtin_type
+        if (module, name) == ("types", "CodeType"):
+            return self._code
+        self.named.add((module, name))
+        return _Nothing
+
+    def _note_module(self, module: str) -> Any:
+        self.named.add((module, ""))
+        return _Nothing
+
+    def _builtin_type(self, name: str) -> Any:
+        return self._code if name == "CodeType" else _Nothing
+
+    def _code(self, *fields: Any) -> types.CodeType:
+        code = types.CodeType(*fields)
+        self.codes.append(code)
+        return code
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is to be known of a piece of code.
+
+    Parameters
+    ----------
+    imports
+        Level, module and names of each import statement.
+    names
+        The names that it uses.
+    later
+        Functions, and methods of classes, that run only where their name is used.
+    changes_imports
+        Whether it, or anything in it, changes what an import gives.
+    instructions
+        How much was looked at.
+    """
+
+    imports: tuple[tuple[int, str, tuple[str, ...]], ...]
+    names: frozenset[str]
+    later: tuple[tuple[str, _Facts], ...]
+    changes_imports: bool
+    instructions: int
+
+
+def _facts_of_module(spec: ModuleSpec) -> _Facts:
+    if spec.origin is None:  # a directory without __init__.py
+        return _facts_of_source(b"")
+    if spec.origin.endswith(".py") and (path := Path(spec.origin)).is_file():
+        if path.stat().st_size > _MAX_SOURCE_BYTES:
+            raise _UnknownError
+        return _facts_of_source(path.read_bytes())
+    loader: Any = spec.loader
+    if (source := loader.get_source(spec.name)) is not None:
+        return _facts_of_source(source.encode())
+    if (code := loader.get_code(spec.name)) is not None:
+        return _facts_of(code, whole=False)
+    raise _UnknownError
+
+
+@functools.lru_cache(maxsize=1024)
+def _facts_of_source(source: bytes) -> _Facts:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _facts_of(compile(source, "a module", "exec", dont_inherit=True), whole=False)
+
+
+def _facts_of(code: types.CodeType, *, whole: bool) -> _Facts:
+    """Look at code and all code in it.
+
+    Functions in a function count as a part of it; functions of a module, unless it is wanted
+    whole, as what may be called later.
+    """
+    look = _Look(code)
+    imports, names, later = list(look.imports), set(look.names), []
+    changes, instructions = look.changes_imports, look.instructions
+    for inner in look.codes:
+        is_function = bool(inner.co_flags & _OF_FUNCTIONS)
+        facts = _facts_of(inner, whole=whole or is_function)
+        changes |= facts.changes_imports
+        instructions += facts.instructions
+        if is_function and not whole:
+            later.append((inner.co_name, facts))
+            continue
+        imports += facts.imports
+        names |= facts.names
+        later += [(inner.co_name, method) for _, method in facts.later]
+    return _Facts(tuple(imports), frozenset(names), tuple(later), changes, instructions)
+
+
+def _instructions_of(code: types.CodeType) -> Iterator[dis.Instruction]:
+    for each in dis.get_instructions(code):
+        if each.opname in _SILENT:
+            continue
+        if "_FAST_" in each.opname and isinstance(each.argval, tuple):  # two in one, since 3.13
+            first, second = each.argval
+            for name, is_stored in (
+                (first, each.opname.startswith("STORE")),
+                (second, each.opname.endswith("STORE_FAST")),
+            ):
+                opname = "STORE_FAST" if is_stored else "LOAD_FAST"
+                yield each._replace(opname=opname, argval=name)
+            continue
+        yield each
+
+
+class _Look:
+    """One code object, without the code in it.
+
+    Parameters
+    ----------
+    code
+        The code object.
+    """
+
+    def __init__(self, code: types.CodeType) -> None:
+        self.imports: list[tuple[int, str, tuple[str, ...]]] = []
+        self.names: set[str] = set()
+        self.codes: list[types.CodeType] = []
+        self.changes_imports = any(map(_VARIABLES.match, code.co_varnames))
+        found = list(_instructions_of(code))
+        self.instructions = len(found)
+        self._found = found
+        skipped_until = -1
+        for index, each in enumerate(found):
+            if each.offset < skipped_until:
+                continue
+            if "IF_FALSE" in each.opname and self._is_never_true_in_a_worker(index):
+                skipped_until = each.argval
+            elif each.opname == "IMPORT_NAME":
+                self._take_import(index)
+            elif each.opname == "IMPORT_FROM":
+                self._take_imported_name(index)
+            elif each.opname in ("LOAD_CONST", "KW_NAMES"):
+                assert each.arg is not None  # noqa: S101 - the constant's number
+                self._take_constant(index, code.co_consts[each.arg])
+            elif each.opname.startswith("LOAD_"):
+                self._take_name(index)
+
+    def _is_never_true_in_a_worker(self, index: int) -> bool:
+        """Whether a jump is that of ``if TYPE_CHECKING`` or of ``if __name__ == "__main__"``."""
+        before = [each.argval for each in self._found[max(0, index - 3) : index]]
+        if before[-1:] == ["TYPE_CHECKING"]:
+            return True
+        return {"__name__", "__main__"} <= {word for word in before if isinstance(word, str)}
+
+    def _take_import(self, index: int) -> None:
+        module = self._found[index].argval
+        level, names = (each.argval for each in self._found[index - 2 : index])
+        self.imports.append((level, module, tuple(names or ())))
+        if module.partition(".")[0] in _COME_FIRST:
+            self.changes_imports = True
+        stored = self._argument(index + 1)
+        if module in ("os", "sys") and not names and stored != module:
+            self.changes_imports = True  # by a name that is not looked for
+
+    def _take_imported_name(self, index: int) -> None:
+        name = self._found[index].argval
+        module = self.imports[-1][1] if self.imports else ""
+        renamed = self._argument(index + 1) != name
+        if renamed:  # or else it counts where it is used
+            self.names.add(name)
+        if name in _CHANGE_IMPORTS or (module == "sys" and name in ("path", "modules")):
+            self.changes_imports = True
+        if module == "os" and name in ("environ", "environb") and renamed:
+            self.changes_imports = True
+
+    def _take_constant(self, index: int, value: object) -> None:
+        if isinstance(value, types.CodeType):
+            self.codes.append(value)
+            return
+        words = value if isinstance(value, (tuple, frozenset)) else (value,)
+        if any(isinstance(word, str) and _VARIABLES.match(word) for word in words):
+            before = {each.argval for each in self._found[max(0, index - 3) : index] if each.argval}
+            self.changes_imports |= not before & {"environ", "getenv"}
+        self.changes_imports |= value == "environ"
+
+    def _take_name(self, index: int) -> None:
+        name = self._found[index].argval
+        if not isinstance(name, str):
+            return
+        self.names.add(name)
+        if name in _CHANGE_IMPORTS:
+            self.changes_imports = True
+        of_sys = name in ("path", "modules") and index and self._argument(index - 1) == "sys"
+        if (of_sys or name in ("environ", "environb")) and not self._is_only_read(index):
+            self.changes_imports = True
+
+    def _is_only_read(self, index: int) -> bool:
+        """Whether what an instruction loads is a mapping or list of which one item is read."""
+        after = self._found[index + 1 : index + 3]
+        if not after:
+            return False
+        if after[0].opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            return after[0].argval in _READS
+        if after[0].opname in ("CONTAINS_OP", "DICT_UPDATE"):
+            return True
+        return after[0].opname.startswith("LOAD_") and (
+            after[-1].opname == "BINARY_SUBSCR" or after[-1].argrepr == "[]"
+        )
+
+    def _argument(self, index: int) -> Any:
+        return self._found[index].argval if index < len(self._found) else None
+
+
+_OF_FUNCTIONS = 1
+"""CO_OPTIMIZED: a function's code has it, a module's and a class's have not."""
+
+
+def _packages_of(main: Any) -> frozenset[str]:
+    """Name the packages that main itself comes from, whatever is wrapped around it."""
+    found = set()
+    wrapped: list[Any] = [main]
+    for thing in wrapped:
+        if len(wrapped) < 100:  # a wrapper may name itself
+            inner = (getattr(thing, name, None) for name in ("func", "__wrapped__", "__self__"))
+            wrapped += [each for each in inner if each is not None]
+        for named in (thing, type(thing)):
+            found.add(str(getattr(named, "__module__", None) or "").partition(".")[0])
+    return frozenset(found)
+
+
+def _spec_of(name: str) -> ModuleSpec | None:
+    """Find a module without importing it, nor the package that it is in."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    if isinstance(spec, ModuleSpec):
+        return spec
+    path: Sequence[str] | None = None
+    if parent := name.rpartition(".")[0]:
+        parent_spec = _spec_of(parent)
+        if parent_spec is None or parent_spec.submodule_search_locations is None:
+            return None
+        path = list(parent_spec.submodule_search_locations)
+    for finder in sys.meta_path:
+        with contextlib.suppress(Exception):  # somebody's import hook
+            if (spec := finder.find_spec(name, path)) is not None:
+                return spec
+    return None
+
+
+def _is_installed(top: str, spec: ModuleSpec) -> bool:
+    if spec.origin is None:
+        return False
+    if is_of_a_python(spec.origin):
+        return True
+    root = Path(spec.origin)
+    for _ in range(spec.name.count(".") + (1 if spec.submodule_search_locations is None else 2)):
+        root = root.parent
+    return any(root.glob(f"{top}-*.dist-info"))  # by ``pip install --target``
+
+
+def _an_installed_module_is_hidden() -> bool:
+    """Whether a module of the user's would be imported instead of an installed one.
+
+    Frameworks may import it, too; and a worker may learn only later where it is.
+    """
+    installed = set(sys.stdlib_module_names).union(_FRAMEWORKS)
+    users: dict[str, set[str]] = {}
+    for entry in reversed([entry or os.getcwd() for entry in sys.path]):  # noqa: PTH109
+        with contextlib.suppress(OSError):  # an archive, or not there
+            names = {name.split(".")[0] for name in os.listdir(entry) if _may_be_module(name)}  # noqa: PTH208
+            if holds_installed_packages(entry):
+                installed |= names
+            else:
+                users[entry] = names & installed
+    for entry, names in users.items():
+        for name in names - _NO_OBSTACLES - _OURS:
+            if not Path(entry, name).is_dir() or Path(entry, name, "__init__.py").exists():
+                return True
+    return False
+
+
+def _may_be_module(name: str) -> bool:
+    return "." not in name or name.endswith((".py", ".pyc", ".so"))
+
+
+def _absolute(level: int, module: str, package: str) -> str:
+    """Resolve a relative import."""
+    if not level:
+        return module
+    parts = package.split(".")
+    base = parts[: len(parts) - level + 1]
+    return ".".join([*base, module] if module else base)
+
+
+def _is_below(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")

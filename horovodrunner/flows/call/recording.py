@@ -1,0 +1,499 @@
+"""Write down what a run is called with, for those that go on from it. Runs in: the driver.
+
+The same cell in a fresh kernel has the same record: no addresses, no line numbers, no order of
+sets, and of arrays, models and DataFrames the type and the shape alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import decimal
+import dis
+import enum
+import fractions
+import functools
+import hashlib
+import inspect
+import os
+import re
+import sys
+import types
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from horovodrunner.flows.call.record import HIDDEN, MAX_ENTRIES, MAX_TEXT, RunRecord
+from horovodrunner.pickling.installed import is_of_a_python
+
+__all__ = ["record_call"]
+
+_MAX_ITEMS = 100
+"""A longer collection is data, not a setting: only its length counts."""
+
+_MAX_DEPTH = 6
+_HASHED_CHARACTERS = 2**20
+
+_SURELY_SECRET = {"credential", "credentials", "passphrase", "passwd", "password", "pwd", "secret"}
+_SECRET_WORDS = _SURELY_SECRET | {"apikey", "auth", "bearer", "cookie", "dsn", "key", "keys"}
+_SECRET_WORDS |= {"passwords", "pat", "private", "sas", "secrets", "token", "tokens"}
+_SECRET_TEXT = re.compile(
+    r"://[^/\s]*:[^/\s]*@"  # a password in a URL
+    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}|\bgh[opsur]_\w{20}|\bgithub_pat_|\bglpat-|\bhf_\w{20}"
+    r"|\bsk-[\w-]{16}|\bxox[a-z]-|\bdapi[0-9a-f]{32}|\beyJ[\w-]{10,}\.|-----BEGIN "
+    r"|(?i:\b(?:bearer|basic) [\w+/=.-]{12})"
+    r"|(?i:\b(?:password|passwd|pwd|secret|accountkey|token|sig|api_?key)\s*[=:]\s*\S)"
+)
+_LOOKS_RANDOM = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9+_=-]{32,}")
+
+_HAVE_SHAPES = frozenset({"numpy", "pandas", "polars", "scipy", "tensorflow", "torch"})
+_SCALARS = (bool, int, float, complex, str, bytes, bytearray, enum.Enum, PurePath)
+_SHOWN_AS_THEY_ARE = (
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    decimal.Decimal,
+    fractions.Fraction,
+    range,
+    uuid.UUID,
+)
+_OURS = frozenset({"horovodrunner", "petastorm", "sparkdl"})
+_PLAIN_BASES = frozenset({"abc", "builtins", "typing"})
+_NOT_CODE = frozenset({"__doc__", "__firstlineno__"})
+"""What a class's body stores that is no code; the line only from Python 3.13 on."""
+
+_FLAGS = (
+    inspect.CO_VARARGS
+    | inspect.CO_VARKEYWORDS
+    | inspect.CO_GENERATOR
+    | inspect.CO_COROUTINE
+    | inspect.CO_ASYNC_GENERATOR
+)
+
+
+def record_call(
+    run_id: str, size: int, main: Callable[..., Any], kwargs: Mapping[str, Any]
+) -> RunRecord:
+    """Write down what a run is called with.
+
+    Parameters
+    ----------
+    run_id
+        The run.
+    size
+        Number of ranks.
+    main
+        The training function.
+    kwargs
+        Its keyword arguments.
+
+    Returns
+    -------
+    RunRecord
+        The same for the same call in another process.
+    """
+    writer, main_name = _Writer(), ""
+    # Anybody's objects may do anything: what was written by then is better than no run.
+    with contextlib.suppress(Exception):
+        for name, value in _arguments(main, kwargs):
+            writer.describe(writer.arguments, name, value)
+        writer.visit(main, "")
+        main_name = _bounded(_name(main))
+    return RunRecord(
+        run_id,
+        size,
+        f"{sys.version_info[0]}.{sys.version_info[1]}",
+        main_name,
+        writer.arguments,
+        writer.variables,
+        {name: _digest("".join(texts)) for name, texts in writer.code.items()},
+    )
+
+
+def _arguments(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """List main's arguments with its defaults: a default that was edited is another argument."""
+    try:
+        signature = inspect.signature(main)
+        bound = signature.bind(**kwargs)
+    except (TypeError, ValueError):
+        yield from kwargs.items()
+        return
+    bound.apply_defaults()
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            yield from value.items()
+        elif kind is not inspect.Parameter.VAR_POSITIONAL:
+            yield name, value
+
+
+class _Writer:
+    """Walks through a call and writes down what it finds."""
+
+    def __init__(self) -> None:
+        self.arguments: dict[str, str] = {}
+        self.variables: dict[str, str] = {}
+        self.code: dict[str, list[str]] = {}
+        self._seen: dict[int, Any] = {}
+
+    def describe(self, entries: dict[str, str], name: str, value: Any, depth: int = 0) -> None:
+        """Add a value, or what it consists of, to `entries`."""
+        if len(entries) >= MAX_ENTRIES:
+            return
+        try:
+            parts = _parts(value) if depth < _MAX_DEPTH else []
+            text = "" if parts else _text(value)
+        except Exception:  # noqa: BLE001 - the user's own __getattr__, __len__, ... may do anything
+            parts, text = [], f"of type {type(value).__qualname__}"
+        for label, item in parts:
+            self.describe(entries, f"{name}{label}", item, depth + 1)
+        if not parts:
+            entries.setdefault(
+                _bounded(name), _concealed(text) if _may_be_secret(name, value) else text
+            )
+        self._visit_what_is_the_users(value)
+
+    def visit(self, called: Any, key: str) -> None:
+        """Add the code of something that can be called, and what it uses; main's key is ""."""
+        if len(self._seen) >= MAX_ENTRIES or id(called) in self._seen:
+            return
+        self._seen[id(called)] = called  # kept: nothing else must get its id
+        if isinstance(called, functools.partial):
+            self.visit(called.func, key)
+            for index, value in enumerate(called.args):
+                self.describe(self.variables, f"argument {index} of {_name(called)}", value)
+            for name, value in called.keywords.items() if key else ():  # main's are arguments
+                self.describe(self.variables, f"{name} of {_name(called)}", value)
+        elif isinstance(called, types.MethodType):
+            self.describe(self.variables, "self", called.__self__)
+            self.visit(called.__func__, key)
+        elif isinstance(called, types.FunctionType):
+            self._visit_function(called, key)
+        elif isinstance(called, type):
+            self._visit_class(called)
+        elif (wrapped := _wrapped(called)) is not None:
+            self.visit(wrapped, key)
+        elif not key and not isinstance(called, types.BuiltinFunctionType):
+            self.describe(self.variables, "self", called)
+
+    def _visit_function(self, function: types.FunctionType, key: str) -> None:
+        code = function.__code__
+        if _is_installed(code.co_filename):  # what a library's decorator put around it
+            inner = [each.cell_contents for each in function.__closure__ or ()]
+            for each in [getattr(function, "__wrapped__", None), *inner]:
+                if isinstance(each, types.FunctionType) and _is_the_users(each.__module__):
+                    self.visit(each, key)
+            return
+        self.code.setdefault(_bounded(key), []).append(_code_text(code))
+        of = f" of {key}" if key else ""
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # a variable that has no value yet
+                self._visit_value(f"{name}{of}", cell.cell_contents, code)
+        module = function.__globals__.get("__name__", "")
+        by_value = module == "__main__"
+        for name in sorted(_globals_of(code)):
+            is_state = name.startswith("__" if by_value else "_")
+            if name in function.__globals__ and not is_state:
+                value = function.__globals__[name]
+                self._visit_value(name if by_value else f"{module}.{name}", value, code)
+        if key:
+            positional = code.co_varnames[: code.co_argcount]
+            defaults = function.__defaults__ or ()
+            pairs = [*zip(reversed(positional), reversed(defaults), strict=False)]
+            for name, value in [*pairs, *(function.__kwdefaults__ or {}).items()]:
+                self.describe(self.variables, f"{name}{of}", value)
+
+    def _visit_value(self, name: str, value: Any, code: types.CodeType) -> None:
+        """Add a variable that code uses."""
+        if isinstance(value, types.ModuleType):
+            self._visit_module(value, code)
+        elif isinstance(value, (type, types.FunctionType, types.MethodType, functools.partial)):
+            self._visit_what_is_the_users(value)
+        else:
+            self.describe(self.variables, name, value)
+
+    def _visit_module(self, module: types.ModuleType, code: types.CodeType) -> None:
+        """Add what code seems to use of a module: ``config.LR``."""
+        if not _is_the_users(module.__name__):
+            return
+        names = vars(module)
+        for name in sorted(_names_in(code) & names.keys()):
+            if not name.startswith("_") and not isinstance(names[name], types.ModuleType):
+                self._visit_value(f"{module.__name__}.{name}", names[name], code)
+
+    def _visit_what_is_the_users(self, value: Any) -> None:
+        if not isinstance(value, (type, types.FunctionType)):
+            value = _wrapped(value) or value
+        if isinstance(value, (functools.partial, types.MethodType)):
+            self.visit(value, _name(value))
+        elif isinstance(value, (type, types.FunctionType)):
+            if _is_the_users(value.__module__):
+                self.visit(value, _name(value))
+        elif _is_the_users(type(value).__module__):
+            self.visit(type(value), _name(type(value)))
+
+    def _visit_class(self, cls: type) -> None:
+        for base in cls.__bases__:
+            self._visit_what_is_the_users(base)
+        for name, held in sorted(vars(cls).items()):
+            value = held
+            if isinstance(held, (staticmethod, classmethod)):
+                value = held.__func__
+            elif isinstance(held, property):
+                value = held.fget
+            elif isinstance(held, functools.cached_property):
+                value = held.func
+            if isinstance(value, types.FunctionType):
+                if not (name.startswith("__") and _is_generated(cls, value)):
+                    self._visit_what_is_the_users(value)
+            elif not name.startswith("_") and _is_plain(value):
+                self.describe(self.variables, f"{cls.__qualname__}.{name}", value)
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:  # noqa: PLR0911 - a list of kinds
+    """List what a configuration consists of; nothing for what is one value."""
+    if isinstance(value, Mapping):
+        if len(value) > _MAX_ITEMS or not all(_is_scalar(key) for key in value):
+            return []
+        return [(f"[{_text(key)}]", item) for key, item in value.items()]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return [(f".{name}", item) for name, item in zip(value._fields, value, strict=True)]
+    if isinstance(value, (list, tuple)):
+        if _is_plain(value):
+            return []
+        return [(f"[{index}]", item) for index, item in enumerate(value)]
+    if isinstance(value, (type, enum.Enum)):
+        return []
+    if dataclasses.is_dataclass(value):
+        return [(f".{each.name}", getattr(value, each.name)) for each in dataclasses.fields(value)]
+    return [(f".{name}", item) for name, item in _attributes(value)]
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    """List the settings of an object that was made to hold some, and not its state."""
+    kind = type(value)
+    is_namespace = isinstance(value, types.SimpleNamespace) or kind.__name__ == "Namespace"
+    is_model = hasattr(kind, "model_fields")  # pydantic's
+    # what comes from a library's class (a torch Module, say) has that library's state
+    is_plain_class = _is_the_users(kind.__module__) and all(
+        base.__module__ in _PLAIN_BASES or _is_the_users(base.__module__) for base in kind.mro()
+    )
+    if not (is_namespace or is_model or is_plain_class):
+        return []
+    held = dict(getattr(value, "__dict__", {}))
+    for name in (name for each in kind.mro() for name in _slots(each)):
+        with contextlib.suppress(AttributeError):  # it has no value yet
+            held[name] = getattr(value, name)
+    public = [(name, item) for name, item in held.items() if not name.startswith("_")]
+    return [(n, item) for n, item in public if is_namespace or is_model or _is_plain(item)]
+
+
+def _slots(kind: type) -> list[str]:
+    held = vars(kind).items()
+    return [name for name, each in held if isinstance(each, types.MemberDescriptorType)]
+
+
+def _is_scalar(value: Any) -> bool:
+    return (
+        value is None
+        or value is ...
+        or isinstance(value, (*_SCALARS, *_SHOWN_AS_THEY_ARE))
+        or _is_numpy_scalar(value)
+    )
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value is told in one text, at least by its length."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        if hasattr(value, "_fields") or depth > _MAX_DEPTH:
+            return False
+        return len(value) > _MAX_ITEMS or all(_is_plain(item, depth + 1) for item in value)
+    return _is_scalar(value)
+
+
+def _text(value: Any) -> str:  # noqa: PLR0911 - a list of kinds
+    """Write a value so that equal ones have equal texts in every process."""
+    if _is_numpy_scalar(value) and _is_scalar(item := value.item()) and type(item) in _SCALARS:
+        value = item
+    if value is None or value is ... or isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__qualname__}.{value.name}"
+    if isinstance(value, int):
+        # Python refuses to write long integers in decimal digits
+        return int.__repr__(value) if value.bit_length() < 1000 else _bounded(hex(value))
+    if isinstance(value, float):
+        return float.__repr__(value)
+    if isinstance(value, complex):
+        return complex.__repr__(value)
+    if isinstance(value, (str, PurePath)):
+        return _quoted(str.__str__(value) if isinstance(value, str) else str(value))
+    if isinstance(value, (bytes, bytearray)):
+        return _quoted(bytes(value[:_HASHED_CHARACTERS]).decode("latin-1"), len(value), "bytes")
+    if isinstance(value, _SHOWN_AS_THEY_ARE):
+        return _bounded(repr(value))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return _bounded(_collection_text(value))
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of {len(value)} items"
+    return _bounded(_type_text(value))
+
+
+def _collection_text(value: Any) -> str:
+    is_set = isinstance(value, (set, frozenset))
+    if len(value) > _MAX_ITEMS:
+        return f"a {type(value).__name__} of {len(value)} items"
+    items = [_text(item) for item in value]
+    if is_set:
+        return "{" + ", ".join(sorted(items)) + "}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(items) + "," * (len(items) == 1) + ")"
+    return "[" + ", ".join(items) + "]"
+
+
+def _type_text(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__qualname__}"
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, functools.partial)):
+        return f"the function {_name(value)}"
+    kind = type(value)
+    library = kind.__module__.partition(".")[0]
+    if library in {"numpy", "torch"} and {"dtype", "device"} & {
+        each.__name__ for each in kind.mro()
+    }:
+        return str(value)
+    text = f"of type {kind.__qualname__}"
+    if library in _HAVE_SHAPES:
+        with contextlib.suppress(Exception):  # it has none, or none yet
+            text += f" and shape {tuple(int(length) for length in value.shape)}"
+    return text
+
+
+def _quoted(text: str, length: int | None = None, unit: str = "characters") -> str:
+    if _looks_secret(text):
+        return _concealed(text)
+    length = len(text) if length is None else length
+    shown = repr(text[:MAX_TEXT])
+    if length <= MAX_TEXT and len(shown) <= MAX_TEXT:
+        return shown
+    digest = _digest(text[:_HASHED_CHARACTERS] + text[-_HASHED_CHARACTERS:])
+    return f"{shown[: MAX_TEXT // 2]}… ({length} {unit}, {digest})"
+
+
+def _bounded(text: str) -> str:
+    if len(text) <= MAX_TEXT:
+        return text
+    return f"{text[: MAX_TEXT // 2]}… ({len(text)} characters, {_digest(text)})"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:8]
+
+
+def _concealed(text: str) -> str:
+    # Enough to notice another value, too little to guess the value with.
+    return text if text.startswith(HIDDEN) else f"{HIDDEN} {_digest(text)[:4]}"
+
+
+def _may_be_secret(name: str, value: Any) -> bool:
+    if value is None or isinstance(value, bool):
+        return False
+    words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name.partition(" of ")[0]).lower()
+    found = set(re.findall(r"[a-z]+", words))
+    # max_tokens=512 is none
+    return not found.isdisjoint(
+        _SURELY_SECRET if isinstance(value, (int, float)) else _SECRET_WORDS
+    )
+
+
+def _looks_secret(text: str) -> bool:
+    start = text[:20_000]
+    return _SECRET_TEXT.search(start) is not None or _LOOKS_RANDOM.fullmatch(start) is not None
+
+
+def _wrapped(called: Any) -> types.FunctionType | None:
+    """Return the function in an object that ``functools.cache``, say, made of it."""
+    inner = inspect.getattr_static(called, "__wrapped__", None)
+    return inner if isinstance(inner, types.FunctionType) else None
+
+
+def _name(called: Any) -> str:
+    if isinstance(called, functools.partial):
+        return _name(called.func)
+    return str(getattr(called, "__qualname__", None) or type(called).__qualname__)
+
+
+def _is_the_users(module: Any) -> bool:
+    """Whether a module is the notebook, or a file that was not installed."""
+    if module == "__main__":
+        return True
+    if not isinstance(module, str) or module.partition(".")[0] in _OURS | sys.stdlib_module_names:
+        return False
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return isinstance(file, str) and not _is_installed(file)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _is_installed(file: str) -> bool:
+    return is_of_a_python(os.path.realpath(file))
+
+
+def _is_generated(cls: type, method: types.FunctionType) -> bool:
+    """Whether a method came with ``@dataclass``: the fields are told by themselves."""
+    file = method.__code__.co_filename
+    return dataclasses.is_dataclass(cls) and (file == "<string>" or _is_installed(file))
+
+
+def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
+    """List code without what only says where it is written and what for."""
+    waiting: dis.Instruction | None = None
+    for each in dis.get_instructions(code):
+        is_stored = each.opname == "STORE_NAME" and each.argval in _NOT_CODE
+        if waiting is not None and not is_stored:
+            yield waiting
+        waiting = None if is_stored else each
+    if waiting is not None:
+        yield waiting
+
+
+def _code_text(code: types.CodeType) -> str:
+    """Write code without its file, its lines, its docstring and its own name."""
+    steps = [
+        (each.opname, _constant_text(each.argval) if each.opcode in dis.hasconst else each.arg)
+        for each in _instructions(code)
+    ]
+    names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+    counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount
+    return repr((counts, code.co_flags & _FLAGS, names, steps))
+
+
+def _constant_text(constant: Any) -> str:
+    if isinstance(constant, types.CodeType):
+        return _code_text(constant)
+    if isinstance(constant, tuple):
+        return "(" + ", ".join(map(_constant_text, constant)) + ")"
+    if isinstance(constant, frozenset):
+        return "{" + ", ".join(sorted(map(_constant_text, constant))) + "}"
+    return f"{type(constant).__name__} {constant!r}"
+
+
+def _globals_of(code: types.CodeType) -> set[str]:
+    """List the global names that code reads; an attribute of the same name is none."""
+    found = set()
+    for each in dis.get_instructions(code):
+        if each.opname in {"LOAD_GLOBAL", "LOAD_NAME"}:
+            found.add(str(each.argval))
+        elif isinstance(each.argval, types.CodeType):
+            found |= _globals_of(each.argval)
+    return found
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    nested = [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    return set(code.co_names).union(*map(_names_in, nested))

@@ -1,0 +1,334 @@
+"""What a notebook has registered with libraries, to be repeated elsewhere. Runs in: every process.
+
+A class or function that travels by value is another object in the worker, of which no registry
+there knows: ``@keras.saving.register_keras_serializable()`` ran on the driver. So its registrations
+travel in its pickle, and all that come from cells (a layer of a saved model) before main as well.
+No library is imported for that: where it is not there yet, the registration waits for it.
+"""
+
+from __future__ import annotations
+
+import abc
+import collections.abc
+import contextlib
+import copyreg
+import numbers
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import cloudpickle
+
+from horovodrunner.flows.call.import_hook import after_import
+
+__all__ = [
+    "Registered",
+    "of_this_process",
+    "repeat",
+    "with_registrations",
+]
+
+
+class Registered(NamedTuple):
+    """One entry of a registry.
+
+    Parameters
+    ----------
+    registry
+        The module that it is kept in.
+    thing
+        The class or function.
+    how
+        What :func:`repeat` needs to register it again.
+    """
+
+    registry: str
+    thing: Any
+    how: Any
+
+    @property
+    def is_from_a_cell(self) -> bool:
+        """Whether importing a module would not register it."""
+        if self.registry == _SAFE_GLOBALS:  # the user's own, whatever they are
+            return True
+        how = self.how if isinstance(self.how, tuple) else (self.how,)
+        return any(map(_is_from_a_cell, (self.thing, *how)))
+
+
+def _is_from_a_cell(part: Any) -> bool:
+    module = getattr(part, "__module__", None)
+    return isinstance(part, Callable) and (  # type: ignore[arg-type]
+        module == "__main__" or module in cloudpickle.list_registry_pickle_by_value()
+    )
+
+
+_SAFE_GLOBALS = "torch.serialization"
+
+
+def of_this_process() -> dict[int, list[Registered]]:
+    """Look up what is registered with the libraries that are imported.
+
+    Returns
+    -------
+    dict
+        The entries of each class or function, by its id.
+    """
+    found: dict[int, list[Registered]] = {}
+    for name, (entries, _) in _REGISTRIES.items():
+        module = sys.modules.get(name)
+        if module is None:
+            continue
+        with contextlib.suppress(Exception):  # another version of the library
+            for thing, how in entries(module):
+                found.setdefault(id(thing), []).append(Registered(name, thing, how))
+    return found
+
+
+def with_registrations(thing: Any, reduced: Any, entries: list[Registered]) -> Any:
+    """Let a class or function that travels by value be registered where it is unpickled.
+
+    Parameters
+    ----------
+    thing
+        The class or function.
+    reduced
+        What cloudpickle makes of it.
+    entries
+        Its registrations.
+
+    Returns
+    -------
+    tuple
+        For the pickler.
+    """
+    make, args, state, items, pairs, set_state = reduced
+    again = [(each.registry, each.how) for each in entries]
+    return make, args, (set_state, state, again), items, pairs, _set_state
+
+
+def _set_state(thing: Any, state: Any) -> None:
+    set_state, own, registrations = state
+    set_state(thing, own)
+    for registry, how in registrations:
+        repeat(registry, thing, how)
+
+
+def repeat(registry: str, thing: Any, how: Any) -> None:
+    """Register something as it was where it was pickled, once the library is imported.
+
+    What this process has registered itself under the same name stays.
+
+    Parameters
+    ----------
+    registry
+        The module that it is kept in.
+    thing
+        The class or function.
+    how
+        As in :class:`Registered`.
+    """
+    library = registry.partition(".")[0]
+
+    def register(_: Any) -> None:
+        try:
+            module = sys.modules.get(registry) or __import__(registry, fromlist=[""])
+            _REGISTRIES[registry][1](module, thing, how)
+        except Exception as error:  # noqa: BLE001 - another version of the library
+            warnings.warn(
+                f"{thing!r:.200} is not registered with {library} here, as it was where it came "
+                f"from: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    after_import(library, register)
+
+
+_repeated: dict[tuple[str, Any], Any] = {}
+"""What this module registered, by registry and name: a newer one may take its place."""
+
+
+def _may_register(registry: str, name: Any, present: Any) -> bool:
+    return present is None or _repeated.get((registry, name)) is present
+
+
+def _keras_tables(module: Any) -> tuple[dict[str, Any], dict[Any, str]]:
+    names = vars(module)
+    prefix = "" if "GLOBAL_CUSTOM_OBJECTS" in names else "_"
+    return names[f"{prefix}GLOBAL_CUSTOM_OBJECTS"], names[f"{prefix}GLOBAL_CUSTOM_NAMES"]
+
+
+def _of_keras(module: Any) -> Iterator[tuple[Any, Any]]:
+    """Both tables: a class that was defined again has a name, and is no longer found by it."""
+    objects, names = _keras_tables(module)
+    things = {id(thing): thing for thing in (*names, *objects.values())}
+    for thing in things.values():
+        name = next((name for each, name in names.items() if each is thing), None)
+        yield thing, (name, *(key for key, each in objects.items() if each is thing))
+
+
+def _to_keras(module: Any, thing: Any, how: Any) -> None:
+    objects, names = _keras_tables(module)
+    name, *keys = how
+    if name is not None:
+        names[thing] = name
+    for key in keys:
+        if _may_register(module.__name__, key, objects.get(key)):
+            objects[key] = _repeated[module.__name__, key] = thing
+
+
+def _of_copyreg(module: Any) -> Iterator[tuple[Any, Any]]:
+    yield from copyreg.dispatch_table.items()
+
+
+def _to_copyreg(module: Any, thing: Any, how: Any) -> None:
+    if _may_register(module.__name__, thing, copyreg.dispatch_table.get(thing)):
+        copyreg.pickle(thing, how)
+        _repeated[module.__name__, thing] = how
+
+
+_ABSTRACT = tuple(
+    kind
+    for module in (collections.abc, numbers)
+    for kind in (getattr(module, name) for name in module.__all__)
+    if isinstance(kind, abc.ABCMeta)
+)
+
+
+def _of_abstract_classes(module: Any) -> Iterator[tuple[Any, Any]]:
+    for kind in _ABSTRACT:
+        for reference in module._get_dump(kind)[0]:
+            if (thing := reference()) is not None:
+                yield thing, kind
+
+
+def _to_abstract_class(_: Any, thing: Any, how: Any) -> None:
+    how.register(thing)
+
+
+def _of_safe_globals(module: Any) -> Iterator[tuple[Any, Any]]:
+    for each in module.get_safe_globals():
+        thing, name = each if isinstance(each, tuple) else (each, None)
+        if not thing.__module__.startswith("torch."):  # its own are there
+            yield thing, name
+
+
+def _to_safe_globals(module: Any, thing: Any, how: Any) -> None:
+    module.add_safe_globals([thing if how is None else (thing, how)])
+
+
+_NO_NAME = "NO_SERIALIZED_TYPE_NAME_FOUND"
+
+
+def _of_pytrees(module: Any) -> Iterator[tuple[Any, Any]]:
+    for kind, node in module.SUPPORTED_NODES.items():
+        names = module.SUPPORTED_SERIALIZED_TYPES.get(kind)
+        yield (
+            kind,
+            (
+                node.flatten_fn,
+                node.unflatten_fn,
+                getattr(node, "flatten_with_keys_fn", None),
+                *(names[1:] if names is not None and names[1] != _NO_NAME else ()),
+            ),
+        )
+
+
+def _to_pytrees(module: Any, thing: Any, how: Any) -> None:
+    if thing in module.SUPPORTED_NODES:
+        return
+    flatten, unflatten, with_keys, *serialized = how
+    name, dump, load = serialized or (None, None, None)
+    module.register_pytree_node(
+        thing,
+        flatten,
+        unflatten,
+        serialized_type_name=name,
+        to_dumpable_context=dump,
+        from_dumpable_context=load,
+        flatten_with_keys_fn=with_keys,
+    )
+
+
+def _of_pandas_dtypes(module: Any) -> Iterator[tuple[Any, Any]]:
+    for kind in module._registry.dtypes:
+        yield kind, None
+
+
+def _to_pandas_dtypes(module: Any, thing: Any, _: Any) -> None:
+    if thing not in module._registry.dtypes:
+        others = [each for each in module._registry.dtypes if each.__name__ == thing.__name__]
+        if all(_repeated.get((module.__name__, thing.__name__)) is each for each in others):
+            for each in others:
+                module._registry.dtypes.remove(each)
+            module._registry.register(thing)
+            _repeated[module.__name__, thing.__name__] = thing
+
+
+def _of_accessors(module: Any) -> Iterator[tuple[Any, Any]]:
+    pandas = sys.modules["pandas"]
+    for owner in ("DataFrame", "Series", "Index"):
+        kind = getattr(pandas, owner)
+        for name in kind._accessors:
+            accessor = vars(kind).get(name)
+            if (thing := getattr(accessor, "_accessor", None)) is not None:
+                yield thing, (owner, name)
+
+
+def _to_accessors(module: Any, thing: Any, how: Any) -> None:
+    owner, name = how
+    present = vars(getattr(sys.modules["pandas"], owner)).get(name)
+    accessor = getattr(present, "_accessor", present)
+    if _may_register(module.__name__, how, accessor):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it takes an earlier one's place
+            extensions = sys.modules["pandas"].api.extensions
+            getattr(extensions, f"register_{owner.lower()}_accessor")(name)(thing)
+        _repeated[module.__name__, how] = thing
+
+
+def _of_conversions(module: Any) -> Iterator[tuple[Any, Any]]:
+    for priority, entries in module._tensor_conversion_func_registry.items():
+        for kinds, function in entries:
+            for kind in kinds if isinstance(kinds, tuple) else (kinds,):
+                yield kind, (function, priority)
+
+
+def _to_conversions(module: Any, thing: Any, how: Any) -> None:
+    function, priority = how
+    registry = module._tensor_conversion_func_registry
+    if not any(kinds is thing for kinds, _ in registry.get(priority, ())):
+        module.register_tensor_conversion_function(thing, function, priority)
+
+
+def _of_gradients(module: Any) -> Iterator[tuple[Any, Any]]:
+    for name, entry in module.gradient_registry._registry.items():
+        yield entry["type"], name
+
+
+def _to_gradients(module: Any, thing: Any, how: Any) -> None:
+    entries = module.gradient_registry._registry
+    present = entries[how]["type"] if how in entries else None
+    if _may_register(module.__name__, how, present):
+        entries.pop(how, None)
+        module.RegisterGradient(how)(thing)
+        _repeated[module.__name__, how] = thing
+
+
+_REGISTRIES: dict[
+    str,
+    tuple[Callable[[Any], Iterator[tuple[Any, Any]]], Callable[[Any, Any, Any], None]],
+] = {
+    "_abc": (_of_abstract_classes, _to_abstract_class),
+    "copyreg": (_of_copyreg, _to_copyreg),
+    "keras.src.saving.object_registration": (_of_keras, _to_keras),
+    "pandas.core.accessor": (_of_accessors, _to_accessors),
+    "pandas.core.dtypes.base": (_of_pandas_dtypes, _to_pandas_dtypes),
+    "tensorflow.python.framework.ops": (_of_gradients, _to_gradients),
+    "tensorflow.python.framework.tensor_conversion_registry": (_of_conversions, _to_conversions),
+    "tf_keras.src.saving.object_registration": (_of_keras, _to_keras),
+    _SAFE_GLOBALS: (_of_safe_globals, _to_safe_globals),
+    "torch.utils._pytree": (_of_pytrees, _to_pytrees),
+}
+"""By the module that keeps it: how to list what is registered, and how to register."""

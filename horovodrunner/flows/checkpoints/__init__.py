@@ -1,0 +1,1 @@
+"""Checkpoints, back and out again."""

@@ -1,0 +1,413 @@
+"""Checkpoints on their way, while main goes on. Runs in: the task (np < 0: the driver)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TypeVar
+
+from horovodrunner.flows.call.record import RunRecord
+from horovodrunner.flows.checkpoints.backend import Depot
+from horovodrunner.flows.checkpoints.manifest import Manifest
+from horovodrunner.placement.topology import Member
+
+__all__ = [
+    "Courier",
+    "LatestAnswer",
+    "LatestCopy",
+    "LatestDecision",
+    "in_thread",
+    "is_of_run",
+    "nothing_saved_in_words",
+    "resumption_in_words",
+]
+
+PUT_ATTEMPTS = 3
+RETRY_SECONDS = 2.0
+
+LatestAnswer = dict[str, Any]
+"""JSON-compatible: ``manifest`` (text, or ""), ``copy_from`` (a directory, or ""), ``error``, and
+``differs``: whether the checkpoint is of a run that was called with something else."""
+
+_Result = TypeVar("_Result")
+
+
+async def in_thread(function: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Call a blocking function; a thread that never returns does not keep the process.
+
+    Parameters
+    ----------
+    function
+        The function.
+    *arguments
+        Its arguments.
+
+    Returns
+    -------
+    object
+        What it returns.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_Result] = loop.create_future()
+
+    def deliver(result: _Result | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def work() -> None:
+        result: _Result | None = None
+        problem: BaseException | None = None
+        try:
+            result = function(*arguments)
+        except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
+            problem = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(deliver, result, problem)
+
+    threading.Thread(target=work, name="horovodrunner-transfer", daemon=True).start()
+    return await future
+
+
+class Courier:
+    """Brings rank 0's checkpoints to the depot: one at a time, and the newest one wins.
+
+    Parameters
+    ----------
+    depot
+        Where they are kept.
+    note
+        Takes a line for the user.
+    on_error
+        Takes a sentence about a checkpoint that could not be stored.
+    """
+
+    def __init__(
+        self, depot: Depot, note: Callable[[str], None], on_error: Callable[[str], None]
+    ) -> None:
+        self._depot = depot
+        self._note = note
+        self._on_error = on_error
+        self._waiting: tuple[int, Path] | None = None
+        self._changed = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._has_warned = False
+        self._deletions: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way."""
+        return self._idle.is_set()
+
+    def saved(self, step: int, directory: Path) -> None:
+        """Take over a directory that main has filled; it is deleted when it is not needed.
+
+        Parameters
+        ----------
+        step
+            The checkpoint's step.
+        directory
+            Its files.
+        """
+        if self._waiting is not None:
+            skipped, stale = self._waiting
+            self._delete(stale)
+            if not self._has_warned:
+                self._has_warned = True
+                self._note(
+                    f"checkpoints are saved faster than they can be stored: step {skipped} is "
+                    "skipped, the newest one wins (said once)"
+                )
+        self._waiting = (step, directory)
+        self._idle.clear()
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Store what is saved, until cancelled."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while self._waiting is not None:
+                (step, directory), self._waiting = self._waiting, None
+                await self._put(step, directory)
+                await in_thread(_delete_tree, directory)
+            self._idle.set()
+
+    async def drain(self, timeout: float) -> bool:
+        """Wait until nothing is on its way.
+
+        Parameters
+        ----------
+        timeout
+            Most seconds to wait.
+
+        Returns
+        -------
+        bool
+            Whether that is so.
+        """
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        return self.is_idle
+
+    def _delete(self, directory: Path) -> None:
+        """Delete gigabytes elsewhere than in the event loop."""
+        deletion = asyncio.create_task(in_thread(_delete_tree, directory))
+        self._deletions.add(deletion)
+        deletion.add_done_callback(self._deletions.discard)
+
+    async def _put(self, step: int, directory: Path) -> None:
+        for attempt in range(1, PUT_ATTEMPTS + 1):
+            try:
+                await in_thread(self._depot.put, step, directory)
+            except (ConnectionError, TimeoutError) as error:
+                if attempt < PUT_ATTEMPTS and self._waiting is None:
+                    await asyncio.sleep(RETRY_SECONDS)  # the network may come back
+                    continue
+                self._report(step, error)
+            except Exception as error:  # noqa: BLE001 - a file system of anybody's may raise any
+                self._report(step, error)
+            return
+
+    def _report(self, step: int, error: Exception) -> None:
+        text = str(error) if type(error) is OSError else f"{type(error).__name__}: {error}"
+        self._on_error(
+            f"the checkpoint of step {step} was not stored: {text}. Older checkpoints are intact"
+        )
+
+
+def _delete_tree(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+class LatestDecision:
+    """Decides once per attempt which checkpoint all ranks start from. On partition 0.
+
+    Tasks of one host share one copy: the first that asks fetches, the others copy from it.
+
+    Parameters
+    ----------
+    depot
+        Where checkpoints are kept, or None when the run keeps none.
+    members
+        The run's tasks.
+    note
+        Takes a line for the user.
+    on_found
+        Called with the checkpoint that the ranks start from, if there is one; whether it is of a
+        run that was called with something else.
+    """
+
+    def __init__(
+        self,
+        depot: Depot | None,
+        members: Sequence[Member],
+        note: Callable[[str], None],
+        on_found: Callable[[Manifest], bool] = lambda manifest: False,
+    ) -> None:
+        self._depot = depot
+        self._on_found = on_found
+        self._hosts = {member.partition: member.host_id for member in members}
+        self._note = note
+        self._decision: asyncio.Task[LatestAnswer] | None = None
+        self._copies: dict[str, asyncio.Future[str]] = {}
+        self._fetching: dict[int, asyncio.Future[str]] = {}
+
+    async def answer(self, partition: int) -> LatestAnswer:
+        """Tell a task which checkpoint is the latest and how to get it.
+
+        Parameters
+        ----------
+        partition
+            The task.
+
+        Returns
+        -------
+        LatestAnswer
+            The same checkpoint for every task.
+        """
+        if self._decision is None:
+            self._decision = asyncio.create_task(self._decide())
+        decision = await asyncio.shield(self._decision)
+        if not decision["manifest"]:
+            return decision
+        host = self._hosts[partition]
+        if host in self._copies:
+            return {**decision, "copy_from": await asyncio.shield(self._copies[host])}
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._copies[host] = self._fetching[partition] = future
+        return decision
+
+    def fetched(self, partition: int, directory: str) -> None:
+        """Note where a task has put its copy.
+
+        Parameters
+        ----------
+        partition
+            The task.
+        directory
+            Its copy; "" if it has none, also when the task is gone.
+        """
+        future = self._fetching.get(partition)
+        if future is not None and not future.done():
+            future.set_result(directory)
+
+    async def _decide(self) -> LatestAnswer:
+        answer: LatestAnswer = {"manifest": "", "copy_from": "", "error": "", "differs": False}
+        if self._depot is None:
+            return answer
+        try:
+            manifest, damaged = await in_thread(self._depot.find_latest)
+            for sentence in damaged:
+                self._note(sentence)
+            differs = manifest is not None and self._on_found(manifest)
+        except Exception as error:  # noqa: BLE001 - starting anew would lose work: main must know
+            return {**answer, "error": f"{type(error).__name__}: {error}"}
+        text = manifest.to_json() if manifest is not None else ""
+        return {**answer, "manifest": text, "differs": differs}
+
+
+class LatestCopy:
+    """Fetches the latest checkpoint once for all workers of a task.
+
+    Parameters
+    ----------
+    depot
+        Where checkpoints are kept, or None when the run keeps none.
+    scratch
+        This task's own directory.
+    ask
+        Asks partition 0 for the decision.
+    tell
+        Tells partition 0 where the copy is.
+    """
+
+    def __init__(
+        self,
+        depot: Depot | None,
+        scratch: Path,
+        ask: Callable[[], Awaitable[LatestAnswer]],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._depot = depot
+        self._scratch = scratch
+        self._ask = ask
+        self._tell = tell
+        self._answer: asyncio.Task[dict[str, Any]] | None = None
+
+    async def get(self) -> dict[str, Any]:
+        """Give the latest checkpoint's copy on this machine.
+
+        Returns
+        -------
+        dict
+            JSON-compatible: ``step``, ``directory`` ("" when there is no checkpoint) and
+            ``differs``, or ``error``.
+        """
+        if self._answer is None:
+            self._answer = asyncio.create_task(self._fetch())
+        return await asyncio.shield(self._answer)
+
+    async def _fetch(self) -> dict[str, Any]:
+        answer = await self._ask()
+        if answer["error"]:
+            return {"error": answer["error"]}
+        if not answer["manifest"] or self._depot is None:
+            return {"directory": "", "step": -1, "differs": False}
+        manifest = Manifest.from_json(answer["manifest"])
+        directory = self._scratch / f"latest-{manifest.step}"
+        try:
+            if not await in_thread(_link_copy, manifest, answer["copy_from"], directory):
+                directory.mkdir()
+                await in_thread(self._depot.fetch, manifest, directory)
+        except Exception as error:  # noqa: BLE001 - starting anew would lose work: main must know
+            self._tell("")
+            return {"error": f"{type(error).__name__}: {error}"}
+        self._tell(str(directory))
+        return {
+            "directory": str(directory),
+            "step": manifest.step,
+            "differs": answer["differs"],
+        }
+
+
+def is_of_run(manifest: Manifest, record: RunRecord) -> bool:
+    """Return whether a checkpoint was saved by an attempt of this very run."""
+    return manifest.run is not None and manifest.run.run_id == record.run_id
+
+
+def resumption_in_words(manifest: Manifest, path: str, differences: Sequence[str]) -> list[str]:
+    """Write that a run goes on from an earlier one's checkpoint, and what differs.
+
+    Parameters
+    ----------
+    manifest
+        The checkpoint.
+    path
+        Where it is.
+    differences
+        What this run is called with that the other one was not, in words.
+
+    Returns
+    -------
+    list of str
+        One line, and a second one where something differs.
+    """
+    saved_at = datetime.fromisoformat(manifest.saved_at)
+    age = _age_in_words((datetime.now(timezone.utc) - saved_at).total_seconds())
+    unknown = " (what that was called with is not recorded)" if manifest.run is None else ""
+    lines = [
+        f"going on from step {manifest.step}, saved {age} by an earlier run{unknown}: {path}. "
+        "resume=False starts anew"
+    ]
+    if differences:
+        lines.append(
+            "warning: this run differs from the one that saved that checkpoint: "
+            f"{'; '.join(differences)}. What main loads from it, such as an optimizer's learning "
+            "rate, replaces the new values"
+        )
+    return lines
+
+
+def nothing_saved_in_words(manifest: Manifest) -> str:
+    """Write that a run which went on from a checkpoint may have had nothing left to do."""
+    return (
+        f"main went on from step {manifest.step} and returned without saving a checkpoint. If it "
+        "has trained nothing, its last epoch was reached before: raise the number of epochs, or "
+        "start anew with resume=False"
+    )
+
+
+def _age_in_words(seconds: float) -> str:
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        if (count := int(seconds // length)) >= 1:
+            return f"{count} {unit}{'s' * (count > 1)} ago"
+    return "just now"  # or in the future, by another machine's clock
+
+
+def _link_copy(manifest: Manifest, source: str, directory: Path) -> bool:
+    """Share a verified copy of another task on this host; False where that does not work."""
+    if not source:
+        return False
+    try:
+        directory.mkdir()
+        for file in manifest.files:
+            target = directory / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(Path(source) / file.path, target)
+        for name in manifest.directories:
+            (directory / name).mkdir(parents=True, exist_ok=True)
+    except OSError:
+        shutil.rmtree(directory, ignore_errors=True)
+        return False
+    return True

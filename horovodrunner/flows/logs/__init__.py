@@ -1,0 +1,1 @@
+"""Output and log_to_driver, back."""

@@ -1,0 +1,200 @@
+"""What reaches the notebook cell. Runs in: the driver.
+
+Lines arrive from other threads and are printed by the thread that called ``run()``: so output
+lands in the right cell, redirected standard output works, and Ctrl-C is met there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from horovodrunner.flows.logs.lines import count_lines, missing_mark
+from horovodrunner.flows.logs.showing import show_text
+from horovodrunner.flows.telemetry.phases import Phase
+from horovodrunner.placement.topology import Slot
+from horovodrunner.processes.driver.interrupt import main_thread_was_interrupted
+from horovodrunner.wire.job import Outcome
+
+__all__ = ["Console"]
+
+MAX_WAITING_BYTES = 16 * 1024 * 1024
+"""Workers' lines that would make more than this wait to be printed are dropped and counted."""
+
+QUIET = "HOROVODRUNNER_QUIET"
+"""Leaves out what a run says of itself as long as all is well, unless it is empty or 0."""
+
+LOOK_UP_SECONDS = 0.2
+"""How often the waiting thread looks whether it was interrupted."""
+
+
+class Console:
+    """Takes lines from any thread and prints them in one.
+
+    Parameters
+    ----------
+    executors_have_lines
+        Whether what is dropped here can be found in an executor's log.
+    """
+
+    def __init__(self, *, executors_have_lines: bool = True) -> None:
+        self._executors_have_lines = executors_have_lines
+        # No Condition or Queue: an interrupt may hit the waiting thread anywhere in their code, and
+        # leave them locked for ever. It cannot in a plain lock's.
+        self._lock = threading.Lock()
+        self._nothing_new = threading.Lock()
+        self._nothing_new.acquire()
+        self._waiting: deque[str] = deque()
+        self._waiting_bytes = 0
+        self._dropped_lines = 0
+        self._woken = False
+        self._tells_it_is_not_shown = False
+        self._leaves_routine_out = os.environ.get(QUIET, "0") not in ("", "0")
+        self.run_phases: tuple[Phase, ...] = ()
+        """What the run told of its phases."""
+
+    def lines(self, lines: bytes) -> None:
+        """Take whole, prefixed lines of the workers; never blocks.
+
+        Parameters
+        ----------
+        lines
+            UTF-8, bytes that are not are shown as replacement characters.
+        """
+        with self._lock:
+            if self._waiting_bytes > MAX_WAITING_BYTES:
+                self._dropped_lines += count_lines(lines)
+                return
+            self._report_dropped_lines()
+            self._put(lines.decode("utf-8", errors="replace"))
+
+    def message(self, rank: int, message: bytes) -> None:
+        """Take a ``log_to_driver`` message.
+
+        Parameters
+        ----------
+        rank
+            Whose it is; the message is shown as it was given.
+        message
+            UTF-8 without a newline at its end.
+        """
+        with self._lock:
+            self._put(message.decode("utf-8", errors="replace") + "\n")
+
+    def note(self, text: str, *, routine: bool = False) -> None:
+        """Take a line of the run's own.
+
+        Parameters
+        ----------
+        text
+            One line.
+        routine
+            Whether it says no more than that the run goes on as it should.
+        """
+        if routine and self._leaves_routine_out:
+            return
+        with self._lock:
+            self._put(f"HorovodRunner: {text}\n")
+
+    def placed(self, slots: Sequence[Slot]) -> None:
+        """Do nothing: all ranks are here."""
+
+    def failed(self, outcome: Outcome) -> None:
+        """Do nothing: the run's failure is raised, not printed."""
+
+    def phases(self, phases: Sequence[Phase]) -> None:
+        """Keep when the phases of the run began and ended."""
+        self.run_phases = tuple(phases)
+
+    def storing(self) -> None:
+        """Do nothing: whoever waits here waits for the agent itself."""
+
+    async def close(self) -> None:
+        """Do nothing: what was taken is printed by :meth:`show`."""
+
+    def wake(self) -> None:
+        """Make :meth:`show` return after it has printed everything."""
+        with self._lock:
+            self._woken = True
+            self._tell()
+
+    def show(self, timeout: float | None = None) -> bool:
+        """Print what arrives until somebody calls :meth:`wake`.
+
+        Parameters
+        ----------
+        timeout
+            Most seconds to stay, None for no limit.
+
+        Returns
+        -------
+        bool
+            True if it was woken, False if the time was up.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self._wait_for_change(deadline)
+            with self._lock:
+                self._report_dropped_lines()
+                text = "".join(self._waiting)
+                self._waiting.clear()
+                self._waiting_bytes = 0
+                woken, self._woken = self._woken, False
+            if text and (why := show_text(text)):
+                self._tell_that_nothing_is_shown(why)
+            if woken:
+                return True
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+
+    def _wait_for_change(self, deadline: float | None) -> None:
+        """Wait for something to print.
+
+        It has to look up once in a while. Signals reach the main thread only, and not a wait that
+        was just about to begin; and an exception that was sent to another thread waits for it.
+        """
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        while True:
+            with self._lock:
+                if self._waiting or self._woken:
+                    return
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if left == 0.0:
+                return
+            left = LOOK_UP_SECONDS if left is None else min(left, LOOK_UP_SECONDS)
+            self._nothing_new.acquire(timeout=left)
+            if not in_main_thread and main_thread_was_interrupted():
+                raise KeyboardInterrupt
+
+    def _tell_that_nothing_is_shown(self, why: str) -> None:
+        """Say so once, by the only other way there is, which may be as broken."""
+        if not self._tells_it_is_not_shown:
+            self._tells_it_is_not_shown = True
+            with contextlib.suppress(Exception):
+                sys.stderr.write(
+                    f"HorovodRunner: nothing can be written to sys.stdout ({sys.stdout!r:.200}), "
+                    f"so what the run prints is not shown; the run goes on ({why})\n"
+                )
+
+    def _put(self, text: str) -> None:
+        self._waiting.append(text)
+        self._waiting_bytes += len(text)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._nothing_new.locked():
+            self._nothing_new.release()
+
+    def _report_dropped_lines(self) -> None:
+        if self._dropped_lines:
+            why = "output was too fast for this console"
+            if self._executors_have_lines:
+                why += "; the executor's log has them"
+            mark = missing_mark(self._dropped_lines, why)
+            self._dropped_lines = 0
+            self._put(mark.decode())

@@ -1,0 +1,171 @@
+"""The lines that LogCallbacks send to the driver; knows no framework. Runs in: the worker."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from horovodrunner import validation as checked
+from horovodrunner.errors import ArgumentTypeError
+from horovodrunner.processes.worker.context import log_to_driver
+
+__all__ = ["TrainingLog", "count_or_none", "format_logs", "format_value"]
+
+_MAX_ITEMS = 4
+_MAX_CHARACTERS = 80
+
+
+class TrainingLog:
+    """Sends a line when an epoch begins, when a batch ends and when an epoch ends.
+
+    Epochs and batches count from 0 in the arguments, as in the frameworks, and from 1 in the lines.
+    """
+
+    def __init__(self) -> None:
+        self._epoch = "epoch ?"
+        self._began = time.monotonic()
+
+    def epoch_begins(self, epoch: int, epochs: int | None = None) -> None:
+        """Say that an epoch begins.
+
+        Parameters
+        ----------
+        epoch
+            Its number, from 0.
+        epochs
+            How many there will be; None if that is not known.
+        """
+        self._epoch = _numbered("epoch", epoch, epochs)
+        self._began = time.monotonic()
+        self._say(f"{self._epoch} begins")
+
+    def batch_ends(self, batch: int, batches: int | None, logs: Mapping[str, Any] | None) -> None:
+        """Say how a batch went.
+
+        Parameters
+        ----------
+        batch
+            Its number, from 0.
+        batches
+            How many there are in the epoch; None if that is not known.
+        logs
+            Values by name.
+        """
+        values = format_logs(logs)
+        self._say(f"{self._epoch}, {_numbered('batch', batch, batches)}: {values or 'done'}")
+
+    def epoch_ends(self, logs: Mapping[str, Any] | None) -> None:
+        """Say how the epoch went and how long it took.
+
+        Parameters
+        ----------
+        logs
+            Values by name.
+        """
+        took = f"({time.monotonic() - self._began:.1f} s)"
+        self._say(f"{self._epoch}: {format_logs(logs) or 'done'} {took}")
+
+    @staticmethod
+    def _say(text: str) -> None:
+        log_to_driver(f"{_rank_prefix()}{text}")
+
+
+def count_or_none(number: Any) -> int | None:
+    """Return how many epochs or batches a framework says there are, if that is known.
+
+    Parameters
+    ----------
+    number
+        What it says; Lightning has -1 and infinity, too.
+
+    Returns
+    -------
+    int or None
+        None for what is no positive number.
+    """
+    try:
+        return max(0, checked.integer("number", number)) or None
+    except ArgumentTypeError:
+        return None
+
+
+def _numbered(what: str, number: int, total: int | None) -> str:
+    return f"{what} {number + 1}" + (f" of {total}" if total else "")
+
+
+def _rank_prefix() -> str:
+    size = os.environ.get("HOROVOD_SIZE") or os.environ.get("WORLD_SIZE") or "1"
+    rank = os.environ.get("HOROVOD_RANK") or os.environ.get("RANK") or "0"
+    return "" if size == "1" else f"rank {rank}: "
+
+
+def format_logs(logs: Mapping[str, Any] | None) -> str:
+    """Write named values in one line.
+
+    Parameters
+    ----------
+    logs
+        Values by name, of whatever type.
+
+    Returns
+    -------
+    str
+        Empty if there are none.
+
+    Examples
+    --------
+    >>> format_logs({"loss": 0.25121, "accuracy": 0.91, "learning_rate": 6e-05})
+    'loss 0.2512, accuracy 0.9100, learning_rate 6e-05'
+    """
+    return ", ".join(f"{name} {format_value(value)}" for name, value in (logs or {}).items())
+
+
+def format_value(value: Any) -> str:
+    """Write one value for people; a number of any framework, or anything else, without failing.
+
+    Parameters
+    ----------
+    value
+        A number, an array or tensor, a list, None, ...
+
+    Returns
+    -------
+    str
+        One short line.
+
+    Examples
+    --------
+    >>> [format_value(value) for value in (0.5, 12, 12345.678, [0.1, 2], None)]
+    ['0.5000', '12', '12345.7', '[0.1000, 2]', 'None']
+    """
+    try:
+        text = _format(value)
+    except Exception:  # noqa: BLE001 - a line of the log must not end the training
+        text = f"({type(value).__name__})"
+    text = " ".join(text.split())
+    return text if len(text) <= _MAX_CHARACTERS else text[: _MAX_CHARACTERS - 3] + "..."
+
+
+def _format(value: Any) -> str:
+    if hasattr(value, "detach"):
+        value = value.detach()  # a tensor of PyTorch that has a gradient
+    if not isinstance(value, type) and callable(getattr(value, "tolist", None)):
+        value = value.tolist()
+    elif callable(getattr(value, "numpy", None)):
+        value = value.numpy().tolist()
+    if isinstance(value, float):
+        return _format_float(value)
+    if isinstance(value, (list, tuple)):
+        items = [_format(item) for item in value[:_MAX_ITEMS]]
+        more = [f"... ({len(value)} values)"] if len(value) > _MAX_ITEMS else []
+        return f"[{', '.join(items + more)}]"
+    return str(value)
+
+
+def _format_float(value: float) -> str:
+    size = abs(value)
+    if 0.001 <= size < 1000:
+        return f"{value:.4f}"
+    return f"{value:.1f}" if 1000 <= size < 1e6 else f"{value:.4g}"

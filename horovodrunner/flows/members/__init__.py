@@ -1,0 +1,1 @@
+"""What the tasks tell each other before they know their ranks."""

@@ -1,0 +1,1 @@
+"""Success or failure and its cause, back."""

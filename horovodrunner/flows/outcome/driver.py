@@ -1,0 +1,137 @@
+"""From a run's outcome to its value or its error. Runs in: the driver."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+from horovodrunner.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    HorovodRunnerError,
+    PayloadError,
+    StallTimeoutError,
+    WorkerFailedError,
+)
+from horovodrunner.formatting import in_one_line
+from horovodrunner.pickling import payload
+from horovodrunner.pickling.pickled import Pickled
+from horovodrunner.wire.job import Failure, FailureKind, Outcome
+
+__all__ = ["open_outcome"]
+
+
+def open_outcome(outcome: Outcome) -> Any:
+    """Return rank 0's value, or raise what ended the run.
+
+    Parameters
+    ----------
+    outcome
+        What the run handed back.
+
+    Returns
+    -------
+    object
+        The value, unpickled.
+
+    Raises
+    ------
+    PayloadError
+        If the value cannot be unpickled here, and its bytes are kept in a file then; or if it
+        cannot be brought here.
+    WorkerFailedError
+        If a rank failed.
+    StallTimeoutError
+        If the ranks waited for each other too long.
+    CheckpointError
+        If a checkpoint could not be stored and that was to end the run.
+    DataError
+        If the rows that travelled with the run cannot feed the ranks.
+    ConfigurationError
+        If the tasks found that the run could not start.
+    """
+    if outcome.success is not None:
+        if outcome.success.result is None:
+            raise PayloadError("the run ended well, but what rank 0 returned did not come")
+        return _open_result(outcome.success.result)
+    failure = outcome.failure
+    if failure is None:
+        raise HorovodRunnerError("the run was stopped before it had an outcome")
+    cause = _unpickled_exception(failure)
+    if isinstance(cause, PayloadError):
+        raise cause
+    if failure.kind is FailureKind.STORAGE:
+        raise CheckpointError(failure.summary)
+    if failure.kind is FailureKind.RESULT:
+        raise PayloadError(failure.summary)
+    if failure.kind is FailureKind.DATA:
+        raise DataError(failure.summary)
+    if failure.rank is None and not failure.traceback:
+        raise ConfigurationError(failure.summary)  # found before any rank was there
+    raise _worker_failure(failure, outcome.consequences) from cause
+
+
+def _worker_failure(failure: Failure, consequences: tuple[Failure, ...]) -> WorkerFailedError:
+    kind = StallTimeoutError if failure.kind is FailureKind.STALL else WorkerFailedError
+    error = kind(
+        failure.summary,
+        rank=failure.rank,
+        host=failure.host,
+        exit_code=failure.exit_code,
+        signal=failure.signal,
+        traceback=failure.traceback,
+        consequences=tuple(
+            f"rank {other.rank} on {other.host}: {other.summary}" for other in consequences
+        ),
+    )
+    error.worker_was_lost = failure.kind in {FailureKind.PROCESS, FailureKind.LOST}
+    error.last_lines = failure.last_lines
+    error.exception_types = failure.exception_types
+    if isinstance(error, StallTimeoutError):
+        error.stacks = {int(rank): text for rank, text in failure.stacks.items()}
+    return error
+
+
+def _open_result(result: Pickled) -> Any:
+    try:
+        return result.load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # unpickling runs the classes' own code
+        name, is_missing = result.obstacle()
+        text = f"what rank 0 returned cannot be unpickled here: {in_one_line(error)}. "
+        if is_missing:
+            text += f"It needs {name}, which cannot be imported here. "
+            remedy = "make the class importable on the driver and"
+        else:
+            text += f"It fails where {name} is restored. " if name else ""
+            remedy = "once that can be restored,"
+        raise PayloadError(f"{text}{_keep(result, remedy)}, or return plain data") from error
+
+
+def _keep(result: Pickled, remedy: str) -> str:
+    """Put bytes that may have taken days to compute where the user finds them, and say where."""
+    size = payload.format_bytes(result.size)
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="horovodrunner-result-", suffix=".pkl")
+        with os.fdopen(descriptor, "wb") as file:
+            result.keep(file)
+    except OSError as error:
+        return f"Its {size} could not be kept in {tempfile.gettempdir()} ({error.strerror})"
+    return (
+        f"Its {size} are kept in {path}: {remedy} read them with pickle.load(open({path!r}, 'rb'))"
+    )
+
+
+def _unpickled_exception(failure: Failure) -> BaseException | None:
+    if not failure.exception:
+        return None
+    try:
+        error = payload.load(failure.exception)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - its text and traceback are in the failure
+        return None
+    return error if issubclass(type(error), BaseException) else None

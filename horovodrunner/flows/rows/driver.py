@@ -1,0 +1,160 @@
+"""Data sets without shared storage: how their rows get to the ranks. Runs in: the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from horovodrunner.errors import ConfigurationError
+from horovodrunner.flows.logs.driver import Console
+from horovodrunner.processes.task.scratch import Scratch
+from horovodrunner.spark.arrow import close_sockets
+from horovodrunner.spark.column_names import map_by_name
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+    from horovodrunner.data.unshared import UnsharedDataSet
+
+__all__ = ["StoredRows", "stage_input", "stored_here"]
+
+BATCH_CONF = "spark.sql.execution.arrow.maxRecordsPerBatch"
+BATCH_BYTES = 32 * 2**20
+"""About so much Spark hands to a task's Python at once."""
+
+CANDIDATES = 64
+"""So many numbers for each task are tried; that one gets none has a chance of e to the minus 64."""
+
+
+def stage_input(spark: SparkSession, size: int, data: Sequence[UnsharedDataSet]) -> DataFrame:
+    """Give what the barrier stage's tasks read: the rows of the data sets, dealt out to them.
+
+    Parameters
+    ----------
+    spark
+        The session.
+    size
+        Number of tasks.
+    data
+        The data sets that travel with the run; often none.
+
+    Returns
+    -------
+    DataFrame
+        Partition p of as many as there are tasks has exactly the rows for task p.
+
+    Raises
+    ------
+    ConfigurationError
+        If Spark is set to hand over whole partitions at once.
+    """
+    if not data:
+        return spark.range(0, size, 1, size)
+    from horovodrunner.data.dealing import CONTROL, PIECE_SCHEMA, DealJob, deal_rows
+
+    places, piece_bytes = _places(spark, size), _piece_bytes(spark)
+    # Every task gets a row that says for whom it is: no partition is empty, and none is mistaken.
+    rows = spark.createDataFrame(
+        [
+            (place, CONTROL, target, 0, 0, bytearray(json.dumps({"target": target}).encode()))
+            for target, place in enumerate(places)
+        ],
+        PIECE_SCHEMA,
+    )
+    for number, each in enumerate(data):
+        job = DealJob(number, each.columns, places, piece_bytes, each.nulls)
+        source: Any = each.source
+        dealt = map_by_name(source, functools.partial(deal_rows, job), PIECE_SCHEMA)
+        rows = rows.union(dealt)
+    return rows.repartition(size, "place").sortWithinPartitions("dataset", "part", "number")
+
+
+def _places(spark: SparkSession, size: int) -> tuple[int, ...]:
+    """Find a number for each partition that Spark's hash partitioning brings just there."""
+    close_sockets()
+    rows = (
+        spark.range(0, CANDIDATES * size, 1, 1)
+        .selectExpr("cast(id AS int) AS place", f"pmod(hash(cast(id AS int)), {size}) AS target")
+        .collect()
+    )
+    found = {row["target"]: row["place"] for row in rows}
+    return tuple(found[target] for target in range(size))
+
+
+def _piece_bytes(spark: SparkSession) -> int:
+    """Choose pieces so small that as many as Spark hands to Python at once fit into memory."""
+    most = int(spark.conf.get(BATCH_CONF, None) or 10_000)
+    if most <= 0:
+        raise ConfigurationError(
+            f"{BATCH_CONF}={most} makes Spark hand all rows of a task to Python at once, which no "
+            "memory is large enough for: with data.from_dataframe(..., shared=False) it has to be "
+            "a positive number (10000 is Spark's default)"
+        )
+    return max(1024, BATCH_BYTES // most)
+
+
+@contextlib.contextmanager
+def stored_here(
+    data: Sequence[UnsharedDataSet], run_id: str, console: Console
+) -> Iterator[StoredRows | None]:
+    """Store data sets in a temporary directory of this machine, for a run with np < 0.
+
+    Parameters
+    ----------
+    data
+        The data sets.
+    run_id
+        Part of the directory's name.
+    console
+        Is told what is going on.
+
+    Yields
+    ------
+    StoredRows or None
+        What the agent takes; None when there are none.
+
+    Raises
+    ------
+    ConfigurationError
+        If the session's executors are on other machines.
+    DataError
+        If they cannot be stored.
+    """
+    if not data:
+        yield None
+        return
+    from horovodrunner.data.create import store_here
+
+    scratch = Scratch(f"{run_id}-data", None)
+    try:
+        console.note("computing the data sets that travel with the run", routine=True)
+        for each in data:
+            store_here(each, scratch.path)
+        yield StoredRows(scratch.path)
+    finally:
+        scratch.delete()
+
+
+class StoredRows:
+    """Data sets that are on this machine already.
+
+    Parameters
+    ----------
+    directory
+        Where.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def take(self, scratch: Path) -> str:
+        """Do nothing."""
+        return ""
+
+    def finish(self, told: Sequence[str]) -> Path:
+        """Give the directory."""
+        return self._directory

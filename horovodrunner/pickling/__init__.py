@@ -1,0 +1,1 @@
+"""Pickles with their buffers beside them, and what to say when it fails."""

@@ -1,0 +1,1 @@
+"""Hosts and GPUs to slots to environment variables."""

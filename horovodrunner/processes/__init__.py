@@ -1,0 +1,1 @@
+"""Who starts whom: the driver, the tasks, the workers."""

@@ -1,0 +1,144 @@
+"""Launch a run again when a worker or an executor was lost. Runs in: the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from horovodrunner.errors import BarrierStageError, HorovodRunnerError, WorkerFailedError
+from horovodrunner.flows.call.record import changes
+from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.outcome.driver import open_outcome
+from horovodrunner.formatting import class_names, cut, short_name
+from horovodrunner.pickling.pickled import travels_by_reference
+from horovodrunner.wire.job import Outcome
+
+__all__ = ["run_attempts", "stopped_in_words"]
+
+_CAUSE_CHARACTERS = 1000
+"""So much is told of what ended an attempt."""
+
+
+def run_attempts(
+    launch: Callable[[int], Outcome],
+    max_restarts: int,
+    restart_on: tuple[type[BaseException], ...],
+    store: CheckpointStore | None,
+    console: Console,
+) -> Any:
+    """Launch until an attempt succeeds, or fails for good, or all are used.
+
+    Parameters
+    ----------
+    launch
+        Makes one attempt, whose number it is given, and gives its outcome.
+    max_restarts
+        How many attempts may follow the first one.
+    restart_on
+        Types of exceptions that are worth another attempt beside lost workers and executors.
+    store
+        Where the run's checkpoints are kept, if they are.
+    console
+        Shows what happens.
+
+    Returns
+    -------
+    object
+        Rank 0's value.
+
+    Raises
+    ------
+    HorovodRunnerError
+        The last attempt's error; its ``attempts`` tell what ended each of them.
+    """
+    causes: list[str] = []
+    while True:
+        try:
+            return open_outcome(launch(len(causes) + 1))
+        except HorovodRunnerError as error:
+            causes.append(_in_one_line(error))
+            if len(causes) > max_restarts or not _is_worth_another(error, restart_on):
+                if len(causes) > 1:
+                    error.attempts = tuple(causes)
+                if isinstance(error, BarrierStageError) and error.was_cancelled:
+                    error.args = (f"{error.args[0]}; {_latest_in_words(store)}",)
+                raise
+            console.note(
+                f"attempt {len(causes) + 1} of {max_restarts + 1}, because {causes[-1]}; "
+                + _where_it_goes_on(store)
+            )
+
+
+def _is_worth_another(
+    error: HorovodRunnerError, restart_on: tuple[type[BaseException], ...]
+) -> bool:
+    if isinstance(error, restart_on):
+        return True
+    if isinstance(error, WorkerFailedError):
+        # By name: what main raised need not unpickle here, or not as what it was there.
+        wanted = {name for kind in restart_on for name in _names_on_ranks(kind)}
+        return error.worker_was_lost or not wanted.isdisjoint(error.exception_types)
+    return isinstance(error, BarrierStageError) and error.executor_was_lost
+
+
+def _names_on_ranks(kind: type) -> list[str]:
+    """List what a class may be called there: one that travels by value loses where it stood."""
+    name = class_names(kind)[0]
+    if travels_by_reference(kind):
+        return [name]
+    return [name, name.removesuffix(short_name(kind)) + kind.__name__]
+
+
+def _in_one_line(error: HorovodRunnerError) -> str:
+    return cut((str(error).splitlines() or [type(error).__name__])[0], _CAUSE_CHARACTERS)
+
+
+def stopped_in_words(interrupt: KeyboardInterrupt, size: int, store: CheckpointStore | None) -> str:
+    """Say what an interrupt has stopped, and what is left of it.
+
+    Parameters
+    ----------
+    interrupt
+        The interrupt, which may have a text already.
+    size
+        How many ranks the run had; 0 for all slots.
+    store
+        Where the run's checkpoints are kept, if they are.
+
+    Returns
+    -------
+    str
+        A sentence.
+    """
+    ranks = " of 1 rank" if size == 1 else f" of {size} ranks" if size else ""
+    reason = f"{interrupt}: " if interrupt.args else ""
+    return f"{reason}the run{ranks} was stopped; {_latest_in_words(store)}"
+
+
+def _latest_in_words(store: CheckpointStore | None) -> str:
+    if store is None:
+        return "there is no checkpoint, because the run has no checkpoint_dir"
+    try:
+        saved = store.manifests()
+    except OSError as error:
+        return f"whether there is a checkpoint cannot be told: {error}"
+    if not saved:
+        return f"there is no checkpoint in {store.location} yet"
+    return f"the latest checkpoint is that of step {saved[0].step}: {store.path_of(saved[0].step)}"
+
+
+def _where_it_goes_on(store: CheckpointStore | None) -> str:
+    if store is None:
+        return "starting anew (the run has no checkpoint_dir)"
+    try:
+        saved = store.manifests()
+    except OSError as error:
+        return f"whether there is a checkpoint cannot be told: {error}"
+    if not saved:
+        return "starting anew (nothing saved yet)"
+    text, run = f"going on from step {saved[0].step}", saved[0].run
+    if store.run is None or (run is not None and run.run_id == store.run.run_id):
+        return text
+    found = "; ".join(changes(run, store.run)) if run is not None else ""
+    return f"{text} of an earlier run" + f" (warning: {found})" * bool(found)

@@ -1,0 +1,355 @@
+"""np >= 0: the run as a barrier stage, and cancelling it. Runs in: the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from horovodrunner.errors import BarrierStageError, DataError, StartTimeoutError
+from horovodrunner.flows.artifacts.task import BroughtFiles
+from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.rows.driver import stage_input
+from horovodrunner.processes.driver import addresses
+from horovodrunner.processes.driver.channel import RETRY_REFUSED, DriverChannel
+from horovodrunner.processes.driver.jobs import spark_job
+from horovodrunner.processes.driver.resources import TaskRequest
+from horovodrunner.processes.driver.slots import NOTE_SECONDS, slot_holders
+from horovodrunner.processes.driver.stage_end import StageEnd, data_problem, stage_end
+from horovodrunner.processes.task.barrier import ROW_SCHEMA, barrier_task
+from horovodrunner.spark.arrow import map_in_arrow
+from horovodrunner.wire.job import FailureKind, JobSpec, Outcome, join_chunks, with_result
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from horovodrunner.data.unshared import UnsharedDataSet
+    from horovodrunner.flows.rows.task import Travelling
+
+__all__ = ["BarrierRun"]
+
+CANCEL_SECONDS = 10.0
+FIRST_LOOK_SECONDS = 5.0
+"""A stage that has not started by then is looked at."""
+
+LOOK_SECONDS = 1.0
+SILENT_SECONDS = 60.0
+"""Longer than Spark on a busy machine takes to start tasks where slots are free, and such a task to
+start its Python, import Horovod's launcher and call the driver: then something is wrong."""
+
+AFTER_FAILURE_SECONDS = 10.0
+"""How long the stage may take to end once partition 0 has reported the run's failure."""
+
+
+class BarrierRun:
+    """One run as a barrier stage of a Spark session.
+
+    Parameters
+    ----------
+    spark
+        The session.
+    job
+        The run.
+    request
+        What each of its tasks takes.
+    console
+        Shows what the run prints.
+    files
+        Where the files go that Horovod writes.
+    start_timeout
+        Seconds the stage's tasks may take to start.
+    waiting_since
+        When (monotonic clock) that time began.
+    store
+        Where checkpoints that come through the driver channel are kept, if they do.
+    data
+        The data sets that travel with the run.
+    """
+
+    def __init__(
+        self,
+        spark: SparkSession,
+        job: JobSpec,
+        request: TaskRequest,
+        console: Console,
+        files: BroughtFiles,
+        *,
+        start_timeout: float,
+        waiting_since: float,
+        store: CheckpointStore | None = None,
+        data: Sequence[UnsharedDataSet] = (),
+    ) -> None:
+        self._spark = spark
+        self._job = job
+        self._request = request
+        self._console = console
+        self._files = files
+        self._start_timeout = start_timeout
+        self._store = store
+        self._data = data
+        self._tag = f"horovodrunner-{job.run_id}"
+        self._spark_job = spark_job(
+            spark, self._tag, f"HorovodRunner(np={job.size}), run {job.run_id}"
+        )
+        self._outcomes: dict[int, Outcome] | None = None
+        self._error: Exception | None = None
+        self._ended = False
+        self._start_by = waiting_since + start_timeout
+        self._next_note = time.monotonic() + FIRST_LOOK_SECONDS
+        self._all_running_since: float | None = None
+        self._free_since: float | None = None
+        self._told = ""
+
+    def run(self) -> Outcome:
+        """Launch the stage and wait for its end.
+
+        Returns
+        -------
+        Outcome
+            Rank 0's success or the run's failure.
+
+        Raises
+        ------
+        ConfigurationError
+            If a setting of this package's has no valid value.
+        StartTimeoutError
+            If the tasks do not start in time.
+        DataError
+            If the data sets that travel with the run could not be computed.
+        BarrierStageError
+            If Spark lost or cancelled the stage.
+        KeyboardInterrupt
+            If the user interrupts; the stage is cancelled then.
+        """
+        job, spark, console = self._job, self._spark, self._console
+        with DriverChannel(
+            job.run_id,
+            job.token,
+            console,
+            on_event=console.wake,
+            store=self._store,
+            files=self._files,
+            size=job.size,
+        ) as channel:
+            port = channel.open(addresses.bind_host(spark), addresses.channel_port(spark))
+            job = replace(
+                job,
+                driver_address=(addresses.advertised_host(spark), port),
+                ports=addresses.task_ports(spark),
+            )
+            thread = self._start_stage(job)
+            try:
+                self._wait(channel)
+            except BaseException:
+                channel.stop_run()
+                self._spark_job.cancel()
+                thread.join(CANCEL_SECONDS)
+                channel.wait_for_leaving(CANCEL_SECONDS)
+                self._tell_of_lost_files(channel)
+                raise
+            thread.join()
+            if self._error is not None:
+                # Spark has given the stage up, but its tasks may not have noticed yet.
+                channel.stop_run()
+            channel.wait_for_leaving(CANCEL_SECONDS)  # the last lines may still be on their way
+            self._tell_of_lost_files(channel)
+            outcome = self._outcome(channel)
+            has_run = outcome.success is not None or _rank_of(outcome) is not None
+            if has_run and not channel.registered:
+                self._tell_of_no_contact()
+            return outcome
+
+    def _start_stage(self, job: JobSpec) -> Any:
+        from pyspark import InheritableThread
+
+        takes_session = "session" in inspect.signature(InheritableThread).parameters
+        session = {"session": self._spark} if takes_session else {}  # not before pyspark 4.0
+        thread = InheritableThread(target=self._run_stage, args=(job,), **session)
+        thread.name = self._tag
+        thread.daemon = True
+        thread.start()
+        return thread
+
+    def _run_stage(self, job: JobSpec) -> None:
+        profile = {} if self._request.profile is None else {"profile": self._request.profile}
+        try:
+            self._spark_job.begin()
+            rows = map_in_arrow(
+                stage_input(self._spark, job.size, self._data),
+                functools.partial(barrier_task, job, self._travelling()),
+                ROW_SCHEMA,
+                barrier=True,
+                **profile,
+            )
+            chunks: dict[int, list[bytes]] = {}
+            for partition, chunk in _collect(rows):
+                chunks.setdefault(partition, []).append(chunk)
+            self._outcomes = {partition: join_chunks(c) for partition, c in chunks.items()}
+        except Exception as error:  # noqa: BLE001 - judged and raised in the caller's thread
+            self._error = error
+        finally:
+            self._spark_job.end()
+            self._ended = True
+            self._console.wake()
+
+    def _travelling(self) -> tuple[Travelling, ...]:
+        if not self._data:
+            return ()
+        from horovodrunner.flows.rows.task import Travelling
+
+        return tuple(Travelling(each.identity, each.columns) for each in self._data)
+
+    def _wait(self, channel: DriverChannel) -> None:
+        """Show output until the stage ends; cancel it when it does not start or not end."""
+        first_look = time.monotonic() + FIRST_LOOK_SECONDS
+        while not (self._ended or channel.registered):
+            until_look = first_look - time.monotonic()
+            self._console.show(until_look if until_look > 0 else LOOK_SECONDS)
+            if time.monotonic() >= first_look and not (self._ended or channel.registered):
+                self._look_whether_it_starts(has_heard=channel.has_heard)
+        end_by: float | None = None
+        while not self._ended:
+            if channel.failure is not None:
+                end_by = end_by or time.monotonic() + AFTER_FAILURE_SECONDS
+                end_by = max(end_by, channel.storing_until)
+                if time.monotonic() >= end_by:
+                    self._spark_job.cancel()
+                    return
+            self._console.show(None if end_by is None else max(0.0, end_by - time.monotonic()))
+        self._console.show(0)
+
+    def _look_whether_it_starts(self, *, has_heard: bool = False) -> None:
+        """Tell what a stage waits for of which nothing was heard yet; give up when it is late."""
+        now = time.monotonic()
+        if self._data and (computing := self._spark_job.computing_tasks()):
+            self._start_by = now + self._start_timeout
+            tasks = f"{computing} task{'s run' if computing > 1 else ' runs'}"
+            self._tell(f"computing the data sets that travel with the run: {tasks}", routine=True)
+            return
+        running = self._spark_job.running_tasks()
+        if running == self._job.size:
+            self._all_running_since = self._all_running_since or now
+            if now - self._all_running_since >= SILENT_SECONDS and not has_heard:
+                self._tell(
+                    "nothing was heard of the run's tasks, which run for "
+                    f"{SILENT_SECONDS:g} s now: executors are unpacking archives, or cannot reach "
+                    f"this process at {addresses.advertised_host(self._spark)} (then the result "
+                    "comes all the same)"
+                )
+            return
+        if self._all_running_since is not None:
+            return  # some have ended
+        holders = slot_holders(self._spark, self._request, self._spark_job)
+        if now >= self._start_by and running is not None:
+            facts = f" ({holders.in_words()})" if holders is not None else ""
+            raise StartTimeoutError(
+                f"the run's {self._job.size} tasks did not all start within "
+                f"{self._start_timeout:g} s{facts}; other jobs may hold the slots, or "
+                "executors cannot be started (see the Spark UI). Free the cluster, ask for "
+                "fewer ranks, or raise start_timeout"
+            )
+        if holders is None or holders.free < self._job.size:
+            self._free_since = None
+            facts = f", {holders.in_words()}" if holders is not None else ""
+            self._tell(f"waiting for {self._job.size} slots{facts}")
+            return
+        self._free_since = self._free_since or now
+        if now - self._free_since >= SILENT_SECONDS:
+            self._tell(f"{holders.in_words()}; waiting for Spark to start the tasks")
+
+    def _tell(self, text: str, *, routine: bool = False) -> None:
+        """Tell what is waited for, now and then, if it is something else than before."""
+        now = time.monotonic()
+        if now >= self._next_note and text != self._told:
+            self._next_note, self._told = now + NOTE_SECONDS, text
+            self._console.note(text, routine=routine)
+
+    def _tell_of_lost_files(self, channel: DriverChannel) -> None:
+        """Say which files will not come, when nobody could say it who has them."""
+        if not (channel.placement and self._files.missing()):
+            return
+        channel.wait_for_leaving(CANCEL_SECONDS)
+        missing = self._files.missing()
+        if missing and not channel.has_taken_leave:
+            self._console.note(
+                f"{missing}: nothing came, because rank 0's task ended before it could send it"
+            )
+
+    def _tell_of_no_contact(self) -> None:
+        """Say what was missed by a driver that the tasks could not reach."""
+        lost = ", and checkpoints were not kept" if self._store is not None else ""
+        if missing := self._files.missing():
+            lost += f"; nothing came of {missing}"
+        self._console.note(
+            "the run's tasks could not reach this process at "
+            f"{addresses.advertised_host(self._spark)}: what the ranks printed and their "
+            f"log_to_driver messages are in the executors' logs{lost}. "
+            f"{addresses.HOST_CONF} and {addresses.PORT_CONF} say where executors are to connect"
+        )
+
+    def _outcome(self, channel: DriverChannel) -> Outcome:
+        outcomes = self._outcomes or {}
+        if channel.failure is not None:
+            return self._with_sparks_reason(channel)
+        leader = with_result(outcomes.get(0, Outcome()), channel.result)
+        if channel.retried:
+            refused = BarrierStageError(RETRY_REFUSED)
+            refused.executor_was_lost = True
+            raise refused
+        if leader.success is not None or leader.failure is not None:
+            return leader
+        for outcome in outcomes.values():
+            if outcome.failure is not None:
+                return outcome
+        if self._data and not channel.registered and (cause := data_problem(self._error)):
+            raise DataError(
+                f"the rows of the data sets could not be computed: {cause}"
+            ) from self._error
+        end = self._stage_end(channel)
+        error = BarrierStageError(end.text)
+        error.executor_was_lost = end.task_was_lost
+        error.was_cancelled = end.was_cancelled
+        raise error
+
+    def _stage_end(self, channel: DriverChannel) -> StageEnd:
+        """Tell how the stage ended, and what bounds the memory of a task that was lost."""
+        end = stage_end(self._error, channel.placement)
+        limit = None
+        with contextlib.suppress(Exception):  # the session may have gone
+            limit = self._spark.conf.get("spark.executor.pyspark.memory", None)
+        if not end.task_was_lost or not limit:
+            return end
+        bound = f"spark.executor.pyspark.memory={limit} bounds its Python processes: raise it"
+        return replace(end, text=f"{end.text}; {bound}")
+
+    def _with_sparks_reason(self, channel: DriverChannel) -> Outcome:
+        """Add what Spark knows about a task that partition 0 lost contact with."""
+        outcome = channel.failure or Outcome()
+        failure = outcome.failure
+        if failure is None or failure.kind is not FailureKind.LOST or self._error is None:
+            return outcome
+        end = self._stage_end(channel)
+        if not end.task_was_lost:
+            return outcome
+        summary = f"contact with its task was lost: {end.text}"
+        return replace(outcome, failure=replace(failure, summary=summary))
+
+
+def _rank_of(outcome: Outcome) -> int | None:
+    """Give the rank that failed; None where the tasks refused to start."""
+    return None if outcome.failure is None else outcome.failure.rank
+
+
+def _collect(rows: Any) -> Any:
+    """Bring the stage's rows to the driver, as Arrow where this PySpark can."""
+    if hasattr(rows, "toArrow"):
+        table = rows.toArrow()
+        return zip(
+            table.column("partition").to_pylist(), table.column("chunk").to_pylist(), strict=True
+        )
+    return ((row["partition"], row["chunk"]) for row in rows.collect())

@@ -1,0 +1,135 @@
+"""np < 0: the same agent on the driver, without Spark. Runs in: the driver."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+from horovodrunner.errors import ConfigurationError
+from horovodrunner.flows.artifacts.task import BroughtFiles, LocalFiles
+from horovodrunner.flows.checkpoints.backend import StoreDepot
+from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.results.task import LocalResult
+from horovodrunner.flows.rows.taking import RowsTaker
+from horovodrunner.placement.topology import Member, compose_devices
+from horovodrunner.processes.task.agent import Agent, Surroundings
+from horovodrunner.processes.task.coordinator import DriverLink
+from horovodrunner.processes.task.network import host_id, loopback_address
+from horovodrunner.wire.job import JobSpec, Outcome, with_result
+
+__all__ = ["run_locally"]
+
+
+def run_locally(
+    job: JobSpec, console: Console, files: BroughtFiles, rows: RowsTaker | None = None
+) -> Outcome:
+    """Run all ranks as processes of this machine.
+
+    Parameters
+    ----------
+    job
+        The run.
+    console
+        Shows what the ranks print.
+    files
+        Where the files go that Horovod writes.
+    rows
+        The data sets that travel with the run, or None when there are none.
+
+    Returns
+    -------
+    Outcome
+        Rank 0's success or the run's failure.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If the user interrupts; the workers are gone then.
+    """
+    address, interface = loopback_address()
+    member = Member(
+        partition=0,
+        host_id=host_id(),
+        host=socket.gethostname(),
+        address=address,
+        interface=interface,
+        workers=job.size,
+        gpus=_gpus_of_the_driver(),
+    )
+    stop: list[Callable[[], object]] = []
+    interrupted = threading.Event()
+
+    async def open_driver(on_stop: Callable[[], None]) -> DriverLink | str:
+        loop = asyncio.get_running_loop()
+        stop.append(lambda: loop.call_soon_threadsafe(on_stop))
+        if interrupted.is_set():
+            on_stop()
+        return console
+
+    async def gather(text: str) -> list[str]:
+        return [text]
+
+    result = LocalResult()
+    surroundings = Surroundings(
+        member=member,
+        gather=gather,
+        open_driver=open_driver,
+        log=lambda lines: None,  # the console shows them
+        result=result,
+        depot=(
+            StoreDepot(CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record))
+            if job.checkpoint_location is not None
+            else None
+        ),
+        files=LocalFiles(files, console.note),
+        rows=rows,
+        cores_per_worker=len(os.sched_getaffinity(0)) // job.size,
+    )
+    outcomes: list[Outcome] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcomes.append(asyncio.run(Agent(job, surroundings).run()))
+        except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
+            errors.append(error)
+        finally:
+            console.wake()
+
+    thread = threading.Thread(target=run, name="horovodrunner-local", daemon=True)
+    thread.start()
+    try:
+        console.show()
+    except BaseException:
+        interrupted.set()
+        for request_stop in stop:
+            with contextlib.suppress(RuntimeError):  # the loop has just ended
+                request_stop()
+        thread.join()
+        raise
+    thread.join()
+    if errors:
+        raise errors[0]
+    return with_result(outcomes[0], result.result)
+
+
+def _gpus_of_the_driver() -> tuple[str, ...]:
+    """Give the GPUs that Spark gave the driver, if there is a session and it asked for some.
+
+    Without any, the workers see what this process sees.
+    """
+    pyspark = sys.modules.get("pyspark")  # np < 0 needs no Spark, so it is not imported here
+    context = getattr(getattr(pyspark, "SparkContext", None), "_active_spark_context", None)
+    resource = context.resources.get("gpu") if context is not None else None
+    if resource is None:
+        return ()
+    try:
+        return compose_devices(resource.addresses, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    except ValueError as error:
+        raise ConfigurationError(f"{error}: check spark.driver.resource.gpu") from error

@@ -1,0 +1,295 @@
+"""Task slots: how many there are, how many may come, and who holds them. Runs in: the driver."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from horovodrunner.errors import ClusterCapacityError, ConfigurationError, StartTimeoutError
+from horovodrunner.flows.logs.driver import Console
+from horovodrunner.processes.driver.executors import ended_in_words, logs_in_words
+from horovodrunner.processes.driver.jobs import SparkJob
+from horovodrunner.processes.driver.resources import TaskRequest
+from horovodrunner.spark.session import is_connect
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+__all__ = ["Holders", "require_slots", "slot_holders", "total_slots"]
+
+QUIET_SECONDS = 30.0
+"""Where Spark does not say how many executors will come: none that has not registered after so
+long without any other is waited for."""
+
+CHECK_SECONDS = 0.1
+NOTE_SECONDS = 15.0
+"""How often the user is told what is waited for, at most: it is not repeated."""
+
+_DECIDING_CONFS = (
+    "spark.executor.instances",
+    "spark.executor.cores",
+    "spark.executor.resource.gpu.amount",
+    "spark.cores.max",
+)
+
+
+@dataclass(frozen=True)
+class Holders:
+    """Who holds a cluster's slots.
+
+    Parameters
+    ----------
+    total
+        Slots of the registered executors.
+    by_job
+        Slots that each running Spark job holds, by its id.
+    """
+
+    total: int
+    by_job: dict[int, int]
+
+    @property
+    def free(self) -> int:
+        """How many slots nobody holds."""
+        return max(0, self.total - sum(self.by_job.values()))
+
+    def in_words(self) -> str:
+        """Say how many are free, and which jobs hold the others.
+
+        Returns
+        -------
+        str
+            Half a sentence.
+
+        Examples
+        --------
+        >>> Holders(4, {17: 2}).in_words()
+        '2 free, 2 held by job 17'
+        >>> Holders(4, {}).in_words()
+        '4 free'
+        """
+        held = [f"{count} held by job {job}" for job, count in sorted(self.by_job.items())]
+        return ", ".join([f"{self.free} free", *held])
+
+
+def total_slots(spark: SparkSession, request: TaskRequest | None = None) -> int | None:
+    """Count the barrier tasks that the registered executors can run at once.
+
+    Spark's own figure, the one it checks barrier stages against: cores and, where tasks ask for
+    them, GPUs.
+
+    Parameters
+    ----------
+    spark
+        The session.
+    request
+        What one task takes; None for the session's settings.
+
+    Returns
+    -------
+    int or None
+        The slots; None over Spark Connect, where they cannot be asked for.
+    """
+    if is_connect(spark):
+        return None
+    context = spark.sparkContext._jsc.sc()
+    if request is not None and request.profile is not None:
+        profile = request.profile._java_resource_profile
+    else:
+        profile = context.resourceProfileManager().defaultResourceProfile()
+    return int(context.maxNumConcurrentTasks(profile))
+
+
+def slot_holders(spark: SparkSession, request: TaskRequest, own: SparkJob) -> Holders | None:
+    """Find out who holds the cluster's slots.
+
+    Parameters
+    ----------
+    spark
+        The session.
+    request
+        What one task of the run that waits takes.
+    own
+        That run's job, which is left out.
+
+    Returns
+    -------
+    Holders or None
+        The slots and their holders; None where Spark cannot be asked.
+    """
+    total, by_job = total_slots(spark, request), own.slots_by_other_job()
+    return None if total is None or by_job is None else Holders(total, by_job)
+
+
+def require_slots(
+    spark: SparkSession, np: int, request: TaskRequest, start_timeout: float, console: Console
+) -> int:
+    """Check np against the cluster's slots before anything is launched; wait where more may come.
+
+    Parameters
+    ----------
+    spark
+        The session.
+    np
+        Number of ranks asked for; 0 for all slots.
+    request
+        What one task takes.
+    start_timeout
+        Most seconds to wait for executors that are still to register.
+    console
+        Shows what is waited for.
+
+    Returns
+    -------
+    int
+        Number of ranks to start.
+
+    Raises
+    ------
+    ConfigurationError
+        If dynamic allocation is on, which barrier stages do not support (SPARK-24942); or if
+        np is 0 and nothing tells how many slots there are.
+    ClusterCapacityError
+        If there are fewer slots than np and no more will come, or none for np=0.
+    StartTimeoutError
+        If they might have come and did not within `start_timeout`.
+    """
+    if spark.conf.get("spark.dynamicAllocation.enabled", "false") == "true":
+        raise ConfigurationError(
+            "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage with "
+            "dynamic allocation (SPARK-24942): start the session with "
+            "spark.dynamicAllocation.enabled=false and a fixed number of executors"
+        )
+    slots = total_slots(spark, request)
+    expected = _expected_slots(spark, request)
+    if slots is None:
+        if np == 0 and expected is None:
+            raise ConfigurationError(
+                "np=0 (all slots): this Spark Connect server does not tell how many slots its "
+                "cluster has. Give the number of ranks"
+            )
+        if expected is not None and expected < max(np, 1):
+            raise _too_few_slots(spark, np, expected, request)
+        return np or expected or 1
+    wanted = np or expected or 1
+    if slots < wanted and expected is not None and wanted > expected:
+        raise _too_few_slots(spark, np, expected, request)
+    if slots < wanted:
+        slots = _wait_for_slots(
+            spark, wanted, request, expected=expected, start_timeout=start_timeout, console=console
+        )
+    if slots < wanted and expected is not None:
+        raise StartTimeoutError(
+            f"{wanted} task slots were asked for, {expected} are to come "
+            f"({_facts(spark, request)}), and after {start_timeout:g} s there are {slots}: "
+            f"{ended_in_words(spark, wanted) or 'executors cannot be started'}; "
+            f"{logs_in_words(spark)}; if they are only slow, raise start_timeout"
+        )
+    if slots < wanted:
+        raise _too_few_slots(spark, np, slots, request)
+    return np or slots
+
+
+def _wait_for_slots(
+    spark: SparkSession,
+    wanted: int,
+    request: TaskRequest,
+    *,
+    expected: int | None,
+    start_timeout: float,
+    console: Console,
+) -> int:
+    """Wait until executors have registered; Spark tells Python of them only when asked."""
+    began = changed = noted = time.monotonic()
+    slots, told = 0, None
+    while time.monotonic() - began < start_timeout:
+        now, before, slots = time.monotonic(), slots, total_slots(spark, request) or 0
+        if slots >= wanted:
+            break
+        if slots != before:
+            changed = now
+        if expected is None and now - changed >= QUIET_SECONDS:
+            break
+        if now - noted >= NOTE_SECONDS:
+            noted, ended = now, ended_in_words(spark, wanted)
+            if (slots, ended) != told:
+                told = slots, ended
+                console.note(
+                    f"waiting for {wanted} slots, {slots} have registered so far"
+                    + (f"; {ended}; {logs_in_words(spark)}" if ended else "")
+                )
+        console.show(0)
+        time.sleep(CHECK_SECONDS)
+    return slots
+
+
+def _expected_slots(spark: SparkSession, request: TaskRequest) -> int | None:
+    """Count the slots that the master string or the settings promise, where they do."""
+    master = _master(spark)
+    gpus = float(spark.conf.get("spark.executor.resource.gpu.amount", None) or 0)
+    if match := re.fullmatch(r"local-cluster\[\s*(\d+)\s*,\s*(\d+)\s*,.*\]", master):
+        workers, cores = int(match[1]), int(match[2])
+        own_cores = int(spark.conf.get("spark.executor.cores", None) or cores)
+        return workers * (cores // own_cores) * request.slots(own_cores, gpus)
+    if match := re.fullmatch(r"local(?:\[\s*(\d+)\s*(?:,.*)?\])?", master):
+        return request.slots(int(match[1] or 1), 0)
+    if master.startswith("local"):  # local[*]: the cores of the driver's machine
+        return total_slots(spark, request)
+    instances = spark.conf.get("spark.executor.instances", None)
+    cores_of_executor = spark.conf.get("spark.executor.cores", None)
+    if instances is None or cores_of_executor is None:
+        return None
+    return int(instances) * request.slots(int(cores_of_executor), gpus)
+
+
+def _master(spark: SparkSession) -> str:
+    return spark.conf.get("spark.master", None) or ""
+
+
+def _facts(spark: SparkSession, request: TaskRequest) -> str:
+    confs = [
+        f"{name}={value}"
+        for name in _DECIDING_CONFS
+        if (value := spark.conf.get(name, None)) is not None
+    ]
+    facts = [_master(spark), ", ".join(confs), _executors_in_words(spark, request)]
+    facts.append(f"a task takes {request.in_words}")
+    return "; ".join(fact for fact in facts if fact)
+
+
+def _executors_in_words(spark: SparkSession, request: TaskRequest) -> str:
+    """Say what the registered executors have: "2 executors with 4 cores and 1 GPU: 1 slot each"."""
+    if is_connect(spark):
+        return ""
+    kinds: Counter[tuple[int, int]] = Counter()
+    executors = spark.sparkContext._jsc.sc().statusStore().executorList(True)
+    for index in range(executors.size()):
+        executor = executors.apply(index)
+        if executor.totalCores():  # the driver of a cluster is listed, too
+            gpu = executor.resources().get("gpu")
+            gpus = len(gpu.get().addresses()) if gpu.isDefined() else 0
+            kinds[executor.totalCores(), gpus] += 1
+    words = []
+    for (cores, gpus), count in kinds.items():
+        has = _counted(cores, "core") + (f" and {_counted(gpus, 'GPU')}" if gpus else "")
+        slots = _counted(request.slots(cores, gpus), "slot")
+        words.append(f"{_counted(count, 'executor')} with {has}: {slots}" + " each" * (count > 1))
+    return ", ".join(words)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
+
+
+def _too_few_slots(
+    spark: SparkSession, np: int, slots: int, request: TaskRequest
+) -> ClusterCapacityError:
+    asked = f"np={np}" if np else "np=0 (all slots)"
+    return ClusterCapacityError(
+        f"{asked} needs {_counted(np, 'task slot') if np else 'at least 1 task slot'}, and the "
+        f"cluster has {slots} ({_facts(spark, request)}): ask for fewer ranks, add executors or "
+        "cores, or use a negative np to run on the driver"
+    )

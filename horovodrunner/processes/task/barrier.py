@@ -1,0 +1,195 @@
+"""The Spark side of a task: barrier context in, rows out. Runs in: the task."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from horovodrunner.flows.artifacts.task import DriverFiles
+from horovodrunner.flows.checkpoints.backend import Depot, DriverDepot, StoreDepot
+from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.logs.task import TaskLog
+from horovodrunner.flows.members.task import Gathering
+from horovodrunner.flows.results.task import DriverResult
+from horovodrunner.placement.environment import GLOO_INTERFACE
+from horovodrunner.placement.topology import Member, compose_devices
+from horovodrunner.placement.versions import installed_versions
+from horovodrunner.processes.task.agent import Agent, Surroundings
+from horovodrunner.processes.task.coordinator import DriverLink
+from horovodrunner.processes.task.links import RemoteDriver, SilentDriver, register_with_driver
+from horovodrunner.processes.task.network import (
+    HostAddress,
+    find_address,
+    host_id,
+    loopback_address,
+)
+from horovodrunner.storage import is_url
+from horovodrunner.wire.job import JobSpec, split_chunks
+
+if TYPE_CHECKING:
+    from horovodrunner.flows.rows.task import TaskRows, Travelling
+
+__all__ = ["ROW_SCHEMA", "barrier_task"]
+
+ROW_SCHEMA = "partition int, chunk binary"
+"""One outcome is one or more rows of the stage, in order."""
+
+CHUNK_BYTES = 16 * 1024 * 1024
+_LOG_FD = 2
+"""The executor's stderr, which Spark shows in its UI."""
+
+_SCRATCH_VARIABLES = ("LOCAL_DIRS", "SPARK_EXECUTOR_DIRS", "SPARK_LOCAL_DIRS")
+"""Set by YARN, by standalone workers, and by administrators."""
+
+
+def barrier_task(job: JobSpec, data: Sequence[Travelling], batches: Iterator[Any]) -> Iterator[Any]:
+    """Run one task of the barrier stage; for ``DataFrame.mapInArrow(..., barrier=True)``.
+
+    A failed rank is a row of a task that succeeds, so that Spark has nothing to try again.
+
+    Parameters
+    ----------
+    job
+        The run.
+    data
+        The data sets that travel with it.
+    batches
+        The partition's rows: those of the data sets. Without any they mean nothing.
+
+    Yields
+    ------
+    pyarrow.RecordBatch
+        The outcome in chunks, one row a batch.
+    """
+    import pyarrow
+    from pyspark import BarrierTaskContext
+
+    context = BarrierTaskContext.get()
+    partition = context.partitionId()
+    rows = _rows(data, partition, batches)
+    result, log = DriverResult(job), TaskLog(_LOG_FD)
+    try:
+        surroundings = replace(_surroundings(job, context, result, log), rows=rows)
+        outcome = asyncio.run(Agent(job, surroundings).run())
+    finally:
+        log.close()
+    with contextlib.closing(result):
+        for chunk in split_chunks(outcome, CHUNK_BYTES, result.rows(CHUNK_BYTES)):
+            yield pyarrow.RecordBatch.from_pydict(
+                {
+                    "partition": pyarrow.array([partition], pyarrow.int32()),
+                    "chunk": pyarrow.array([chunk], pyarrow.binary()),
+                }
+            )
+
+
+def _rows(data: Sequence[Travelling], partition: int, batches: Iterator[Any]) -> TaskRows | None:
+    if not data:
+        for _ in batches:
+            pass
+        return None
+    from horovodrunner.flows.rows.task import TaskRows
+
+    return TaskRows(data, partition, batches)
+
+
+def _surroundings(
+    job: JobSpec, context: Any, result: DriverResult, task_log: TaskLog
+) -> Surroundings:
+    partition = context.partitionId()
+    # One terminal for all needs every line once: from the driver, or else from partition 0.
+    quiet = job.shares_terminal and (job.stream_output or partition != 0)
+    log = _ignore if quiet else task_log.write
+    gpus, gpu_problem = _gpus(context)
+    (address, interface), address_problem = _address(job, context)
+    member = Member(
+        partition=partition,
+        host_id=host_id(),
+        host=socket.gethostname(),
+        address=address,
+        interface=interface,
+        gpus=gpus,
+        problem=gpu_problem or address_problem,
+        versions=installed_versions(),
+    )
+
+    gathering = Gathering(job, partition, context.allGather)
+
+    async def open_driver(on_stop: Callable[[], None]) -> DriverLink | str:
+        driver = await register_with_driver(job, on_stop, log)
+        gathering.driver_is_out_of_reach = isinstance(driver, SilentDriver)
+        result.reaches_driver = isinstance(driver, RemoteDriver)
+        return driver
+
+    return Surroundings(
+        member=member,
+        gather=gathering.gather,
+        open_driver=open_driver,
+        log=log,
+        result=result,
+        depot=_depot(job),
+        files=DriverFiles(job),
+        scratch_base=_scratch_base(),
+        cores_per_worker=context.cpus(),
+        session_process=os.getppid(),  # PySpark's daemon, which forks its Python workers
+        environ=_inherited_environment(),
+    )
+
+
+def _address(job: JobSpec, context: Any) -> tuple[HostAddress, str]:
+    """Give the address at which the peers reach this task, or what is wrong with it."""
+    hosts = [info.address.rpartition(":")[0] for info in context.getTaskInfos()]
+    driver = job.driver_address[0] if job.driver_address else None
+    chosen = job.environment.get(GLOO_INTERFACE) or os.environ.get(GLOO_INTERFACE)
+    try:
+        return find_address(hosts[context.partitionId()], driver, hosts, chosen), ""
+    except ValueError as error:
+        return loopback_address(), f"{error} ({GLOO_INTERFACE} names it)"
+
+
+def _gpus(context: Any) -> tuple[tuple[str, ...], str]:
+    """Give the GPUs that Spark gave this task, or what is wrong with them."""
+    resource = context.resources().get("gpu")
+    if resource is None:
+        return (), ""
+    try:
+        return compose_devices(resource.addresses, os.environ.get("CUDA_VISIBLE_DEVICES")), ""
+    except ValueError as error:
+        return (), f"{error}: check the discovery script of spark.worker.resource.gpu"
+
+
+def _inherited_environment() -> dict[str, str]:
+    """Give this process's variables, but for the number of threads that PySpark chose.
+
+    It is that of the session's spark.task.cpus, whatever this stage's resources are; what the user
+    chose (spark.executorEnv.OMP_NUM_THREADS) comes with the driver's variables.
+    """
+    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+
+
+def _depot(job: JobSpec) -> Depot | None:
+    if job.checkpoint_location is None:
+        return None
+    if is_url(job.checkpoint_location):
+        store = CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
+        return StoreDepot(store)
+    return DriverDepot(job)
+
+
+def _scratch_base() -> str | None:
+    """Find a directory that Spark or YARN deletes with the application, whatever happens to us."""
+    for name in _SCRATCH_VARIABLES:
+        for directory in re.split("[,:]", os.environ.get(name, "")):
+            if directory and os.access(directory, os.W_OK):
+                return directory
+    return None
+
+
+def _ignore(lines: bytes) -> None:
+    """Write nothing: somebody else shows the same lines on the same terminal."""

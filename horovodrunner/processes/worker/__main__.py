@@ -1,0 +1,384 @@
+"""One rank: load the job, call main, write the outcome. Runs in: the worker.
+
+Started by the task, before the rank is known, as if by ``python -m horovodrunner.processes.worker
+--control FD --report FD --stacks FD [--result FD] [--import MODULE ...]``;
+flows/call/import_path.py says how. The job comes through the control pipe, and what happens goes
+out through the report pipe; what main returned goes to a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import errno
+import faulthandler
+import fcntl
+import gc
+import importlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from horovodrunner.errors import PayloadError
+from horovodrunner.flows.call.import_path import before_stdlib
+from horovodrunner.flows.outcome.worker import (
+    RECURSION_LIMIT,
+    describe,
+    exit_code_of,
+    show_source_of_threads,
+)
+from horovodrunner.formatting import cut, in_one_line
+from horovodrunner.memory_limit import memory_hint
+from horovodrunner.pickling import payload
+from horovodrunner.pickling.pickled import Layout
+from horovodrunner.placement.environment import IMPORT_PATH
+from horovodrunner.processes.worker import horovod_keras, notices
+from horovodrunner.processes.worker.context import TaskLink, WorkerContext, set_context
+from horovodrunner.processes.worker.control import ControlPipe, leave_without_pipes
+from horovodrunner.processes.worker.leaving import flush_output, leave
+from horovodrunner.processes.worker.main_module import become_main, lowest_descriptor
+from horovodrunner.processes.worker.watch import collective_of
+from horovodrunner.wire.job import (
+    STACK_SIGNAL,
+    Failure,
+    FailureKind,
+    Outcome,
+    Success,
+    WorkerSpec,
+    speaks_of_peer_loss,
+)
+
+_PEER_LOSS_TYPES = ("HorovodInternalError", "HorovodShutdownError", "DistBackendError")
+
+_NOT_IN_MAIN = re.compile(
+    r"Can't get attribute '(\w+)[\w.]*' on <module '__main__'"
+    r"|module '__main__' has no attribute '(\w+)'"
+    r"|cannot import name '(\w+)' from '__main__'"
+)
+
+
+def main() -> int:
+    """Run one rank from start to end.
+
+    Returns
+    -------
+    int
+        The process's exit code: 0 if main returned.
+    """
+    arguments = _parse_arguments()
+    _take_over_surroundings()
+    if arguments.keep_warm:
+        vars(arguments).update(_forked_from_warm_parent(arguments))
+    _move_descriptors(arguments)
+    link = TaskLink(arguments.report)
+    control = ControlPipe(arguments.control, link)
+    _prepare_streams()
+    faulthandler.register(STACK_SIGNAL, file=arguments.stacks, all_threads=True)
+    link.send("ready", at=time.time())
+    horovod_keras.install()
+    notices.install()
+    _import_early(arguments.early_imports)
+    imported_at = time.time()
+    spec, call = control.wait_for_job()
+    set_context(WorkerContext(spec, link, control))
+    outcome, exit_code = run(spec, call, control, arguments.result)
+    flush_output()
+    header, body = outcome.to_frame()
+    try:
+        link.send("times", imported_at=imported_at, warmed=arguments.warmed, times=control.times())
+        link.send("outcome", body, **header)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            leave_without_pipes()
+        raise
+    return exit_code
+
+
+def run(
+    spec: WorkerSpec,
+    call: bytes | bytearray | memoryview,
+    control: ControlPipe,
+    result_fd: int | None,
+) -> tuple[Outcome, int]:
+    """Call main and turn whatever happens into an outcome.
+
+    Only this process does so. One that main forked and that falls out of main ends as that of a
+    script does: with its own exit code, and without a word to the task.
+
+    Parameters
+    ----------
+    spec
+        The slot.
+    call
+        The pickled ``(main, kwargs)``.
+    control
+        Is told when main begins and ends.
+    result_fd
+        The file for what main returned, if it is wanted.
+
+    Returns
+    -------
+    tuple of Outcome and int
+        What happened, and the exit code that says the same.
+    """
+    own_pid = os.getpid()
+    began = time.time()
+    os.environ.update(spec.environment)
+    become_main()
+    show_source_of_threads()
+    try:
+        function, kwargs = payload.load(call)
+    except BaseException as error:  # noqa: BLE001 - it is described
+        if os.getpid() != own_pid:
+            _leave_as_child(error)
+        return _failed(spec, error, "main could not be unpickled: ", hint=_import_hint), 1
+    finally:
+        control.unpickled(began)
+    control.main_begins()
+    try:
+        result = function(**kwargs)
+        sys.settrace(None)
+        _stop_what_interrupts()
+    except BaseException as error:  # noqa: BLE001 - it is described
+        sys.settrace(None)
+        if os.getpid() != own_pid:
+            _leave_as_child(error)
+        _stop_what_interrupts()
+        _end_main(control)
+        if not issubclass(type(error), SystemExit):
+            return _failed(spec, error, "", hint=_missing_name_hint), 1
+        if code := exit_code_of(error):
+            told = "main called sys.exit: "
+            return _failed(spec, error, told, hint=_exit_hint, exit_code=code), code
+        result = None
+    else:
+        if os.getpid() != own_pid:
+            _leave_as_child()
+        _end_main(control)
+    try:
+        layout: Layout = ()
+        if spec.return_result and result_fd is not None:
+            layout = payload.write_result(result, result_fd)
+    except PayloadError as error:
+        return _failed(spec, error, "", with_traceback=False), 1
+    except BaseException as error:  # noqa: BLE001 - pickling runs the user's code
+        what = "the value that main returned cannot be pickled: "
+        return _failed(spec, error, what, kind=FailureKind.RESULT), 1
+    return Outcome(success=Success(spec.rank, layout)), 0
+
+
+def _stop_what_interrupts() -> None:
+    """Stop main's timers and ``interrupt_main()``: what they raise would end the report."""
+    for _ in range(10):
+        with contextlib.suppress(BaseException):  # a handler of main's, for one that came meanwhile
+            for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+                signal.setitimer(timer, 0)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            return
+
+
+def _end_main(control: ControlPipe) -> None:
+    control.main_ends()
+    if sys.getrecursionlimit() < RECURSION_LIMIT:
+        sys.setrecursionlimit(RECURSION_LIMIT)
+
+
+def _leave_as_child(error: BaseException | None = None) -> NoReturn:
+    """End a process that main forked as that of a script ends, but without Horovod.
+
+    Horovod's threads are in its parent only: waiting for them would never end, and taking its
+    connections down would take the parent's down.
+    """
+    code = 0
+    if error is not None:
+        told = describe(error)
+        if issubclass(type(error), SystemExit):
+            code = exit_code_of(error)
+            if not isinstance(getattr(error, "code", None), int | None):
+                _print(f"{told.text}\n")
+        else:
+            code = 1
+            _print(told.traceback)
+    for name in ("horovod.torch.mpi_ops", "horovod.tensorflow.mpi_ops"):
+        with contextlib.suppress(BaseException):  # main may have put anything there
+            atexit.unregister(sys.modules[name]._basics.shutdown)
+    leave(code)
+
+
+def _failed(
+    spec: WorkerSpec,
+    error: BaseException,
+    prefix: str,
+    *,
+    hint: Callable[[BaseException], str] | None = None,
+    exit_code: int | None = None,
+    with_traceback: bool = True,
+    kind: FailureKind = FailureKind.EXCEPTION,
+) -> Outcome:
+    told = describe(error)
+    _print(told.traceback)
+    advice = collective = ""
+    with contextlib.suppress(BaseException):  # it is the user's object, and so are names in frames
+        advice = hint(error) if hint is not None else ""
+        advice += memory_hint(error)
+        collective = collective_of(told.frames)
+    failure = Failure(
+        rank=spec.rank,
+        host=spec.host,
+        summary=_with_advice(f"{prefix}{told.name}: {told.text}", advice),
+        kind=kind,
+        traceback=told.traceback if with_traceback else "",
+        exit_code=exit_code,
+        exception_types=told.types,
+        exception=told.pickled,
+        after_peer_loss=told.name in _PEER_LOSS_TYPES or speaks_of_peer_loss(told.text),
+        collective=collective,
+    )
+    return Outcome(failure=failure)
+
+
+def _with_advice(text: str, advice: str) -> str:
+    """Put advice into the first line, also where a text has several."""
+    first, line_break, rest = text.partition("\n")
+    return f"{first}{advice}{line_break}{rest}"
+
+
+def _print(text: str) -> None:
+    try:
+        sys.stderr.write(text)
+    except BaseException:  # noqa: BLE001 - main may have put anything there
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+
+
+def _import_hint(error: BaseException) -> str:
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    return (
+        f". The module {error.name!r} exists on the driver but not for {sys.executable} here: "
+        "install it on the executors, ship it with spark.sparkContext.addPyFile(...), or call "
+        f"cloudpickle.register_pickle_by_value({(error.name or 'module').split('.')[0]})"
+    )
+
+
+def _missing_name_hint(error: BaseException) -> str:
+    """Explain why a file of the driver's cannot be read: its classes have to be in ``__main__``."""
+    is_lookup = isinstance(error, AttributeError | ImportError)
+    found = _NOT_IN_MAIN.search(str(error)) if is_lookup else None
+    if found is None:
+        return ""
+    name = found[found.lastindex or 0]
+    return (
+        f". Of the driver's __main__ only what main refers to is there: mention {name} in main "
+        f"(a line that says {name} is enough) so that it travels along"
+    )
+
+
+def _exit_hint(error: BaseException) -> str:
+    """Repeat what a parser of arguments has printed before it left; it prints to standard error."""
+    reason = _text_of_parser(error)
+    if not reason:
+        return ""
+    return (
+        f" ({reason}). In main, sys.argv is {cut(repr(sys.argv), 200)}: pass settings "
+        "as arguments of run(), or give the parser a list of its own: parse_args([])"
+    )
+
+
+def _text_of_parser(error: BaseException) -> str:
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        message = frame.f_locals.get("message")
+        if frame.f_code.co_name == "error" and isinstance(message, str):
+            return " ".join(message.split())  # argparse, and what is built on it
+    refused = error.__context__
+    is_known = refused is not None and type(refused).__module__.startswith("absl.flags")
+    return in_one_line(refused) if refused is not None and is_known else ""
+
+
+def _take_over_surroundings() -> None:
+    """See to it that main finds what it would find elsewhere, on Spark or without it."""
+    # Spark's JVMs leave SIGQUIT blocked in the processes that they start.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGQUIT])
+    del sys.argv[1:]  # a parser in main has no use for ours
+    if given := os.environ.pop(IMPORT_PATH, None):
+        sys.path[:] = json.loads(given)
+
+
+def _move_descriptors(arguments: Any) -> None:
+    """Move our own descriptors out of main's way; those that main forks do not keep them."""
+    lowest, moved = lowest_descriptor(), list[int]()
+    for name in ("control", "report", "stacks", "result"):
+        if (descriptor := getattr(arguments, name)) is not None:
+            moved.append(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest))
+            os.close(descriptor)
+            setattr(arguments, name, moved[-1])
+
+    def close_in_child() -> None:
+        for descriptor in moved:
+            with contextlib.suppress(OSError):  # main has closed it
+                os.close(descriptor)
+
+    os.register_at_fork(after_in_child=close_in_child)
+
+
+def _prepare_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # Its task reads UTF-8, whatever the executor's locale.
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    # for Python processes that main starts
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(before_stdlib(sys.path))
+
+
+def _import_early(modules: Sequence[str]) -> None:
+    gc.disable()  # hardly anything is freed meanwhile, and looking takes a tenth of the time
+    for module in modules:
+        with contextlib.suppress(BaseException):  # main meets the same one, with its own traceback
+            importlib.import_module(module)
+    gc.enable()
+
+
+def _forked_from_warm_parent(arguments: Any) -> dict[str, Any]:
+    """Be the warm parent until the session ends; this returns in workers forked from it only."""
+    from horovodrunner.processes.worker.warm import WarmParent
+
+    try:
+        parent = WarmParent(
+            arguments.keep_warm, arguments.owner, arguments.idle_seconds, arguments.listener
+        )
+    except OSError:
+        sys.exit(0)  # another task's is there already
+    if arguments.listener is None:
+        parent.detach()
+    began = time.time()
+    if parent.may_fork:
+        _import_early(arguments.early_imports)
+    warmed = (began, time.time())
+    return {**parent.serve(), "early_imports": [], "warmed": warmed}
+
+
+def _parse_arguments() -> Any:
+    parser = argparse.ArgumentParser(prog="python -m horovodrunner.processes.worker")
+    parser.add_argument("--control", type=int, help="file descriptor to read from")
+    parser.add_argument("--report", type=int, help="file descriptor to write to")
+    parser.add_argument("--stacks", type=int, help="file descriptor to write to")
+    parser.add_argument("--result", type=int, help="file descriptor of an empty file")
+    parser.add_argument("--import", dest="early_imports", action="append", default=[])
+    parser.set_defaults(warmed=(0.0, 0.0))
+    warm = parser.add_argument_group("the process from which workers are forked")
+    warm.add_argument("--keep-warm", help="its address")
+    warm.add_argument("--owner", type=int, help="process with which it ends")
+    warm.add_argument("--listener", type=int, help="its socket, where there is one already")
+    warm.add_argument("--idle-seconds", type=float, help="how long it stays without a worker")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,204 @@
+"""What main() can ask for while it runs. Runs in: the worker.
+
+Called elsewhere (a notebook, a unit test of the training function), the same functions do the
+nearest thing that makes sense there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from horovodrunner.flows.logs.showing import show_text
+from horovodrunner.wire.frames import encode_frame, encode_prefix_and_header
+from horovodrunner.wire.job import WorkerSpec
+
+__all__ = [
+    "MAX_MESSAGE_CHARACTERS",
+    "TaskLink",
+    "WorkerContext",
+    "current_context",
+    "log_to_driver",
+    "notice",
+    "pipe_at",
+    "set_context",
+]
+
+MAX_MESSAGE_CHARACTERS = 4000
+_TRUNCATED = "...(truncated)"
+
+
+def pipe_at(fd: int) -> tuple[int, int]:
+    """Return what tells a pipe from any other: main may put something else at its descriptor."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
+
+
+class TaskLink:
+    """The worker's end of the pipe to its task.
+
+    Parameters
+    ----------
+    report_fd
+        File descriptor to write frames to.
+    """
+
+    def __init__(self, report_fd: int) -> None:
+        self._report_fd = report_fd
+        self._pipe = pipe_at(report_fd)
+        self._owner_pid = os.getpid()
+        self._lock = threading.Lock()
+
+    @property
+    def is_usable(self) -> bool:
+        """False in a process forked from the worker, whose writes could tear the worker's own."""
+        return os.getpid() == self._owner_pid
+
+    def send(self, kind: str, body: bytes = b"", **header: object) -> None:
+        """Write one frame as a whole; a process that main forked writes nothing.
+
+        Parameters
+        ----------
+        kind
+            What the message is.
+        body
+            Its bytes.
+        **header
+            More JSON-compatible fields.
+        """
+        if not self.is_usable:
+            return
+        with self._lock:
+            self._write(encode_frame(kind, body, **header))
+            self._write(body)
+
+    def send_unless_busy(self, kind: str, **header: object) -> None:
+        """Write one frame, or nothing when another thread is just writing a long one.
+
+        Parameters
+        ----------
+        kind
+            What the message is.
+        **header
+            JSON-compatible fields.
+        """
+        if self._lock.acquire(blocking=False):
+            try:
+                self._write(encode_prefix_and_header(kind, 0, **header))
+            finally:
+                self._lock.release()
+
+    def _write(self, data: bytes) -> None:
+        if pipe_at(self._report_fd) != self._pipe:
+            raise OSError(errno.EBADF, "main has put another file in the place of this pipe")
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._report_fd, view) :]
+
+
+class _AnswersQuestions(Protocol):
+    def ask(self, kind: str) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """What this process is within its run.
+
+    Parameters
+    ----------
+    spec
+        The slot.
+    link
+        The pipe to the task.
+    control
+        Asks the task and waits for its answer.
+    """
+
+    spec: WorkerSpec
+    link: TaskLink
+    control: _AnswersQuestions
+
+
+_context: WorkerContext | None = None
+_notices: dict[str, str] = {}
+"""What was said by this process, or waits until it has somebody to say it to."""
+
+
+def set_context(context: WorkerContext) -> None:
+    """Say that this process is a worker.
+
+    Parameters
+    ----------
+    context
+        What it is.
+    """
+    global _context
+    _context = context
+    for key, text in _notices.items():
+        context.link.send("notice", text.encode(errors="replace"), key=key)
+
+
+def current_context() -> WorkerContext | None:
+    """Give what this process is within its run.
+
+    Returns
+    -------
+    WorkerContext or None
+        None outside a run, and in a process forked from a worker.
+    """
+    return _context if _context is not None and _context.link.is_usable else None
+
+
+def notice(key: str, text: str) -> None:
+    """Let the driver show something once, however often and on however many ranks it happens.
+
+    Parameters
+    ----------
+    key
+        What happened.
+    text
+        One line about it.
+    """
+    if key in _notices:
+        return
+    _notices[key] = text
+    if (context := current_context()) is not None:
+        context.link.send("notice", text.encode(errors="replace"), key=key)
+
+
+def log_to_driver(message: str) -> None:
+    """Print a message on the driver, from any rank, whatever the driver's log verbosity is.
+
+    Outside a run it prints here. The behaviour, the limit of 4000 characters included, is that
+    of Databricks' documented ``sparkdl.horovod.log_to_driver``.
+
+    Parameters
+    ----------
+    message
+        Text; over 4000 characters it is cut and ends in ``...(truncated)``.
+
+    Raises
+    ------
+    TypeError
+        If `message` is not a str.
+
+    Examples
+    --------
+    >>> log_to_driver("epoch 1: loss 0.25")
+    epoch 1: loss 0.25
+    """
+    if not isinstance(message, str):
+        raise TypeError(
+            f"log_to_driver takes a str, got {type(message).__name__}: {message!r:.80}; "
+            "use log_to_driver(str(value)) or an f-string"
+        )
+    if len(message) > MAX_MESSAGE_CHARACTERS:
+        message = message[:MAX_MESSAGE_CHARACTERS] + _TRUNCATED
+    context = current_context()
+    if context is None:
+        show_text(message + "\n")
+        return
+    context.link.send("message", message.encode(errors="replace"))

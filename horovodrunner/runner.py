@@ -1,0 +1,504 @@
+"""HorovodRunner itself: choose cluster or local, launch, return or raise. Runs in: the driver."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from horovodrunner import validation as checked
+from horovodrunner.errors import ConfigurationError
+from horovodrunner.flows.artifacts.task import BroughtFiles
+from horovodrunner.flows.call.early_imports import early_imports
+from horovodrunner.flows.call.import_path import ImportPath
+from horovodrunner.flows.checkpoints.driver import new_history, newest_history
+from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.logs.showing import warn
+from horovodrunner.flows.telemetry.phases import Phase, Spans, in_words
+from horovodrunner.pickling import payload
+from horovodrunner.pickling.installed import is_of_a_python
+from horovodrunner.placement.environment import TF_CONFIG, forwarded_environment, hash_seed
+from horovodrunner.placement.versions import installed_versions
+from horovodrunner.processes.driver import interrupt
+from horovodrunner.processes.driver.attempts import run_attempts, stopped_in_words
+from horovodrunner.processes.driver.interactive import is_interactive
+from horovodrunner.storage import is_url
+from horovodrunner.usage import explained, wrong_options, wrong_run
+from horovodrunner.wire.job import JobSpec, Outcome
+
+if TYPE_CHECKING:
+    from horovodrunner.data.unshared import UnsharedDataSet
+
+__all__ = ["HorovodRunner", "SavedCheckpoint"]
+
+VERBOSITIES = ("all", "log_callback_only")
+CHECKPOINT_ERRORS = ("warn", "raise")
+AUTO = "auto"
+TOKEN_BYTES = 32
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint that is kept.
+
+    Parameters
+    ----------
+    step
+        The step that :func:`horovodrunner.checkpoint.save` was given.
+    path
+        Its directory: a path on the driver, or a URL.
+    size
+        Bytes of all its files.
+    time
+        When it was complete, in UTC.
+    """
+
+    step: int
+    path: str
+    size: int
+    time: datetime
+
+
+class HorovodRunner:
+    """Runs a training function on every rank of a Horovod job, on Spark or on this machine.
+
+    The interface and its behaviour are those documented for Databricks' HorovodRunner.
+
+    Parameters
+    ----------
+    np
+        Number of ranks. Positive: tasks of a Spark barrier stage, one slot each, on the active
+        SparkSession (one is created when there is none). Negative: ``-np`` processes on this
+        machine, without Spark, for debugging. 0: all slots of the cluster; deprecated.
+    driver_log_verbosity
+        ``"log_callback_only"``: only what :func:`horovodrunner.log_to_driver` is given is shown
+        here. ``"all"``: everything the ranks print is, while it happens. A negative np always
+        shows all.
+    horovodrun_args
+        Options of the ``horovodrun`` command, as a list or as one would type them:
+        ``["--fusion-threshold-mb", "32", "--autotune"]``. They win over the driver's ``HOROVOD_``
+        variables. The file of ``--timeline-filename``, or of the variable ``HOROVOD_TIMELINE``,
+        is written here, on the driver, at the end of the run, also of one that fails. Options
+        about hosts, ssh, MPI and elastic runs are refused.
+    resources
+        What each task takes of its executor in this run, when that is not what the session's
+        settings say: ``{"cpus": 4, "gpu": 1}``. Needs pyspark 4.0 and a cluster (standalone, YARN
+        or Kubernetes); a negative np ignores it.
+    start_timeout
+        Seconds that the Spark tasks may take to start.
+    stall_timeout
+        Seconds that a rank may wait for others in one collective, or not answer at all, before
+        the run fails with every rank's Python stack. None waits for ever; a warning after 60
+        seconds names the missing ranks in any case.
+    checkpoint_dir
+        Where :func:`horovodrunner.checkpoint.save` keeps checkpoints: a path on the driver, to
+        which the files travel, or a URL of any fsspec file system (``s3://...``, ``hdfs://...``,
+        ``file://...`` for a path that all machines share), to which rank 0 writes itself.
+    keep_checkpoints
+        How many checkpoints are kept; older ones are deleted.
+    resume
+        Whether main finds the newest checkpoint in ``checkpoint_dir``. False starts anew: older
+        ones are kept beside the new ones and are neither found nor deleted. Restarts within the
+        run find the run's own in any case.
+    checkpoint_errors
+        ``"warn"``: training goes on when a checkpoint cannot be stored. ``"raise"``: the run ends
+        with a :class:`CheckpointError`.
+    max_restarts
+        How many times the run is launched again when a worker process or an executor is lost.
+    restart_on
+        Types of exceptions of main, or of this package, after which it is launched again, too.
+    tf_config
+        Whether every rank gets ``TF_CONFIG`` with all ranks as workers, for
+        ``tf.distribute.MultiWorkerMirroredStrategy``. Without it no rank has the variable.
+    show_phases
+        Whether a table at the end of the run shows how long each phase took: pickling, the start
+        of the stage and of the workers, imports, the gather step, main, the way back. The same
+        is in ``phases`` in any case.
+    keep_warm
+        Whether a process that has PyTorch and Horovod imported stays on every executor (on the
+        driver for a negative np) and forks the workers, so that the next runs start sooner. It
+        holds about 300 MiB, and ends with the session or after ten minutes without a run.
+        ``"auto"``: in notebooks and other interactive sessions, not in scripts. Mains that use
+        TensorFlow, or that change how frameworks are imported (``os.environ``, ``sys.path``),
+        get fresh processes in any case.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If np is not an int (a bool is not), or another argument has the wrong type.
+    ArgumentValueError
+        If an argument has a value that cannot work.
+    ConfigurationError
+        If ``horovodrun_args`` is given where Horovod is not installed.
+
+    Examples
+    --------
+    >>> from horovodrunner import HorovodRunner
+    >>> def main(greeting):
+    ...     import horovod.torch as hvd
+    ...     hvd.init()
+    ...     return f"{greeting} from rank {hvd.rank()} of {hvd.size()}"
+    >>> HorovodRunner(np=-2).run(main, greeting="Hello")  # doctest: +SKIP
+    'Hello from rank 0 of 2'
+    """
+
+    _frames_to_user = 4
+    """From a warning of run() to the line that called it; a subclass adds its own frames."""
+
+    @explained(wrong_options)
+    def __init__(
+        self,
+        *,
+        np: int,
+        driver_log_verbosity: str = "log_callback_only",
+        horovodrun_args: str | Sequence[str] | None = None,
+        resources: Mapping[str, float] | None = None,
+        start_timeout: float = 600.0,
+        stall_timeout: float | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        keep_checkpoints: int = 3,
+        resume: bool = True,
+        checkpoint_errors: str = "warn",
+        max_restarts: int = 0,
+        restart_on: tuple[type[BaseException], ...] = (),
+        tf_config: bool = False,
+        show_phases: bool = False,
+        keep_warm: bool | str = AUTO,
+    ) -> None:
+        self._np = checked.integer("np", np)
+        self._verbosity = checked.choice("driver_log_verbosity", driver_log_verbosity, VERBOSITIES)
+        self._options = (
+            {}
+            if horovodrun_args is None
+            else _environment_of(checked.command_line("horovodrun_args", horovodrun_args))
+        )
+        self._resources = None if resources is None else checked.resources("resources", resources)
+        self._start_timeout = checked.seconds("start_timeout", start_timeout)
+        self._stall_timeout = (
+            None if stall_timeout is None else checked.seconds("stall_timeout", stall_timeout)
+        )
+        keep = checked.integer("keep_checkpoints", keep_checkpoints, at_least=1)
+        self._store = (
+            None
+            if checkpoint_dir is None
+            else CheckpointStore(checked.path("checkpoint_dir", checkpoint_dir), keep)
+        )
+        self._resume = checked.boolean("resume", resume)
+        self._history: CheckpointStore | None = None
+        self._checkpoint_errors = checked.choice(
+            "checkpoint_errors", checkpoint_errors, CHECKPOINT_ERRORS
+        )
+        self._max_restarts = checked.integer("max_restarts", max_restarts, at_least=0)
+        self._restart_on = checked.exception_types("restart_on", restart_on)
+        self._tf_config = checked.boolean("tf_config", tf_config)
+        self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
+        self._show_phases = checked.boolean("show_phases", show_phases)
+        self._phases: tuple[Phase, ...] = ()
+
+    @property
+    def checkpoints(self) -> tuple[SavedCheckpoint, ...]:
+        """The checkpoints in ``checkpoint_dir`` that runs go on from now, the newest one last.
+
+        With ``resume=False`` the last run's own, as soon as there was one.
+        """
+        if self._store is None:
+            return ()
+        # a run that was to start anew has its own, even if it saved nothing
+        store = self._history or newest_history(self._store)
+        return tuple(
+            SavedCheckpoint(
+                step=manifest.step,
+                path=store.path_of(manifest.step),
+                size=manifest.size,
+                time=datetime.fromisoformat(manifest.saved_at),
+            )
+            for manifest in reversed(store.manifests())
+        )
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of the last run that ended, or of its last attempt, and when they were."""
+        return self._phases
+
+    @explained(wrong_run)
+    def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
+        """Run ``main(**kwargs)`` once on every rank and give back what rank 0 returned.
+
+        Parameters
+        ----------
+        main
+            The training function; it and its arguments travel by cloudpickle.
+        **kwargs
+            Its keyword arguments.
+
+        Returns
+        -------
+        object
+            Rank 0's return value; the other ranks' are dropped.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If main is not callable or does not accept the arguments.
+        PayloadError
+            If main, an argument or the result cannot be pickled.
+        ConfigurationError
+            If the executors or this machine lack Horovod, Spark's settings rule the run out, or a
+            file such as the timeline cannot be written where it should.
+        ClusterCapacityError
+            If the cluster has fewer slots than np.
+        StartTimeoutError
+            If the tasks do not start within ``start_timeout``.
+        WorkerFailedError
+            If a rank fails; its own exception is the ``__cause__``.
+        StallTimeoutError
+            If ranks wait for others for longer than ``stall_timeout``.
+        CheckpointError
+            If a checkpoint cannot be stored and ``checkpoint_errors="raise"``.
+        DataError
+            If a data set that travels with the run cannot be computed or stored.
+        BarrierStageError
+            If Spark lost or cancelled the run's stage.
+        """
+        __tracebackhide__ = True
+        spans, began = Spans(), time.time()
+        checked.main(main, kwargs, runner_options=_OPTIONS)
+        run_id = secrets.token_hex(4)
+        store = self._store_of_run(run_id, main, kwargs)
+        environment = {**forwarded_environment(os.environ), **_hash_seed(), **self._options}
+        files = BroughtFiles(environment)
+        with payload.companions() as companions:
+            call = payload.dump_call(main, kwargs, _arguments_of_program())
+        frameworks = early_imports(main, call)
+        spans.add("pickle", began, time.time())
+        data = tuple(companions.values())
+        console = Console(executors_have_lines=self._np >= 0)
+        self._announce(console, main, kwargs, call)
+        job = JobSpec(
+            run_id=run_id,
+            size=abs(self._np),
+            payload=call,
+            token=secrets.token_bytes(TOKEN_BYTES),
+            early_imports=frameworks,
+            environment={k: v for k, v in environment.items() if k not in files.variables},
+            import_path=ImportPath.of_this_process(),
+            stream_output=self._verbosity == "all" or self._np < 0,
+            stall_timeout=self._stall_timeout,
+            fail_on_checkpoint_error=self._checkpoint_errors == "raise",
+            brought_files=files.variables,
+            tf_config=self._tf_config,
+            keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
+        )
+        if store is not None:
+            job = replace(
+                job,
+                checkpoint_location=store.location,
+                keep_checkpoints=store.keep,
+                record=store.run,
+            )
+
+        def launch(attempt: int) -> Outcome:
+            files.begin(attempt)
+            now = time.time()
+            spans.add("stage start", now, now)
+            # Each attempt has its own secret: nobody of an earlier one gets in.
+            this = replace(
+                job,
+                run_id=job.run_id if attempt == 1 else f"{job.run_id}-{attempt}",
+                attempt=attempt,
+                token=secrets.token_bytes(TOKEN_BYTES),
+            )
+            if self._np < 0:
+                return self._run_locally(this, console, files, data)
+            return self._run_on_spark(this, console, files, data)
+
+        try:
+            return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
+        except KeyboardInterrupt as error:
+            error.args = (stopped_in_words(error, job.size, store),)
+            raise error from None  # a second Ctrl-C comes while the first one is handled
+        finally:
+            self._note_phases(spans, console, began)
+            if store is not None:
+                store.prune()
+            console.show(0)
+
+    def _store_of_run(
+        self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]
+    ) -> CheckpointStore | None:
+        """Choose where this run's checkpoints are, and prove that it can be written to."""
+        if self._store is None:
+            return None
+        from horovodrunner.flows.call.recording import record_call
+
+        self._store.check()
+        try:
+            if self._resume:
+                history = newest_history(self._store, recover=True)
+            else:
+                history = self._history = new_history(self._store)
+        except OSError as error:
+            raise ConfigurationError(
+                f"the checkpoints in {self._store.location} cannot be read: {error}. Choose a "
+                "checkpoint_dir that this process may read"
+            ) from error
+        record = record_call(run_id, abs(self._np), main, kwargs)
+        return CheckpointStore(history.location, history.keep, record)
+
+    def _note_phases(self, spans: Spans, console: Console, began: float) -> None:
+        for phase in console.run_phases:
+            spans.add(phase.name, phase.began, phase.ended, phase.last_rank)
+            if phase.name == "main":
+                spans.add("outcome back", phase.ended, time.time())
+        self._phases = spans.phases()
+        if self._show_phases:
+            console.note(f"where the time went:\n{in_words(self._phases, since=began)}")
+
+    def _run_locally(
+        self, job: JobSpec, console: Console, files: BroughtFiles, data: Sequence[UnsharedDataSet]
+    ) -> Outcome:
+        from horovodrunner.flows.rows.driver import stored_here
+        from horovodrunner.processes.driver.local import run_locally
+
+        with stored_here(data, job.run_id, console) as rows:
+            return run_locally(job, console, files, rows)
+
+    def _run_on_spark(
+        self, job: JobSpec, console: Console, files: BroughtFiles, data: Sequence[UnsharedDataSet]
+    ) -> Outcome:
+        from horovodrunner.processes.driver import slots
+        from horovodrunner.processes.driver.cluster import BarrierRun
+        from horovodrunner.processes.driver.resources import task_request
+        from horovodrunner.spark import session
+
+        console.show(0)
+        spark = session.find_session()
+        session.refuse_encrypted_cluster(spark)
+        waiting_since = time.monotonic()
+        request = task_request(spark, self._resources)
+        size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
+        job = replace(
+            job,
+            size=size,
+            record=None if job.record is None else replace(job.record, size=size),
+            max_result_bytes=session.max_result_bytes(spark),
+            versions=installed_versions(),
+            environment={**session.chosen_threads(spark), **job.environment},
+            shares_terminal=session.shares_terminal(spark),
+        )
+        location, store = job.checkpoint_location, None
+        if location is not None and not is_url(location):  # there rank 0 writes itself
+            store = CheckpointStore(location, job.keep_checkpoints, job.record)
+        with interrupt.only_this_run():
+            return BarrierRun(
+                spark,
+                job,
+                request,
+                console,
+                files,
+                start_timeout=self._start_timeout,
+                waiting_since=waiting_since,
+                store=store,
+                data=data,
+            ).run()
+
+    @staticmethod
+    def _shares_terminal(console: Console) -> bool:
+        """Tell whether the executor's log is this process's standard error."""
+        from horovodrunner.spark import session
+
+        if not session.has_session():
+            console.note("there is no SparkSession yet: creating one", routine=True)
+            console.show(0)
+        return session.shares_terminal(session.find_session())
+
+    def _announce(
+        self,
+        console: Console,
+        main: Callable[..., Any],
+        kwargs: Mapping[str, Any],
+        call: bytes,
+    ) -> None:
+        if self._np < 0:
+            mode = "on this machine, for debugging; all output of the ranks is shown here"
+        elif self._verbosity == "all":
+            mode = (
+                "on Spark; all output of the ranks is shown here "
+                '(driver_log_verbosity="log_callback_only" shows only log_to_driver messages)'
+            )
+        elif self._shares_terminal(console):
+            mode = (
+                "on Spark; log_to_driver messages are shown here, and so is all output of the "
+                "ranks, on standard error: with a local master that is the executor's log "
+                '(driver_log_verbosity="all" shows it on standard output)'
+            )
+        else:
+            mode = (
+                "on Spark; only log_to_driver messages are shown here "
+                '(driver_log_verbosity="all" shows all output of the ranks)'
+            )
+        ranks = "all slots" if self._np == 0 else f"{abs(self._np)} rank{'s' * (abs(self._np) > 1)}"
+        console.note(f"{ranks} {mode}", routine=True)
+        if self._np == 0:
+            warn(
+                "np=0 (all slots) is deprecated: give the number of ranks",
+                DeprecationWarning,
+                stacklevel=self._frames_to_user,
+            )
+        if TF_CONFIG in os.environ:
+            console.note(
+                "the driver's TF_CONFIG describes one process and is not given to the ranks; "
+                + ("each gets its own" if self._tf_config else "tf_config=True gives each its own")
+            )
+        size = payload.format_bytes(len(call))
+        console.note(f"the pickled main and its arguments have {size}", routine=True)
+        if len(call) > payload.WARN_BYTES:
+            parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
+            named = "; ".join(f"{where} ({payload.format_bytes(n)})" for where, n in parts)
+            warn(
+                f"the pickled main and its arguments have {size}, "
+                "which every executor has to fetch"
+                + (f". Largest: {named}" if named else "")
+                + ". Load large data inside main instead",
+                UserWarning,
+                stacklevel=self._frames_to_user,
+            )
+
+
+def _arguments_of_program() -> list[str]:
+    """Return what main is to find in ``sys.argv``: a script's or a cell's, not a kernel's."""
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    is_a_script = isinstance(file, str) and file.endswith(".py") and not is_of_a_python(file)
+    started_with = sys.orig_argv[len(sys.orig_argv) - len(sys.argv[1:]) :]
+    is_of_a_cell = is_interactive() and sys.argv[1:] != started_with
+    return sys.argv if sys.argv and (is_a_script or is_of_a_cell) else sys.argv[:1] or [""]
+
+
+_OPTIONS = [*inspect.signature(HorovodRunner.__init__).parameters][1:]
+
+
+def _hash_seed() -> dict[str, str]:
+    try:
+        return hash_seed(os.environ)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _environment_of(options: Sequence[str]) -> dict[str, str]:
+    """Give the variables that options of ``horovodrun`` stand for."""
+    try:
+        from horovodrunner.placement.horovodrun_options import environment_of
+    except ImportError as error:
+        raise ConfigurationError(
+            f"horovodrun_args={options!r}: Horovod's own parser reads them, and it cannot be "
+            f"imported here: {error}. Install Horovod on the driver, too (`{sys.executable} -m "
+            "horovodrunner build-horovod`), or set the HOROVOD_... variables instead"
+        ) from error
+    return environment_of(options)

@@ -1,0 +1,1 @@
+"""What is asked of Spark on the driver."""

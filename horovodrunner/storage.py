@@ -1,0 +1,470 @@
+"""A directory, or an fsspec file system, with checkpoints or data sets. Runs in: every process.
+
+Nothing is forced to the disk. What a power failure tears, the hashes in the manifest show.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO, cast
+
+from horovodrunner.errors import ArgumentValueError, ConfigurationError
+from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME
+from horovodrunner.formatting import in_one_line
+
+__all__ = [
+    "LocalPlace",
+    "RemotePlace",
+    "as_os_error",
+    "is_url",
+    "local_path",
+    "open_file_system",
+    "open_place",
+    "path_of_file_url",
+]
+
+_LEFTOVER_SECONDS = 24 * 3600
+_INCOMING = ".incoming-"
+_REPLACED = ".replaced-"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
+_OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
+_PACKAGES = {
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("abfs", "abfss", "az"), "adlfs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("sftp", "ssh"), "paramiko"),
+    "oss": "ossfs",
+}
+"""What pip installs for a scheme."""
+
+_INSTEAD = {
+    "dbfs": (
+        "on Databricks write the path /dbfs/{path}; elsewhere fsspec needs the workspace's address "
+        "and a token, fsspec.config.conf['dbfs'] = {{'instance': ..., 'token': ...}}"
+    ),
+    "s3n": "write s3://{path} instead",
+    **dict.fromkeys(
+        ("wasb", "wasbs"), "write abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/... instead"
+    ),
+    "hdfs": (
+        "it needs Hadoop's client: set JAVA_HOME, HADOOP_HOME and CLASSPATH (what `hadoop "
+        "classpath --glob` prints)"
+    ),
+    "viewfs": "write the hdfs:// URL that it stands for instead",
+    **dict.fromkeys(
+        ("runs", "models", "mlflow-artifacts"),
+        "it is MLflow's: mlflow.artifacts.download_artifacts(...) gives a path",
+    ),
+}
+"""What to do where fsspec does not open a scheme."""
+
+
+def is_url(location: str | os.PathLike[str]) -> bool:
+    """Tell URLs, which need fsspec, from paths.
+
+    Parameters
+    ----------
+    location
+        A path or a URL.
+
+    Returns
+    -------
+    bool
+        True when it starts with a scheme of two or more characters.
+
+    Examples
+    --------
+    >>> is_url("s3://bucket/run-1"), is_url("dbfs:/run-1"), is_url("/dbfs/run-1")
+    (True, True, False)
+    """
+    return _SCHEME.match(os.fspath(location)) is not None
+
+
+def open_place(location: str | os.PathLike[str]) -> LocalPlace | RemotePlace:
+    """Give access to a location.
+
+    Parameters
+    ----------
+    location
+        A path or a URL.
+
+    Returns
+    -------
+    LocalPlace or RemotePlace
+        The place; it need not exist yet.
+
+    Raises
+    ------
+    ConfigurationError
+        When fsspec, or what it needs for the URL's scheme, is missing.
+    """
+    text = os.fspath(location)
+    if not is_url(text):
+        return LocalPlace(local_path(text))
+    if isinstance(location, PurePath):
+        raise ConfigurationError(
+            f"{location!r} is a URL in a path object, which drops slashes. Give it as a str."
+        )
+    return RemotePlace(text)
+
+
+def local_path(text: str) -> Path:
+    """Make a path absolute, which means the same in processes with another working directory.
+
+    Parameters
+    ----------
+    text
+        A path; ``~`` is the home directory.
+
+    Returns
+    -------
+    Path
+        The path.
+
+    Raises
+    ------
+    ConfigurationError
+        If it cannot be a path of this machine.
+    """
+    if os.name == "posix" and _OF_WINDOWS.match(text):
+        raise ConfigurationError(
+            f"{text!r} is a path of Windows, which this machine would take for one name: write the "
+            "path that it has here, such as /mnt/share/..."
+        )
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigurationError(f"the directory {text} is unknown: {error}") from error
+
+
+def path_of_file_url(url: str) -> str | None:
+    """Return the path that a ``file:`` URL names.
+
+    Parameters
+    ----------
+    url
+        A URL.
+
+    Returns
+    -------
+    str or None
+        None if it is none of a file.
+
+    Raises
+    ------
+    ConfigurationError
+        If it names another host.
+
+    Examples
+    --------
+    >>> path_of_file_url("file:/a/b"), path_of_file_url("s3://a/b")
+    ('/a/b', None)
+    """
+    scheme, _, path = url.partition(":")
+    if scheme.lower() != "file":
+        return None
+    if path.startswith("//"):
+        host, slash, path = path[2:].partition("/")
+        path = slash + path
+        if host not in {"", "localhost"}:
+            raise ArgumentValueError(
+                f"{url!r} names the host {host!r}: three slashes come before a path, "
+                f"file:///{host}{path}"
+            )
+    return path
+
+
+class LocalPlace:
+    """A directory of a mounted file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def url(self, path: str) -> str:
+        """Give the full path or URL of what is at `path`."""
+        return str(self.root / path)
+
+    def make(self, path: str) -> None:
+        """Create a directory, and those above it, unless it is there."""
+        (self.root / path).mkdir(parents=True, exist_ok=True)
+
+    def directories(self) -> list[str]:
+        """List the names of the directories at the top."""
+        try:
+            return [each.name for each in self.root.iterdir() if each.is_dir()]
+        except FileNotFoundError:
+            return []
+
+    def refresh(self) -> None:
+        """Do nothing: a disk is always asked."""
+
+    def size(self, path: str) -> int:
+        """Give a file's size in bytes."""
+        return (self.root / path).stat().st_size
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a file for reading."""
+        return (self.root / path).open("rb")
+
+    def create(self, path: str) -> BinaryIO:
+        """Open a new file for writing, with the directories above it."""
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target.open("xb")
+
+    def close(self, stream: BinaryIO) -> None:
+        """Finish a file that :meth:`create` opened."""
+        with stream:
+            stream.flush()
+
+    def begin(self, name: str) -> str:
+        """Give the place where the files of `name` are written."""
+        incoming = _beside(_INCOMING, name)
+        self.make(incoming)
+        return incoming
+
+    def finish(self, incoming: str, name: str) -> None:
+        """Put what was written to `incoming` in its place, instead of what is there."""
+        final, aside = self.root / name, self.root / _beside(_REPLACED, name)
+        replaces = os.path.lexists(final)
+        if replaces:
+            final.replace(aside)
+        try:
+            (self.root / incoming).replace(final)
+        except OSError:
+            if replaces:
+                aside.replace(final)
+            raise
+        with suppress(OSError):  # it is there now, whatever fails from here on
+            if replaces:
+                self.remove(aside.name)
+
+    def remove(self, name: str) -> None:
+        """Delete a directory and all that is in it."""
+        path = self.root / name
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        if not name.startswith(_INCOMING):
+            # a crash in the middle leaves the leftover of a write, not a damaged checkpoint
+            path = path.replace(self.root / _beside(_INCOMING, name.lstrip(".")))
+        shutil.rmtree(path)
+
+    def remove_file(self, path: str) -> None:
+        """Delete a file."""
+        (self.root / path).unlink()
+
+    def recover(self) -> None:
+        """Put back what a crash in the middle of :meth:`finish` left aside."""
+        for name in self.directories():
+            final = _replaced_name(name)
+            if final and not os.path.lexists(self.root / final):
+                with suppress(OSError):
+                    (self.root / name).replace(self.root / final)
+
+    def leftovers(self) -> list[str]:
+        """List what writes that were interrupted long ago left."""
+        found = []
+        for name in self.directories():
+            final = _replaced_name(name)
+            if not name.startswith(_INCOMING) and not final:
+                continue
+            if final and not os.path.lexists(self.root / final):
+                continue
+            with suppress(FileNotFoundError):
+                if time.time() - (self.root / name).stat().st_mtime > _LEFTOVER_SECONDS:
+                    found.append(name)
+        return found
+
+
+class RemotePlace:
+    """A place behind a URL. Whatever fsspec's implementations raise becomes an OSError."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._fs, root = open_file_system(url)
+        if any(character in root for character in "*?["):
+            raise ConfigurationError(
+                f"the URL {url} has a character that fsspec takes for a pattern (*, ? or [). "
+                "Choose one without."
+            )
+        self._root = root.rstrip("/")
+
+    def url(self, path: str) -> str:
+        """Give the full path or URL of what is at `path`."""
+        separator = "" if self._url.endswith("/") else "/"
+        return f"{self._url}{separator}{path}" if path else self._url
+
+    def make(self, path: str) -> None:
+        """Create a directory, and those above it, unless it is there."""
+        with as_os_error(self.url(path)):
+            self._fs.makedirs(self._path(path), exist_ok=True)
+
+    def directories(self) -> list[str]:
+        """List the names of the directories at the top."""
+        self.refresh()
+        try:
+            with as_os_error(self._url):
+                entries = self._fs.ls(self._path(""), detail=True)
+        except FileNotFoundError:
+            return []
+        directories = [each["name"] for each in entries if each["type"] == "directory"]
+        return [each.rstrip("/").rpartition("/")[2] for each in directories]
+
+    def refresh(self) -> None:
+        """Forget the listings that fsspec caches."""
+        with as_os_error(self._url):
+            self._fs.invalidate_cache()
+
+    def size(self, path: str) -> int:
+        """Give a file's size in bytes."""
+        with as_os_error(self.url(path)):
+            return int(self._fs.info(self._path(path))["size"])
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a file for reading."""
+        with as_os_error(self.url(path)):
+            return cast(BinaryIO, self._fs.open(self._path(path), "rb"))
+
+    def read(self, path: str, start: int, end: int) -> bytes:
+        """Read a part of a file."""
+        with as_os_error(self.url(path)):
+            return cast(bytes, self._fs.cat_file(self._path(path), start=start, end=end))
+
+    def create(self, path: str) -> BinaryIO:
+        """Open a new file for writing, with the directories above it."""
+        parent = path.rpartition("/")[0]
+        self.make(parent)
+        with as_os_error(self.url(path)):
+            return cast(BinaryIO, self._fs.open(self._path(path), "wb"))
+
+    def close(self, stream: BinaryIO) -> None:
+        """Finish a file that :meth:`create` opened."""
+        stream.close()
+
+    def begin(self, name: str) -> str:
+        """Empty the place where the files of `name` are written: its own."""
+        self.remove(name)
+        self.make(name)
+        return name
+
+    def finish(self, incoming: str, name: str) -> None:
+        """Do nothing: the manifest, which is there by now, makes it count."""
+
+    def remove(self, name: str) -> None:
+        """Delete a directory and all that is in it."""
+        # the manifest first: a crash in the middle leaves an incomplete one, not a damaged one
+        with suppress(FileNotFoundError):
+            self.remove_file(f"{name}/{MANIFEST_NAME}")
+        with suppress(FileNotFoundError), as_os_error(self.url(name)):
+            self._fs.rm(self._path(name), recursive=True)
+
+    def remove_file(self, path: str) -> None:
+        """Delete a file."""
+        with as_os_error(self.url(path)):
+            self._fs.rm(self._path(path))
+
+    def recover(self) -> None:
+        """Do nothing: behind a URL nothing is put aside."""
+
+    def leftovers(self) -> list[str]:
+        """Give none: what lacks a manifest could be just being written, and ages are not known."""
+        return []
+
+    def _path(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root or "/"
+
+
+def open_file_system(url: str, **options: Any) -> tuple[Any, str]:
+    """Open what is behind a URL.
+
+    Parameters
+    ----------
+    url
+        The URL, with one slash or two after its scheme.
+    **options
+        What fsspec needs for it.
+
+    Returns
+    -------
+    tuple of object and str
+        fsspec's file system, and the path in it.
+
+    Raises
+    ------
+    ConfigurationError
+        If fsspec cannot open it; the text has what to install, or to write instead.
+    """
+    scheme, _, rest = url.partition(":")
+    scheme = scheme.lower()
+    try:
+        import fsspec
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{url} has the scheme {scheme!r}, which needs fsspec: pip install fsspec"
+        ) from error
+    if (path := path_of_file_url(url)) is not None:
+        rest = f"//{path}"
+    # fsspec takes "dbfs:/run" for the name of a local file
+    full = f"{scheme}:{rest}" if rest.startswith("//") else f"{scheme}://{rest}"
+    try:
+        fs, root = fsspec.core.url_to_fs(full, **options)
+    except Exception as error:  # what connects at once fails in its own ways
+        package = _PACKAGES.get(scheme)
+        is_missing = isinstance(error, ImportError) or "Protocol not known" in str(error)
+        if is_missing and package:
+            advice = f"pip install {package}, here and on the executors"
+        elif scheme in _INSTEAD:
+            advice = _INSTEAD[scheme].format(path=rest.lstrip("/"))
+        elif is_missing:
+            advice = "install the package that knows it, here and on the executors, or give a path"
+        else:
+            advice = "check the URL and what its file system needs"
+        why = ", for which fsspec needs another package" if isinstance(error, ImportError) else ""
+        raise ConfigurationError(
+            f"fsspec cannot open {url} (scheme {scheme!r}{why}): {advice} ({in_one_line(error)})"
+        ) from error
+    return fs, str(root)
+
+
+@contextmanager
+def as_os_error(where: str) -> Iterator[None]:
+    """Let what a file system of anybody's raises be an OSError.
+
+    Parameters
+    ----------
+    where
+        The path or URL, for the text.
+
+    Yields
+    ------
+    None
+        While the file system is used.
+
+    Raises
+    ------
+    OSError
+        Instead of any other exception.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # every fsspec implementation has errors of its own
+        raise OSError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _beside(prefix: str, name: str) -> str:
+    return f"{prefix}{name}-{secrets.token_hex(4)}"
+
+
+def _replaced_name(name: str) -> str:
+    return name[len(_REPLACED) :].rpartition("-")[0] if name.startswith(_REPLACED) else ""

@@ -1,0 +1,577 @@
+"""Arguments are refused before anything is launched. Runs in: every process.
+
+Each function returns the plain Python value that it has checked, whatever NumPy, PyTorch or an enum
+made of it, and that value is the one to use: ``np.int64(2)`` overflows and is no JSON.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import shlex
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping
+from decimal import Decimal
+from numbers import Real
+from pathlib import PurePath
+from typing import Any
+
+from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
+from horovodrunner.flows.call.called import misfit, name_of, what_runs_later
+from horovodrunner.formatting import cut
+from horovodrunner.storage import is_url
+
+__all__ = [
+    "boolean",
+    "boolean_or",
+    "choice",
+    "command_line",
+    "exception_types",
+    "integer",
+    "main",
+    "names",
+    "number",
+    "path",
+    "plain",
+    "resources",
+    "runs_at_once",
+    "seconds",
+    "shown",
+    "text",
+]
+
+_SHOWN_CHARS = 200
+_NUMBERS: Any = (Real, Decimal)
+
+
+def plain(value: Any) -> Any:
+    """Return the Python value that a scalar of an array library stands for.
+
+    Parameters
+    ----------
+    value
+        Anything.
+
+    Returns
+    -------
+    object
+        What a NumPy scalar, a 0-d array or a 0-d tensor holds; anything else as it is.
+
+    Examples
+    --------
+    >>> plain(2), plain("auto"), plain([1])
+    (2, 'auto', [1])
+    """
+    if isinstance(value, (bool, int, float)) and type(value).__module__ == "builtins":
+        return value
+    if getattr(value, "shape", None) != ():
+        return value
+    if not hasattr(value, "item") and callable(getattr(value, "numpy", None)):
+        value = value.numpy()  # a tensor of TensorFlow
+    try:
+        return value.item()
+    except Exception:  # noqa: BLE001 - it is somebody's object, and is refused as what it is
+        return value
+
+
+def shown(value: Any) -> str:
+    """Show a value in one line, for an error.
+
+    Parameters
+    ----------
+    value
+        Anything.
+
+    Returns
+    -------
+    str
+        Its ``repr`` without line breaks, cut where it is long.
+
+    Examples
+    --------
+    >>> shown("a")
+    "'a'"
+    """
+    try:
+        return cut(" ".join(repr(value).split()), _SHOWN_CHARS)
+    except Exception:  # noqa: BLE001 - it is somebody's object
+        return f"({type(value).__name__})"
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Check a yes or no.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given.
+
+    Returns
+    -------
+    bool
+        The same.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not a bool, NumPy's included.
+    """
+    given, value = value, plain(value)
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(
+            f"{name}={shown(given)}: it must be True or False, got {type(given).__name__}"
+        )
+    return value
+
+
+def boolean_or(other: str, name: str, value: Any) -> bool | str:
+    """Check a yes or no that may be left to something else.
+
+    Parameters
+    ----------
+    other
+        What may be given instead.
+    name
+        The argument's name, for the error.
+    value
+        What was given.
+
+    Returns
+    -------
+    bool or str
+        The same.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is neither.
+    """
+    given, value = value, plain(value)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value == other:
+        return other
+    raise ArgumentTypeError(
+        f"{name}={shown(given)}: it must be {other!r}, True or False, got {type(given).__name__}"
+    )
+
+
+def integer(name: str, value: Any, at_least: int | None = None) -> int:
+    """Check a whole number.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given; a NumPy integer is one, a bool is not.
+    at_least
+        The smallest value that works, if there is one.
+
+    Returns
+    -------
+    int
+        The number.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not an int.
+    ArgumentValueError
+        If it is too small.
+    """
+    given, value = value, plain(value)
+    if isinstance(value, bool):
+        raise ArgumentTypeError(f"{name}={shown(given)}: it must be an int, not a bool")
+    try:
+        found = int(operator.index(value))  # an enum's member stands for its number
+    except Exception:  # noqa: BLE001 - an array of several numbers raises what it likes
+        raise ArgumentTypeError(
+            f"{name}={shown(given)}: it must be an int, got {type(given).__name__}"
+        ) from None
+    if at_least is not None and found < at_least:
+        raise ArgumentValueError(f"{name}={found}: it must be at least {at_least}")
+    return found
+
+
+def number(name: str, value: Any, unit: str = "") -> float:
+    """Check a number.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given; a bool is no number.
+    unit
+        What it counts, for the error.
+
+    Returns
+    -------
+    float
+        The number.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not a number.
+    ArgumentValueError
+        If a float cannot hold it.
+    """
+    given, value = value, plain(value)
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise ArgumentTypeError(
+            f"{name}={shown(given)}: it must be a number{unit and f' of {unit}'}, "
+            f"got {type(given).__name__}"
+        )
+    try:
+        return float(value)
+    except (OverflowError, ValueError) as error:
+        raise ArgumentValueError(f"{name}={shown(given)}: {error}") from None
+
+
+def seconds(name: str, value: Any) -> float:
+    """Check a time span.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given.
+
+    Returns
+    -------
+    float
+        Seconds.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not a number.
+    ArgumentValueError
+        If it is not more than 0.
+    """
+    found = number(name, value, "seconds")
+    if not found > 0:
+        raise ArgumentValueError(f"{name}={shown(value)}: it must be more than 0 seconds")
+    return found
+
+
+def text(name: str, value: Any) -> str:
+    """Check a text.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given.
+
+    Returns
+    -------
+    str
+        The same.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not a str.
+    """
+    given, value = value, plain(value)
+    if not isinstance(value, str):
+        raise ArgumentTypeError(
+            f"{name}={shown(given)}: it must be a str, got {type(given).__name__}"
+        )
+    return str.__str__(value)
+
+
+def names(name: str, value: Any) -> list[str]:
+    """Check a list of names.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given; anything but a str that one can iterate over.
+
+    Returns
+    -------
+    list of str
+        The names.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is a single str, or something in it is none.
+    """
+    value = plain(value)
+    if isinstance(value, str):
+        raise ArgumentTypeError(f"{name}={value!r}: give a list, [{value!r}]")
+    if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping)):
+        raise ArgumentTypeError(
+            f"{name}={shown(value)}: give a list of names, got {type(value).__name__}"
+        )
+    return [text(f"{name}[{place}]", each) for place, each in enumerate(value)]
+
+
+def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Check one of a few words.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given.
+    choices
+        The words that work.
+
+    Returns
+    -------
+    str
+        The word.
+
+    Raises
+    ------
+    ArgumentValueError
+        If it is none of them.
+    """
+    word = plain(value)
+    if not isinstance(word, str) or word not in choices:
+        listed = ", ".join(map(repr, choices[:-1]))
+        raise ArgumentValueError(f"{name}={shown(value)}: it must be {listed} or {choices[-1]!r}")
+    return str.__str__(word)
+
+
+def command_line(name: str, value: Any) -> list[str]:
+    """Check words of a command line.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given: the words, or text that is split as a shell does it.
+
+    Returns
+    -------
+    list of str
+        The words.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is neither.
+    ArgumentValueError
+        If the text cannot be split.
+    """
+    value = plain(value)
+    if isinstance(value, str):
+        try:
+            return shlex.split(value)
+        except ValueError as error:
+            raise ArgumentValueError(f"{name}={value!r}: {error}") from None
+    example = f"give words, such as {name}=['--cycle-time-ms', '2'], or one str"
+    if not isinstance(value, (list, tuple)):
+        raise ArgumentTypeError(f"{name}={shown(value)}: {example}")
+    for word in value:
+        if not isinstance(word, str):
+            raise ArgumentTypeError(f"{name}: {shown(word)} is no str; {example}")
+    return [str.__str__(word) for word in value]
+
+
+def path(name: str, value: Any) -> str:
+    """Check a path or URL.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given.
+
+    Returns
+    -------
+    str
+        The same as text.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is neither a str nor a path, or a path object of a URL.
+    ArgumentValueError
+        If it is empty.
+    """
+    try:
+        found = os.fspath(plain(value))
+    except TypeError:
+        found = None
+    if not isinstance(found, str):
+        raise ArgumentTypeError(
+            f"{name}={shown(value)}: it must be a path or a URL, got {type(value).__name__}"
+        )
+    if not found:
+        raise ArgumentValueError(f"{name}={shown(value)}: it must not be empty")
+    if isinstance(value, PurePath) and is_url(found):
+        raise ArgumentTypeError(
+            f"{name}={value!r} is a URL in a path object, which drops slashes: give it as a str"
+        )
+    return str.__str__(found)
+
+
+def exception_types(name: str, value: Any) -> tuple[type[BaseException], ...]:
+    """Check one or more types of exceptions.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given: a type, or several of them.
+
+    Returns
+    -------
+    tuple of type
+        The types.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If something is not a type of exception.
+    """
+    try:
+        types = (value,) if isinstance(value, type) else tuple(value)
+    except TypeError:
+        types = (value,)
+    for item in types:
+        if not (isinstance(item, type) and issubclass(item, BaseException)):
+            raise ArgumentTypeError(
+                f"{name}: {item!r} is not a type of exception; give a tuple such as (OSError,)"
+            )
+    return types
+
+
+def resources(name: str, value: Any) -> dict[str, float]:
+    """Check what a task takes of its executor.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    value
+        What was given: amounts by the names that Spark has for resources.
+
+    Returns
+    -------
+    dict of float
+        The same.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is no such mapping.
+    ArgumentValueError
+        If it is empty, or an amount cannot work.
+    """
+    example = "give amounts by name, such as {'cpus': 4, 'gpu': 1}"
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ArgumentTypeError(f"{name}={value!r}: {example}")
+    if not value:
+        raise ArgumentValueError(f"{name}={value!r}: it must not be empty; {example}")
+    if "gpus" in value:
+        raise ArgumentValueError(f"{name}={value!r}: Spark's name for GPUs is 'gpu'")
+    amounts: dict[str, float] = {}
+    for resource, given in value.items():
+        amount: Any = plain(given)
+        is_int = isinstance(amount, int)
+        if isinstance(amount, bool) or not isinstance(amount, _NUMBERS):
+            raise ArgumentTypeError(f"{name}={value!r}: the amount of {resource!r} is no number")
+        amount = int(amount) if is_int else float(amount)
+        whole = float(amount).is_integer()
+        if not amount > 0 or (not whole and (amount > 1 or resource == "cpus")):
+            raise ArgumentValueError(
+                f"{name}={value!r}: the amount of {resource!r} must be a whole number"
+                + ("" if resource == "cpus" else ", or less than 1 when tasks share one")
+            )
+        amounts[str.__str__(resource)] = amount
+    return amounts
+
+
+def main(
+    function: Any, kwargs: Mapping[str, Any], runner_options: Collection[str] = ()
+) -> Callable[..., Any]:
+    """Check that a training function can be called with its arguments.
+
+    Parameters
+    ----------
+    function
+        What was given as main.
+    kwargs
+        Its keyword arguments.
+    runner_options
+        What HorovodRunner itself takes: somebody may have given that to ``run()``.
+
+    Returns
+    -------
+    callable
+        The function.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not callable, or not with these arguments, or a call would not run it.
+    """
+    if not callable(function):
+        raise ArgumentTypeError(
+            f"main must be a function, got {type(function).__name__} ({shown(function)}): "
+            f"{_function_instead(function)}"
+        )
+    checked: Callable[..., Any] = function
+    if problem := misfit(checked, kwargs):
+        options = [name for name in kwargs if name in runner_options and repr(name) in problem]
+        where = "".join(f"; {name} is an option of HorovodRunner({name}=...)" for name in options)
+        raise ArgumentTypeError(f"{problem}{where}")
+    runs_at_once("main", checked)
+    return checked
+
+
+def runs_at_once(name: str, function: Callable[..., Any]) -> None:
+    """Check that a call runs a function, instead of making a coroutine or a generator of it.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for the error.
+    function
+        The function.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is async or a generator.
+    """
+    later = what_runs_later(function)
+    if not later:
+        return
+    of_async = "async" in later or later == "a coroutine"
+    called = f"{'asyncio.run' if of_async else 'list'}({name_of(function)}(...))"
+    raise ArgumentTypeError(
+        f"{name} must run when it is called, and {name_of(function)} only makes {later} then: give "
+        f"a function that returns {called}"
+    )
+
+
+def _function_instead(thing: Any) -> str:
+    """Say what to pass instead of something that cannot be called."""
+    if isinstance(thing, str):
+        return "pass the function itself, run(train), not its name or its file"
+    if isinstance(thing, types.ModuleType):
+        return f"pass one of its functions, such as run({thing.__name__}.train)"
+    if isinstance(thing, (classmethod, property)):
+        return "pass the method of the class or of an object, such as run(trainer.train)"
+    of_object = "" if type(thing).__module__ == "builtins" else ", or a method: run(trainer.train)"
+    return f"pass the function itself, not what it returns: run(train), not run(train()){of_object}"
