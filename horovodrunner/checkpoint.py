@@ -31,6 +31,7 @@ from typing import Any, Protocol
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, CheckpointError
 from horovodrunner.processes.worker.context import WorkerContext, current_context, log_to_driver
+from horovodrunner.wire.events import CheckpointSaved
 
 __all__ = ["Checkpoint", "attempt", "latest", "load_torch", "save", "save_torch"]
 
@@ -105,15 +106,15 @@ def latest() -> Checkpoint | None:
     context = current_context()
     if context is None or not context.spec.keeps_checkpoints:
         return None
-    answer = context.control.ask("latest")
-    if answer.get("error"):
+    answer = context.control.ask_latest()
+    if answer.error:
         raise CheckpointError(
             f"rank {context.spec.rank} on {context.spec.host} cannot get the latest checkpoint: "
-            f"{answer['error']}"
+            f"{answer.error}"
         )
-    if not answer["directory"]:
+    if not answer.directory:
         return None
-    return Checkpoint._at(answer["directory"], answer["step"], answer["differs"])
+    return Checkpoint._at(answer.directory, answer.step, answer.differs)
 
 
 @contextlib.contextmanager
@@ -158,7 +159,7 @@ def save(step: int) -> Iterator[Path]:
     try:
         yield directory
         if context is not None and context.spec.keeps_checkpoints and context.spec.rank == 0:
-            context.link.send("checkpoint", step=step, directory=str(directory))
+            context.link.send(CheckpointSaved(step, str(directory)))
             handed_over = True
     finally:
         if not handed_over and os.getpid() == own_pid:  # not by a process forked in the block

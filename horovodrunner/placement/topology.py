@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from horovodrunner.wire.job import FailureKind
+from horovodrunner.flows.outcome.outcome import FailureKind
 
 __all__ = [
     "HostGroup",

@@ -15,10 +15,10 @@ from horovodrunner.errors import (
     StallTimeoutError,
     WorkerFailedError,
 )
+from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
 from horovodrunner.formatting import in_one_line
 from horovodrunner.pickling import payload
 from horovodrunner.pickling.pickled import Pickled
-from horovodrunner.wire.job import Failure, FailureKind, Outcome
 
 __all__ = ["open_outcome"]
 

@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.errors import BarrierStageError, DataError, StartTimeoutError
-from horovodrunner.flows.artifacts.task import BroughtFiles
+from horovodrunner.flows.artifacts.driver import BroughtFiles
+from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.outcome.outcome import FailureKind, Outcome, join_rows, with_result
 from horovodrunner.flows.rows.driver import stage_input
 from horovodrunner.processes.driver import addresses
 from horovodrunner.processes.driver.channel import RETRY_REFUSED, DriverChannel
@@ -23,7 +25,6 @@ from horovodrunner.processes.driver.slots import NOTE_SECONDS, slot_holders
 from horovodrunner.processes.driver.stage_end import StageEnd, data_problem, stage_end
 from horovodrunner.processes.task.barrier import ROW_SCHEMA, barrier_task
 from horovodrunner.spark.arrow import map_in_arrow
-from horovodrunner.wire.job import FailureKind, JobSpec, Outcome, join_chunks, with_result
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -47,29 +48,7 @@ AFTER_FAILURE_SECONDS = 10.0
 
 
 class BarrierRun:
-    """One run as a barrier stage of a Spark session.
-
-    Parameters
-    ----------
-    spark
-        The session.
-    job
-        The run.
-    request
-        What each of its tasks takes.
-    console
-        Shows what the run prints.
-    files
-        Where the files go that Horovod writes.
-    start_timeout
-        Seconds the stage's tasks may take to start.
-    waiting_since
-        When (monotonic clock) that time began.
-    store
-        Where checkpoints that come through the driver channel are kept, if they do.
-    data
-        The data sets that travel with the run.
-    """
+    """One run as a barrier stage of a Spark session."""
 
     def __init__(
         self,
@@ -106,26 +85,7 @@ class BarrierRun:
         self._told = ""
 
     def run(self) -> Outcome:
-        """Launch the stage and wait for its end.
-
-        Returns
-        -------
-        Outcome
-            Rank 0's success or the run's failure.
-
-        Raises
-        ------
-        ConfigurationError
-            If a setting of this package's has no valid value.
-        StartTimeoutError
-            If the tasks do not start in time.
-        DataError
-            If the data sets that travel with the run could not be computed.
-        BarrierStageError
-            If Spark lost or cancelled the stage.
-        KeyboardInterrupt
-            If the user interrupts; the stage is cancelled then.
-        """
+        """Launch the stage and wait for its end."""
         job, spark, console = self._job, self._spark, self._console
         with DriverChannel(
             job.run_id,
@@ -189,7 +149,7 @@ class BarrierRun:
             chunks: dict[int, list[bytes]] = {}
             for partition, chunk in _collect(rows):
                 chunks.setdefault(partition, []).append(chunk)
-            self._outcomes = {partition: join_chunks(c) for partition, c in chunks.items()}
+            self._outcomes = {partition: join_rows(c) for partition, c in chunks.items()}
         except Exception as error:  # noqa: BLE001 - judged and raised in the caller's thread
             self._error = error
         finally:

@@ -62,24 +62,7 @@ class _Child:
 
 
 class WarmParent:
-    """Forks workers for the tasks that connect.
-
-    Parameters
-    ----------
-    address
-        Name of an abstract Unix socket.
-    owner
-        Process with which this one ends.
-    idle_seconds
-        How long it stays without any worker.
-    listener
-        Descriptor of its socket, if this process has become it by another one's `exec`.
-
-    Raises
-    ------
-    OSError
-        If somebody serves at that address already.
-    """
+    """Forks workers for the tasks that connect."""
 
     def __init__(
         self, address: str, owner: int, idle_seconds: float, listener: int | None = None
@@ -112,13 +95,7 @@ class WarmParent:
             os.dup2(nowhere.fileno(), 2)
 
     def serve(self) -> dict[str, int]:
-        """Fork workers until the session ends or nobody needs any; call it after the imports.
-
-        Returns
-        -------
-        dict of int
-            In a worker: its descriptors, see `DESCRIPTORS`. The parent itself never returns.
-        """
+        """Fork workers until the session ends or nobody needs any; call it after the imports."""
         if self.may_fork and not _is_fit_to_fork():
             self._forget_imports()
         gc.freeze()  # what was imported stays shared: the collector does not touch it
