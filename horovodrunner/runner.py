@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ConfigurationError
-from horovodrunner.flows.artifacts.task import BroughtFiles
+from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.call.early_imports import early_imports
 from horovodrunner.flows.call.import_path import ImportPath
 from horovodrunner.flows.checkpoints.driver import new_history, newest_history

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from horovodrunner.data.columns import NO_ARRAYS, Column, Lengths, NullPolicy, merged, stored
 from horovodrunner.errors import DataError
-from horovodrunner.storage import open_place
+from horovodrunner.storage import open_storage
 
 __all__ = [
     "BLOCK_BYTES",
@@ -195,7 +195,7 @@ def write_rows(job: WriteJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.
 
 
 def _write_file(job: WriteJob, name: str, batches: Iterator[pa.RecordBatch]) -> dict[str, Any]:
-    place = open_place(job.location)
+    place = open_storage(job.location)
     builder = BlockBuilder(job.columns, job.nulls)
     rows: list[int] = []
     offsets: list[int] = []
@@ -218,7 +218,7 @@ def _write_file(job: WriteJob, name: str, batches: Iterator[pa.RecordBatch]) -> 
             return {}
         sink.write(END_OF_STREAM)
         position += len(END_OF_STREAM)
-        place.close(sink)
+        sink.close()
     except BaseException:
         if sink is not None:
             with contextlib.suppress(Exception):

@@ -21,7 +21,7 @@ from horovodrunner.data.order import Remainder
 from horovodrunner.data.shares import OwnRowsSteps, dealt, first_target
 from horovodrunner.data.unshared import UnsharedDataSet
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
-from horovodrunner.flows.artifacts.task import BroughtFiles
+from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.rows.task import TaskRows, Travelling
 from horovodrunner.pickling import payload

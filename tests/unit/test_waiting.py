@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from horovodrunner.flows.artifacts.task import BroughtFiles
+from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.processes.driver import addresses, cluster
 from horovodrunner.processes.driver.resources import TaskRequest

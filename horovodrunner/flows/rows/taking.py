@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from horovodrunner.errors import DataError
-from horovodrunner.flows.checkpoints.task import in_thread
 from horovodrunner.placement.topology import Member, group_by_host
 from horovodrunner.wire.job import FailureKind
+from horovodrunner.wire.upload import in_thread
 
 __all__ = ["RowsTaker", "data_directory", "with_rows"]
 

@@ -11,17 +11,17 @@ from types import TracebackType
 from typing import Any
 
 from horovodrunner.errors import ConfigurationError
-from horovodrunner.flows.artifacts.task import BroughtFiles, serve_files
-from horovodrunner.flows.checkpoints.backend import SILENCE_SECONDS, serve_depot
+from horovodrunner.flows.artifacts.driver import BroughtFiles, file_handler
+from horovodrunner.flows.checkpoints.driver import checkpoint_handlers
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.members.driver import GatherPoint
-from horovodrunner.flows.results.task import receive_result
+from horovodrunner.flows.results.driver import result_handler
 from horovodrunner.flows.telemetry.phases import Phase
 from horovodrunner.pickling.pickled import Pickled
-from horovodrunner.wire.bulk import BulkConnection
 from horovodrunner.wire.connection import Connection, FrameServer
 from horovodrunner.wire.job import Outcome
+from horovodrunner.wire.upload import Transfer, TransferHandler
 
 __all__ = ["RETRY_REFUSED", "DriverChannel"]
 
@@ -74,9 +74,12 @@ class DriverChannel:
             target=self._loop.run_forever, name="horovodrunner-channel", daemon=True
         )
         self._server = FrameServer(token, self._serve, console.note, peers=size)
-        self._store = store
-        self._files = files
-        self._transfers: dict[BulkConnection, threading.Thread] = {}
+        self._handlers = {"result": result_handler(self._keep_result)}
+        if store is not None:
+            self._handlers |= checkpoint_handlers(store)
+        if files is not None:
+            self._handlers["file"] = file_handler(files, console.note)
+        self._transfers: dict[Transfer, threading.Thread] = {}
         self._gather_point = GatherPoint(size)
         self._leader: Connection | None = None
         self._left = threading.Event()
@@ -179,15 +182,10 @@ class DriverChannel:
         if frame is None or frame.header.get("run_id") != self._run_id:
             return
         self.has_heard = True
-        note, header = self._console.note, frame.header
-        if frame.kind == "checkpoint" and (store := self._store) is not None:
-            await self._serve_transfer(connection, lambda t: serve_depot(t, header, store, note))
-        if frame.kind == "file" and (files := self._files) is not None:
-            await self._serve_transfer(connection, lambda t: serve_files(t, header, files, note))
+        if (handler := self._handlers.get(frame.kind)) is not None:
+            await self._serve_transfer(connection, handler, frame.header)
         if frame.kind == "gather" and not await self._gather_point.serve(connection, frame):
             self._refuse_retry(connection)
-        if frame.kind == "result":
-            await self._serve_transfer(connection, lambda t: self._receive_result(t, header))
         if frame.kind != "register":
             return
         if self.registered:
@@ -213,21 +211,18 @@ class DriverChannel:
         self.retried = True
         connection.send("refused", why=RETRY_REFUSED)
 
-    def _receive_result(self, transfer: BulkConnection, header: dict[str, Any]) -> None:
-        def keep(result: Pickled) -> None:
-            self.result = result
-
-        receive_result(transfer, header, self._console.note, keep)
+    def _keep_result(self, result: Pickled) -> None:
+        self.result = result
 
     async def _serve_transfer(
-        self, connection: Connection, serve_peer: Callable[[BulkConnection], None]
+        self, connection: Connection, handler: TransferHandler, request: dict[str, Any]
     ) -> None:
-        transfer = BulkConnection(connection.detach(), SILENCE_SECONDS)
+        transfer = Transfer(connection.detach())
         ended = asyncio.Event()
 
         def serve() -> None:
             try:
-                serve_peer(transfer)
+                transfer.serve(handler, request, self._console.note)
             finally:
                 transfer.close()
                 with contextlib.suppress(RuntimeError):  # the channel is closed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
 import sys
@@ -11,12 +12,12 @@ import threading
 from collections.abc import Callable
 
 from horovodrunner.errors import ConfigurationError
-from horovodrunner.flows.artifacts.task import BroughtFiles, LocalFiles
-from horovodrunner.flows.checkpoints.backend import StoreDepot
+from horovodrunner.flows.artifacts.driver import BroughtFiles, copy_file
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
-from horovodrunner.flows.results.task import LocalResult
+from horovodrunner.flows.results.driver import read_result
 from horovodrunner.flows.rows.taking import RowsTaker
+from horovodrunner.pickling.pickled import Layout, Pickled
 from horovodrunner.placement.topology import Member, compose_devices
 from horovodrunner.processes.task.agent import Agent, Surroundings
 from horovodrunner.processes.task.coordinator import DriverLink
@@ -75,19 +76,23 @@ def run_locally(
     async def gather(text: str) -> list[str]:
         return [text]
 
-    result = LocalResult()
+    results: list[Pickled] = []
+
+    def take_result(descriptor: int, layout: Layout) -> None:
+        results.append(read_result(descriptor, layout))
+
     surroundings = Surroundings(
         member=member,
         gather=gather,
         open_driver=open_driver,
         log=lambda lines: None,  # the console shows them
-        result=result,
-        depot=(
-            StoreDepot(CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record))
+        take_result=take_result,
+        checkpoints=(
+            CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
             if job.checkpoint_location is not None
             else None
         ),
-        files=LocalFiles(files, console.note),
+        take_file=functools.partial(copy_file, files, console.note),
         rows=rows,
         cores_per_worker=len(os.sched_getaffinity(0)) // job.size,
     )
@@ -116,7 +121,7 @@ def run_locally(
     thread.join()
     if errors:
         raise errors[0]
-    return with_result(outcomes[0], result.result)
+    return with_result(outcomes[0], next(iter(results), None))
 
 
 def _gpus_of_the_driver() -> tuple[str, ...]:

@@ -18,22 +18,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from horovodrunner.flows.artifacts.task import FileTaker
 from horovodrunner.flows.call.import_path import of_worker
 from horovodrunner.flows.call.record import calls_another_main, changes
-from horovodrunner.flows.checkpoints.backend import Depot
 from horovodrunner.flows.checkpoints.manifest import Manifest
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.checkpoints.task import (
-    Courier,
+    CheckpointBackend,
+    CheckpointUploader,
     LatestCopy,
     LatestDecision,
-    in_thread,
     is_of_run,
     nothing_saved_in_words,
     resumption_in_words,
 )
-from horovodrunner.flows.results.task import ResultCourier, ResultTaker
+from horovodrunner.flows.results.task import ResultUploader, TakeResult
 from horovodrunner.flows.rows.taking import RowsTaker, data_directory, with_rows
 from horovodrunner.flows.telemetry.phases import Spans
 from horovodrunner.pickling.pickled import Layout
@@ -59,6 +57,7 @@ from horovodrunner.processes.task.process import GRACE_SECONDS, WorkerProcess
 from horovodrunner.processes.task.scratch import Scratch
 from horovodrunner.processes.task.supervisor import TEARDOWN_SECONDS, Supervisor
 from horovodrunner.wire.job import Failure, FailureKind, JobSpec, Outcome, WorkerSpec
+from horovodrunner.wire.upload import in_thread
 
 __all__ = ["Agent", "Surroundings"]
 
@@ -87,12 +86,14 @@ class Surroundings:
         run must not start. The argument ends the run.
     log
         Takes whole lines for this task's own log.
-    result
+    take_result
         Takes what rank 0's main returned.
-    depot
-        Where checkpoints are kept, or None when the run keeps none.
-    files
-        Takes the files that Horovod writes on rank 0's host, or None when nobody wants any.
+    take_file
+        Takes a file that Horovod wrote on rank 0's host, by the variable that names it.
+    checkpoints
+        Where they are kept, or None when the run keeps none.
+    abort_transfers
+        Lets transfers that other threads wait for fail soon.
     rows
         Takes the rows that travel with the run, or None when there are none.
     scratch_base
@@ -109,9 +110,10 @@ class Surroundings:
     gather: Callable[[str], Awaitable[list[str]]]
     open_driver: Callable[[Callable[[], None]], Awaitable[DriverLink | str]]
     log: Callable[[bytes], None]
-    result: ResultTaker
-    depot: Depot | None = None
-    files: FileTaker | None = None
+    take_result: TakeResult
+    take_file: Callable[[str, Path], None]
+    checkpoints: CheckpointBackend | None = None
+    abort_transfers: Callable[[], None] = lambda: None
     rows: RowsTaker | None = None
     scratch_base: str | None = None
     cores_per_worker: int = 1
@@ -135,12 +137,12 @@ class Agent:
         self._surroundings = surroundings
         self._leads = surroundings.member.partition == 0
         self._workers: list[WorkerProcess] = []
-        self._result = ResultCourier(surroundings.result)
+        self._result = ResultUploader(surroundings.take_result)
         self._stop_requested = asyncio.Event()
         self._has_gathered = False
         self._scratch = Path()
         self._stack_tasks: set[asyncio.Task[None]] = set()
-        self._courier: Courier | None = None
+        self._uploader: CheckpointUploader | None = None
         self._latest: LatestCopy | None = None
         self._went_on_from: Manifest | None = None
         self._has_saved = False
@@ -174,10 +176,8 @@ class Agent:
         finally:
             for worker in self._workers:
                 worker.kill()
+            self._surroundings.abort_transfers()
             await self._result.close()
-            for taker in (self._surroundings.depot, self._surroundings.files):
-                if taker is not None:
-                    taker.abort()
             scratch.delete()
 
     def _spawn(self) -> WorkerProcess:
@@ -244,13 +244,13 @@ class Agent:
         coordinator.on_stop(self._stop_workers)
         coordinator.on_stack_request(lambda: self._show_stacks(own, coordinator))
         latest = LatestDecision(
-            self._surroundings.depot,
+            self._surroundings.checkpoints,
             members,
             driver.note,
             lambda manifest: self._goes_on_from(manifest, driver),
         )
         self._latest = LatestCopy(
-            self._surroundings.depot,
+            self._surroundings.checkpoints,
             self._scratch,
             ask=lambda: latest.answer(0),
             tell=lambda directory: latest.fetched(0, directory),
@@ -266,13 +266,13 @@ class Agent:
             asyncio.create_task(self._stop_on_request(coordinator)),
             asyncio.create_task(coordinator.watch_for_stalls(self._job.stall_timeout)),
         ]
-        if self._surroundings.depot is not None:
-            self._courier = Courier(
-                self._surroundings.depot,
+        if self._surroundings.checkpoints is not None:
+            self._uploader = CheckpointUploader(
+                self._surroundings.checkpoints,
                 note=driver.note,
                 on_error=lambda text: self._checkpoint_failed(text, slots[0], driver, coordinator),
             )
-            watchers.append(asyncio.create_task(self._courier.run()))
+            watchers.append(asyncio.create_task(self._uploader.run()))
         run = asyncio.create_task(self._run_workers(own, members, coordinator))
         resources.push_async_callback(_cancel, [*watchers, run])
 
@@ -297,20 +297,17 @@ class Agent:
 
     async def _finish_storing(self, driver: DriverLink) -> None:
         """Let the last checkpoint arrive, unless the user wants the run to end now."""
-        courier = self._courier
-        if courier is None or courier.is_idle:
+        uploader = self._uploader
+        if uploader is None or uploader.is_idle:
             return
         driver.note("the ranks have ended; the last checkpoint is still being stored", routine=True)
-        while not self._stop_requested.is_set() and not await courier.drain(STORING_SECONDS):
+        while not self._stop_requested.is_set() and not await uploader.drain(STORING_SECONDS):
             driver.storing()
 
     async def _bring_files(self, driver: DriverLink) -> None:
         """Hand over what Horovod wrote, as far as it got."""
-        taker = self._surroundings.files
         for variable, path in self._written_files().items():
-            if taker is None:
-                continue
-            bringing = asyncio.create_task(in_thread(taker.put, variable, path))
+            bringing = asyncio.create_task(in_thread(self._surroundings.take_file, variable, path))
             while not bringing.done():
                 await asyncio.wait([bringing], timeout=STORING_SECONDS)
                 driver.storing()
@@ -361,7 +358,7 @@ class Agent:
             return Outcome(failure=Failure(own[0].rank, own[0].host, text))
         resources.push_async_callback(link.close)
         self._latest = LatestCopy(
-            self._surroundings.depot, self._scratch, ask=link.ask_latest, tell=link.fetched
+            self._surroundings.checkpoints, self._scratch, ask=link.ask_latest, tell=link.fetched
         )
         run = asyncio.create_task(self._run_workers(own, members, link))
         stop = asyncio.create_task(link.listen(lambda: self._show_stacks(own, link)))
@@ -458,8 +455,8 @@ class Agent:
     def checkpoint_saved(self, step: int, directory: Path) -> None:
         """Take over a checkpoint that rank 0 has written."""
         self._has_saved = True
-        if self._courier is not None:
-            self._courier.saved(step, directory)
+        if self._uploader is not None:
+            self._uploader.saved(step, directory)
 
     def result_written(self, layout: Layout) -> None:
         """Let what rank 0's main returned be taken while the other ranks go on."""
@@ -495,7 +492,7 @@ class Agent:
             return_result=slot.rank == 0,
             attempt=self._job.attempt,
             scratch=str(self._scratch),
-            keeps_checkpoints=self._surroundings.depot is not None,
+            keeps_checkpoints=self._surroundings.checkpoints is not None,
             beat_seconds=min(BEAT_SECONDS, (self._job.stall_timeout or math.inf) / 4),
         )
 

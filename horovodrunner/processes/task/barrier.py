@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import re
 import socket
@@ -11,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.flows.artifacts.task import DriverFiles
-from horovodrunner.flows.checkpoints.backend import Depot, DriverDepot, StoreDepot
+from horovodrunner.flows.artifacts.task import upload_file
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.checkpoints.task import CheckpointBackend, DriverBackend
 from horovodrunner.flows.logs.task import TaskLog
 from horovodrunner.flows.members.task import Gathering
-from horovodrunner.flows.results.task import DriverResult
+from horovodrunner.flows.results.task import ResultUpload
 from horovodrunner.placement.environment import GLOO_INTERFACE
 from horovodrunner.placement.topology import Member, compose_devices
 from horovodrunner.placement.versions import installed_versions
@@ -31,6 +32,7 @@ from horovodrunner.processes.task.network import (
 )
 from horovodrunner.storage import is_url
 from horovodrunner.wire.job import JobSpec, split_chunks
+from horovodrunner.wire.upload import TransferClient
 
 if TYPE_CHECKING:
     from horovodrunner.flows.rows.task import TaskRows, Travelling
@@ -73,9 +75,10 @@ def barrier_task(job: JobSpec, data: Sequence[Travelling], batches: Iterator[Any
     context = BarrierTaskContext.get()
     partition = context.partitionId()
     rows = _rows(data, partition, batches)
-    result, log = DriverResult(job), TaskLog(_LOG_FD)
+    client = TransferClient(job.run_id, job.token, job.driver_address)
+    result, log = ResultUpload(job, client), TaskLog(_LOG_FD)
     try:
-        surroundings = replace(_surroundings(job, context, result, log), rows=rows)
+        surroundings = replace(_surroundings(job, context, client, result, log), rows=rows)
         outcome = asyncio.run(Agent(job, surroundings).run())
     finally:
         log.close()
@@ -100,7 +103,7 @@ def _rows(data: Sequence[Travelling], partition: int, batches: Iterator[Any]) ->
 
 
 def _surroundings(
-    job: JobSpec, context: Any, result: DriverResult, task_log: TaskLog
+    job: JobSpec, context: Any, client: TransferClient, result: ResultUpload, task_log: TaskLog
 ) -> Surroundings:
     partition = context.partitionId()
     # One terminal for all needs every line once: from the driver, or else from partition 0.
@@ -132,9 +135,10 @@ def _surroundings(
         gather=gathering.gather,
         open_driver=open_driver,
         log=log,
-        result=result,
-        depot=_depot(job),
-        files=DriverFiles(job),
+        take_result=result.take,
+        checkpoints=_checkpoint_backend(job, client),
+        take_file=functools.partial(upload_file, client),
+        abort_transfers=client.abort,
         scratch_base=_scratch_base(),
         cores_per_worker=context.cpus(),
         session_process=os.getppid(),  # PySpark's daemon, which forks its Python workers
@@ -173,13 +177,12 @@ def _inherited_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
-def _depot(job: JobSpec) -> Depot | None:
+def _checkpoint_backend(job: JobSpec, client: TransferClient) -> CheckpointBackend | None:
     if job.checkpoint_location is None:
         return None
     if is_url(job.checkpoint_location):
-        store = CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
-        return StoreDepot(store)
-    return DriverDepot(job)
+        return CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
+    return DriverBackend(client)
 
 
 def _scratch_base() -> str | None:
