@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.wire.events import (

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from horovodrunner.errors import DataError
-from horovodrunner.flows.outcome.outcome import FailureKind
 from horovodrunner.placement.topology import Member, group_by_host
+from horovodrunner.flows.outcome.outcome import FailureKind
 from horovodrunner.wire.upload import in_thread
 
 __all__ = ["RowsTaker", "data_directory", "with_rows"]
