@@ -494,11 +494,12 @@ def _hash_seed() -> dict[str, str]:
 def _environment_of(options: Sequence[str]) -> dict[str, str]:
     """Give the variables that options of ``horovodrun`` stand for."""
     try:
-        from horovodrunner.placement.horovodrun_options import environment_of
+        from horovodrunner.placement.rendezvous import environment_of
+
+        return environment_of(options)
     except ImportError as error:
         raise ConfigurationError(
             f"horovodrun_args={options!r}: Horovod's own parser reads them, and it cannot be "
             f"imported here: {error}. Install Horovod on the driver, too (`{sys.executable} -m "
             "horovodrunner build-horovod`), or set the HOROVOD_... variables instead"
         ) from error
-    return environment_of(options)
