@@ -210,7 +210,7 @@ def torch_nccl() -> Path | None:
 
 
 def current_recipe() -> Recipe:
-    """Find out what Horovod has to be built for in this environment."""
+    """Return what Horovod has to be built for in this environment."""
     frameworks = framework_versions()
     if not frameworks:
         raise ConfigurationError(

@@ -136,7 +136,7 @@ def broadcast(variables: Sequence[Any], root_rank: int, device: str) -> None:
 
 
 def do_if(condition: Any, action: Callable[[], None]) -> None:
-    """Do something if a boolean tensor is true when the graph runs."""
+    """Run an action if a boolean tensor is true when the graph runs."""
     tf.cond(condition, action, lambda: None)
 
 

@@ -156,7 +156,7 @@ class _Server(RendezvousHTTPServer):  # type: ignore[misc]
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Be called after each connection, and now and then without any."""
+        """Close what is overdue; socketserver calls this all the time."""
         with self._changed:
             self._drop_overdue(REQUEST_SECONDS)
 
@@ -213,7 +213,7 @@ class Rendezvous:
         self._thread.start()
 
     def set_plan(self, slots: Sequence[Slot]) -> None:
-        """Say who takes part, and answer the requests that waited for it."""
+        """Answer the requests that waited for the plan, as all later ones."""
         plan = [
             SlotInfo(
                 hostname=slot.host_id,
