@@ -10,7 +10,17 @@ __all__ = ["Phase", "Spans", "in_words"]
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a run."""
+    """One phase of a run, of all ranks: from the first that began to the last that ended.
+
+    Parameters
+    ----------
+    name
+        What was done.
+    began, ended
+        Seconds since the epoch; the machines' clocks are taken to agree.
+    last_rank
+        The rank that ended last; None where no rank is concerned.
+    """
 
     name: str
     began: float
@@ -30,7 +40,6 @@ class Spans:
         self._phases: dict[str, Phase] = {}
 
     def add(self, name: str, began: float, ended: float, rank: int | None = None) -> None:
-        """Note a phase of one rank, or of the run."""
         known = self._phases.get(name)
         if known is None:
             self._phases[name] = Phase(name, began, ended, rank)
@@ -39,17 +48,22 @@ class Spans:
         self._phases[name] = Phase(name, min(began, known.began), max(ended, known.ended), last)
 
     def add_all(self, spans: Mapping[str, Sequence[float]], rank: int | None = None) -> None:
-        """Note several phases."""
         for name, (began, ended) in spans.items():
             self.add(name, float(began), float(ended), rank)
 
     def phases(self) -> tuple[Phase, ...]:
-        """Give all phases."""
+        """Return all phases in the order in which they began."""
         return tuple(sorted(self._phases.values(), key=lambda phase: phase.began))
 
 
 def in_words(phases: Iterable[Phase], since: float) -> str:
-    """Write phases as a table."""
+    """Return phases as a table that counts from `since`.
+
+    >>> print(in_words([Phase("pickle", 10.0, 10.25), Phase("main", 10.5, 13.0, 1)], since=10.0))
+    phase            from      to    took
+    pickle           0.00    0.25    0.25 s
+    main             0.50    3.00    2.50 s, rank 1 last
+    """
     lines = [f"{'phase':<14}{'from':>7} {'to':>7} {'took':>7}"]
     for phase in phases:
         last = "" if phase.last_rank is None else f", rank {phase.last_rank} last"

@@ -33,7 +33,7 @@ from horovodrunner.placement.environment import (
     torchrun_environment,
     worker_base_environment,
 )
-from horovodrunner.placement.topology import Member, Slot, tf_workers
+from horovodrunner.placement.topology import Member, Slot, assign_slots, tf_workers
 from horovodrunner.placement.versions import (
     Difference,
     differences,
@@ -134,8 +134,6 @@ class _Agent:
         return worker
 
     async def _lead(self, workers: Sequence[WorkerProcess]) -> Outcome:
-        from horovodrunner.placement.rendezvous import assign_slots
-
         member, ports = self._member(), self._job.ports
         rendezvous = self._open_rendezvous(member.address)
         listening = on_free_port(
@@ -144,7 +142,7 @@ class _Agent:
         self._resources.callback(listening.close)
         member = replace(
             member,
-            hub_port=listening.getsockname()[1],
+            peer_port=listening.getsockname()[1],
             rendezvous_port=rendezvous.port if rendezvous is not None else 0,
             master_port=self._reserve_port(),
         )
@@ -205,8 +203,6 @@ class _Agent:
         )
 
     async def _follow(self, workers: Sequence[WorkerProcess]) -> Outcome:
-        from horovodrunner.placement.rendezvous import assign_slots
-
         member = self._member()
         members = await self._gather(member)
         if (refusal := self._refusal(members)).failure is not None:
@@ -215,12 +211,12 @@ class _Agent:
         own = [slot for slot in assign_slots(members) if slot.partition == member.partition]
         try:
             link = await PeerLink.open(
-                leader.address, leader.hub_port, self._job.token, member.partition
+                leader.address, leader.peer_port, self._job.token, member.partition
             )
         except OSError as error:
             text = (
                 f"{own[0].host} ({own[0].address}) cannot reach rank 0's task on {leader.host} "
-                f"({leader.address}:{leader.hub_port}): {error}; {REACH_EACH_OTHER}"
+                f"({leader.address}:{leader.peer_port}): {error}; {REACH_EACH_OTHER}"
             )
             log(own_line(text))
             return Outcome(failure=Failure(own[0].rank, own[0].host, text))
