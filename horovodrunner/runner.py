@@ -22,6 +22,7 @@ from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
 from horovodrunner.flows.telemetry.phases import Phase, Spans, in_words
+from horovodrunner.formatting import format_bytes
 from horovodrunner.pickling import payload
 from horovodrunner.pickling.installed import is_of_a_python
 from horovodrunner.placement.environment import TF_CONFIG, forwarded_environment, hash_seed
@@ -274,11 +275,11 @@ class HorovodRunner:
         store = self._store_of_run(run_id, main, kwargs)
         environment = {**forwarded_environment(os.environ), **_hash_seed(), **self._options}
         files = BroughtFiles(environment)
-        with payload.companions() as companions:
+        with payload.attachments() as attachments:
             call = payload.dump_call(main, kwargs, _arguments_of_program())
         frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
-        data = tuple(companions.values())
+        data = tuple(attachments.values())
         console = Console(executors_have_lines=self._np >= 0)
         self._announce(console, main, kwargs, call)
         job = JobSpec(
@@ -457,11 +458,11 @@ class HorovodRunner:
                 "the driver's TF_CONFIG describes one process and is not given to the ranks; "
                 + ("each gets its own" if self._tf_config else "tf_config=True gives each its own")
             )
-        size = payload.format_bytes(len(call))
+        size = format_bytes(len(call))
         console.note(f"the pickled main and its arguments have {size}", routine=True)
         if len(call) > payload.WARN_BYTES:
             parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
-            named = "; ".join(f"{where} ({payload.format_bytes(n)})" for where, n in parts)
+            named = "; ".join(f"{where} ({format_bytes(n)})" for where, n in parts)
             warn(
                 f"the pickled main and its arguments have {size}, "
                 "which every executor has to fetch"

@@ -45,23 +45,7 @@ _NUMBERS: Any = (Real, Decimal)
 
 
 def plain(value: Any) -> Any:
-    """Return the Python value that a scalar of an array library stands for.
-
-    Parameters
-    ----------
-    value
-        Anything.
-
-    Returns
-    -------
-    object
-        What a NumPy scalar, a 0-d array or a 0-d tensor holds; anything else as it is.
-
-    Examples
-    --------
-    >>> plain(2), plain("auto"), plain([1])
-    (2, 'auto', [1])
-    """
+    """Return the Python value that a scalar of an array library stands for."""
     if isinstance(value, (bool, int, float)) and type(value).__module__ == "builtins":
         return value
     if getattr(value, "shape", None) != ():
@@ -75,23 +59,7 @@ def plain(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """Show a value in one line, for an error.
-
-    Parameters
-    ----------
-    value
-        Anything.
-
-    Returns
-    -------
-    str
-        Its ``repr`` without line breaks, cut where it is long.
-
-    Examples
-    --------
-    >>> shown("a")
-    "'a'"
-    """
+    """Show a value in one line, for an error."""
     try:
         return cut(" ".join(repr(value).split()), _SHOWN_CHARS)
     except Exception:  # noqa: BLE001 - it is somebody's object
@@ -99,25 +67,7 @@ def shown(value: Any) -> str:
 
 
 def boolean(name: str, value: Any) -> bool:
-    """Check a yes or no.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given.
-
-    Returns
-    -------
-    bool
-        The same.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is not a bool, NumPy's included.
-    """
+    """Check a yes or no."""
     given, value = value, plain(value)
     if not isinstance(value, bool):
         raise ArgumentTypeError(
@@ -127,27 +77,7 @@ def boolean(name: str, value: Any) -> bool:
 
 
 def boolean_or(other: str, name: str, value: Any) -> bool | str:
-    """Check a yes or no that may be left to something else.
-
-    Parameters
-    ----------
-    other
-        What may be given instead.
-    name
-        The argument's name, for the error.
-    value
-        What was given.
-
-    Returns
-    -------
-    bool or str
-        The same.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is neither.
-    """
+    """Check a yes or no that may be left to something else."""
     given, value = value, plain(value)
     if isinstance(value, bool):
         return value
@@ -159,29 +89,7 @@ def boolean_or(other: str, name: str, value: Any) -> bool | str:
 
 
 def integer(name: str, value: Any, at_least: int | None = None) -> int:
-    """Check a whole number.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given; a NumPy integer is one, a bool is not.
-    at_least
-        The smallest value that works, if there is one.
-
-    Returns
-    -------
-    int
-        The number.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is not an int.
-    ArgumentValueError
-        If it is too small.
-    """
+    """Check a whole number."""
     given, value = value, plain(value)
     if isinstance(value, bool):
         raise ArgumentTypeError(f"{name}={shown(given)}: it must be an int, not a bool")
@@ -197,29 +105,7 @@ def integer(name: str, value: Any, at_least: int | None = None) -> int:
 
 
 def number(name: str, value: Any, unit: str = "") -> float:
-    """Check a number.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given; a bool is no number.
-    unit
-        What it counts, for the error.
-
-    Returns
-    -------
-    float
-        The number.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is not a number.
-    ArgumentValueError
-        If a float cannot hold it.
-    """
+    """Check a number."""
     given, value = value, plain(value)
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise ArgumentTypeError(
@@ -233,27 +119,7 @@ def number(name: str, value: Any, unit: str = "") -> float:
 
 
 def seconds(name: str, value: Any) -> float:
-    """Check a time span.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given.
-
-    Returns
-    -------
-    float
-        Seconds.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is not a number.
-    ArgumentValueError
-        If it is not more than 0.
-    """
+    """Check a time span."""
     found = number(name, value, "seconds")
     if not found > 0:
         raise ArgumentValueError(f"{name}={shown(value)}: it must be more than 0 seconds")
@@ -261,25 +127,7 @@ def seconds(name: str, value: Any) -> float:
 
 
 def text(name: str, value: Any) -> str:
-    """Check a text.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given.
-
-    Returns
-    -------
-    str
-        The same.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is not a str.
-    """
+    """Check a text."""
     given, value = value, plain(value)
     if not isinstance(value, str):
         raise ArgumentTypeError(
@@ -289,25 +137,7 @@ def text(name: str, value: Any) -> str:
 
 
 def names(name: str, value: Any) -> list[str]:
-    """Check a list of names.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given; anything but a str that one can iterate over.
-
-    Returns
-    -------
-    list of str
-        The names.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is a single str, or something in it is none.
-    """
+    """Check a list of names."""
     value = plain(value)
     if isinstance(value, str):
         raise ArgumentTypeError(f"{name}={value!r}: give a list, [{value!r}]")
@@ -319,27 +149,7 @@ def names(name: str, value: Any) -> list[str]:
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """Check one of a few words.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given.
-    choices
-        The words that work.
-
-    Returns
-    -------
-    str
-        The word.
-
-    Raises
-    ------
-    ArgumentValueError
-        If it is none of them.
-    """
+    """Check one of a few words."""
     word = plain(value)
     if not isinstance(word, str) or word not in choices:
         listed = ", ".join(map(repr, choices[:-1]))
@@ -348,27 +158,7 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
 
 
 def command_line(name: str, value: Any) -> list[str]:
-    """Check words of a command line.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given: the words, or text that is split as a shell does it.
-
-    Returns
-    -------
-    list of str
-        The words.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is neither.
-    ArgumentValueError
-        If the text cannot be split.
-    """
+    """Check words of a command line."""
     value = plain(value)
     if isinstance(value, str):
         try:
@@ -385,27 +175,7 @@ def command_line(name: str, value: Any) -> list[str]:
 
 
 def path(name: str, value: Any) -> str:
-    """Check a path or URL.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given.
-
-    Returns
-    -------
-    str
-        The same as text.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is neither a str nor a path, or a path object of a URL.
-    ArgumentValueError
-        If it is empty.
-    """
+    """Check a path or URL."""
     try:
         found = os.fspath(plain(value))
     except TypeError:
@@ -424,25 +194,7 @@ def path(name: str, value: Any) -> str:
 
 
 def exception_types(name: str, value: Any) -> tuple[type[BaseException], ...]:
-    """Check one or more types of exceptions.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given: a type, or several of them.
-
-    Returns
-    -------
-    tuple of type
-        The types.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If something is not a type of exception.
-    """
+    """Check one or more types of exceptions."""
     try:
         types = (value,) if isinstance(value, type) else tuple(value)
     except TypeError:
@@ -456,27 +208,7 @@ def exception_types(name: str, value: Any) -> tuple[type[BaseException], ...]:
 
 
 def resources(name: str, value: Any) -> dict[str, float]:
-    """Check what a task takes of its executor.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given: amounts by the names that Spark has for resources.
-
-    Returns
-    -------
-    dict of float
-        The same.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is no such mapping.
-    ArgumentValueError
-        If it is empty, or an amount cannot work.
-    """
+    """Check what a task takes of its executor."""
     example = "give amounts by name, such as {'cpus': 4, 'gpu': 1}"
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ArgumentTypeError(f"{name}={value!r}: {example}")
@@ -504,27 +236,7 @@ def resources(name: str, value: Any) -> dict[str, float]:
 def main(
     function: Any, kwargs: Mapping[str, Any], runner_options: Collection[str] = ()
 ) -> Callable[..., Any]:
-    """Check that a training function can be called with its arguments.
-
-    Parameters
-    ----------
-    function
-        What was given as main.
-    kwargs
-        Its keyword arguments.
-    runner_options
-        What HorovodRunner itself takes: somebody may have given that to ``run()``.
-
-    Returns
-    -------
-    callable
-        The function.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is not callable, or not with these arguments, or a call would not run it.
-    """
+    """Check that a training function can be called with its arguments."""
     if not callable(function):
         raise ArgumentTypeError(
             f"main must be a function, got {type(function).__name__} ({shown(function)}): "
@@ -540,20 +252,7 @@ def main(
 
 
 def runs_at_once(name: str, function: Callable[..., Any]) -> None:
-    """Check that a call runs a function, instead of making a coroutine or a generator of it.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    function
-        The function.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is async or a generator.
-    """
+    """Check that a call runs a function, instead of making a coroutine or a generator of it."""
     later = what_runs_later(function)
     if not later:
         return

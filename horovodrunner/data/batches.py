@@ -7,7 +7,6 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, get_args
 
@@ -20,12 +19,12 @@ from horovodrunner.data.order import EpochOrder, EpochSteps, Remainder
 from horovodrunner.data.shares import OwnRowsSteps
 from horovodrunner.data.stored import Block, BlockReader
 from horovodrunner.errors import ArgumentValueError
+from horovodrunner.prefetch import map_in_threads
 from horovodrunner.processes.worker.context import current_context, log_to_driver
 
 __all__ = ["Batches", "ReadOptions", "own_rank_and_size"]
 
 _Batch = TypeVar("_Batch")
-_Item = TypeVar("_Item")
 
 PIECE_BYTES = 8 * 2**20
 """About so much is gathered at once when rows come in random order; some three of them wait."""
@@ -274,7 +273,7 @@ class Batches(Generic[_Batch]):
         batches = self._untransformed(steps, range(first, len(steps), stride))
         if self._transform is None:
             return batches
-        return _mapped(self._transform, batches, self._threads)
+        return map_in_threads(self._transform, batches, self._threads)
 
     def _untransformed(self, steps: EpochSteps, numbers: range) -> Generator[_Batch, None, None]:
         options, reader = self._options, self._reader
@@ -416,24 +415,4 @@ def _in_random_order(
         for starts, ends in _bounds_of(steps, numbers)
         for at in range(0, len(starts), batches)
     )
-    return _mapped(_Gatherer(reader, order), limits, _GATHERING_THREADS)
-
-
-def _mapped(
-    function: Callable[[Any], _Item], items: Iterator[Any], threads: int
-) -> Generator[_Item, None, None]:
-    """Call a function with each item, in threads if there are any, and keep the order."""
-    if not threads:
-        yield from map(function, items)
-        return
-    waiting: collections.deque[Future[_Item]] = collections.deque()
-    with ThreadPoolExecutor(threads, "horovodrunner-data") as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return map_in_threads(_Gatherer(reader, order), limits, _GATHERING_THREADS)
