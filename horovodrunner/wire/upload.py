@@ -163,9 +163,7 @@ class Transfer:
             for _ in piece.chunks:
                 pass  # what nobody wanted
 
-    def serve(
-        self, handler: TransferHandler, request: Event, note: Callable[[str], None]
-    ) -> None:
+    def serve(self, handler: TransferHandler, request: Event, note: Callable[[str], None]) -> None:
         """Do, on the driver, what the task asks for; `note` takes a sentence for the user."""
         coming = self._upload()
         try:

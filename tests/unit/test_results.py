@@ -22,8 +22,8 @@ from horovodrunner.flows.outcome.driver import open_outcome
 from horovodrunner.flows.results import task as results
 from horovodrunner.flows.results.driver import read_result
 from horovodrunner.flows.results.task import ResultUpload
-from horovodrunner.pickling import pickled as pickled_module
-from horovodrunner.pickling.pickled import Layout, Pickled, SinkError, write_pickle
+from horovodrunner.pickling import buffers as buffers_module
+from horovodrunner.pickling.buffers import Layout, BufferedPickle, SinkError, write_pickle
 from horovodrunner.processes.driver.channel import DriverChannel
 from horovodrunner.wire.job import JobSpec, Outcome, Success, join_chunks, split_chunks
 from horovodrunner.wire.upload import PeerFailedError, Piece, TransferClient
@@ -41,7 +41,7 @@ class File:
     def write(self, value: object) -> Layout:
         return write_pickle(value, self.descriptor)
 
-    def read(self, layout: Layout) -> Pickled:
+    def read(self, layout: Layout) -> BufferedPickle:
         return read_result(self.descriptor, layout)
 
 
@@ -129,7 +129,7 @@ def test_large_buffers_stand_beside_the_pickle_and_small_ones_do_not(
     pickle_bytes, *beside = file.write([array, array[:10], array[:100_000], array[::2][:10]])
     assert beside == [LARGE, 800_000]
     assert pickle_bytes < 2000
-    monkeypatch.setattr(pickled_module, "MOST_BESIDE", 3)
+    monkeypatch.setattr(buffers_module, "MOST_BESIDE", 3)
     with os.fdopen(results.file_without_a_name(), "wb") as other:
         _, *beside = write_pickle([array[i:] for i in range(9)], other.fileno())
     assert len(beside) == 3

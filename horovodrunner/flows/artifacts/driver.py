@@ -6,7 +6,6 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.artifacts.timeline import TimelineRepair

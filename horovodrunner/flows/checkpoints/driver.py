@@ -17,8 +17,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.wire.events import (

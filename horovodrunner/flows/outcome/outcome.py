@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from json import dumps, loads  # main may put others in their place in json
 from typing import Any
 
-from horovodrunner.pickling.pickled import Layout, Pickled, reader_of_pieces
+from horovodrunner.pickling.buffers import BufferedPickle, Layout, reader_of_pieces
 from horovodrunner.wire.events import FrameError
 
 __all__ = [
@@ -66,7 +66,7 @@ class Failure:
     exception_types: tuple[str, ...] = ()
     """The class of the exception and its bases, in the order of the MRO."""
     exception: bytes = field(default=b"", repr=False)
-    """Pickled, or b"" when it does not pickle."""
+    """BufferedPickle, or b"" when it does not pickle."""
     after_peer_loss: bool = False
     """Whether the text says that a peer went away: probably a symptom of another failure."""
     collective: str = ""
@@ -82,7 +82,7 @@ class Success:
 
     rank: int
     layout: Layout = field(default=(), repr=False)
-    result: Pickled | None = field(default=None, repr=False, compare=False)
+    result: BufferedPickle | None = field(default=None, repr=False, compare=False)
     """The pickled return value, on the driver."""
 
 
@@ -134,7 +134,7 @@ def speaks_of_peer_loss(text: str) -> bool:
     return any(words in text for words in _PEER_LOSS_TEXTS)
 
 
-def with_result(outcome: Outcome, result: Pickled | None) -> Outcome:
+def with_result(outcome: Outcome, result: BufferedPickle | None) -> Outcome:
     """Put rank 0's result, which came by itself, into its success, unless it has one."""
     if outcome.success is None or outcome.success.result is not None:
         return outcome
@@ -147,6 +147,6 @@ def join_rows(rows: Iterable[bytes]) -> Outcome:
     outcome = Outcome.from_bytes(first)
     if outcome.success is None or not pieces:
         return outcome
-    result = Pickled(outcome.success.layout)
+    result = BufferedPickle(outcome.success.layout)
     result.fill(reader_of_pieces(pieces))
     return with_result(outcome, result)

@@ -18,7 +18,7 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.members.driver import GatherPoint
 from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.results.driver import result_handler
-from horovodrunner.pickling.pickled import Pickled
+from horovodrunner.pickling.buffers import BufferedPickle
 from horovodrunner.wire.events import (
     Accepted,
     Event,
@@ -95,7 +95,7 @@ class DriverChannel:
         """Whether Spark tried the stage again."""
         self.failure: Outcome | None = None
         """The run's failure, when it was reported ahead of the stage's end."""
-        self.result: Pickled | None = None
+        self.result: BufferedPickle | None = None
         """What rank 0's main returned; the run may fail all the same."""
         self.placement: tuple[tuple[int, int, str], ...] = ()
         """Partition, rank and host of every rank, once they are placed."""
@@ -228,7 +228,7 @@ class DriverChannel:
         thread.join()
         del self._transfers[transfer]
 
-    def _keep_result(self, result: Pickled) -> None:
+    def _keep_result(self, result: BufferedPickle) -> None:
         self.result = result
 
     def _take_failure(self, event: Failed) -> None:

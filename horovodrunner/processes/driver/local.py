@@ -20,7 +20,7 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.outcome import Outcome, with_result
 from horovodrunner.flows.results.driver import read_result
 from horovodrunner.flows.rows.taking import RowsTaker
-from horovodrunner.pickling.pickled import Layout, Pickled
+from horovodrunner.pickling.buffers import Layout, BufferedPickle
 from horovodrunner.placement.topology import Member, compose_devices
 from horovodrunner.processes.task.agent import run_task
 from horovodrunner.processes.task.context import TaskContext
@@ -47,7 +47,7 @@ def run_locally(
     )
     stop: list[Callable[[], object]] = []
     interrupted = threading.Event()
-    results: list[Pickled] = []
+    results: list[BufferedPickle] = []
 
     async def open_driver(on_stop: Callable[[], None]) -> DriverLink:
         loop = asyncio.get_running_loop()

@@ -25,7 +25,7 @@ from horovodrunner.flows.outcome.outcome import Failure, Outcome
 from horovodrunner.flows.results.task import file_without_a_name
 from horovodrunner.flows.rows.taking import data_directory, with_rows
 from horovodrunner.flows.telemetry.phases import Spans
-from horovodrunner.pickling.pickled import Layout
+from horovodrunner.pickling.buffers import Layout
 from horovodrunner.placement.environment import (
     DATA_DIRECTORY,
     slot_environment,

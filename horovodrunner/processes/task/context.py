@@ -10,7 +10,7 @@ from typing import Protocol
 
 from horovodrunner.flows.checkpoints.task import CheckpointBackend
 from horovodrunner.flows.rows.taking import RowsTaker
-from horovodrunner.pickling.pickled import Layout
+from horovodrunner.pickling.buffers import Layout
 from horovodrunner.placement.topology import Member
 from horovodrunner.processes.task.driver_link import DriverLink
 

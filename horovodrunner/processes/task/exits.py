@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from horovodrunner.memory_limit import address_space_limit
-from horovodrunner.pickling.payload import format_bytes
+from horovodrunner.formatting import format_bytes
 from horovodrunner.wire.signals import EXIT_WITHOUT_PIPES
 
 __all__ = ["ExitStatus", "OomWitness", "describe_exit"]

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from horovodrunner.flows.logs.task import own_line
 from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome, speaks_of_peer_loss
-from horovodrunner.pickling.pickled import Layout
+from horovodrunner.pickling.buffers import Layout
 from horovodrunner.processes.task.exits import ExitStatus, describe_exit
 from horovodrunner.processes.task.process import DRAIN_SECONDS, WorkerProcess
 from horovodrunner.wire.events import (

@@ -37,13 +37,7 @@ def pipe_at(fd: int) -> tuple[int, int]:
 
 
 class TaskLink:
-    """The worker's end of the pipe to its task.
-
-    Parameters
-    ----------
-    report_fd
-        File descriptor to write frames to.
-    """
+    """The worker's end of the pipe to its task."""
 
     def __init__(self, report_fd: int) -> None:
         self._report_fd = report_fd
@@ -85,17 +79,7 @@ class _AnswersQuestions(Protocol):
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What this process is within its run.
-
-    Parameters
-    ----------
-    spec
-        The slot.
-    link
-        The pipe to the task.
-    control
-        Asks the task and waits for its answer.
-    """
+    """What this process is within its run."""
 
     spec: Job
     link: TaskLink
@@ -108,13 +92,7 @@ _notices: dict[str, str] = {}
 
 
 def set_context(context: WorkerContext) -> None:
-    """Say that this process is a worker.
-
-    Parameters
-    ----------
-    context
-        What it is.
-    """
+    """Say that this process is a worker."""
     global _context
     _context = context
     for key, text in _notices.items():
@@ -122,13 +100,7 @@ def set_context(context: WorkerContext) -> None:
 
 
 def current_context() -> WorkerContext | None:
-    """Give what this process is within its run.
-
-    Returns
-    -------
-    WorkerContext or None
-        None outside a run, and in a process forked from a worker.
-    """
+    """Give what this process is within its run."""
     return _context if _context is not None and _context.link.is_usable else None
 
 
@@ -137,15 +109,7 @@ def _notice(context: WorkerContext, key: str, text: str) -> Notice:
 
 
 def notice(key: str, text: str) -> None:
-    """Let the driver show something once, however often and on however many ranks it happens.
-
-    Parameters
-    ----------
-    key
-        What happened.
-    text
-        One line about it.
-    """
+    """Let the driver show something once, however often and on however many ranks it happens."""
     if key in _notices:
         return
     _notices[key] = text
