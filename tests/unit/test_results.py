@@ -17,15 +17,17 @@ import pyarrow as pa
 import pytest
 
 from horovodrunner import PayloadError
+from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.driver import open_outcome
+from horovodrunner.flows.outcome.outcome import Outcome, Success, join_rows
 from horovodrunner.flows.results import task as results
 from horovodrunner.flows.results.driver import read_result
 from horovodrunner.flows.results.task import ResultUpload
 from horovodrunner.pickling import buffers as buffers_module
-from horovodrunner.pickling.buffers import Layout, BufferedPickle, SinkError, write_pickle
+from horovodrunner.pickling.buffers import BufferedPickle, Layout, SinkError, write_pickle
 from horovodrunner.processes.driver.channel import DriverChannel
-from horovodrunner.wire.job import JobSpec, Outcome, Success, join_chunks, split_chunks
+from horovodrunner.wire.events import UploadResult
 from horovodrunner.wire.upload import PeerFailedError, Piece, TransferClient
 
 TOKEN = b"t" * 32
@@ -175,14 +177,14 @@ def test_a_result_survives_being_cut_into_rows(file: File, row_bytes: int) -> No
     expected = [large_array()[: 20_000 if row_bytes < 100 else None], "text"]
     layout = file.write(expected)
     task = upload_of(JobSpec("run-1", 1, b"", TOKEN))
-    task.take(file.descriptor, layout)
+    task.take(file.descriptor, layout, reaches_driver=False)
     outcome = Outcome(Success(0, layout))
-    rows = [bytes(row) for row in split_chunks(outcome, row_bytes, task.rows(row_bytes))]
+    rows = [outcome.to_bytes(), *task.rows(row_bytes)]
     task.close()
     assert all(len(row) <= row_bytes for row in rows[1:])
-    assert_same(open_outcome(join_chunks(rows)), expected)
+    assert_same(open_outcome(join_rows(rows)), expected)
     with pytest.raises(EOFError, match="last"):
-        join_chunks(rows[:-1])
+        join_rows(rows[:-1])
 
 
 def test_where_only_spark_can_carry_it_its_limit_is_told_before_anything_is_tried(
@@ -192,8 +194,8 @@ def test_where_only_spark_can_carry_it_its_limit_is_told_before_anything_is_trie
     task = upload_of(JobSpec("r", 1, b"", TOKEN, driver_address=("db", 1), max_result_bytes=10**6))
     expected = r"1\.9 MiB .* 976\.6 KiB .* db:1: .*driver\.port.* spark\.driver\.maxResultSize"
     with pytest.raises(PayloadError, match=expected):
-        task.take(file.descriptor, layout)
-    task.take(file.descriptor, (1000,))
+        task.take(file.descriptor, layout, reaches_driver=False)
+    task.take(file.descriptor, (1000,), reaches_driver=False)
     task.close()
 
 
@@ -216,7 +218,6 @@ class Driver:
         )
         self.client = TransferClient(self.job.run_id, TOKEN, self.job.driver_address)
         self.task = ResultUpload(self.job, self.client)
-        self.task.reaches_driver = True
 
 
 @pytest.fixture
@@ -229,7 +230,7 @@ def driver() -> Iterator[Driver]:
 def test_a_result_above_sparks_limit_comes_through_the_channel(file: File, driver: Driver) -> None:
     expected = {"large": large_array(), "small": np.arange(3), "text": "x"}
     layout = file.write(expected)
-    driver.task.take(file.descriptor, layout)
+    driver.task.take(file.descriptor, layout, reaches_driver=True)
     assert list(driver.task.rows(1000)) == []
     assert driver.channel.result is not None
     assert_same(driver.channel.result.load(), expected)
@@ -247,7 +248,7 @@ def test_a_driver_without_memory_says_so_before_anything_is_sent(
 
     monkeypatch.setattr(results, "_mapped_chunks", noted)
     with pytest.raises(PeerFailedError, match=r"no memory .* 1073741824\.0 GiB on the driver"):
-        driver.task.take(file.descriptor, layout)
+        driver.task.take(file.descriptor, layout, reaches_driver=True)
     assert not sent
     assert driver.channel.result is None
 
@@ -255,11 +256,11 @@ def test_a_driver_without_memory_says_so_before_anything_is_sent(
 def test_a_result_that_cannot_travel_alone_is_kept_for_the_rows(file: File, driver: Driver) -> None:
     driver.channel.close()
     layout = file.write("x" * 1000)
-    driver.task.take(file.descriptor, layout)
+    driver.task.take(file.descriptor, layout, reaches_driver=True)
     assert sum(map(len, driver.task.rows(100))) == sum(layout)
     driver.task.close()
     with pytest.raises(PayloadError, match=r"cannot be reached: .*refused.*driver\.maxResult"):
-        driver.task.take(file.descriptor, file.write(bytes(2_000_000)))
+        driver.task.take(file.descriptor, file.write(bytes(2_000_000)), reaches_driver=True)
 
 
 @pytest.mark.parametrize("who", ["task", "driver"])
@@ -279,21 +280,21 @@ def test_an_abort_in_the_middle_ends_both_sides(
 
     monkeypatch.setattr(results, "_mapped_chunks", aborting)
     with pytest.raises((OSError, PayloadError)):
-        driver.task.take(file.descriptor, layout)
+        driver.task.take(file.descriptor, layout, reaches_driver=True)
     driver.channel.close()
     assert driver.channel.result is None
 
 
 def test_what_does_not_fit_its_announcement_is_refused(driver: Driver) -> None:
     with pytest.raises(PeerFailedError, match="5 bytes where 3 were announced"):
-        driver.client.upload("result", [Piece("result", 5, [b"12345"])], layout=[3])
+        driver.client.upload(UploadResult("run-1", (3,)), [Piece("result", 5, [b"12345"])])
     assert driver.channel.result is None
 
 
 def test_a_result_of_another_attempt_is_not_taken(driver: Driver) -> None:
     other = TransferClient("run-2", TOKEN, driver.job.driver_address)
     with pytest.raises(ConnectionError):
-        other.upload("result", [Piece("result", 3, [b"123"])], layout=[3])
+        other.upload(UploadResult("run-2", (3,)), [Piece("result", 3, [b"123"])])
     assert driver.channel.result is None
 
 

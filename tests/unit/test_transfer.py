@@ -13,7 +13,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,21 @@ from horovodrunner.flows.checkpoints.task import DriverBackend
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.processes.driver.channel import DriverChannel
 from horovodrunner.wire import upload
-from horovodrunner.wire.connection import AuthenticationError
-from horovodrunner.wire.frames import encode_prefix_and_header
+from horovodrunner.wire.auth import AuthenticationError
+from horovodrunner.wire.events import (
+    End,
+    Event,
+    FetchCheckpoint,
+    FindCheckpoint,
+    Go,
+    PieceFollows,
+    Started,
+    TransferFailed,
+    UploadCheckpoint,
+    UploadFile,
+    UploadResult,
+    encode,
+)
 from horovodrunner.wire.upload import Piece, Transfer, TransferClient, TransferHandler
 from tests import processes
 from tests.waiting import wait_until
@@ -71,7 +84,7 @@ class Driver:
         known = {piece.name: "0" * 64 for piece in pieces} if hashes is None else hashes
         content = json.dumps(known).encode()
         manifest = Piece("manifest.json", len(content), [content])
-        self.client().upload("checkpoint put", [*pieces, manifest], step=step)
+        self.client().upload(UploadCheckpoint("run-1", step), [*pieces, manifest])
 
     @property
     def location(self) -> Path:
@@ -610,9 +623,7 @@ Incoming = Iterator[upload.IncomingPiece]
 class Serving(threading.Thread):
     """The driver's end of a transfer, served with a handler."""
 
-    def __init__(
-        self, driver: Transfer, handle: Callable[[Mapping[str, Any], Incoming], Any]
-    ) -> None:
+    def __init__(self, driver: Transfer, handle: Callable[[Event, Incoming], Any]) -> None:
         super().__init__(daemon=True)
         self._serve = (driver, TransferHandler("a test's transfer", handle))
         self.notes: list[str] = []
@@ -621,7 +632,7 @@ class Serving(threading.Thread):
     def run(self) -> None:
         driver, handler = self._serve
         try:
-            driver.serve(handler, {"step": 1}, self.notes.append)
+            driver.serve(handler, UploadCheckpoint("run-1", 1), self.notes.append)
         except BaseException as error:
             self.errors.append(error)
 
@@ -637,7 +648,7 @@ def test_pieces_come_as_they_were_sent_also_where_nobody_reads_them_to_the_end(
 ) -> None:
     came: list[tuple[str, int, bytes]] = []
 
-    def handle(request: Mapping[str, Any], pieces: Incoming) -> None:
+    def handle(request: Event, pieces: Incoming) -> None:
         for piece in pieces:
             view = memoryview(bytearray(2))
             if piece.name == "in part":
@@ -678,7 +689,7 @@ def test_a_piece_of_another_size_than_announced_is_an_error(
 def test_the_sender_stops_when_the_driver_does_not_want_the_rest(
     pair: tuple[Transfer, Transfer],
 ) -> None:
-    def handle(request: Mapping[str, Any], pieces: Incoming) -> None:
+    def handle(request: Event, pieces: Incoming) -> None:
         next(pieces)
         raise OSError("the disk is full")
 
@@ -702,15 +713,15 @@ def test_serving_a_task_that_is_gone_ends_without_an_error(
     pair: tuple[Transfer, Transfer], tmp_path: Path, ready: str
 ) -> None:
     task, driver = pair
-    handler = checkpoint_handlers(CheckpointStore(tmp_path, keep=3))["checkpoint put"]
+    handler = checkpoint_handlers(CheckpointStore(tmp_path, keep=3))[UploadCheckpoint]
     serving = Serving(driver, handler.handle)
     if ready == "never":
         task._socket.shutdown(socket.SHUT_RD)
     serving.start()
     if ready == "go":
-        task._expect("go")
+        task._expect(Go)
         task._socket.shutdown(socket.SHUT_RD)
-        task._send("piece", name="../x/", size=0)
+        task._send(PieceFollows("../x/", 0))
     task.close()
     serving.end()
     assert list(tmp_path.iterdir()) == []
@@ -732,51 +743,56 @@ def test_a_download_that_breaks_within_a_piece_breaks_off(pair: tuple[Transfer, 
 
 
 REQUESTS = [
-    ("result", {"layout": [3]}),
-    ("result", {"layout": []}),
-    ("file", {"variable": "HOROVOD_TIMELINE"}),
-    ("checkpoint put", {"step": 1}),
-    ("checkpoint latest", {}),
-    ("checkpoint fetch", {"step": 0}),
+    UploadResult("run-1", (3,)),
+    UploadResult("run-1", ()),
+    UploadFile("run-1", "HOROVOD_TIMELINE"),
+    UploadCheckpoint("run-1", 1),
+    FindCheckpoint("run-1"),
+    FetchCheckpoint("run-1", 0),
 ]
 """One of each kind of transfer that there is."""
 
 
-def encoded(kind: str, **fields: Any) -> bytes:
-    return encode_prefix_and_header(kind, 0, **fields)
+def encoded(event: Event) -> bytes:
+    return b"".join(encode(event))
+
+
+def piece(size: Any, name: str = "x", body_bytes: int = 0) -> bytes:
+    """Announce a piece, whatever may be wrong with it."""
+    header = json.dumps({"kind": "PieceFollows", "name": name, "size": size}).encode()
+    return struct.pack(">IQ", len(header), body_bytes) + header
 
 
 HOSTILE = {
     "noise": os.urandom(64),
     "zeros": bytes(64),
     "a large header": b"\xff" * 12,
-    "a body": encode_prefix_and_header("piece", 1 << 40, name="x", size=1),
+    "a body": piece(1, body_bytes=1 << 40),
     "no JSON": struct.pack(">IQ", 3, 0) + b"{{{",
     "a list": struct.pack(">IQ", 2, 0) + b"[]",
     "deep": struct.pack(">IQ", 200_000, 0) + b"[" * 200_000,
-    "another kind": encoded("lines", rank=0),
-    "no name": encoded("piece", size=3),
-    "a negative size": encoded("piece", name="x", size=-1),
-    "a size that is text": encoded("piece", name="x", size="many"),
-    "too large": encoded("piece", name="x", size=1 << 62),
-    "a surrogate": encoded("piece", name="\udcff/\0", size=0),
-    "cut off": encoded("piece", name="x", size=3) + b"ab",
-    "many": (encoded("piece", name="x", size=3) + b"abc") * 3 + encoded("end"),
-    "the end": encoded("end"),
-    "a failure": encoded("failed", why="x" * 1000),
+    "another kind": encoded(Started(0)),
+    "no name": struct.pack(">IQ", 24, 0) + b'{"kind": "PieceFollows"}',
+    "a negative size": piece(-1),
+    "a size that is text": piece("many"),
+    "too large": piece(1 << 62),
+    "a surrogate": piece(0, name="\udcff/\0"),
+    "cut off": piece(3) + b"ab",
+    "many": (piece(3) + b"abc") * 3 + encoded(End()),
+    "the end": encoded(End()),
+    "a failure": encoded(TransferFailed("x" * 1000)),
 }
 
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
-@pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: f"{request[0]} {request[1]}")
+@pytest.mark.parametrize("asked", REQUESTS, ids=str)
 def test_whatever_a_peer_sends_the_driver_goes_on_and_keeps_nothing(
-    driver: Driver, source: Path, request_: tuple[str, dict[str, Any]], content: bytes
+    driver: Driver, source: Path, asked: Event, content: bytes
 ) -> None:
     driver.backend().put(1, source)
-    kind, fields = request_
     transfer = Transfer.open("127.0.0.1", driver.port, TOKEN)
     with contextlib.closing(transfer):
-        transfer.request(kind, run_id="run-1", **fields)
+        transfer.request(asked)
         with contextlib.suppress(OSError):
             transfer._socket.sendall(content)
             transfer._socket.shutdown(socket.SHUT_WR)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from horovodrunner.formatting import format_bytes
-from horovodrunner.pickling.buffers import Layout, BufferedPickle
+from horovodrunner.pickling.buffers import BufferedPickle, Layout
 from horovodrunner.wire.events import FrameError, UploadResult
 from horovodrunner.wire.upload import IncomingPiece, TransferHandler
 

@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from horovodrunner.errors import PayloadError
+from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.formatting import format_bytes
 from horovodrunner.pickling.buffers import Layout
-from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.wire.events import UploadResult
 from horovodrunner.wire.upload import PeerFailedError, Piece, TransferClient, in_thread
 
@@ -35,9 +35,7 @@ _CHUNK_BYTES = 4 * 1024 * 1024
 class ResultUploader:
     """Lets rank 0's result be taken while the run goes on."""
 
-    def __init__(
-        self, take: TakeResult, descriptor: int, on_error: Callable[[str], None]
-    ) -> None:
+    def __init__(self, take: TakeResult, descriptor: int, on_error: Callable[[str], None]) -> None:
         self._take = take
         self._descriptor = descriptor
         self._on_error = on_error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from horovodrunner.errors import BarrierStageError, DataError, StartTimeoutError
 from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.logs.debug import turn_on_if_wanted
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.outcome import FailureKind, Outcome, join_rows, with_result
 from horovodrunner.flows.rows.driver import stage_input
@@ -45,6 +47,9 @@ start its Python, import Horovod's launcher and call the driver: then something 
 
 AFTER_FAILURE_SECONDS = 10.0
 """How long the stage may take to end once partition 0 has reported the run's failure."""
+
+
+_logger = logging.getLogger(__name__)
 
 
 class BarrierRun:
@@ -86,6 +91,7 @@ class BarrierRun:
 
     def run(self) -> Outcome:
         """Launch the stage and wait for its end."""
+        turn_on_if_wanted("the driver", "its standard error")
         job, spark, console = self._job, self._spark, self._console
         with DriverChannel(
             job.run_id,
@@ -102,6 +108,7 @@ class BarrierRun:
                 driver_address=(addresses.advertised_host(spark), port),
                 ports=addresses.task_ports(spark),
             )
+            _logger.debug("run %s: listening at %s", job.run_id, job.driver_address)
             thread = self._start_stage(job)
             try:
                 self._wait(channel)
@@ -153,6 +160,7 @@ class BarrierRun:
         except Exception as error:  # noqa: BLE001 - judged and raised in the caller's thread
             self._error = error
         finally:
+            _logger.debug("the stage has ended: %s", self._error or sorted(self._outcomes or {}))
             self._spark_job.end()
             self._ended = True
             self._console.wake()

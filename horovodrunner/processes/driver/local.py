@@ -20,7 +20,7 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.outcome import Outcome, with_result
 from horovodrunner.flows.results.driver import read_result
 from horovodrunner.flows.rows.taking import RowsTaker
-from horovodrunner.pickling.buffers import Layout, BufferedPickle
+from horovodrunner.pickling.buffers import BufferedPickle, Layout
 from horovodrunner.placement.topology import Member, compose_devices
 from horovodrunner.processes.task.agent import run_task
 from horovodrunner.processes.task.context import TaskContext

@@ -9,8 +9,8 @@ import signal
 import time
 from pathlib import Path
 
-from horovodrunner.memory_limit import address_space_limit
 from horovodrunner.formatting import format_bytes
+from horovodrunner.memory_limit import address_space_limit
 from horovodrunner.wire.signals import EXIT_WITHOUT_PIPES
 
 __all__ = ["ExitStatus", "OomWitness", "describe_exit"]
