@@ -17,7 +17,6 @@ import os
 import re
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import IO
@@ -31,6 +30,7 @@ from horovodrunner.processes.task.warm import fork_worker
 from horovodrunner.wire.events import Event, Sink, encode
 from horovodrunner.wire.signals import STACK_SIGNAL
 from horovodrunner.wire.stream import read_event
+from horovodrunner.wire.upload import in_thread
 
 __all__ = ["DRAIN_SECONDS", "GRACE_SECONDS", "WorkerProcess"]
 
@@ -167,16 +167,7 @@ class WorkerProcess:
 
     async def wait(self) -> ExitStatus:
         """Wait for the worker's end, and end whatever it left behind in its process group."""
-        ended: asyncio.Future[ExitStatus | None] = asyncio.get_running_loop().create_future()
-        loop = asyncio.get_running_loop()
-
-        def watch() -> None:
-            status = self._process.wait_for_end()
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(lambda: ended.cancelled() or ended.set_result(status))
-
-        threading.Thread(target=watch, name="horovodrunner-wait", daemon=True).start()
-        status = await ended
+        status = await in_thread(self._process.wait_for_end)
         if self._kill_timer is not None:
             self._kill_timer.cancel()
         self._process.signal_group(signal.SIGKILL)
