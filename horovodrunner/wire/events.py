@@ -308,7 +308,7 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class Leave(Event):
-    """Partition 0 has told everything."""
+    """Partition 0 has sent everything."""
 
 
 # ---- bulk, each transfer on a connection of its own (wire/upload.py); the first event says what

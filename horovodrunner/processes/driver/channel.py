@@ -102,7 +102,7 @@ class DriverChannel:
         self.storing_until = 0.0
         """Until then (monotonic clock) a file may be on its way after the ranks' end."""
         self.has_taken_leave = False
-        """Whether partition 0 came to its end, and so has told about everything."""
+        """Whether partition 0 came to its end, and so has sent everything."""
         self._emit = dispatcher(
             [
                 console.handlers,

@@ -87,7 +87,7 @@ class BarrierRun:
         self._next_note = time.monotonic() + FIRST_LOOK_SECONDS
         self._all_running_since: float | None = None
         self._free_since: float | None = None
-        self._told = ""
+        self._last_note = ""
 
     def run(self) -> Outcome:
         """Launch the stage and wait for its end."""
@@ -117,18 +117,18 @@ class BarrierRun:
                 self._spark_job.cancel()
                 thread.join(CANCEL_SECONDS)
                 channel.wait_for_leaving(CANCEL_SECONDS)
-                self._tell_of_lost_files(channel)
+                self._note_lost_files(channel)
                 raise
             thread.join()
             if self._error is not None:
                 # Spark has given the stage up, but its tasks may not have noticed yet.
                 channel.stop_run()
             channel.wait_for_leaving(CANCEL_SECONDS)  # the last lines may still be on their way
-            self._tell_of_lost_files(channel)
+            self._note_lost_files(channel)
             outcome = self._outcome(channel)
             has_run = outcome.success is not None or _rank_of(outcome) is not None
             if has_run and not channel.registered:
-                self._tell_of_no_contact()
+                self._note_no_contact()
             return outcome
 
     def _start_stage(self, job: JobSpec) -> Any:
@@ -192,18 +192,18 @@ class BarrierRun:
         self._console.show(0)
 
     def _look_whether_it_starts(self, *, has_heard: bool = False) -> None:
-        """Tell what a stage waits for of which nothing was heard yet; give up when it is late."""
+        """Note what a stage that has not been heard of waits for; give up when it is late."""
         now = time.monotonic()
         if self._data and (computing := self._spark_job.computing_tasks()):
             self._start_by = now + self._start_timeout
             tasks = f"{computing} task{'s run' if computing > 1 else ' runs'}"
-            self._tell(f"computing the data sets that travel with the run: {tasks}", routine=True)
+            self._note(f"computing the data sets that travel with the run: {tasks}", routine=True)
             return
         running = self._spark_job.running_tasks()
         if running == self._job.size:
             self._all_running_since = self._all_running_since or now
             if now - self._all_running_since >= SILENT_SECONDS and not has_heard:
-                self._tell(
+                self._note(
                     "nothing was heard of the run's tasks, which run for "
                     f"{SILENT_SECONDS:g} s now: executors are unpacking archives, or cannot reach "
                     f"this process at {addresses.advertised_host(self._spark)} (then the result "
@@ -224,21 +224,21 @@ class BarrierRun:
         if holders is None or holders.free < self._job.size:
             self._free_since = None
             facts = f", {holders.in_words()}" if holders is not None else ""
-            self._tell(f"waiting for {self._job.size} slots{facts}")
+            self._note(f"waiting for {self._job.size} slots{facts}")
             return
         self._free_since = self._free_since or now
         if now - self._free_since >= SILENT_SECONDS:
-            self._tell(f"{holders.in_words()}; waiting for Spark to start the tasks")
+            self._note(f"{holders.in_words()}; waiting for Spark to start the tasks")
 
-    def _tell(self, text: str, *, routine: bool = False) -> None:
-        """Tell what is waited for, now and then, if it is something else than before."""
+    def _note(self, text: str, *, routine: bool = False) -> None:
+        """Note what is waited for, now and then, if it is something else than before."""
         now = time.monotonic()
-        if now >= self._next_note and text != self._told:
-            self._next_note, self._told = now + NOTE_SECONDS, text
+        if now >= self._next_note and text != self._last_note:
+            self._next_note, self._last_note = now + NOTE_SECONDS, text
             self._console.note(text, routine=routine)
 
-    def _tell_of_lost_files(self, channel: DriverChannel) -> None:
-        """Say which files will not come, when nobody could say it who has them."""
+    def _note_lost_files(self, channel: DriverChannel) -> None:
+        """Note which files will not come, when whoever has them could not."""
         if not (channel.placement and self._files.missing()):
             return
         channel.wait_for_leaving(CANCEL_SECONDS)
@@ -248,8 +248,8 @@ class BarrierRun:
                 f"{missing}: nothing came, because rank 0's task ended before it could send it"
             )
 
-    def _tell_of_no_contact(self) -> None:
-        """Say what was missed by a driver that the tasks could not reach."""
+    def _note_no_contact(self) -> None:
+        """Note what was missed by a driver that the tasks could not reach."""
         lost = ", and checkpoints were not kept" if self._store is not None else ""
         if missing := self._files.missing():
             lost += f"; nothing came of {missing}"
@@ -282,7 +282,7 @@ class BarrierRun:
         )
 
     def _stage_end(self, channel: DriverChannel) -> StageEnd:
-        """Tell how the stage ended, and what bounds the memory of a task that was lost."""
+        """Return how the stage ended, and what bounds the memory of a task that was lost."""
         end = stage_end(self._error, channel.placement)
         limit = None
         with contextlib.suppress(Exception):  # the session may have gone
@@ -306,7 +306,7 @@ class BarrierRun:
 
 
 def _rank_of(outcome: Outcome) -> int | None:
-    """Give the rank that failed; None where the tasks refused to start."""
+    """Return the rank that failed; None where the tasks refused to start."""
     return None if outcome.failure is None else outcome.failure.rank
 
 

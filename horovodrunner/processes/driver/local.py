@@ -108,7 +108,7 @@ def run_locally(
 
 
 def _gpus_of_the_driver() -> tuple[str, ...]:
-    """Give the GPUs that Spark gave the driver, if there is a session and it asked for some.
+    """Return the GPUs that Spark gave the driver, if there is a session and it asked for some.
 
     Without any, the workers see what this process sees.
     """

@@ -143,7 +143,7 @@ def _context(
 
 
 def _address(job: JobSpec, context: Any) -> tuple[HostAddress, str]:
-    """Give the address at which the peers reach this task, or what is wrong with it."""
+    """Return the address at which the peers reach this task, and what is wrong with it."""
     hosts = [info.address.rpartition(":")[0] for info in context.getTaskInfos()]
     driver = job.driver_address[0] if job.driver_address else None
     chosen = job.environment.get(GLOO_INTERFACE) or os.environ.get(GLOO_INTERFACE)
@@ -154,7 +154,7 @@ def _address(job: JobSpec, context: Any) -> tuple[HostAddress, str]:
 
 
 def _gpus(context: Any) -> tuple[tuple[str, ...], str]:
-    """Give the GPUs that Spark gave this task, or what is wrong with them."""
+    """Return the GPUs that Spark gave this task, and what is wrong with them."""
     resource = context.resources().get("gpu")
     if resource is None:
         return (), ""
@@ -165,7 +165,7 @@ def _gpus(context: Any) -> tuple[tuple[str, ...], str]:
 
 
 def _inherited_environment() -> dict[str, str]:
-    """Give this process's variables, but for the number of threads that PySpark chose.
+    """Return this process's variables, but for the number of threads that PySpark chose.
 
     It is that of the session's spark.task.cpus, whatever this stage's resources are; what the user
     chose (spark.executorEnv.OMP_NUM_THREADS) comes with the driver's variables.

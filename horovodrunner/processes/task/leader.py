@@ -53,7 +53,7 @@ from horovodrunner.wire.upload import in_thread
 __all__ = ["Leader", "written_file"]
 
 STORING_SECONDS = 2.0
-"""How often the driver is told that a checkpoint is still on its way."""
+"""How often it is reported that a checkpoint is still on its way."""
 
 STOP_SECONDS = GRACE_SECONDS + 2.0
 """How long partition 0 waits, once everything is to end, to hear that it has ended."""

@@ -61,7 +61,7 @@ def host_id() -> str:
 
 
 def loopback_address() -> HostAddress:
-    """Give the loopback address and its interface, for runs within one machine."""
+    """Return the loopback address and its interface, for runs within one machine."""
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address == LOOPBACK for entry in entries):
             return LOOPBACK, name
@@ -92,7 +92,7 @@ def find_address(
 
 
 def _candidates(advertised: str, driver: str | None, peers: Sequence[str]) -> Iterator[str]:
-    """Give what may be the address, IPv4 or IPv6, most telling first."""
+    """Yield what may be the address, IPv4 or IPv6, most telling first."""
     own = without_brackets(advertised)
     if _is_address(own):
         yield own
@@ -149,7 +149,7 @@ def _resolve(name: str) -> list[str]:
 
 
 def _route_sources(host: str) -> Iterator[str]:
-    """Give the addresses from which this machine would send to another one."""
+    """Yield the addresses from which this machine would send to another one."""
     for address in _resolve(host):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:

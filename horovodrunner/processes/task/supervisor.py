@@ -42,7 +42,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """Gives a worker its job, takes what it reports, and finds out how it ended.
+    """Sends a worker its job, takes what it reports, and finds out how it ended.
 
     `emit` takes the events that do not end here. `get_latest` returns the latest checkpoint's copy;
     `on_result` takes the layout of what rank 0's main returned, which is in the worker's file.

@@ -65,7 +65,7 @@ class ForkedWorker:
         return self._status
 
     def has_ended(self) -> bool:
-        """Tell whether the process has ended."""
+        """Return whether the process has ended."""
         return self._ended.is_set()
 
     def signal_group(self, number: signal.Signals) -> None:

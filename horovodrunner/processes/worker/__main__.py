@@ -71,7 +71,7 @@ _NOT_IN_MAIN = re.compile(
 def main() -> int:
     """Run one rank from start to end."""
     arguments = _parse_arguments()
-    _take_over_surroundings()
+    _take_over_process()
     if arguments.keep_warm:
         vars(arguments).update(_forked_from_warm_parent(arguments))
     _move_descriptors(arguments)
@@ -297,7 +297,7 @@ def _text_of_parser(error: BaseException) -> str:
     return in_one_line(refused) if refused is not None and is_known else ""
 
 
-def _take_over_surroundings() -> None:
+def _take_over_process() -> None:
     """See to it that main finds what it would find elsewhere, on Spark or without it."""
     # Spark's JVMs leave SIGQUIT blocked in the processes that they start.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGQUIT])

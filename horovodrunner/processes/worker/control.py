@@ -74,13 +74,13 @@ class ControlPipe:
         self._times["unpickle"] = (began, self._now())
 
     def main_begins(self) -> None:
-        """Tell the task so, and from now on where main is."""
+        """Report it, and from now on where main is."""
         self._main_began = self._now()
         self._link.send(Started(self._rank))
         self._main_runs = True
 
     def main_ends(self) -> None:
-        """Tell the task so, and no longer where main is."""
+        """Report it, and no longer where main is."""
         self._main_runs = False
         self._times["main"] = (self._main_began, self._now())
         with contextlib.suppress(OSError):  # the outcome will meet it, too
@@ -102,7 +102,7 @@ class ControlPipe:
         except OSError as error:
             if error.errno == errno.EBADF:
                 leave_without_pipes()
-            # Else the task went just while it was being told something.
+            # Else the task went just while something was being reported.
         except BaseException:  # noqa: BLE001 - nobody would end this process any more
             with contextlib.suppress(BaseException):  # standard error is main's
                 traceback.print_exc()
