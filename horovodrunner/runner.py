@@ -25,10 +25,10 @@ from horovodrunner.flows.telemetry.phases import Phase, Spans, in_words
 from horovodrunner.pickling import payload
 from horovodrunner.placement.environment import forwarded_environment, hash_seed
 from horovodrunner.placement.versions import installed_versions
-from horovodrunner.processes.driver import interrupt
 from horovodrunner.processes.driver.announcement import announce
 from horovodrunner.processes.driver.attempts import run_attempts, stopped_in_words
 from horovodrunner.processes.driver.interactive import is_interactive, program_arguments
+from horovodrunner.spark import interrupt
 from horovodrunner.storage import is_url
 from horovodrunner.usage import explained, wrong_options, wrong_run
 from horovodrunner.wire.job import JobSpec, Outcome

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,12 +16,12 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.rows.driver import stage_input
 from horovodrunner.processes.driver import addresses
 from horovodrunner.processes.driver.channel import RETRY_REFUSED, DriverChannel
-from horovodrunner.processes.driver.jobs import spark_job
 from horovodrunner.processes.driver.resources import TaskRequest
 from horovodrunner.processes.driver.slots import NOTE_SECONDS, slot_holders
 from horovodrunner.processes.driver.stage_end import StageEnd, data_problem, stage_end
 from horovodrunner.processes.task.barrier import ROW_SCHEMA, barrier_task
 from horovodrunner.spark.arrow import map_in_arrow
+from horovodrunner.spark.jobs import spark_job, start_thread
 from horovodrunner.wire.job import FailureKind, JobSpec, Outcome, join_chunks, with_result
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ class BarrierRun:
                 driver_address=(addresses.advertised_host(spark), port),
                 ports=addresses.task_ports(spark),
             )
-            thread = self._start_stage(job)
+            thread = start_thread(spark, self._tag, functools.partial(self._run_stage, job))
             try:
                 self._wait(channel)
             except BaseException:
@@ -163,17 +162,6 @@ class BarrierRun:
             if has_run and not channel.registered:
                 self._tell_of_no_contact()
             return outcome
-
-    def _start_stage(self, job: JobSpec) -> Any:
-        from pyspark import InheritableThread
-
-        takes_session = "session" in inspect.signature(InheritableThread).parameters
-        session = {"session": self._spark} if takes_session else {}  # not before pyspark 4.0
-        thread = InheritableThread(target=self._run_stage, args=(job,), **session)
-        thread.name = self._tag
-        thread.daemon = True
-        thread.start()
-        return thread
 
     def _run_stage(self, job: JobSpec) -> None:
         profile = {} if self._request.profile is None else {"profile": self._request.profile}

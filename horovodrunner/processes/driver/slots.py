@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from horovodrunner.errors import ClusterCapacityError, ConfigurationError, StartTimeoutError
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.processes.driver.executors import ended_in_words, logs_in_words
-from horovodrunner.processes.driver.jobs import SparkJob
 from horovodrunner.processes.driver.resources import TaskRequest
+from horovodrunner.spark.jobs import SparkJob
 from horovodrunner.spark.session import is_connect
 
 if TYPE_CHECKING:
