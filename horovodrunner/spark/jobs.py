@@ -126,7 +126,7 @@ class ConnectJob:
         return method
 
     def _note_progress(self, *, inflight_tasks: int, **_: Any) -> None:
-        """Take what the server tells the thread that waits for the operation."""
+        """Note what the server reports to the thread that waits for the operation."""
         if threading.get_ident() == self._thread:
             self._running = inflight_tasks
 

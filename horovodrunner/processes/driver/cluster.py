@@ -234,7 +234,7 @@ class BarrierRun:
             return  # some have ended
         holders = slot_holders(self._spark, self._request, self._spark_job)
         if now >= self._start_by and running is not None:
-            facts = f" ({holders.in_words()})" if holders is not None else ""
+            facts = f" ({holders.describe()})" if holders is not None else ""
             raise StartTimeoutError(
                 f"the run's {self._job.size} tasks did not all start within "
                 f"{self._start_timeout:g} s{facts}; other jobs may hold the slots, or "
@@ -243,12 +243,12 @@ class BarrierRun:
             )
         if holders is None or holders.free < self._job.size:
             self._free_since = None
-            facts = f", {holders.in_words()}" if holders is not None else ""
+            facts = f", {holders.describe()}" if holders is not None else ""
             self._tell(f"waiting for {self._job.size} slots{facts}")
             return
         self._free_since = self._free_since or now
         if now - self._free_since >= SILENT_SECONDS:
-            self._tell(f"{holders.in_words()}; waiting for Spark to start the tasks")
+            self._tell(f"{holders.describe()}; waiting for Spark to start the tasks")
 
     def _tell(self, text: str, *, routine: bool = False) -> None:
         """Tell what is waited for, now and then, if it is something else than before."""
