@@ -1,4 +1,4 @@
-"""Arguments are refused before anything is launched. Runs in: every process.
+"""Arguments are checked before anything is launched. Runs in: every process.
 
 Each function returns the plain Python value that it has checked, whatever NumPy, PyTorch or an enum
 made of it, and that value is the one to use: ``np.int64(2)`` overflows and is no JSON.
@@ -45,7 +45,7 @@ _NUMBERS: Any = (Real, Decimal)
 
 
 def plain(value: Any) -> Any:
-    """Return the Python value that a scalar of an array library stands for."""
+    """Return the Python value of a scalar, a 0-d array or a 0-d tensor; others as they are."""
     if isinstance(value, (bool, int, float)) and type(value).__module__ == "builtins":
         return value
     if getattr(value, "shape", None) != ():
@@ -59,67 +59,64 @@ def plain(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """Show a value in one line, for an error."""
+    """Show a value in one short line, for an error."""
     try:
         return cut(" ".join(repr(value).split()), _SHOWN_CHARS)
     except Exception:  # noqa: BLE001 - it is somebody's object
         return f"({type(value).__name__})"
 
 
+def _wrong_type(name: str, given: Any, wanted: str) -> ArgumentTypeError:
+    return ArgumentTypeError(
+        f"{name}={shown(given)}: it must be {wanted}, got {type(given).__name__}"
+    )
+
+
 def boolean(name: str, value: Any) -> bool:
-    """Check a yes or no."""
-    given, value = value, plain(value)
-    if not isinstance(value, bool):
-        raise ArgumentTypeError(
-            f"{name}={shown(given)}: it must be True or False, got {type(given).__name__}"
-        )
-    return value
+    """Check a bool, NumPy's included."""
+    found = plain(value)
+    if not isinstance(found, bool):
+        raise _wrong_type(name, value, "True or False")
+    return found
 
 
 def boolean_or(other: str, name: str, value: Any) -> bool | str:
     """Check a yes or no that may be left to something else."""
-    given, value = value, plain(value)
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value == other:
+    found = plain(value)
+    if isinstance(found, bool):
+        return found
+    if isinstance(found, str) and found == other:
         return other
-    raise ArgumentTypeError(
-        f"{name}={shown(given)}: it must be {other!r}, True or False, got {type(given).__name__}"
-    )
+    raise _wrong_type(name, value, f"{other!r}, True or False")
 
 
 def integer(name: str, value: Any, at_least: int | None = None) -> int:
-    """Check a whole number."""
-    given, value = value, plain(value)
-    if isinstance(value, bool):
-        raise ArgumentTypeError(f"{name}={shown(given)}: it must be an int, not a bool")
+    """Check a whole number; a bool is none."""
+    found = plain(value)
+    if isinstance(found, bool):
+        raise ArgumentTypeError(f"{name}={shown(value)}: it must be an int, not a bool")
     try:
-        found = int(operator.index(value))  # an enum's member stands for its number
+        found = int(operator.index(found))  # an enum's member stands for its number
     except Exception:  # noqa: BLE001 - an array of several numbers raises what it likes
-        raise ArgumentTypeError(
-            f"{name}={shown(given)}: it must be an int, got {type(given).__name__}"
-        ) from None
+        raise _wrong_type(name, value, "an int") from None
     if at_least is not None and found < at_least:
         raise ArgumentValueError(f"{name}={found}: it must be at least {at_least}")
     return found
 
 
 def number(name: str, value: Any, unit: str = "") -> float:
-    """Check a number."""
-    given, value = value, plain(value)
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
-        raise ArgumentTypeError(
-            f"{name}={shown(given)}: it must be a number{unit and f' of {unit}'}, "
-            f"got {type(given).__name__}"
-        )
+    """Check a number, as a float; a bool is none."""
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, _NUMBERS):
+        raise _wrong_type(name, value, f"a number of {unit}" if unit else "a number")
     try:
-        return float(value)
+        return float(found)
     except (OverflowError, ValueError) as error:
-        raise ArgumentValueError(f"{name}={shown(given)}: {error}") from None
+        raise ArgumentValueError(f"{name}={shown(value)}: {error}") from None
 
 
 def seconds(name: str, value: Any) -> float:
-    """Check a time span."""
+    """Check a time span of more than 0 seconds."""
     found = number(name, value, "seconds")
     if not found > 0:
         raise ArgumentValueError(f"{name}={shown(value)}: it must be more than 0 seconds")
@@ -127,17 +124,15 @@ def seconds(name: str, value: Any) -> float:
 
 
 def text(name: str, value: Any) -> str:
-    """Check a text."""
-    given, value = value, plain(value)
-    if not isinstance(value, str):
-        raise ArgumentTypeError(
-            f"{name}={shown(given)}: it must be a str, got {type(given).__name__}"
-        )
-    return str.__str__(value)
+    """Check a str."""
+    found = plain(value)
+    if not isinstance(found, str):
+        raise _wrong_type(name, value, "a str")
+    return str.__str__(found)
 
 
 def names(name: str, value: Any) -> list[str]:
-    """Check a list of names."""
+    """Check a list of names: anything but a str that one can iterate over."""
     value = plain(value)
     if isinstance(value, str):
         raise ArgumentTypeError(f"{name}={value!r}: give a list, [{value!r}]")
@@ -158,7 +153,7 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
 
 
 def command_line(name: str, value: Any) -> list[str]:
-    """Check words of a command line."""
+    """Check words of a command line, or text that is split into them as a shell does it."""
     value = plain(value)
     if isinstance(value, str):
         try:
@@ -181,9 +176,7 @@ def path(name: str, value: Any) -> str:
     except TypeError:
         found = None
     if not isinstance(found, str):
-        raise ArgumentTypeError(
-            f"{name}={shown(value)}: it must be a path or a URL, got {type(value).__name__}"
-        )
+        raise _wrong_type(name, value, "a path or a URL")
     if not found:
         raise ArgumentValueError(f"{name}={shown(value)}: it must not be empty")
     if isinstance(value, PurePath) and is_url(found):
@@ -208,7 +201,7 @@ def exception_types(name: str, value: Any) -> tuple[type[BaseException], ...]:
 
 
 def resources(name: str, value: Any) -> dict[str, float]:
-    """Check what a task takes of its executor."""
+    """Check what a task takes of its executor: amounts by Spark's names of resources."""
     example = "give amounts by name, such as {'cpus': 4, 'gpu': 1}"
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ArgumentTypeError(f"{name}={value!r}: {example}")
@@ -218,25 +211,29 @@ def resources(name: str, value: Any) -> dict[str, float]:
         raise ArgumentValueError(f"{name}={value!r}: Spark's name for GPUs is 'gpu'")
     amounts: dict[str, float] = {}
     for resource, given in value.items():
-        amount: Any = plain(given)
-        is_int = isinstance(amount, int)
-        if isinstance(amount, bool) or not isinstance(amount, _NUMBERS):
-            raise ArgumentTypeError(f"{name}={value!r}: the amount of {resource!r} is no number")
-        amount = int(amount) if is_int else float(amount)
-        whole = float(amount).is_integer()
+        try:
+            amount = number(resource, given)
+        except ArgumentTypeError:
+            problem = f"the amount of {resource!r} is no number"
+            raise ArgumentTypeError(f"{name}={value!r}: {problem}") from None
+        whole = amount.is_integer()
         if not amount > 0 or (not whole and (amount > 1 or resource == "cpus")):
             raise ArgumentValueError(
                 f"{name}={value!r}: the amount of {resource!r} must be a whole number"
                 + ("" if resource == "cpus" else ", or less than 1 when tasks share one")
             )
-        amounts[str.__str__(resource)] = amount
+        is_int = isinstance(plain(given), int)
+        amounts[str.__str__(resource)] = int(amount) if is_int else amount
     return amounts
 
 
 def main(
     function: Any, kwargs: Mapping[str, Any], runner_options: Collection[str] = ()
 ) -> Callable[..., Any]:
-    """Check that a training function can be called with its arguments."""
+    """Check that a training function can be called with its arguments.
+
+    `runner_options` is what HorovodRunner itself takes: it may have been given to ``run()``.
+    """
     if not callable(function):
         raise ArgumentTypeError(
             f"main must be a function, got {type(function).__name__} ({shown(function)}): "
@@ -265,7 +262,6 @@ def runs_at_once(name: str, function: Callable[..., Any]) -> None:
 
 
 def _function_instead(thing: Any) -> str:
-    """Say what to pass instead of something that cannot be called."""
     if isinstance(thing, str):
         return "pass the function itself, run(train), not its name or its file"
     if isinstance(thing, types.ModuleType):

@@ -23,21 +23,11 @@ __all__ = ["UnsharedDataSet"]
 
 
 class UnsharedDataSet(DataSet):
-    """A data set whose rows each run computes and deals out to its ranks.
+    """A data set whose rows each run computes and distributes to its ranks.
 
     Made by ``from_dataframe(df, shared=False)``. The driver's handle has the DataFrame; what main
-    gets has the name alone, by which it finds what the task has written.
-
-    Parameters
-    ----------
-    identity
-        Names it among all there are.
-    columns
-        What is stored of it; how long arrays are is not known yet.
-    source
-        The rows; None in the ranks' processes.
-    nulls
-        What becomes of nulls, by column name.
+    gets has the name alone, by which it finds what the task has written. How long the columns'
+    arrays are is not known yet.
     """
 
     def __init__(
@@ -56,10 +46,10 @@ class UnsharedDataSet(DataSet):
     def __len__(self) -> int:
         """Count the rows of all ranks."""
         manifest = self._whole.manifest
-        return sum(manifest.shares) or manifest.rows
+        return sum(manifest.rows_per_rank) or manifest.rows
 
     def __bool__(self) -> bool:
-        """Tell that it is there, also where its rows cannot be counted."""
+        """Return True, also where its rows cannot be counted."""
         return True
 
     def __repr__(self) -> str:
@@ -71,13 +61,7 @@ class UnsharedDataSet(DataSet):
 
     @property
     def location(self) -> str:
-        """Directory of this rank's rows.
-
-        Raises
-        ------
-        DataError
-            Outside a run.
-        """
+        """Directory of this rank's rows."""
         directory = os.environ.get(DATA_DIRECTORY, "")
         path = Path(directory, self.identity)
         if not directory or not path.is_dir():
@@ -95,7 +79,7 @@ class UnsharedDataSet(DataSet):
         return super().schema
 
     def delete(self) -> None:
-        """Do nothing: what a run has written goes with the run."""
+        """Return: what a run has written goes with the run."""
 
     @cached_property
     def _whole(self) -> BlockReader:

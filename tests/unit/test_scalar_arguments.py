@@ -99,7 +99,7 @@ def padded(length: Any) -> int:
 
 def image_size(size: Any) -> Any:
     decoder: Any = data.decode_images("image", size=(size, 5))
-    return decoder._size[0]
+    return decoder.args[1][0]
 
 
 def petastorm(**options: Any) -> ReaderOptions:
@@ -114,7 +114,7 @@ INTEGERS: dict[str, Callable[[DataSet, Any], Any]] = {
     "seed": lambda rows, n: read(rows, seed=n)._options.seed,
     "epoch": lambda rows, n: read(rows, epoch=n).state_dict()["epoch"],
     "epoch, set": set_epoch,
-    "shuffle_window": lambda rows, n: read(rows, shuffle_window=n)._options.window_bytes,
+    "shuffle_window": lambda rows, n: read(rows, shuffle_window=n)._options.shuffle_window,
     "threads": lambda rows, n: read(rows, threads=n)._threads,
     "rank": lambda rows, n: read(rows, rank=n, size=3)._options.rank,
     "size": lambda rows, n: read(rows, rank=0, size=n)._options.size,
@@ -143,7 +143,7 @@ INTEGERS: dict[str, Callable[[DataSet, Any], Any]] = {
 BOOLEANS: dict[str, Callable[[DataSet, Any], Any]] = {
     "resume": lambda _, yes: runner(resume=yes)._resume,
     "tf_config": lambda _, yes: runner(tf_config=yes)._tf_config,
-    "show_phases": lambda _, yes: runner(show_phases=yes)._show_phases,
+    "profile_launch": lambda _, yes: runner(profile_launch=yes)._profile_launch,
     "keep_warm": lambda _, yes: runner(keep_warm=yes)._keep_warm,
     "shuffle": lambda rows, yes: read(rows, shuffle=yes)._options.shuffle,
     "pin_memory": lambda rows, yes: rows.torch(10, pin_memory=yes)._loader["pin_memory"],
@@ -278,7 +278,7 @@ def test_a_null_is_filled_with_a_scalar_of_any_library() -> None:
     torch = pytest.importorskip("torch")
     table = pa.table({"x": pa.array([1.0, None]), "yes": pa.array([True, None])})
     for number in (np.int64(7), np.float32(7), np.array(7.0), torch.tensor(7.0)):
-        nulls = {np.str_("x"): data.fill(number), "yes": data.mask(np.True_)}
+        nulls = {np.str_("x"): data.fill(number), "yes": data.fill_with_indicator(np.True_)}
         with data.from_arrow(table, nulls=nulls) as filled:
             (batch,) = filled.numpy(np.int64(2))
         assert batch["x"].tolist() == [1.0, 7.0]
