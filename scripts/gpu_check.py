@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,8 @@ import torch
 
 from horovodrunner import HorovodRunner, HorovodRunnerError, checkpoint
 
-DEVICE = "cuda" if torch.version.cuda and subprocess.call(["nvidia-smi", "-L"]) == 0 else "cpu"
-"""Without torch.cuda: the driver is not to touch the GPU."""
+# Without torch.cuda: the driver is not to touch the GPU.
+DEVICE = "cuda" if torch.version.cuda and shutil.which("nvidia-smi") else "cpu"
 
 
 def gpu_count() -> int:

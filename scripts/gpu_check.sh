@@ -20,6 +20,8 @@ if [[ ${1:-} == --dry-run ]]; then
   exec timeout 300 "$python" scripts/gpu_check.py
 fi
 
+command -v nvidia-smi >/dev/null ||
+  { echo "error: no nvidia-smi, so no GPU: --dry-run does what can be done without" >&2; exit 1; }
 carried=$(realpath "${1:-build/gpu-check}")
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT

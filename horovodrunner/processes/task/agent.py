@@ -37,7 +37,7 @@ from horovodrunner.placement.topology import Member, Slot, assign_slots, tf_work
 from horovodrunner.placement.versions import (
     Difference,
     differences,
-    differences_in_words,
+    format_differences,
     must_fail,
 )
 from horovodrunner.processes.task.context import TaskContext
@@ -155,7 +155,7 @@ class _Agent:
         if (refusal := self._refusal(members)).failure is not None:
             return refusal
         if found := self._differences(members):
-            driver.emit(Note(f"what is installed differs:\n{differences_in_words(found)}"))
+            driver.emit(Note(f"what is installed differs:\n{format_differences(found)}"))
 
         began = time.time()
         slots = assign_slots(members)
@@ -274,7 +274,7 @@ class _Agent:
             return Outcome()
         text = (
             "the driver and the executors must have the same Python (3.11, say) and the same "
-            f"release of horovodrunner:\n{differences_in_words(found)}"
+            f"release of horovodrunner:\n{format_differences(found)}"
         )
         return Outcome(failure=Failure(None, members[0].host, text))
 
