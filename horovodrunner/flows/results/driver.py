@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from horovodrunner.pickling.payload import format_bytes
-from horovodrunner.pickling.pickled import Layout, Pickled
+from horovodrunner.formatting import format_bytes
+from horovodrunner.pickling.buffers import BufferedPickle, Layout
 from horovodrunner.wire.frames import FrameError
 from horovodrunner.wire.upload import IncomingPiece, TransferHandler
 
@@ -16,7 +16,7 @@ __all__ = ["read_result", "result_handler"]
 _READ_BYTES = 16 * 1024 * 1024
 
 
-def result_handler(keep: Callable[[Pickled], None]) -> TransferHandler:
+def result_handler(keep: Callable[[BufferedPickle], None]) -> TransferHandler:
     """Make what takes an uploaded result; `keep` gets it before the task hears that it is here."""
 
     def receive(request: Mapping[str, Any], pieces: Iterator[IncomingPiece]) -> None:
@@ -32,7 +32,7 @@ def result_handler(keep: Callable[[Pickled], None]) -> TransferHandler:
     return TransferHandler("the result's transfer", receive)
 
 
-def read_result(descriptor: int, layout: Layout) -> Pickled:
+def read_result(descriptor: int, layout: Layout) -> BufferedPickle:
     """Read a result that was written on this machine into memory."""
     pickled = _room(layout)
     offset = 0
@@ -50,9 +50,9 @@ def read_result(descriptor: int, layout: Layout) -> Pickled:
     return pickled
 
 
-def _room(layout: Layout) -> Pickled:
+def _room(layout: Layout) -> BufferedPickle:
     try:
-        return Pickled(layout)
+        return BufferedPickle(layout)
     except (OSError, MemoryError) as error:
         raise OSError(
             f"there is no memory for its {format_bytes(sum(layout))} on the driver ({error}): "

@@ -14,8 +14,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from horovodrunner.errors import PayloadError
-from horovodrunner.pickling.payload import format_bytes
-from horovodrunner.pickling.pickled import Layout
+from horovodrunner.formatting import format_bytes
+from horovodrunner.pickling.buffers import Layout
 from horovodrunner.wire.job import JobSpec
 from horovodrunner.wire.upload import PeerFailedError, Piece, TransferClient, in_thread
 

@@ -18,7 +18,7 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.members.driver import GatherPoint
 from horovodrunner.flows.results.driver import result_handler
 from horovodrunner.flows.telemetry.phases import Phase
-from horovodrunner.pickling.pickled import Pickled
+from horovodrunner.pickling.buffers import BufferedPickle
 from horovodrunner.wire.connection import Connection, FrameServer
 from horovodrunner.wire.job import Outcome
 from horovodrunner.wire.upload import Transfer, TransferHandler
@@ -92,7 +92,7 @@ class DriverChannel:
         """Whether Spark tried the stage again."""
         self.failure: Outcome | None = None
         """The run's failure, when it was reported ahead of the stage's end."""
-        self.result: Pickled | None = None
+        self.result: BufferedPickle | None = None
         """What rank 0's main returned; the run may fail all the same."""
         self.placement: list[tuple[int, int, str]] = []
         """Partition, rank and host of every rank, once they are placed."""
@@ -211,7 +211,7 @@ class DriverChannel:
         self.retried = True
         connection.send("refused", why=RETRY_REFUSED)
 
-    def _keep_result(self, result: Pickled) -> None:
+    def _keep_result(self, result: BufferedPickle) -> None:
         self.result = result
 
     async def _serve_transfer(

@@ -17,7 +17,7 @@ from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.results.driver import read_result
 from horovodrunner.flows.rows.taking import RowsTaker
-from horovodrunner.pickling.pickled import Layout, Pickled
+from horovodrunner.pickling.buffers import BufferedPickle, Layout
 from horovodrunner.placement.topology import Member, compose_devices
 from horovodrunner.processes.task.agent import Agent, Surroundings
 from horovodrunner.processes.task.coordinator import DriverLink
@@ -76,7 +76,7 @@ def run_locally(
     async def gather(text: str) -> list[str]:
         return [text]
 
-    results: list[Pickled] = []
+    results: list[BufferedPickle] = []
 
     def take_result(descriptor: int, layout: Layout) -> None:
         results.append(read_result(descriptor, layout))
