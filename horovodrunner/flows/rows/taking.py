@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from horovodrunner.errors import DataError
-from horovodrunner.placement.topology import Member, group_by_host
+from horovodrunner.placement.topology import Member, members_by_rank
 from horovodrunner.wire.job import FailureKind
 from horovodrunner.wire.upload import in_thread
 
@@ -37,5 +37,4 @@ async def with_rows(taker: RowsTaker | None, member: Member, scratch: Path) -> M
 
 def data_directory(taker: RowsTaker, members: Sequence[Member]) -> str:
     """Return where the worker finds the data sets, now that all tasks' rows are known."""
-    by_rank = [member for group in group_by_host(members) for member in group.members]
-    return str(taker.finish([member.rows for member in by_rank]))
+    return str(taker.finish([member.rows for member in members_by_rank(members)]))
