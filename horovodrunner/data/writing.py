@@ -19,7 +19,7 @@ import pyarrow as pa
 from horovodrunner.data.columns import Column, NullPolicy, merged, no_lengths, stored
 from horovodrunner.data.stored import StoredFile
 from horovodrunner.errors import DataError
-from horovodrunner.storage import LocalStorage, RemoteStorage, open_storage
+from horovodrunner.storage import Storage, open_storage
 
 __all__ = [
     "BLOCK_BYTES",
@@ -114,9 +114,7 @@ def write_rows(
     yield pa.RecordBatch.from_pydict({"report": [json.dumps(report)]})
 
 
-def _write_file(
-    place: LocalStorage | RemoteStorage, name: str, blocks: Iterable[pa.RecordBatch]
-) -> StoredFile:
+def _write_file(place: Storage, name: str, blocks: Iterable[pa.RecordBatch]) -> StoredFile:
     rows: list[int] = []
     offsets: list[int] = []
     stream = place.create(name)

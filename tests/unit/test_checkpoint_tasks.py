@@ -21,6 +21,7 @@ from horovodrunner.flows.checkpoints.task import (
     LatestDecision,
 )
 from horovodrunner.placement.topology import Member
+from horovodrunner.wire.events import Latest
 
 
 class CountingBackend(CheckpointStore):
@@ -320,8 +321,8 @@ def test_every_task_gets_the_same_checkpoint_whatever_is_saved_meanwhile(
         first = await tasks.copy(2).get()
         backend.put(6, tmp_path / "source")
         later = [await tasks.copy(partition).get() for partition in (0, 1)]
-        assert [answer["step"] for answer in (first, *later)] == [5, 5, 5]
-        assert all(content(answer["directory"]) == WHOLE for answer in (first, *later))
+        assert [answer.step for answer in (first, *later)] == [5, 5, 5]
+        assert all(content(answer.directory) == WHOLE for answer in (first, *later))
         assert backend.looked == 1
 
     asyncio.run(scenario())
@@ -333,7 +334,7 @@ def test_tasks_of_one_host_share_one_fetch_by_hard_links(
     async def scenario() -> None:
         tasks = Tasks(backend, tmp_path)
         answers = await asyncio.gather(*(tasks.copy(partition).get() for partition in range(4)))
-        directories = [answer["directory"] for answer in answers]
+        directories = [answer.directory for answer in answers]
         assert len(set(directories)) == 4
         assert all(content(directory) == WHOLE for directory in directories)
         inodes = [Path(directory, "model.pt").stat().st_ino for directory in directories]
@@ -362,9 +363,9 @@ def test_when_the_first_fetch_fails_the_others_fetch_for_themselves(
         backend.fetch_errors = [OSError("the disk of the scratch directory is full")]
         tasks = Tasks(backend, tmp_path)
         answers = await asyncio.gather(*(tasks.copy(partition).get() for partition in (0, 1, 3)))
-        assert answers[0] == {"error": "OSError: the disk of the scratch directory is full"}
-        assert [answer["step"] for answer in answers[1:]] == [5, 5]
-        assert all(content(answer["directory"]) == WHOLE for answer in answers[1:])
+        assert answers[0] == Latest(error="OSError: the disk of the scratch directory is full")
+        assert [answer.step for answer in answers[1:]] == [5, 5]
+        assert all(content(answer.directory) == WHOLE for answer in answers[1:])
         assert tasks.told[0] == (0, "")
 
     asyncio.run(scenario())
@@ -373,13 +374,13 @@ def test_when_the_first_fetch_fails_the_others_fetch_for_themselves(
 def test_a_task_that_is_gone_keeps_nobody_waiting(backend: CountingBackend, tmp_path: Path) -> None:
     async def scenario() -> None:
         tasks = Tasks(backend, tmp_path)
-        assert (await tasks.decision.answer(0))["copy_from"] == ""  # it is to fetch, and dies
+        assert (await tasks.decision.answer(0)).copy_from == ""  # it is to fetch, and dies
         waiting = asyncio.create_task(tasks.copy(1).get())
         await asyncio.sleep(0.05)
         assert not waiting.done()
         tasks.decision.fetched(0, "")
         answer = await asyncio.wait_for(waiting, 10)
-        assert content(answer["directory"]) == WHOLE
+        assert content(answer.directory) == WHOLE
         tasks.decision.fetched(0, "")  # told twice
         tasks.decision.fetched(3, "")  # it never asked
 
@@ -392,13 +393,13 @@ def test_a_copy_that_cannot_be_linked_is_fetched_instead(
 ) -> None:
     async def scenario() -> None:
         tasks = Tasks(backend, tmp_path)
-        first = Path((await tasks.copy(0).get())["directory"])
+        first = Path((await tasks.copy(0).get()).directory)
         if what_is_gone == "all":
             first.rename(tmp_path / "moved")
         else:
             (first / "variables" / "deep" / "index").unlink()
         second = await tasks.copy(1).get()
-        assert content(second["directory"]) == WHOLE
+        assert content(second.directory) == WHOLE
         assert len(backend.fetched) == 2
 
     asyncio.run(scenario())
@@ -411,7 +412,7 @@ def test_damaged_checkpoints_are_noted_and_the_one_before_is_taken(
         backend.put(6, tmp_path / "source")
         (tmp_path / "kept" / "step-00000006" / "model.pt").write_bytes(b"Weights")
         tasks = Tasks(backend, tmp_path)
-        assert [(await tasks.copy(partition).get())["step"] for partition in (0, 1)] == [5, 5]
+        assert [(await tasks.copy(partition).get()).step for partition in (0, 1)] == [5, 5]
         (note,) = tasks.notes
         assert "step-00000006 is damaged and skipped: model.pt" in note
 
@@ -425,7 +426,7 @@ def test_when_the_backend_cannot_be_asked_every_task_gets_the_error(
         backend.find_error = PermissionError("not yours")
         tasks = Tasks(backend, tmp_path)
         answers = [await tasks.copy(partition).get() for partition in (0, 2)]
-        assert answers == [{"error": "PermissionError: not yours"}] * 2
+        assert answers == [Latest(error="PermissionError: not yours")] * 2
         assert backend.looked == 1
         assert backend.fetched == []
 
@@ -437,7 +438,7 @@ def test_without_a_checkpoint_there_is_none(tmp_path: Path, is_kept: bool) -> No
     async def scenario() -> None:
         tasks = Tasks(CountingBackend(tmp_path / "none") if is_kept else None, tmp_path)
         for partition in (0, 1):
-            assert (await tasks.copy(partition).get())["directory"] == ""
+            assert (await tasks.copy(partition).get()).directory == ""
         assert tasks.told == []
 
     asyncio.run(scenario())

@@ -8,22 +8,28 @@ import json
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from horovodrunner.flows.call.record import RunRecord
 from horovodrunner.flows.checkpoints.manifest import Manifest
 from horovodrunner.flows.checkpoints.store import pieces_of_tree, restore
 from horovodrunner.placement.topology import Member
-from horovodrunner.wire.events import FetchCheckpoint, FindCheckpoint, UploadCheckpoint
+from horovodrunner.wire.events import (
+    FetchCheckpoint,
+    FindCheckpoint,
+    Latest,
+    LatestDecided,
+    UploadCheckpoint,
+)
 from horovodrunner.wire.upload import TransferClient, in_thread
 
 __all__ = [
     "CheckpointBackend",
     "CheckpointUploader",
     "DriverBackend",
-    "LatestAnswer",
     "LatestCopy",
     "LatestDecision",
     "is_of_run",
@@ -33,10 +39,6 @@ __all__ = [
 
 PUT_ATTEMPTS = 3
 RETRY_SECONDS = 2.0
-
-LatestAnswer = dict[str, Any]
-"""JSON-compatible: ``manifest`` (text, or ""), ``copy_from`` (a directory, or ""), ``error``, and
-``differs``: whether the checkpoint is of a run that was called with something else."""
 
 
 class CheckpointBackend(Protocol):
@@ -179,20 +181,20 @@ class LatestDecision:
         self._on_found = on_found
         self._hosts = {member.partition: member.host_id for member in members}
         self._note = note
-        self._decision: asyncio.Task[LatestAnswer] | None = None
+        self._decision: asyncio.Task[LatestDecided] | None = None
         self._copies: dict[str, asyncio.Future[str]] = {}
         self._fetching: dict[int, asyncio.Future[str]] = {}
 
-    async def answer(self, partition: int) -> LatestAnswer:
+    async def answer(self, partition: int) -> LatestDecided:
         """Return the latest checkpoint, the same for every task, and how this task gets it."""
         if self._decision is None:
             self._decision = asyncio.create_task(self._decide())
         decision = await asyncio.shield(self._decision)
-        if not decision["manifest"]:
+        if not decision.manifest:
             return decision
         host = self._hosts[partition]
         if host in self._copies:
-            return {**decision, "copy_from": await asyncio.shield(self._copies[host])}
+            return replace(decision, copy_from=await asyncio.shield(self._copies[host]))
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._copies[host] = self._fetching[partition] = future
         return decision
@@ -203,19 +205,18 @@ class LatestDecision:
         if future is not None and not future.done():
             future.set_result(directory)
 
-    async def _decide(self) -> LatestAnswer:
-        answer: LatestAnswer = {"manifest": "", "copy_from": "", "error": "", "differs": False}
+    async def _decide(self) -> LatestDecided:
         if self._backend is None:
-            return answer
+            return LatestDecided()
         try:
             manifest, damaged = await in_thread(self._backend.find_latest)
             for sentence in damaged:
                 self._note(sentence)
             differs = manifest is not None and self._on_found(manifest)
         except Exception as error:  # noqa: BLE001 - starting anew would lose work: main must know
-            return {**answer, "error": f"{type(error).__name__}: {error}"}
+            return LatestDecided(error=f"{type(error).__name__}: {error}")
         text = manifest.to_json() if manifest is not None else ""
-        return {**answer, "manifest": text, "differs": differs}
+        return LatestDecided(text.encode(), differs=differs)
 
 
 class LatestCopy:
@@ -228,38 +229,36 @@ class LatestCopy:
         self,
         backend: CheckpointBackend | None,
         scratch: Path,
-        ask: Callable[[], Awaitable[LatestAnswer]],
+        ask: Callable[[], Awaitable[LatestDecided]],
         tell: Callable[[str], None],
     ) -> None:
         self._backend = backend
         self._scratch = scratch
         self._ask = ask
         self._tell = tell
-        self._answer: asyncio.Task[dict[str, Any]] | None = None
+        self._answer: asyncio.Task[Latest] | None = None
 
-    async def get(self) -> dict[str, Any]:
-        """Return ``step``, ``directory`` ("": no checkpoint) and ``differs``, or ``error``."""
+    async def get(self) -> Latest:
+        """Return where the copy is."""
         if self._answer is None:
             self._answer = asyncio.create_task(self._fetch())
         return await asyncio.shield(self._answer)
 
-    async def _fetch(self) -> dict[str, Any]:
+    async def _fetch(self) -> Latest:
         answer = await self._ask()
-        if answer["error"]:
-            return {"error": answer["error"]}
-        if not answer["manifest"] or self._backend is None:
-            return {"directory": "", "step": -1, "differs": False}
-        manifest = Manifest.from_json(answer["manifest"])
+        if answer.error or not answer.manifest or self._backend is None:
+            return Latest(error=answer.error)
+        manifest = Manifest.from_json(answer.manifest.decode())
         directory = self._scratch / f"latest-{manifest.step}"
         try:
-            if not await in_thread(_link_copy, manifest, answer["copy_from"], directory):
+            if not await in_thread(_link_copy, manifest, answer.copy_from, directory):
                 directory.mkdir()
                 await in_thread(self._backend.fetch, manifest, directory)
         except Exception as error:  # noqa: BLE001 - starting anew would lose work: main must know
             self._tell("")
-            return {"error": f"{type(error).__name__}: {error}"}
+            return Latest(error=f"{type(error).__name__}: {error}")
         self._tell(str(directory))
-        return {"directory": str(directory), "step": manifest.step, "differs": answer["differs"]}
+        return Latest(str(directory), manifest.step, answer.differs)
 
 
 def is_of_run(manifest: Manifest, record: RunRecord) -> bool:

@@ -50,7 +50,6 @@ from horovodrunner.processes.task.scratch import Scratch
 from horovodrunner.processes.task.supervisor import Supervisor
 from horovodrunner.wire.events import (
     Job,
-    Latest,
     Lines,
     Note,
     Phases,
@@ -252,11 +251,8 @@ class _Agent:
         latest: LatestCopy,
         on_result: Callable[[Layout], None] = lambda layout: None,
     ) -> list[Supervisor]:
-        async def get_latest() -> Latest:
-            return Latest(**await latest.get())
-
         return [
-            Supervisor(worker, self._job_of(slot, members), emit, get_latest, on_result)
+            Supervisor(worker, self._job_of(slot, members), emit, latest.get, on_result)
             for worker, slot in zip(workers, slots, strict=True)
         ]
 

@@ -8,7 +8,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 
-from horovodrunner.flows.checkpoints.task import LatestAnswer, LatestDecision
+from horovodrunner.flows.checkpoints.task import LatestDecision
 from horovodrunner.flows.logs.task import LineSender, own_line
 from horovodrunner.flows.outcome.outcome import FailureKind
 from horovodrunner.flows.outcome.task import RunOutcome
@@ -147,8 +147,7 @@ class PeerServer:
             self._note_presence()
 
     async def _answer(self, connection: Connection, partition: int) -> None:
-        answer = await self._latest.answer(partition)
-        connection.send(LatestDecided(**{**answer, "manifest": answer["manifest"].encode()}))
+        connection.send(await self._latest.answer(partition))
 
     def _note_presence(self) -> None:
         if not self._not_joined:
@@ -181,11 +180,10 @@ class PeerLink:
         while (event := await self._connection.receive()) is not None:
             take(event)
 
-    async def ask_latest(self) -> LatestAnswer:
+    async def ask_latest(self) -> LatestDecided:
         """Ask which checkpoint all ranks start from."""
         self._connection.send(LatestWanted())
-        answer = await self._answers.get()
-        return {**vars(answer), "manifest": bytes(answer.manifest).decode()}
+        return await self._answers.get()
 
     def fetched(self, directory: str) -> None:
         """Report where this task has its copy of that checkpoint; "" if it has none."""
