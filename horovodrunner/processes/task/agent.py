@@ -70,6 +70,12 @@ BEAT_SECONDS = 5.0
 _BACKLOG = 1024
 """So many peers may connect before the leader serves them."""
 
+_NO_ADDRESS = (
+    f"has no IPv4 address but {LOOPBACK}, and the run has other hosts: Horovod's rendezvous speaks "
+    "no IPv6, so every host needs an IPv4 address that the others reach; it may stand beside the "
+    "IPv6 address that Spark uses"
+)
+
 _logger = logging.getLogger(__name__)
 
 
@@ -151,8 +157,8 @@ class _Agent:
             return await self._refuse(str(error))
         self._resources.push_async_callback(driver.close)
         members = await self._gather(member, reaches_driver=driver.is_reached)
-        if (refusal := self._refusal(members)).failure is not None:
-            return refusal
+        if (refusal := self._refusal(members)) is not None:
+            return Outcome(failure=refusal)
         if found := self._differences(members):
             driver.emit(Note(f"what is installed differs:\n{format_differences(found)}"))
 
@@ -204,8 +210,8 @@ class _Agent:
     async def _follow(self, workers: Sequence[WorkerProcess]) -> Outcome:
         member = self._member()
         members = await self._gather(member)
-        if (refusal := self._refusal(members)).failure is not None:
-            return refusal
+        if (refusal := self._refusal(members)) is not None:
+            return Outcome(failure=refusal)
         leader, log = members[0], self._context.log
         own = [slot for slot in assign_slots(members) if slot.partition == member.partition]
         try:
@@ -230,8 +236,15 @@ class _Agent:
             self._context.checkpoints, self._scratch, ask=link.ask_latest, tell=link.fetched
         )
         supervisors = self._supervisors(workers, members, own, emit, latest=latest)
-        stop = _for_each(supervisors, Supervisor.stop)
-        show = _for_each(supervisors, Supervisor.show_stack)
+
+        def stop(_: object) -> None:
+            for supervisor in supervisors:
+                supervisor.stop()
+
+        def show(_: object) -> None:
+            for supervisor in supervisors:
+                supervisor.show_stack()
+
         listening = asyncio.create_task(link.listen({Stop: stop, ShowStacks: show}))
         listening.add_done_callback(stop)  # without partition 0 there is no run
         try:
@@ -258,21 +271,26 @@ class _Agent:
 
     async def _refuse(self, problem: str) -> Outcome:
         """Let no task go on; what the peers found first may be another problem."""
-        return _refused(await self._gather(replace(self._context.member, problem=problem)))
+        members = await self._gather(replace(self._context.member, problem=problem))
+        return Outcome(failure=self._refusal(members))
 
-    def _refusal(self, members: Sequence[Member]) -> Outcome:
+    def _refusal(self, members: Sequence[Member]) -> Failure | None:
         """Return why nobody must run main; every task comes to the same answer."""
-        for refusal in (_refused(members), _beyond_reach(members)):
-            if refusal.failure is not None:
-                return refusal
+        for member in members:
+            if member.problem:
+                return Failure(None, member.host, member.problem, member.problem_kind)
+        if len({member.host_id for member in members}) > 1:
+            for member in members:
+                if member.address == LOOPBACK:
+                    return Failure(None, member.host, f"{member.host} {_NO_ADDRESS}")
         found = self._differences(members)
         if not must_fail(found):
-            return Outcome()
+            return None
         text = (
             "the driver and the executors must have the same Python (3.11, say) and the same "
             f"release of horovodrunner:\n{format_differences(found)}"
         )
-        return Outcome(failure=Failure(None, members[0].host, text))
+        return Failure(None, members[0].host, text)
 
     def _differences(self, members: Sequence[Member]) -> list[Difference]:
         executors = [(member.host, member.versions) for member in members if member.versions]
@@ -352,40 +370,6 @@ class _Agent:
         keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         on_free_port(self._job.ports, lambda port: keeper.bind(("", port)))
         return int(keeper.getsockname()[1])
-
-
-def _for_each(
-    supervisors: Sequence[Supervisor], method: Callable[[Supervisor], None]
-) -> Callable[[object], None]:
-    def call(_: object) -> None:
-        for supervisor in supervisors:
-            method(supervisor)
-
-    return call
-
-
-def _refused(members: Sequence[Member]) -> Outcome:
-    """Return the first problem that a task gathered, or an empty outcome."""
-    for member in members:
-        if member.problem:
-            kind = member.problem_kind
-            return Outcome(failure=Failure(None, member.host, member.problem, kind))
-    return Outcome()
-
-
-def _beyond_reach(members: Sequence[Member]) -> Outcome:
-    """Name the first host that the others cannot reach for sure, or return an empty outcome."""
-    if len({member.host_id for member in members}) == 1:
-        return Outcome()
-    for member in members:
-        if member.address == LOOPBACK:
-            text = (
-                f"{member.host} has no IPv4 address but {LOOPBACK}, and the run has other hosts: "
-                "Horovod's rendezvous speaks no IPv6, so every host needs an IPv4 address that the "
-                "others reach; it may stand beside the IPv6 address that Spark uses"
-            )
-            return Outcome(failure=Failure(None, member.host, text))
-    return Outcome()
 
 
 def _has_horovod() -> bool:

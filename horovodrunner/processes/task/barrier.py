@@ -106,7 +106,7 @@ def _context(
     partition = barrier.partitionId()
     # One terminal for all needs every line once: from the driver, or else from partition 0.
     quiet = job.shares_terminal and (job.stream_output or partition != 0)
-    log = _ignore if quiet else task_log.write
+    log = (lambda lines: None) if quiet else task_log.write
     gpus, gpu_problem = _gpus(barrier)
     (address, interface), address_problem = _address(job, barrier)
 
@@ -188,7 +188,3 @@ def _scratch_base() -> str | None:
             if directory and os.access(directory, os.W_OK):
                 return directory
     return None
-
-
-def _ignore(lines: bytes) -> None:
-    """Write nothing: somebody else shows the same lines on the same terminal."""
