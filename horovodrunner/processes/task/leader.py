@@ -35,7 +35,6 @@ from horovodrunner.processes.task.supervisor import TEARDOWN_SECONDS, Supervisor
 from horovodrunner.wire.events import (
     Failed,
     Placed,
-    RankPhases,
     ShowStacks,
     Sink,
     Stop,
@@ -80,7 +79,7 @@ class Leader:
         self._stop_requested = stop_requested
         self._log = MergedLog(context.log, driver.emit)
         self._outcome = RunOutcome(slots)
-        self._telemetry = Telemetry(slots, self._log, self._outcome)
+        self._telemetry = Telemetry(slots, self._log, self._outcome, spans)
         take_result = functools.partial(context.take_result, reaches_driver=driver.is_reached)
         self.result = ResultUploader(
             take_result, result_fd, on_error=functools.partial(self._fail, FailureKind.RESULT)
@@ -105,7 +104,6 @@ class Leader:
                 self._log.handlers,
                 self._outcome.handlers,
                 self._telemetry.handlers,
-                {RankPhases: lambda event: spans.add_all(event.spans, event.rank)},
                 {} if self._uploader is None else self._uploader.handlers,
             ],
             otherwise=driver.emit,
