@@ -217,6 +217,9 @@ def _horovod() -> Finding:
             "neither torch nor tensorflow is installed",
             f"{prerequisites.INSTALL_FRAMEWORK}, then {_BUILD}",
         )
+    if status.state == "missing":
+        text = f"{status.text}, and needed only by a main that imports it"
+        return Finding("note", "Horovod", text, _BUILD)
     if not status.fits:
         return Finding("problem", "Horovod", status.text, _BUILD)
     return Finding("ok", "Horovod", status.text)

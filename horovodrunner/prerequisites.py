@@ -161,6 +161,16 @@ def cmake_problem() -> Problem | None:
     return None
 
 
+def patch_problem() -> Problem | None:
+    """Say that nothing here can apply the patches to Horovod's sources, or return None."""
+    if shutil.which("git") or shutil.which("patch"):
+        return None
+    return Problem(
+        "neither git nor patch was found; Horovod's sources are patched before they are built",
+        "install one (Debian/Ubuntu: apt install patch; conda: conda install -c conda-forge patch)",
+    )
+
+
 def headers_problem() -> Problem | None:
     """Return that the headers of the running Python are missing, if so."""
     include = Path(sysconfig.get_path("include", "posix_prefix"))
@@ -174,5 +184,10 @@ def headers_problem() -> Problem | None:
 
 def build_problems(standard: int = OLDEST_CXX, what: str = "Horovod") -> list[Problem]:
     """List everything outside Python packages that a build of ``what`` in C++ lacks here."""
-    found = (compiler_problem(standard, what), cmake_problem(), headers_problem())
+    found = (
+        compiler_problem(standard, what),
+        cmake_problem(),
+        patch_problem(),
+        headers_problem(),
+    )
     return [problem for problem in found if problem]

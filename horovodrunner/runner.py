@@ -440,11 +440,12 @@ def _horovod_variables(horovodrun_args: str | Sequence[str] | None) -> dict[str,
         return {}
     options = checked.command_line("horovodrun_args", horovodrun_args)
     try:
-        from horovodrunner.placement.horovodrun_options import environment_of
+        from horovodrunner.placement.rendezvous import environment_of
+
+        return environment_of(options)
     except ImportError as error:
         raise ConfigurationError(
             f"horovodrun_args={options!r}: Horovod's own parser reads them, and it cannot be "
             f"imported here: {error}. Install Horovod on the driver, too (`{sys.executable} -m "
             "horovodrunner build-horovod`), or set the HOROVOD_... variables instead"
         ) from error
-    return environment_of(options)
