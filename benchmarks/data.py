@@ -50,7 +50,7 @@ import pyarrow.parquet
 from horovodrunner import data
 from horovodrunner.data.dataset import SHUFFLE_WINDOW
 from horovodrunner.data.order import EpochOrder
-from horovodrunner.data.writing import BLOCK_BYTES, REPORT_SCHEMA, WriteJob, write_rows
+from horovodrunner.data.writing import BLOCK_BYTES, REPORT_SCHEMA, write_rows
 
 WIDTH = 32
 ROW_BYTES = 4 * WIDTH + 8
@@ -497,8 +497,8 @@ def shuffle(options: argparse.Namespace, directory: Path) -> Figures:
         stored = np.empty(order.rows, np.int32)
         for start in range(0, order.rows, 2**20):
             positions = np.arange(start, min(order.rows, start + 2**20))
-            in_block, row = order.locate(positions)
-            stored[positions] = starts[in_block] + row
+            blocks, chosen = order.by_block(positions)
+            stored[positions] = np.concatenate([starts[at] + rows for at, rows in blocks])[chosen]
         place = np.empty_like(stored)
         place[stored] = np.arange(order.rows, dtype=np.int32)
         distances = np.abs(np.diff(place))
@@ -521,10 +521,10 @@ def shuffle(options: argparse.Namespace, directory: Path) -> Figures:
 # ---- Spark
 
 
-def measured_write(job: WriteJob, batches: Iterator[Any]) -> Iterator[Any]:
+def measured_write(location: str, columns: Any, batches: Iterator[Any]) -> Iterator[Any]:
     """Write a partition; report the process's greatest memory before and after instead."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in write_rows(job, batches):
+    for _ in write_rows(location, columns, {}, batches):
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         yield pa.RecordBatch.from_pydict({"report": [json.dumps([before * 1024, after * 1024])]})
 
@@ -596,12 +596,12 @@ def spark(options: argparse.Namespace, directory: Path) -> Figures:
         for files in (1, 4):
             place = directory / f"memory-{files}"
             place.mkdir()
-            job = functools.partial(measured_write, WriteJob(str(place), tuple(described)))
+            write = functools.partial(measured_write, str(place), described)
             before = anonymous_memory()
             parts = source.unionAll(source.limit(0))
             for _ in range(files - 1):
                 parts = parts.unionAll(source)
-            found = parts.coalesce(1).mapInArrow(job, REPORT_SCHEMA).collect()
+            found = parts.coalesce(1).mapInArrow(write, REPORT_SCHEMA).collect()
             held = [json.loads(row["report"]) for row in found]
             driver = anonymous_memory() - before
             figures[f"memory of writing {files * rows} rows"] = {"task": held, "driver": driver}

@@ -221,7 +221,7 @@ def ours(column: str, options: dict[str, Any], read_files: bool) -> Callable[[Jo
             output="prediction",
             return_type="array<float>",
             batch_size=job.batch_size,
-            keep=["id"],
+            keep_columns=["id"],
             read_files=read_files,
             **options,
         )

@@ -22,6 +22,7 @@ from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
 from horovodrunner.flows.telemetry.phases import Phase, Spans, in_words
+from horovodrunner.formatting import format_bytes
 from horovodrunner.pickling import payload
 from horovodrunner.placement.environment import forwarded_environment, hash_seed
 from horovodrunner.placement.versions import installed_versions
@@ -277,10 +278,11 @@ class HorovodRunner:
             **self._horovod_variables,
         }
         files = BroughtFiles(environment)
-        with payload.companions() as companions:
+        with payload.attachments() as attachments:
             call = payload.dump_call(main, kwargs, program_arguments())
         frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
+        data = tuple(attachments.values())
         console = Console(executors_have_lines=self._np >= 0)
         announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
         self._warn(main, kwargs, len(call))
@@ -310,7 +312,7 @@ class HorovodRunner:
                 keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
             )
             run_job = self._run_locally if self._np < 0 else self._run_on_spark
-            return run_job(job, console, files, tuple(companions.values()))
+            return run_job(job, console, files, data)
 
         try:
             return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
@@ -354,9 +356,9 @@ class HorovodRunner:
             )
         if call_bytes > payload.WARN_BYTES:
             parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
-            named = "; ".join(f"{where} ({payload.format_bytes(n)})" for where, n in parts)
+            named = "; ".join(f"{where} ({format_bytes(n)})" for where, n in parts)
             warn(
-                f"the pickled main and its arguments have {payload.format_bytes(call_bytes)}, "
+                f"the pickled main and its arguments have {format_bytes(call_bytes)}, "
                 "which every executor has to fetch"
                 + (f". Largest: {named}" if named else "")
                 + ". Load large data inside main instead",

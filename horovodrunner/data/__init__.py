@@ -17,7 +17,7 @@ Runs in: the driver (storing) and the worker (reading).
 """
 
 from horovodrunner.data.batches import Batches
-from horovodrunner.data.columns import NullPolicy, fill, mask
+from horovodrunner.data.columns import NullPolicy, fill, fill_with_indicator, mask
 from horovodrunner.data.create import from_arrow, from_dataframe
 from horovodrunner.data.dataset import DataSet
 from horovodrunner.data.images import decode_images
@@ -30,6 +30,7 @@ __all__ = [
     "Ragged",
     "decode_images",
     "fill",
+    "fill_with_indicator",
     "from_arrow",
     "from_dataframe",
     "mask",

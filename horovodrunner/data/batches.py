@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import collections
+import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, get_args
 
@@ -15,54 +14,32 @@ import numpy as np
 import pyarrow as pa
 
 from horovodrunner import validation as checked
-from horovodrunner.data.formats import Format
-from horovodrunner.data.order import EpochOrder, EpochSteps, Remainder
-from horovodrunner.data.shares import OwnRowsSteps
+from horovodrunner.data.columns import Column
+from horovodrunner.data.formats import Bounds, Format
+from horovodrunner.data.order import EpochOrder
+from horovodrunner.data.steps import EpochSteps, OwnRowsSteps, Remainder
 from horovodrunner.data.stored import Block, BlockReader
+from horovodrunner.deprecated import warn_renamed
 from horovodrunner.errors import ArgumentValueError
+from horovodrunner.prefetch import map_in_threads
 from horovodrunner.processes.worker.context import current_context, log_to_driver
 
 __all__ = ["Batches", "ReadOptions", "own_rank_and_size"]
 
 _Batch = TypeVar("_Batch")
-_Item = TypeVar("_Item")
 
 PIECE_BYTES = 8 * 2**20
 """About so much is gathered at once when rows come in random order; some three of them wait."""
 
 _GATHERING_THREADS = 2
 _STEPS_AT_ONCE = 2**16
-_told: set[str] = set()
-"""What was said in the log already."""
+_OLD_REMAINDERS = {"share": "split", "join": "uneven"}
+_logged: set[str] = set()
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Which rows a rank reads, and in what order.
-
-    Parameters
-    ----------
-    rank, size
-        This rank, and how many there are.
-    batch_size
-        Rows a batch of this rank has.
-    shuffle
-        Whether the rows come in random order.
-    seed
-        Chooses the random order, together with the epoch.
-    epoch
-        The epoch to begin with.
-    remainder
-        What becomes of the rows that fill no global batch: ``"drop"``, ``"pad"``,
-        ``"share"`` or ``"join"``.
-    window_bytes
-        Rows are mixed within about so many consecutive bytes.
-
-    Raises
-    ------
-    ConfigurationError
-        If one has no valid value.
-    """
+    """Which rows a rank reads, and in what order; checked when it is made."""
 
     rank: int
     size: int
@@ -71,34 +48,30 @@ class ReadOptions:
     seed: int
     epoch: int
     remainder: Remainder
-    window_bytes: int
+    shuffle_window: int
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("batch_size", checked.integer("batch_size", self.batch_size, at_least=1)),
-            ("shuffle", checked.boolean("shuffle", self.shuffle)),
-            ("seed", checked.integer("seed", self.seed)),
-            ("epoch", checked.integer("epoch", self.epoch, at_least=0)),
-            ("remainder", checked.choice("remainder", self.remainder, get_args(Remainder))),
-            (
-                "window_bytes",
-                checked.integer("shuffle_window", self.window_bytes, at_least=1),
-            ),
-        ):
+        remainder = checked.plain(self.remainder)
+        if isinstance(remainder, str) and remainder in _OLD_REMAINDERS:
+            renamed = _OLD_REMAINDERS[remainder]
+            warn_renamed(f'remainder="{remainder}"', f'remainder="{renamed}"', stacklevel=4)
+            remainder = renamed
+        for name, value in {
+            "batch_size": checked.integer("batch_size", self.batch_size, at_least=1),
+            "shuffle": checked.boolean("shuffle", self.shuffle),
+            "seed": checked.integer("seed", self.seed),
+            "epoch": checked.integer("epoch", self.epoch, at_least=0),
+            "remainder": checked.choice("remainder", remainder, get_args(Remainder)),
+            "shuffle_window": checked.integer("shuffle_window", self.shuffle_window, at_least=1),
+        }.items():
             object.__setattr__(self, name, value)
 
 
 def own_rank_and_size() -> tuple[int, int]:
-    """Give this process's rank and how many there are, from its environment.
-
-    Returns
-    -------
-    tuple of int and int
-        0 and 1 outside a run.
-    """
-    for prefix, size in (("HOROVOD_RANK", "HOROVOD_SIZE"), ("RANK", "WORLD_SIZE")):
-        if prefix in os.environ and size in os.environ:
-            return int(os.environ[prefix]), int(os.environ[size])
+    """Return this process's rank and the number of ranks, from its environment."""
+    for rank, size in (("HOROVOD_RANK", "HOROVOD_SIZE"), ("RANK", "WORLD_SIZE")):
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
     return 0, 1
 
 
@@ -107,19 +80,6 @@ class Batches(Generic[_Batch]):
 
     Each iteration is one epoch; the next one has another order when rows are shuffled. All ranks
     that iterate in the same way get rows that no other rank gets, and the same number of batches.
-
-    Parameters
-    ----------
-    reader
-        Opens the blocks.
-    options
-        Which rows, and in what order.
-    make
-        Makes batches of the wanted kind.
-    transform
-        Is called with each batch; its result is the batch then.
-    threads
-        How many threads call it, each with another batch; 0: it is called when a batch is taken.
     """
 
     def __init__(
@@ -159,7 +119,7 @@ class Batches(Generic[_Batch]):
         start, self._start = self._start, 0
         steps = self._current = self._steps(start)
         self._taken = 0
-        self._tell(steps)
+        self._log(steps)
         for number, batch in enumerate(self._batches(steps, 0, 1), 1):
             self._taken = number
             yield batch
@@ -167,21 +127,20 @@ class Batches(Generic[_Batch]):
         self._current, self._taken = self._steps(0), 0
 
     @property
+    def columns(self) -> tuple[Column, ...] | None:
+        """The columns of every batch; None when a transform makes something else."""
+        return self._reader.columns if self._transform is None else None
+
+    @property
     def rows_of_every_batch(self) -> int | None:
         """How many rows every batch has; None when the last one may have fewer."""
-        may_be_short = self._steps(0).left_over or self._reader.manifest.shares
-        if self._options.remainder in ("share", "join") and may_be_short:
+        may_be_short = self._steps(0).left_over or self._reader.manifest.rows_per_rank
+        if self._options.remainder in ("split", "uneven") and may_be_short:
             return None
         return self._options.batch_size
 
     def first(self) -> _Batch:
-        """Give the first batch of this epoch, without beginning it.
-
-        Returns
-        -------
-        object
-            The batch.
-        """
+        """Return the first batch of this epoch, without beginning it."""
         batches = self._batches(self._steps(0), 0, len(self))
         try:
             return next(batches)
@@ -189,7 +148,7 @@ class Batches(Generic[_Batch]):
             batches.close()
 
     def state_dict(self) -> dict[str, int]:
-        """Say how far the iteration has come.
+        """Return how far the iteration has come.
 
         Returns
         -------
@@ -200,7 +159,7 @@ class Batches(Generic[_Batch]):
             says how many ranks they were dealt out to.
         """
         state = {"epoch": self.epoch, "position": self._current.position_after(self._taken)}
-        ranks = len(self._reader.manifest.shares)
+        ranks = len(self._reader.manifest.rows_per_rank)
         return {**state, "ranks": ranks} if ranks else state
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -218,8 +177,8 @@ class Batches(Generic[_Batch]):
             If it is not such a state, or of a larger data set, or of rows that were dealt out in
             another way.
         """
-        shares = self._reader.manifest.shares
-        rows = max(shares, default=int(self._reader.block_rows.sum()))
+        rows_per_rank = self._reader.manifest.rows_per_rank
+        rows = max(rows_per_rank, default=self._reader.manifest.rows)
         try:
             epoch, position = (checked.integer(name, state[name]) for name in ("epoch", "position"))
             dealt_to = checked.integer("ranks", state.get("ranks", 0))
@@ -233,40 +192,32 @@ class Batches(Generic[_Batch]):
                 f"{state!r} cannot be gone on from: the data set has {rows} rows, so it is the "
                 "state of another one"
             )
-        if dealt_to != len(shares):
-            ways = [
+        if dealt_to != len(rows_per_rank):
+            then, now = (
                 f"dealt out to {ranks} ranks" if ranks else "read from storage that all ranks share"
-                for ranks in (dealt_to, len(shares))
-            ]
+                for ranks in (dealt_to, len(rows_per_rank))
+            )
             raise ArgumentValueError(
-                f"{state!r} cannot be gone on from: it is of rows that were {ways[0]}, and here "
-                f"they are {ways[1]}, so that every rank has other rows. Begin the epoch anew: "
-                f"epoch={epoch}"
+                f"{state!r} cannot be gone on from: it is of rows that were {then}, and here they "
+                f"are {now}, so that every rank has other rows. Begin the epoch anew: epoch={epoch}"
             )
         self.epoch = epoch
         self._start = position
         self._current, self._taken = self._steps(position), 0
 
     def _steps(self, start: int) -> EpochSteps:
-        options = self._options
-        if shares := self._reader.manifest.shares:
-            rows = self._reader.manifest.rows
-            return OwnRowsSteps(rows, options.batch_size, 0, 1, options.remainder, start, shares)
-        return EpochSteps(
-            int(self._reader.block_rows.sum()),
-            options.batch_size,
-            options.rank,
-            options.size,
-            options.remainder,
-            start,
-        )
+        options, rows = self._options, self._reader.manifest.rows
+        batch_size, remainder = options.batch_size, options.remainder
+        if rows_per_rank := self._reader.manifest.rows_per_rank:
+            return OwnRowsSteps(rows, batch_size, 0, 1, remainder, start, rows_per_rank)
+        return EpochSteps(rows, batch_size, options.rank, options.size, remainder, start)
 
-    def _tell(self, steps: EpochSteps) -> None:
-        """Log once how the rows are shared out."""
-        text = f"horovodrunner.data: {steps.in_words()}"
+    def _log(self, steps: EpochSteps) -> None:
+        """Log once how many rows each rank gets."""
+        text = f"horovodrunner.data: {steps.summary()}"
         is_rank_0 = own_rank_and_size()[0] == 0
-        if is_rank_0 and current_context() is not None and text not in _told:
-            _told.add(text)
+        if is_rank_0 and current_context() is not None and text not in _logged:
+            _logged.add(text)
             log_to_driver(text)
 
     def _batches(self, steps: EpochSteps, first: int, stride: int) -> Generator[_Batch, None, None]:
@@ -274,31 +225,27 @@ class Batches(Generic[_Batch]):
         batches = self._untransformed(steps, range(first, len(steps), stride))
         if self._transform is None:
             return batches
-        return _mapped(self._transform, batches, self._threads)
+        return map_in_threads(self._transform, batches, self._threads)
 
     def _untransformed(self, steps: EpochSteps, numbers: range) -> Generator[_Batch, None, None]:
         options, reader = self._options, self._reader
-        window_rows = max(1, options.window_bytes // reader.row_bytes)
         order = EpochOrder(
             reader.block_rows,
             shuffle=options.shuffle,
             seed=options.seed,
             epoch=self.epoch,
-            window_rows=window_rows,
+            window_rows=max(1, options.shuffle_window // reader.row_bytes),
         )
-        if not options.shuffle:
-            for block, bounds in _in_stored_order(reader, order, steps, numbers):
-                yield from self._make.batches(block, bounds)
-            return
-        for block, bounds in _in_random_order(reader, order, steps, numbers):
-            yield from self._make.batches(block, bounds)
+        pieces = _in_random_order if options.shuffle else _in_stored_order
+        for block, bounds in pieces(reader, order, steps, numbers):
+            yield from self._make(block, reader.columns, bounds)
 
 
-_Piece = tuple[Block, Sequence[tuple[int, int]]]
+_Piece = tuple[Block, Bounds]
 
 
 def _bounds_of(steps: EpochSteps, numbers: range) -> Iterator[tuple[Any, Any]]:
-    """Give where batches begin and end, as positions of the epoch, many at once."""
+    """Yield where batches begin and end, as positions of the epoch, many at once."""
     for at in range(0, len(numbers), _STEPS_AT_ONCE):
         chosen = np.array(numbers[at : at + _STEPS_AT_ONCE], np.int64)
         starts = steps.start + chosen * steps.global_batch + steps.rank * steps.batch_size
@@ -311,9 +258,9 @@ def _bounds_of(steps: EpochSteps, numbers: range) -> Iterator[tuple[Any, Any]]:
 def _in_stored_order(
     reader: BlockReader, order: EpochOrder, steps: EpochSteps, numbers: range
 ) -> Iterator[_Piece]:
-    """Give blocks and the batches that lie within them; nothing is copied but at their borders."""
+    """Yield blocks and the batches that lie within them; only batches across borders are copied."""
+    last_opened = functools.lru_cache(maxsize=1)(reader.open)
     block_starts = np.concatenate([[0], np.cumsum(reader.block_rows)])
-    opened, block = -1, None
     for starts, ends in _bounds_of(steps, numbers):
         first = np.searchsorted(block_starts, starts, side="right") - 1
         last = np.searchsorted(block_starts, ends - 1, side="right") - 1
@@ -324,23 +271,17 @@ def _in_stored_order(
         for begin, end in itertools.pairwise([*group.tolist(), len(first)]):
             if within[begin]:
                 index = int(first[begin])
-                if index != opened or block is None:
-                    opened, block = index, reader.open(index)
                 shift = block_starts[index]
                 own = (starts[begin:end] - shift).tolist(), (ends[begin:end] - shift).tolist()
-                yield block, list(zip(*own, strict=True))
+                yield last_opened(index), list(zip(*own, strict=True))
                 continue
-            parts = []
-            for index, row, row_end in _runs(order, int(starts[begin]), int(ends[begin])):
-                if index != opened or block is None:
-                    opened, block = index, reader.open(index)
-                parts.append(block.slice(row, row_end))
-            joined = Block.joined(parts)
+            runs = _runs(order, int(starts[begin]), int(ends[begin]))
+            joined = Block.joined([last_opened(i).slice(row, row_end) for i, row, row_end in runs])
             yield joined, [(0, joined.count)]
 
 
 def _runs(order: EpochOrder, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Say where positions are stored; those beyond the last row mean the beginning again."""
+    """Yield where positions are stored; those beyond the last row mean the beginning again."""
     while start < end:
         turn = start - start % order.rows
         until = min(end, turn + order.rows)
@@ -349,21 +290,11 @@ def _runs(order: EpochOrder, start: int, end: int) -> Iterator[tuple[int, int, i
 
 
 class _Gatherer:
-    """Copies the rows of a few batches from all over the data set; for several threads.
-
-    Parameters
-    ----------
-    reader
-        Opens the blocks.
-    order
-        Where the rows are.
-    """
+    """Copies the rows of a few batches from all over the data set; for several threads."""
 
     def __init__(self, reader: BlockReader, order: EpochOrder) -> None:
-        self._reader = reader
         self._order = order
-        self._opened: collections.OrderedDict[int, Block] = collections.OrderedDict()
-        self._opening = threading.Lock()
+        self._open = functools.lru_cache(2 * order.most_blocks_in_a_window)(reader.open)
         self._own = threading.local()
 
     def __call__(self, limits: tuple[Any, Any]) -> _Piece:
@@ -376,7 +307,7 @@ class _Gatherer:
         others: dict[str, list[Any]] = {}
         start = 0
         for index, rows in blocks:
-            block = self._block(index)
+            block = self._open(index)
             end = start + len(rows)
             for name, array in block.dense.items():
                 if name not in scratch or len(scratch[name]) < len(chosen):
@@ -395,16 +326,6 @@ class _Gatherer:
         )
         return piece, list(itertools.pairwise(bounds.tolist()))
 
-    def _block(self, index: int) -> Block:
-        with self._opening:
-            block = self._opened.get(index)
-            if block is None:
-                block = self._opened[index] = self._reader.open(index)
-            self._opened.move_to_end(index)
-            while len(self._opened) > 2 * self._order.most_blocks_in_a_window:
-                self._opened.popitem(last=False)
-            return block
-
 
 def _in_random_order(
     reader: BlockReader, order: EpochOrder, steps: EpochSteps, numbers: range
@@ -416,24 +337,4 @@ def _in_random_order(
         for starts, ends in _bounds_of(steps, numbers)
         for at in range(0, len(starts), batches)
     )
-    return _mapped(_Gatherer(reader, order), limits, _GATHERING_THREADS)
-
-
-def _mapped(
-    function: Callable[[Any], _Item], items: Iterator[Any], threads: int
-) -> Generator[_Item, None, None]:
-    """Call a function with each item, in threads if there are any, and keep the order."""
-    if not threads:
-        yield from map(function, items)
-        return
-    waiting: collections.deque[Future[_Item]] = collections.deque()
-    with ThreadPoolExecutor(threads, "horovodrunner-data") as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return map_in_threads(_Gatherer(reader, order), limits, _GATHERING_THREADS)

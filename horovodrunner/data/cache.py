@@ -28,7 +28,7 @@ class _Entry:
     location: str
     manifest: Manifest
     origin: Origin | None
-    """What the rows were computed from, as far as that can be told."""
+    """What the rows were computed from, if that can be told."""
     settings: Any
     """What else the stored rows depend on."""
     owner: int = field(default_factory=os.getpid)
@@ -37,7 +37,7 @@ class _Entry:
 
 
 class DataSetCache:
-    """What was stored and not deleted yet.
+    """The data sets that were stored and not deleted yet.
 
     A data set that nobody holds a handle of is kept for the next ``from_dataframe`` that would
     compute the same rows, until the space is needed.
@@ -48,20 +48,7 @@ class DataSetCache:
         self._lock = threading.RLock()
 
     def find(self, origin: Origin, settings: Any) -> DataSet | None:
-        """Look for the data set that a DataFrame would become now.
-
-        Parameters
-        ----------
-        origin
-            What the DataFrame's rows would be computed from.
-        settings
-            What else the stored rows depend on.
-
-        Returns
-        -------
-        DataSet or None
-            Its handle, if it was stored.
-        """
+        """Return the data set, if it is stored, that rows of this origin would become."""
         with self._lock:
             for entry in list(self._entries.values()):
                 if entry.owner != os.getpid() or entry.origin is None:
@@ -84,30 +71,8 @@ class DataSetCache:
     ) -> DataSet:
         """Take in a data set that is complete.
 
-        Parameters
-        ----------
-        identity
-            Names it among all there are.
-        location
-            Its directory or URL.
-        manifest
-            What it consists of.
-        limit
-            Bytes that all data sets may have together; None: half of what the disk has free.
-        origin
-            What the rows were computed from, if that can be told.
-        settings
-            What else the stored rows depend on.
-
-        Returns
-        -------
-        DataSet
-            Its handle.
-
-        Raises
-        ------
-        DataError
-            If there is no room for it even without those that nobody holds.
+        `limit` is how many bytes all data sets may have together, by default half of what the disk
+        has free. Raises DataError if there is no room even without those that nobody holds.
         """
         with self._lock:
             self._entries[identity] = entry = _Entry(identity, location, manifest, origin, settings)
@@ -116,13 +81,6 @@ class DataSetCache:
             return handle
 
     def delete(self, identity: str) -> None:
-        """Delete a data set.
-
-        Parameters
-        ----------
-        identity
-            Which one; unknown ones are gone already.
-        """
         with self._lock:
             entry = self._entries.pop(identity, None)
         if entry is not None and entry.owner == os.getpid():
@@ -177,18 +135,7 @@ def _limit_of_disk(location: str, stored_bytes: int) -> int:
 
 
 def is_there(location: str) -> bool:
-    """Return whether a data set's directory still has its manifest.
-
-    Parameters
-    ----------
-    location
-        The directory or URL.
-
-    Returns
-    -------
-    bool
-        False, too, where it cannot be reached.
-    """
+    """Return whether a data set's directory can be reached and has its manifest."""
     place = open_place(location)
     place.refresh()
     try:
@@ -198,13 +145,7 @@ def is_there(location: str) -> bool:
 
 
 def remove(location: str) -> None:
-    """Delete a data set's directory.
-
-    Parameters
-    ----------
-    location
-        The directory or URL, which has nothing else in it.
-    """
+    """Delete a data set's directory."""
     above, _, name = location.rstrip("/").rpartition("/")
     place = open_place(above or "/")
     with suppress(FileNotFoundError):

@@ -9,7 +9,7 @@ stored is ever null.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,30 +17,33 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from horovodrunner import validation as checked
+from horovodrunner.deprecated import warn_renamed
 from horovodrunner.errors import ArgumentValueError, DataError
 from horovodrunner.spark.column_names import as_written
 
 __all__ = [
-    "NO_ARRAYS",
     "Column",
     "Lengths",
     "NullPolicy",
     "check_policies",
     "fill",
+    "fill_with_indicator",
     "logical_type",
     "mask",
     "merged",
-    "sized",
+    "no_lengths",
     "stored",
-    "with_masks",
+    "stored_schema",
+    "with_dims",
+    "with_indicators",
 ]
 
 Kind = Literal["number", "string", "binary"]
 Lengths = tuple[int, int]
 """Least and greatest length of a column's arrays, at one level of nesting."""
 
-NO_ARRAYS: Lengths = (2**31 - 1, 0)
-MASK_SUFFIX = "_is_null"
+_NO_ARRAYS: Lengths = (2**31 - 1, 0)
+_INDICATOR_SUFFIX = "_is_null"
 
 _STORED_NUMBERS = {
     "bool": pa.uint8(),  # a byte each: Arrow's bits would have to be unpacked in every batch
@@ -58,18 +61,10 @@ _LOGICAL_NUMBERS = {
 
 @dataclass(frozen=True)
 class NullPolicy:
-    """What becomes of a column's nulls; made by :func:`fill` and :func:`mask`.
-
-    Parameters
-    ----------
-    value
-        What stands in their place.
-    masked
-        Whether a boolean column beside it says where they were.
-    """
+    """What becomes of a column's nulls; made by :func:`fill` and :func:`fill_with_indicator`."""
 
     value: Any
-    masked: bool = False
+    has_indicator: bool = False
 
 
 def fill(value: Any) -> NullPolicy:
@@ -93,8 +88,8 @@ def fill(value: Any) -> NullPolicy:
     return NullPolicy(checked.plain(value))
 
 
-def mask(value: Any = None) -> NullPolicy:
-    """Put a value in the place of nulls, and say where they were in a column beside it.
+def fill_with_indicator(value: Any = None) -> NullPolicy:
+    """Put a value in the place of nulls, and add a boolean column that says where they were.
 
     Parameters
     ----------
@@ -104,40 +99,39 @@ def mask(value: Any = None) -> NullPolicy:
     Returns
     -------
     NullPolicy
-        For ``from_dataframe(df, nulls={"age": mask()})``; batches then have ``age_is_null``, too.
+        For ``from_dataframe(df, nulls={"age": fill_with_indicator()})``; batches then have
+        ``age_is_null``, too.
 
     Examples
     --------
-    >>> mask().masked
+    >>> fill_with_indicator().has_indicator
     True
     """
-    return NullPolicy(checked.plain(value), masked=True)
+    return NullPolicy(checked.plain(value), has_indicator=True)
+
+
+def mask(value: Any = None) -> NullPolicy:
+    """Return :func:`fill_with_indicator` of the value: its old name."""
+    warn_renamed("data.mask()", "data.fill_with_indicator()", stacklevel=2)
+    return fill_with_indicator(value)
 
 
 @dataclass(frozen=True)
 class Column:
-    """One stored column: a column of the DataFrame, or a field of a struct in it.
-
-    Parameters
-    ----------
-    path
-        Its name, after the names of the structs it is in.
-    kind
-        What its values, or the elements of its arrays, are.
-    dtype
-        NumPy's name of the numbers' type, else "".
-    dims
-        Length of its arrays at each level of nesting; None where they differ. Empty without arrays.
-    """
+    """One stored column: a column of the DataFrame, or a field of a struct in it."""
 
     path: tuple[str, ...]
+    """Its name, after the names of the structs it is in."""
     kind: Kind
     dtype: str = ""
+    """NumPy's name of the numbers' type."""
     dims: tuple[int | None, ...] = ()
+    """Length of its arrays at each level of nesting; None where they differ."""
+    nulls_of: tuple[str, ...] = ()
+    """Path of the column whose nulls it shows."""
 
     @property
     def name(self) -> str:
-        """The path, with dots."""
         return ".".join(self.path)
 
     @property
@@ -145,44 +139,9 @@ class Column:
         """Whether a batch of it is one array of numbers."""
         return self.kind == "number" and None not in self.dims
 
-    def stored_type(self) -> pa.DataType:
-        """Give the Arrow type it is stored as.
-
-        Returns
-        -------
-        pyarrow.DataType
-            A number, string or binary, within as many lists as there are levels.
-        """
-        found = _scalar_type(self, _STORED_NUMBERS)
-        for _ in self.dims:
-            found = pa.list_(found)
-        return found
-
-    def to_json(self) -> dict[str, Any]:
-        """Give it as plain data.
-
-        Returns
-        -------
-        dict
-            What :meth:`from_json` takes.
-        """
-        return asdict(self)
-
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Column:
-        """Read it back.
-
-        Parameters
-        ----------
-        fields
-            What :meth:`to_json` gave.
-
-        Returns
-        -------
-        Column
-            The same.
-        """
-        tuples = {name: tuple(fields[name]) for name in ("path", "dims")}
+        tuples = {name: tuple(fields[name]) for name in ("path", "dims", "nulls_of")}
         return cls(**{**fields, **tuples})
 
 
@@ -194,72 +153,50 @@ def _scalar_type(column: Column, numbers: Mapping[str, pa.DataType]) -> pa.DataT
     return numbers.get(column.dtype) or pa.from_numpy_dtype(np.dtype(column.dtype))
 
 
+def stored_schema(columns: Sequence[Column]) -> pa.Schema:
+    """Return the schema of the files: lists in place of arrays."""
+    fields = []
+    for column in columns:
+        found = _scalar_type(column, _STORED_NUMBERS)
+        for _ in column.dims:
+            found = pa.list_(found)
+        fields.append(pa.field(column.name, found, nullable=False))
+    return pa.schema(fields)
+
+
 def logical_type(column: Column) -> pa.DataType:
-    """Give the Arrow type that a reader sees.
-
-    Parameters
-    ----------
-    column
-        The column.
-
-    Returns
-    -------
-    pyarrow.DataType
-        Lists of one length as fixed-size lists.
-    """
+    """Return the Arrow type that a reader sees: arrays of one length are fixed-size lists."""
     found = _scalar_type(column, _LOGICAL_NUMBERS)
     for length in reversed(column.dims):
         found = pa.list_(found) if length is None else pa.list_(found, length)
     return found
 
 
+def no_lengths(columns: Sequence[Column]) -> list[list[Lengths]]:
+    """Return the lengths of no arrays at all, for each column at each level."""
+    return [[_NO_ARRAYS] * len(each.dims) for each in columns]
+
+
 def merged(known: list[list[Lengths]], new: list[list[Lengths]]) -> list[list[Lengths]]:
-    """Put together what was found of two parts of the rows.
-
-    Parameters
-    ----------
-    known, new
-        The lengths of each column's arrays at each level.
-
-    Returns
-    -------
-    list of list
-        Those of both.
-    """
+    """Merge the lengths found in two parts of the rows."""
     return [
         [(min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(one, other, strict=True)]
         for one, other in zip(known, new, strict=True)
     ]
 
 
-def sized(columns: Sequence[Column], lengths: Sequence[list[list[Lengths]]]) -> tuple[Column, ...]:
-    """Say of each column which length its arrays have, where they all have the same.
-
-    Parameters
-    ----------
-    columns
-        The columns.
-    lengths
-        What :func:`stored` found, of each column at each level, in every part of the rows.
-
-    Returns
-    -------
-    tuple of Column
-        The same columns with their `dims`.
-    """
-    found = []
-    for number, column in enumerate(columns):
-        levels = [[each[number][level] for each in lengths] for level in range(len(column.dims))]
-        found.append(replace(column, dims=tuple(_common_length(level) for level in levels)))
-    return tuple(found)
-
-
-def _common_length(lengths: Sequence[Lengths]) -> int | None:
-    """Give the length that all arrays of one level have, if they do."""
-    least = min((each[0] for each in lengths), default=1)
-    greatest = max((each[1] for each in lengths), default=0)
+def with_dims(
+    columns: Sequence[Column], lengths: Sequence[list[list[Lengths]]]
+) -> tuple[Column, ...]:
+    """Set the columns' dims, from the lengths found in each part of the rows."""
+    found = no_lengths(columns)
+    for each in lengths:
+        found = merged(found, each)
     # Arrow has no fixed-size list of size 0
-    return greatest if least == greatest > 0 else None
+    return tuple(
+        replace(column, dims=tuple(a if a == b > 0 else None for a, b in levels))
+        for column, levels in zip(columns, found, strict=True)
+    )
 
 
 class _Refused(Exception):  # noqa: N818 - becomes a DataError that names the column
@@ -268,63 +205,36 @@ class _Refused(Exception):  # noqa: N818 - becomes a DataError that names the co
 
 def stored(
     batch: pa.RecordBatch, columns: Sequence[Column], nulls: Mapping[str, NullPolicy]
-) -> tuple[list[pa.Array], list[list[Lengths]]]:
-    """Convert what Spark gave to what is stored.
+) -> tuple[pa.RecordBatch, list[list[Lengths]]]:
+    """Convert what Spark gave to what is stored; also return the lengths of each column's arrays.
 
-    Parameters
-    ----------
-    batch
-        Rows of the DataFrame.
-    columns
-        The columns to store; those that masks add come after the column they belong to.
-    nulls
-        Policies by column name.
-
-    Returns
-    -------
-    tuple of list and list
-        One array per column; and of each, the lengths its arrays have at each level.
-
-    Raises
-    ------
-    DataError
-        If there is a null that no policy speaks of, or a value that the type cannot hold.
+    Raises DataError if there is a null without a policy, or a value that the type cannot hold.
     """
     arrays: list[pa.Array] = []
     lengths: list[list[Lengths]] = []
     for column in columns:
         try:
-            array, found = _stored_column(batch, column, nulls)
+            array, found = _stored_column(batch, column, nulls.get(column.name))
         except _Refused as refused:
             raise DataError(f"column {column.name!r} {refused}") from None
         arrays.append(array)
         lengths.append(found)
-    return arrays, lengths
+    return pa.RecordBatch.from_arrays(arrays, schema=stored_schema(columns)), lengths
 
 
 def _stored_column(
-    batch: pa.RecordBatch, column: Column, nulls: Mapping[str, NullPolicy]
+    batch: pa.RecordBatch, column: Column, policy: NullPolicy | None
 ) -> tuple[pa.Array, list[Lengths]]:
-    policy = nulls.get(column.name)
-    source = _masked_column(column, nulls)
-    if source is not None:
-        return _values_at(batch, source).is_null().cast(pa.uint8()), []
+    if column.nulls_of:
+        return _values_at(batch, column.nulls_of).is_null().cast(pa.uint8()), []
     array = _values_at(batch, column.path)
     if policy is None and array.null_count and not column.dims:
         raise _Refused(
             f"has {array.null_count} nulls among {len(array)} rows. Say what they are to become: "
-            f"nulls={{{column.name!r}: data.fill(...)}} or data.mask(), or drop those rows "
-            f"(df.dropna(subset=[{as_written(column.path[0])!r}]))"
+            f"nulls={{{column.name!r}: data.fill(...)}} or data.fill_with_indicator(), or drop "
+            f"those rows (df.dropna(subset=[{as_written(column.path[0])!r}]))"
         )
     return _without_nulls(array, column, len(column.dims), policy)
-
-
-def _masked_column(column: Column, nulls: Mapping[str, NullPolicy]) -> tuple[str, ...] | None:
-    """Give the path of the column whose nulls this one shows, if it does."""
-    name = column.path[-1].removesuffix(MASK_SUFFIX)
-    path = (*column.path[:-1], name)
-    policy = nulls.get(".".join(path))
-    return path if name != column.path[-1] and policy is not None and policy.masked else None
 
 
 def _values_at(batch: pa.RecordBatch, path: Sequence[str]) -> pa.Array:
@@ -351,32 +261,29 @@ def _without_nulls(
             f"(df.dropna(subset=[{as_written(column.path[0])!r}]))"
         )
     counts = pc.list_value_length(array).to_numpy(zero_copy_only=False)
-    offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     values, inner = _without_nulls(array.flatten(), column, levels - 1, policy)
-    own = (int(counts.min()), int(counts.max())) if len(counts) else NO_ARRAYS
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values), [own, *inner]
+    own = (int(counts.min()), int(counts.max())) if len(counts) else _NO_ARRAYS
+    return pa.ListArray.from_arrays(pa.array(offsets), values), [own, *inner]
 
 
 def _scalars(array: pa.Array, column: Column, policy: NullPolicy | None) -> pa.Array:
-    target = _scalar_type(column, _STORED_NUMBERS)
     if array.null_count:
         if policy is None:
             raise _Refused(
                 f"has {array.null_count} nulls within its arrays. Say what they are to become: "
                 f"nulls={{{column.name!r}: data.fill(...)}}"
             )
-        value = policy.value
-        if value is None:
-            value = {"string": "", "binary": b""}.get(column.kind, 0)
-        array = _filled(array, column, value)
+        array = _filled(array, column, policy.value)
     try:
-        return _cast(array, column, target)
+        return _cast(array, _scalar_type(column, _STORED_NUMBERS))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise _Refused(f"cannot be stored as {column.dtype or column.kind}: {error}") from None
 
 
 def _filled(array: pa.Array, column: Column, value: Any) -> pa.Array:
+    if value is None:
+        value = {"string": "", "binary": b""}.get(column.kind, 0)
     try:
         if value == 0 and column.dtype.startswith(("datetime64", "timedelta64")):
             scalar = pa.scalar(0, _STORED_NUMBERS[column.dtype]).cast(array.type)
@@ -387,75 +294,52 @@ def _filled(array: pa.Array, column: Column, value: Any) -> pa.Array:
     return pc.fill_null(array, scalar)
 
 
-def _cast(array: pa.Array, column: Column, target: pa.DataType) -> pa.Array:
-    if array.type == target:
-        return array
+def _cast(array: pa.Array, target: pa.DataType) -> pa.Array:
     if pa.types.is_timestamp(array.type):
-        unit = pa.timestamp("us", array.type.tz)
-        return array.cast(unit).cast(pa.int64())
-    if pa.types.is_duration(array.type):
-        return array.cast(pa.duration("us")).cast(pa.int64())
+        array = array.cast(pa.timestamp("us", array.type.tz))
+    elif pa.types.is_duration(array.type):
+        array = array.cast(pa.duration("us"))
     # a double that float32 cannot tell apart is rounded, as the user asked; nothing else is lost
     return array.cast(target, safe=not pa.types.is_floating(target))
 
 
 def check_policies(nulls: Mapping[str, NullPolicy], columns: Sequence[Column]) -> None:
-    """Refuse policies that can have no effect.
-
-    Parameters
-    ----------
-    nulls
-        Policies by column name.
-    columns
-        The columns there are.
-
-    Raises
-    ------
-    ArgumentValueError
-        If a name is unknown, a policy is none, or a mask's column exists already.
-    """
-    names = [column.name for column in columns]
+    """Refuse policies that can have no effect."""
+    by_name = {column.name: column for column in columns}
     for name, policy in nulls.items():
-        if name not in names:
+        if name not in by_name:
             raise ArgumentValueError(
-                f"nulls={{{name!r}: ...}}: there is no such column; there are {', '.join(names)}"
+                f"nulls={{{name!r}: ...}}: there is no such column; there are {', '.join(by_name)}"
             )
         if not isinstance(policy, NullPolicy):
             raise ArgumentValueError(
-                f"nulls={{{name!r}: {policy!r}}}: give data.fill(value) or data.mask()"
+                f"nulls={{{name!r}: {policy!r}}}: give data.fill(value) or "
+                "data.fill_with_indicator()"
             )
-        if policy.masked and name + MASK_SUFFIX in names:
+        if not policy.has_indicator:
+            continue
+        if name + _INDICATOR_SUFFIX in by_name:
             raise ArgumentValueError(
-                f"nulls={{{name!r}: data.mask()}}: the column {name + MASK_SUFFIX!r}, in which "
-                "the mask would be, exists already"
+                f"nulls={{{name!r}: data.fill_with_indicator()}}: the column "
+                f"{name + _INDICATOR_SUFFIX!r}, in which the indicator would be, exists already"
             )
-        if policy.masked and next(c for c in columns if c.name == name).dims:
+        if by_name[name].dims:
             raise ArgumentValueError(
-                f"nulls={{{name!r}: data.mask()}}: {name!r} is an array column; its elements "
-                "can be filled with data.fill(value), rows without an array coalesced or dropped"
+                f"nulls={{{name!r}: data.fill_with_indicator()}}: {name!r} is an array column; its "
+                "elements can be filled with data.fill(value), rows without an array coalesced or "
+                "dropped"
             )
 
 
-def with_masks(columns: Sequence[Column], nulls: Mapping[str, NullPolicy]) -> list[Column]:
-    """Add the columns that say where nulls were.
-
-    Parameters
-    ----------
-    columns
-        The columns of the DataFrame.
-    nulls
-        Policies by column name.
-
-    Returns
-    -------
-    list of Column
-        Each mask follows its column.
-    """
+def with_indicators(
+    columns: Sequence[Column], nulls: Mapping[str, NullPolicy]
+) -> tuple[Column, ...]:
+    """Add the columns that say where nulls were, each after its column."""
     found: list[Column] = []
     for column in columns:
         found.append(column)
         policy = nulls.get(column.name)
-        if policy is not None and policy.masked:
-            path = (*column.path[:-1], column.path[-1] + MASK_SUFFIX)
-            found.append(Column(path, "number", "bool"))
-    return found
+        if policy is not None and policy.has_indicator:
+            path = (*column.path[:-1], column.path[-1] + _INDICATOR_SUFFIX)
+            found.append(Column(path, "number", "bool", nulls_of=column.path))
+    return tuple(found)

@@ -20,17 +20,16 @@ from horovodrunner import validation as checked
 from horovodrunner.data.cache import cache, remove
 from horovodrunner.data.columns import (
     Column,
-    Lengths,
     NullPolicy,
     check_policies,
-    sized,
-    with_masks,
+    with_dims,
+    with_indicators,
 )
 from horovodrunner.data.dataset import DataSet
-from horovodrunner.data.origin import Origin, origin_of
+from horovodrunner.data.origin import origin_of
 from horovodrunner.data.stored import MANIFEST, Manifest, StoredFile
 from horovodrunner.data.unshared import UnsharedDataSet
-from horovodrunner.data.writing import REPORT_SCHEMA, WriteJob, write_rows
+from horovodrunner.data.writing import REPORT_SCHEMA, write_rows
 from horovodrunner.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -85,8 +84,8 @@ def from_dataframe(
         ``"float32"`` or ``"float64"``: what all floating-point numbers, also in arrays and vectors,
         become. By default they stay what they are.
     nulls
-        What becomes of null values, by column name: :func:`fill` or :func:`mask`. A null in
-        another column is an error.
+        What becomes of null values, by column name: :func:`fill` or
+        :func:`fill_with_indicator`. A null in another column is an error.
     reuse
         False: store the rows anew in any case. That is done anyway where it cannot be told whether
         the rows would be the same: after a UDF, of a cached DataFrame, of a JDBC table;
@@ -124,38 +123,23 @@ def from_dataframe(
     base = _base(spark, cache_dir) if shared else ""
     limit = _limit(spark)
     with told_as(DataError, "the DataFrame cannot be analyzed"):
-        source, columns = prepared(df, dtype)
-    check_policies(policies, columns)
-    columns = with_masks(columns, policies)
+        source, found = prepared(df, dtype)
+    check_policies(policies, found)
+    columns = with_indicators(found, policies)
     if not shared:
-        return UnsharedDataSet(uuid.uuid4().hex, tuple(columns), source, policies)
-    settings = (base, tuple(columns), tuple(sorted(policies.items(), key=lambda each: each[0])))
+        return UnsharedDataSet(uuid.uuid4().hex, columns, source, policies)
+    settings = (base, columns, sorted(policies.items(), key=lambda each: each[0]))
     with told_as(DataError, "the DataFrame cannot be analyzed"):
         origin = origin_of(df)  # before the rows are computed: what changes then is another one
-    if reuse and origin is not None and (found := cache.find(origin, settings)) is not None:
-        return found
-    return _stored(
-        base, columns, _writer(source, columns, policies), limit, origin=origin, settings=settings
-    )
+    if reuse and origin is not None and (known := cache.find(origin, settings)) is not None:
+        return known
+    identity, location = _new_location(base)
+    manifest = _write(location, columns, _writer(source, columns, policies))
+    return cache.add(identity, location, manifest, limit, origin=origin, settings=settings)
 
 
 def store_here(data: UnsharedDataSet, directory: Path) -> None:
-    """Store a data set that travels with runs for one whose ranks are all on this machine.
-
-    Parameters
-    ----------
-    data
-        The data set.
-    directory
-        Where to create its directory, which has its identity for a name.
-
-    Raises
-    ------
-    ConfigurationError
-        If the session's executors are on other machines.
-    DataError
-        If a column cannot be stored.
-    """
+    """Store a data set that travels with runs below a directory, for ranks of this machine."""
     source: Any = data.source
     master = str(source.sparkSession.conf.get("spark.master", ""))
     if not master.startswith("local"):
@@ -171,8 +155,8 @@ def _writer(
     source: DataFrame, columns: Sequence[Column], nulls: Mapping[str, NullPolicy]
 ) -> Callable[[str], Iterable[str]]:
     def write(location: str) -> Iterable[str]:
-        job = WriteJob(location, tuple(columns), nulls)
-        rows = map_by_name(source, functools.partial(write_rows, job), REPORT_SCHEMA)
+        write_partition = functools.partial(write_rows, location, columns, nulls)
+        rows = map_by_name(source, write_partition, REPORT_SCHEMA)
         return [row["report"] for row in rows.collect()]
 
     return write
@@ -224,37 +208,27 @@ def from_arrow(
         if cache_dir is None
         else _absolute(checked.path("cache_dir", cache_dir))
     )
-    columns = arrow_columns(table.schema)
-    check_policies(policies, columns)
-    columns = with_masks(columns, policies)
+    found = arrow_columns(table.schema)
+    check_policies(policies, found)
+    columns = with_indicators(found, policies)
 
     def write(location: str) -> Iterable[str]:
-        job = WriteJob(location, tuple(columns), policies)
-        reports = write_rows(job, iter(table.to_batches()))
+        reports = write_rows(location, columns, policies, table.to_batches())
         return [text for report in reports for text in report.column("report").to_pylist()]
 
-    return _stored(base, columns, write, None)
+    identity, location = _new_location(base)
+    return cache.add(identity, location, _write(location, columns, write), None)
 
 
-def _stored(
-    base: str,
-    columns: Sequence[Column],
-    write: Callable[[str], Iterable[str]],
-    limit: int | None,
-    *,
-    origin: Origin | None = None,
-    settings: Any = None,
-) -> DataSet:
+def _new_location(base: str) -> tuple[str, str]:
     identity = uuid.uuid4().hex
-    location = f"{base.rstrip('/')}/horovodrunner-data-{identity}"
-    manifest = _write(location, columns, write)
-    return cache.add(identity, location, manifest, limit, origin=origin, settings=settings)
+    return identity, f"{base.rstrip('/')}/horovodrunner-data-{identity}"
 
 
 def _write(
     location: str, columns: Sequence[Column], write: Callable[[str], Iterable[str]]
 ) -> Manifest:
-    """Let the rows be written to a new directory; it is complete then, or gone."""
+    """Have the rows written to a new directory; it is complete then, or gone."""
     place = open_place(location)
     try:
         place.make("")
@@ -286,7 +260,7 @@ def _write(
 
 
 def _cause_of_writing(error: Exception) -> str:
-    """Say why a file could not be written, if that is what happened: here, or in a Spark task."""
+    """Return why a file could not be written, here or in a Spark task; "" if that was not it."""
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):  # that is Spark's end
         return str(error)
     text = str(error)
@@ -296,18 +270,10 @@ def _cause_of_writing(error: Exception) -> str:
 
 def _manifest(columns: Sequence[Column], reports: Sequence[Mapping[str, Any]]) -> Manifest:
     for report in reports:
-        if problem := report.get("problem"):
-            raise DataError(str(problem))
-    files = tuple(
-        StoredFile(
-            report["file"],
-            report["bytes"],
-            *(tuple(report[name]) for name in ("rows", "offsets", "ends")),
-        )
-        for report in reports
-    )
-    lengths: list[list[list[Lengths]]] = [report["lengths"] for report in reports]
-    return Manifest(sized(columns, lengths), files)
+        if "problem" in report:
+            raise DataError(report["problem"])
+    files = tuple(StoredFile.from_json(report["file"]) for report in reports)
+    return Manifest(with_dims(columns, [report["lengths"] for report in reports]), files)
 
 
 def _check_all_there(location: str, manifest: Manifest) -> None:
@@ -343,7 +309,7 @@ def _base(spark: SparkSession, cache_dir: str | None) -> str:
 
 
 def _absolute(location: str) -> str:
-    """Give a location that means the same in processes with another working directory."""
+    """Return a location that means the same in processes with another working directory."""
     return location if is_url(location) else str(local_path(location))
 
 

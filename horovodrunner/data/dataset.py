@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from horovodrunner import validation as checked
 from horovodrunner.data.batches import Batches, ReadOptions, own_rank_and_size
 from horovodrunner.data.columns import Column
-from horovodrunner.data.formats import ArrowFormat, NumpyFormat, arrow_schema
-from horovodrunner.data.order import Remainder
+from horovodrunner.data.formats import arrow_batches, arrow_schema, numpy_batches
+from horovodrunner.data.steps import Remainder
 from horovodrunner.data.stored import BlockReader
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
 
@@ -41,11 +41,11 @@ class DataSet:
         default is the DataFrame's order.
     seed, epoch : int
         Choose the random order.
-    remainder : {"drop", "pad", "share", "join"}
+    remainder : {"drop", "pad", "split", "uneven"}
         What becomes of rows that fill no whole batch of all ranks. They are left out, or the last
-        batch is filled up with rows from the epoch's beginning, or they are shared out in a shorter
-        last batch. When fewer of them are left than there are ranks, ``"share"`` gives the same row
-        to several ranks, and with ``"join"`` some ranks have no last batch (they call
+        batch is filled up with rows from the epoch's beginning, or they are split into a shorter
+        last batch. When fewer of them are left than there are ranks, ``"split"`` gives the same row
+        to several ranks, and with ``"uneven"`` some ranks have no last batch (they call
         ``hvd.join()``).
     columns : sequence of str, optional
         Read these columns only.
@@ -86,7 +86,7 @@ class DataSet:
         return f"DataSet({self._rows:,} rows, {len(self._columns)} columns, at {self._location})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _handle, (self._identity, self._location, self._rows, self._columns)
+        return DataSet, (self._identity, self._location, self._rows, self._columns)
 
     def __enter__(self) -> DataSet:
         return self
@@ -141,9 +141,7 @@ class DataSet:
         threads: int = 0,
         shuffle_window: int = SHUFFLE_WINDOW,
     ) -> Batches[dict[str, Any]]:
-        """Read batches of NumPy arrays.
-
-        The parameters are those of every way to read, see :class:`DataSet`.
+        """Read batches of NumPy arrays; the parameters are described at :class:`DataSet`.
 
         Returns
         -------
@@ -170,8 +168,7 @@ class DataSet:
         part = self._rank_and_size(rank, size)
         options = ReadOptions(*part, batch_size, shuffle, seed, epoch, remainder, shuffle_window)
         reader = self._reader(columns)
-        make = NumpyFormat(reader.columns)
-        return Batches(reader, options, make, transform=batch_transform, threads=threads)
+        return Batches(reader, options, numpy_batches, transform=batch_transform, threads=threads)
 
     def arrow(
         self,
@@ -188,14 +185,9 @@ class DataSet:
         threads: int = 0,
         shuffle_window: int = SHUFFLE_WINDOW,
     ) -> Batches[pa.Table]:
-        """Read batches as Arrow tables.
+        """Read batches that are Arrow tables with the columns of :attr:`schema`.
 
-        The parameters are those of every way to read, see :class:`DataSet`.
-
-        Returns
-        -------
-        Batches
-            Iterable of tables with the columns of :attr:`schema`.
+        The parameters are described at :class:`DataSet`.
 
         Raises
         ------
@@ -207,8 +199,7 @@ class DataSet:
         part = self._rank_and_size(rank, size)
         options = ReadOptions(*part, batch_size, shuffle, seed, epoch, remainder, shuffle_window)
         reader = self._reader(columns)
-        make = ArrowFormat(reader.columns)
-        return Batches(reader, options, make, transform=batch_transform, threads=threads)
+        return Batches(reader, options, arrow_batches, transform=batch_transform, threads=threads)
 
     def torch(
         self,
@@ -229,9 +220,7 @@ class DataSet:
         collate_fn: Callable[[Any], Any] | None = None,
         **loader: Any,
     ) -> TorchBatches:
-        """Read batches of torch tensors.
-
-        The parameters of every way to read (:class:`DataSet`), and:
+        """Read batches of torch tensors; further parameters are described at :class:`DataSet`.
 
         Parameters
         ----------
@@ -263,12 +252,13 @@ class DataSet:
 
         part = self._rank_and_size(rank, size)
         options = ReadOptions(*part, batch_size, shuffle, seed, epoch, remainder, shuffle_window)
+        reader = self._reader(columns)
         num_workers = checked.integer("num_workers", num_workers, at_least=0)
         pin_memory = checked.boolean("pin_memory", pin_memory)
         if num_workers or pin_memory or loader:
             loader = {"num_workers": num_workers, "pin_memory": pin_memory, **loader}
         return TorchBatches(
-            self._reader(columns),
+            reader,
             options,
             transform=batch_transform,
             threads=threads,
@@ -295,7 +285,7 @@ class DataSet:
     ) -> tf.data.Dataset:
         """Read batches as a TensorFlow dataset, which Keras takes on any backend.
 
-        The parameters of every way to read (:class:`DataSet`), and:
+        Further parameters are described at :class:`DataSet`.
 
         Parameters
         ----------
@@ -324,15 +314,12 @@ class DataSet:
         part = self._rank_and_size(rank, size)
         options = ReadOptions(*part, batch_size, shuffle, seed, epoch, remainder, shuffle_window)
         reader = self._reader(columns)
-        make = NumpyFormat(reader.columns)
         batches: Batches[dict[str, Any]] = Batches(
-            reader, options, make, transform=batch_transform, threads=threads
+            reader, options, numpy_batches, transform=batch_transform, threads=threads
         )
         if state is not None:
             batches.load_state_dict(state)
-        prefetch = checked.integer("prefetch", prefetch, at_least=-1)
-        has_transform = batch_transform is not None
-        return tf_dataset(batches, None if has_transform else reader.columns, prefetch)
+        return tf_dataset(batches, checked.integer("prefetch", prefetch, at_least=-1))
 
     def _rank_and_size(self, rank: int | None, size: int | None) -> tuple[int, int]:
         if (rank is None) != (size is None):
@@ -348,13 +335,14 @@ class DataSet:
         return rank, size
 
     def _reader(self, columns: Sequence[str] | None) -> BlockReader:
+        """Open the data set for some columns; a struct's name chooses all its fields."""
         if columns is None:
             return BlockReader(self._identity, self.location)
-        names = [each.name for each in self._columns]
-        tops = {each.path[0] for each in self._columns}
         columns = checked.names("columns", columns)
         if not columns:
             raise ArgumentTypeError("columns=[]: name at least one, or leave it out for all")
+        names = [each.name for each in self._columns]
+        tops = [each.path[0] for each in self._columns]
         for name in columns:
             if name not in names and name not in tops:
                 raise ArgumentValueError(
@@ -363,7 +351,3 @@ class DataSet:
                 )
         wanted = [c.name for c in self._columns if c.name in columns or c.path[0] in columns]
         return BlockReader(self._identity, self.location, wanted)
-
-
-def _handle(identity: str, location: str, rows: int, columns: tuple[Column, ...]) -> DataSet:
-    return DataSet(identity, location, rows, columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 from collections.abc import Callable
@@ -55,57 +56,51 @@ def decode_images(
     (1, 8, 8, 3)
     """
     column, mode = checked.text("column", column), checked.text("mode", mode)
-    if size is None:
-        return _ImageDecoder(column, None, mode)
-    try:
-        height, width = (checked.integer("size", each, at_least=1) for each in size)
-    except (TypeError, ValueError):
-        raise ArgumentValueError(
-            f"size={checked.shown(size)}: give height and width in pixels, (224, 224) say"
-        ) from None
-    return _ImageDecoder(column, (height, width), mode)
-
-
-class _ImageDecoder:
-    """The transform; a class, so that loader processes that are spawned get it pickled."""
-
-    def __init__(self, column: str, size: tuple[int, int] | None, mode: str) -> None:
-        self._column = column
-        self._size = size
-        self._mode = mode
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        if self._column not in batch:
-            raise DataError(
-                f"there is no column {self._column!r} to decode; there are {', '.join(batch)}"
-            )
-        images = [self._decoded(place, each) for place, each in enumerate(batch[self._column])]
-        if len(sizes := {image.shape for image in images}) > 1:
-            raise DataError(
-                f"images of one batch have different sizes, {sizes.pop()} and {sizes.pop()}: "
-                "give decode_images a size"
-            )
-        return {**batch, self._column: np.stack(images)}
-
-    def _decoded(self, place: int, encoded: bytes) -> Any:
+    if size is not None:
         try:
-            import PIL.Image
-        except ImportError as error:
-            raise ConfigurationError(
-                f"decode_images needs Pillow, which {sys.executable} cannot import ({error}): "
-                "pip install pillow"
-            ) from error
+            height, width = (checked.integer("size", each, at_least=1) for each in size)
+        except (TypeError, ValueError):
+            raise ArgumentValueError(
+                f"size={checked.shown(size)}: give height and width in pixels, (224, 224) say"
+            ) from None
+        size = (height, width)
+    # not a closure: loader processes that are spawned get it pickled
+    return functools.partial(_with_images, column, size, mode)
+
+
+def _with_images(
+    column: str, size: tuple[int, int] | None, mode: str, batch: dict[str, Any]
+) -> dict[str, Any]:
+    if column not in batch:
+        raise DataError(f"there is no column {column!r} to decode; there are {', '.join(batch)}")
+    images = []
+    for row, encoded in enumerate(batch[column]):
         try:
-            with PIL.Image.open(io.BytesIO(encoded)) as file:
-                if self._size is not None:
-                    # JPEGs are decoded at about that size, which costs a fraction
-                    file.draft(self._mode, (self._size[1], self._size[0]))
-                image = file if file.mode == self._mode else file.convert(self._mode)
-                if self._size is not None:
-                    image = image.resize((self._size[1], self._size[0]))
-                return np.asarray(image)
+            images.append(_decoded(encoded, size, mode))
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(
-                f"row {place} of the batch has no image in {self._column!r} that Pillow can decode "
+                f"row {row} of the batch has no image in {column!r} that Pillow can decode "
                 f"({len(encoded)} bytes, {encoded[:8]!r}...): {error}"
             ) from error
+    if len(sizes := {image.shape for image in images}) > 1:
+        raise DataError(
+            f"images of one batch have different sizes, {sizes.pop()} and {sizes.pop()}: "
+            "give decode_images a size"
+        )
+    return {**batch, column: np.stack(images)}
+
+
+def _decoded(encoded: bytes, size: tuple[int, int] | None, mode: str) -> Any:
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise ConfigurationError(
+            f"decode_images needs Pillow, which {sys.executable} cannot import ({error}): "
+            "pip install pillow"
+        ) from error
+    with PIL.Image.open(io.BytesIO(encoded)) as file:
+        if size is not None:
+            # JPEGs are decoded at about that size, which costs a fraction
+            file.draft(mode, size[::-1])
+        image = file if file.mode == mode else file.convert(mode)
+        return np.asarray(image if size is None else image.resize(size[::-1]))

@@ -1,9 +1,8 @@
-"""Which row comes when, and how many batches each rank gets. Runs in: the worker.
+"""Which row comes when. Runs in: the worker.
 
-Pure functions. An epoch is a sequence of positions 0, 1, 2, ...; a global batch is the next
-``size * batch_size`` of them, and each rank takes its contiguous part. Which row stands at a
-position depends on (seed, epoch, position) alone, so the ranks agree without a word, whatever
-their number, and a position is all there is to remember for going on.
+An epoch is a sequence of positions 0, 1, 2, ... Which row stands at a position depends on (seed,
+epoch, position) alone, so the ranks agree without a word, whatever their number, and a position is
+all there is to remember for going on.
 
 Shuffling takes two steps. The blocks (what was written as one piece) come in random order, and
 within a window of consecutive blocks the rows do. Both are permutations computed from the index
@@ -17,17 +16,11 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from horovodrunner.errors import DataError
-
-__all__ = ["EpochOrder", "EpochSteps", "Remainder", "permuted"]
-
-Remainder = Literal["drop", "pad", "share", "join"]
+__all__ = ["EpochOrder", "permuted"]
 
 _Integers = NDArray[np.int64]
 _HALF_ROUNDS = 6
@@ -46,7 +39,7 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @functools.lru_cache(maxsize=8)
 def _network(count: int, *key: int) -> tuple[int, int, tuple[_Integers, ...]]:
-    """Give the grid that holds `count` elements, and what each half round adds."""
+    """Return the grid that holds `count` elements, and what each half round adds."""
     width = max(2, round(count**0.5))
     height = -(-count // width)
     state = np.zeros(1, np.uint64)
@@ -63,21 +56,7 @@ def _network(count: int, *key: int) -> tuple[int, int, tuple[_Integers, ...]]:
 
 
 def permuted(indices: _Integers, count: int, *key: int) -> _Integers:
-    """Give where a pseudo-random permutation of ``range(count)`` sends some of its elements.
-
-    Parameters
-    ----------
-    indices
-        Elements of ``range(count)``, in any number.
-    count
-        How many elements the permutation has.
-    *key
-        What chooses the permutation.
-
-    Returns
-    -------
-    ndarray
-        As many elements of ``range(count)``; different ones for different indices.
+    """Return where a pseudo-random permutation of ``range(count)`` sends some of its elements.
 
     Examples
     --------
@@ -107,25 +86,7 @@ def _through_network(elements: _Integers, count: int, *key: int) -> _Integers:
 class EpochOrder:
     """Which row stands at which position of one epoch.
 
-    Parameters
-    ----------
-    block_rows
-        How many rows each block has, in stored order.
-    shuffle
-        False gives the stored order.
-    seed
-        Together with the epoch it chooses the order.
-    epoch
-        The epoch's number.
-    window_rows
-        About so many consecutive rows, in whole blocks, are mixed with each other.
-
-    Examples
-    --------
-    >>> order = EpochOrder([3, 2], shuffle=True, seed=1, epoch=0)
-    >>> blocks, rows = order.locate(np.arange(5))
-    >>> sorted(zip(blocks.tolist(), rows.tolist()))
-    [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    About `window_rows` consecutive rows, in whole blocks, are mixed with each other.
     """
 
     def __init__(
@@ -154,36 +115,12 @@ class EpochOrder:
             np.diff(np.append(first_blocks, len(rows))).max(initial=1)
         )
 
-    def locate(self, positions: _Integers) -> tuple[_Integers, _Integers]:
-        """Say where the rows of some positions are stored.
-
-        Parameters
-        ----------
-        positions
-            At least one, as :meth:`by_block` takes them.
-
-        Returns
-        -------
-        tuple of ndarray and ndarray
-            The block of each row, and its place in it.
-        """
-        found, chosen = self.by_block(positions)
-        blocks = np.repeat([block for block, _ in found], [len(rows) for _, rows in found])
-        return blocks[chosen], np.concatenate([rows for _, rows in found])[chosen]
-
     def by_block(self, positions: _Integers) -> tuple[list[tuple[int, _Integers]], _Integers]:
-        """Say where the rows of some positions are stored, those of a block together.
+        """Return where the rows of some positions are stored, those of a block together.
 
-        Parameters
-        ----------
-        positions
-            Positions of this epoch, ascending; those from ``rows`` on mean its beginning again.
-
-        Returns
-        -------
-        tuple of list and ndarray
-            Blocks, each with the places of its rows, ascending; and for each position which one of
-            all these rows it has.
+        Positions ascend; those from ``rows`` on mean the epoch's beginning again. Returns blocks,
+        each with the places of its rows, ascending; and for each position which of all these rows
+        it has.
         """
         turns = np.searchsorted(positions, np.arange(0, positions[-1] + 1, self.rows)).tolist()
         parts = enumerate(np.split(positions, turns[1:]))
@@ -218,17 +155,9 @@ class EpochOrder:
         return mixed
 
     def runs(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """Say where a range of positions is stored, when the order is the stored one.
+        """Return the block, first row and end row of each piece of a range of positions.
 
-        Parameters
-        ----------
-        start, end
-            The range, without its end.
-
-        Returns
-        -------
-        list of tuple
-            Block, first row and end row of each piece, in order.
+        For the stored order only.
         """
         first, last = np.searchsorted(self._starts, [start, end - 1], side="right").tolist()
         found = []
@@ -238,144 +167,3 @@ class EpochOrder:
             if piece[0] < piece[1]:
                 found.append((index, *piece))
         return found
-
-
-@dataclass(frozen=True)
-class EpochSteps:
-    """How the positions of one epoch, or of what is left of it, become one rank's batches.
-
-    Parameters
-    ----------
-    rows
-        Rows of the whole data set.
-    batch_size
-        Rows a batch of one rank has.
-    rank, size
-        This rank, and how many there are.
-    remainder
-        What becomes of the rows that fill no global batch. ``"drop"``: they are left out.
-        ``"pad"``: the last batch is filled up with rows from the epoch's beginning. ``"share"``:
-        they are shared out evenly in a last, shorter batch; where there are fewer of them than
-        ranks, several ranks get the same row. ``"join"``: the same, but ranks that get no row of
-        their own have one batch less and call ``hvd.join()``.
-    start
-        Position at which this epoch goes on.
-
-    Raises
-    ------
-    DataError
-        If there are fewer rows than ranks, or not one whole batch when the rest is dropped.
-
-    Examples
-    --------
-    >>> steps = EpochSteps(rows=10, batch_size=2, rank=1, size=2, remainder="join")
-    >>> [steps.positions(step) for step in range(len(steps))]
-    [(2, 4), (6, 8), (9, 10)]
-    """
-
-    rows: int
-    batch_size: int
-    rank: int
-    size: int
-    remainder: Remainder
-    start: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rows < self.size:
-            raise DataError(
-                f"the data set has {self.rows} rows, fewer than the {self.size} ranks: every rank "
-                "needs at least one. Use fewer ranks or more data"
-            )
-        if self.remainder == "drop" and self.rows < self.global_batch:
-            raise DataError(
-                f"the data set has {self.rows} rows, and {self.size} ranks with "
-                f"batch_size={self.batch_size} take {self.global_batch} at once, so that "
-                "remainder='drop' leaves nothing: use a smaller batch_size, or remainder='pad'"
-            )
-
-    @property
-    def global_batch(self) -> int:
-        """Rows that all ranks together take in one step."""
-        return self.batch_size * self.size
-
-    @property
-    def left_over(self) -> int:
-        """Rows that fill no global batch."""
-        return max(0, self.rows - self.start) % self.global_batch
-
-    @property
-    def whole(self) -> int:
-        """Steps in which every rank has a whole batch of rows that were not seen yet."""
-        return max(0, self.rows - self.start) // self.global_batch
-
-    def __len__(self) -> int:
-        if self.remainder == "drop" or not self.left_over:
-            return self.whole
-        if self.remainder in ("pad", "share"):
-            return self.whole + 1
-        return self.whole + (self.left_over > self.rank)
-
-    def positions(self, step: int) -> tuple[int, int]:
-        """Give the positions of one batch of this rank.
-
-        Parameters
-        ----------
-        step
-            The batch's number, from 0.
-
-        Returns
-        -------
-        tuple of int and int
-            First position and end. Those from ``rows`` on, which ``"pad"`` gives, mean the
-            epoch's beginning again.
-        """
-        base = self.start + step * self.global_batch
-        if step < self.whole or self.remainder == "pad":
-            first = base + self.rank * self.batch_size
-            return first, first + self.batch_size
-        share, extra = divmod(self.left_over, self.size)
-        if not share and self.remainder == "share":
-            first = base + self.rank % extra
-            return first, first + 1
-        first = base + self.rank * share + min(self.rank, extra)
-        return first, first + share + (self.rank < extra)
-
-    def position_after(self, batches: int) -> int:
-        """Give the position at which all ranks go on after so many batches.
-
-        Parameters
-        ----------
-        batches
-            How many batches of this epoch this rank has had, from `start`.
-
-        Returns
-        -------
-        int
-            At most ``rows``.
-        """
-        return min(self.rows, self.start + batches * self.global_batch)
-
-    def in_words(self) -> str:
-        """Describe the epoch, for the log.
-
-        Returns
-        -------
-        str
-            A sentence.
-        """
-        ranks = "1 rank" if self.size == 1 else f"{self.size:,} ranks"
-        text = f"{self.rows:,} rows for {ranks} in batches of {self.batch_size:,}"
-        whole = EpochSteps(self.rows, self.batch_size, 0, self.size, self.remainder)
-        text += f": {len(whole):,} batch{'es' if len(whole) > 1 else ''} a rank and epoch"
-        if not whole.left_over:
-            return text
-        rest = f"{whole.left_over:,} row{'s are' if whole.left_over > 1 else ' is'}"
-        if self.remainder == "drop":
-            return f"{text}; {rest} left out of each epoch"
-        if self.remainder == "pad":
-            return f"{text}; {whole.global_batch - whole.left_over:,} rows come twice"
-        fewer = self.size - whole.left_over
-        last = f"{text}; the last one is shorter"
-        if self.remainder == "share":
-            return last + (", and some ranks repeat a row in it" if fewer > 0 else "")
-        return last + (f", and {fewer:,} ranks have none" if fewer > 0 else "")

@@ -25,49 +25,20 @@ if TYPE_CHECKING:
 __all__ = ["Origin", "origin_of"]
 
 _STATUS_THREADS = 16
-_CATALYST = "org.apache.spark.sql.catalyst."
-_LEAVES = (
-    "CTERelationRef",
-    "LocalRelation",
-    "LogicalRDD",
-    "LogicalRelation",
-    "OneRowRelation",
-    "Range",
-)
-_OPERATORS = (
-    *_LEAVES,
-    "Aggregate",
-    "Deduplicate",
-    "Distinct",
-    "EmptyRelation",
-    "Except",
-    "Expand",
-    "Filter",
-    "Generate",
-    "GlobalLimit",
-    "Intersect",
-    "Join",
-    "LocalLimit",
-    "Offset",
-    "Project",
-    "RebalancePartitions",
-    "Repartition",
-    "RepartitionByExpression",
-    "ResolvedHint",
-    "Sample",
-    "Sort",
-    "SubqueryAlias",
-    "Tail",
-    "Union",
-    "Window",
-    "WindowGroupLimit",
-)
+_LEAVES = "CTERelationRef|LocalRelation|LogicalRDD|LogicalRelation|OneRowRelation|Range"
 _KNOWN = re.compile(
-    r"org\.apache\.spark\.sql\.(?:"
-    rf"(?:catalyst\.plans\.logical|execution|execution\.datasources)\.(?:{'|'.join(_OPERATORS)})"
-    r"|catalyst\.optimizer\.\w+"
-    # objects: methods of Java classes, some of which are functions of somebody's catalog
-    r"|catalyst\.expressions\.(?!objects\.|Python|ScalaUDF|ApplyFunction|aggregate\.V2)[\w.]+\$?)"
+    rf"""org\.apache\.spark\.sql\.(?:
+        (?:catalyst\.plans\.logical|execution|execution\.datasources)\.(?:
+            {_LEAVES}|Aggregate|Deduplicate|Distinct|EmptyRelation|Except|Expand|Filter|Generate
+            |GlobalLimit|Intersect|Join|LocalLimit|Offset|Project|RebalancePartitions|Repartition
+            |RepartitionByExpression|ResolvedHint|Sample|Sort|SubqueryAlias|Tail|Union|Window
+            |WindowGroupLimit
+        )
+        |catalyst\.optimizer\.\w+
+        # objects: methods of Java classes, some of which are functions of somebody's catalog
+        |catalyst\.expressions\.(?!objects\.|Python|ScalaUDF|ApplyFunction|aggregate\.V2)[\w.]+\$?
+    )""",
+    re.VERBOSE,
 )
 _CLASS = re.compile(r'\{"class":"([^"]+)","num-children"')
 _RDD = re.compile(r"(\w+)\[\d+\] at ")
@@ -83,35 +54,16 @@ class _UnknownError(Exception):
 
 @dataclass(frozen=True)
 class Origin:
-    """What some rows were computed from.
-
-    Parameters
-    ----------
-    df
-        The DataFrame.
-    plan
-        What the optimizer made of it; None over Spark Connect.
-    state
-        Settings, and what tells one content of the files from another.
-    """
+    """What some rows were computed from."""
 
     df: DataFrame
     plan: Any
+    """What the optimizer made of it; None over Spark Connect."""
     state: tuple[Any, ...]
+    """Settings, and what tells one content of the files from another."""
 
     def is_same_as(self, other: Origin) -> bool:
-        """Return whether the same rows would be computed from both.
-
-        Parameters
-        ----------
-        other
-            The origin of other rows.
-
-        Returns
-        -------
-        bool
-            False where that is not certain.
-        """
+        """Return whether it is certain that the same rows would be computed from both."""
         if self.df.sparkSession is not other.df.sparkSession or self.state != other.state:
             return False
         if self.plan is None or other.plan is None:
@@ -120,19 +72,9 @@ class Origin:
 
 
 def origin_of(df: DataFrame) -> Origin | None:
-    """Find out what the rows of a DataFrame would be computed from now.
+    """Return what the rows of a DataFrame would be computed from now; None if that is unknown.
 
     Starts no job; asks for the status of every file.
-
-    Parameters
-    ----------
-    df
-        The DataFrame.
-
-    Returns
-    -------
-    Origin or None
-        None where that cannot be told, so that other rows may be computed the next time.
     """
     try:
         if type(df).__module__.startswith("pyspark.sql.connect"):
@@ -148,7 +90,7 @@ def _origin(df: DataFrame) -> Origin:
 
     try:
         for leaf in _each(df._jdf.queryExecution().analyzed().collectLeaves()):
-            if _name(leaf) not in _LEAVES:  # optimizing some of these starts a process
+            if not re.fullmatch(_LEAVES, _name(leaf)):  # optimizing some of these starts a process
                 raise _UnknownError
         # a DataFrame of its own, because each is optimized once, and the time goes on
         plan = df.select("*")._jdf.queryExecution().optimizedPlan()
@@ -160,7 +102,7 @@ def _origin(df: DataFrame) -> Origin:
 
 
 def _sources(spark: Any, plan: Any) -> Iterator[Any]:
-    """List the state of all sources of a plan, and of the plans within its expressions."""
+    """Yield the state of all sources of a plan, and of the plans within its expressions."""
     # All classes in one string: asking for them one by one takes seconds for a wide table.
     classes = _CLASS.findall(plan.toJSON())
     if not plan.deterministic() or not all(map(_KNOWN.fullmatch, classes)):
@@ -243,7 +185,7 @@ def _example(spark: Any) -> Any:
 
 
 def _commands(rdd: Any) -> Iterator[list[Any]]:
-    """List what the functions of an RDD consist of, but for the size of batches."""
+    """Yield what the functions of an RDD consist of, but for the size of batches."""
     if _name(rdd) == "PythonRDD":
         field = rdd.getClass().getDeclaredField("func")
         field.setAccessible(True)

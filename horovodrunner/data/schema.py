@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from horovodrunner.data.columns import Column
+from horovodrunner.data.columns import Column, Kind
 from horovodrunner.errors import DataError
 from horovodrunner.spark.column_names import numbered
 
@@ -41,7 +41,10 @@ _ARROW_NUMBERS = (
     (pa.types.is_timestamp, "datetime64[us]"),
     (pa.types.is_duration, "timedelta64[us]"),
 )
-_TEXTS = {"StringType", "CharType", "VarcharType"}
+_TEXTS: dict[str, Kind] = {
+    **dict.fromkeys(("StringType", "CharType", "VarcharType"), "string"),
+    "BinaryType": "binary",
+}
 _REMEDIES = {
     "MapType": "select the keys you need (df.m['key']), or map_values(...) as an array",
     "NullType": "cast it to the type it should have, or leave it out",
@@ -56,24 +59,10 @@ _REMEDIES = {
 
 
 def prepared(df: DataFrame, floats: str | None) -> tuple[DataFrame, list[Column]]:
-    """Say how a DataFrame is stored, and make it what Arrow can carry.
+    """Return the DataFrame with arrays in place of ML vectors, and what is stored of it.
 
-    Parameters
-    ----------
-    df
-        The DataFrame.
-    floats
-        ``"float32"`` or ``"float64"``: what floating-point numbers become; None leaves them.
-
-    Returns
-    -------
-    tuple of DataFrame and list of Column
-        The same rows, with arrays instead of ML vectors, and what is stored of them.
-
-    Raises
-    ------
-    DataError
-        If a column has a type that cannot be stored, or two have the same name.
+    Floating-point numbers become `floats`, ``"float32"`` or ``"float64"``; None leaves them.
+    Raises DataError if a column has a type that cannot be stored, or two have the same name.
     """
     fields = df.schema.fields
     if not fields:
@@ -91,9 +80,18 @@ def prepared(df: DataFrame, floats: str | None) -> tuple[DataFrame, list[Column]
             vectors[place] = floats or "float64"
             columns.append(Column((field.name,), "number", vectors[place], (None,)))
         else:
-            columns += _columns_of((field.name,), field.dataType, floats)
+            columns += _columns_of_spark((field.name,), field.dataType, floats)
     _refuse_twice(columns, "withColumnRenamed, withField")
     return (_without_vectors(df, vectors) if vectors else df), columns
+
+
+def arrow_columns(schema: pa.Schema) -> list[Column]:
+    """Return what is stored of an Arrow table; raises DataError as :func:`prepared` does."""
+    columns = [column for each in schema for column in _columns_of_arrow((each.name,), each.type)]
+    if not columns:
+        raise DataError("the table has no columns: select at least one")
+    _refuse_twice(columns, "table.rename_columns")
+    return columns
 
 
 def _refuse_twice(columns: Iterable[Column], renaming: str) -> None:
@@ -120,83 +118,50 @@ def _without_vectors(df: DataFrame, vectors: Mapping[int, str]) -> DataFrame:
     return numbered(df).select(*found).toDF(*df.columns)
 
 
-def _columns_of(path: tuple[str, ...], spark_type: Any, floats: str | None) -> list[Column]:
-    name = type(spark_type).__name__
-    if name == "StructType" and not spark_type.fields:
-        raise DataError(f"column {'.'.join(path)!r} is a struct without fields: leave it out")
-    if name == "StructType":
-        return [
-            column
-            for field in spark_type.fields
-            for column in _columns_of((*path, field.name), field.dataType, floats)
-        ]
-    levels = 0
-    while name == "ArrayType":
-        levels += 1
+def _columns_of_spark(
+    path: tuple[str, ...], spark_type: Any, floats: str | None
+) -> Iterator[Column]:
+    if type(spark_type).__name__ == "StructType":
+        if not spark_type.fields:
+            raise DataError(f"column {'.'.join(path)!r} is a struct without fields: leave it out")
+        for field in spark_type.fields:
+            yield from _columns_of_spark((*path, field.name), field.dataType, floats)
+        return
+    dims: tuple[None, ...] = ()
+    while type(spark_type).__name__ == "ArrayType":
         spark_type = spark_type.elementType
-        name = type(spark_type).__name__
-    dims = (None,) * levels
-    if name in _TEXTS:
-        return [Column(path, "string", dims=dims)]
-    if name == "BinaryType":
-        return [Column(path, "binary", dims=dims)]
-    if name in _NUMBERS:
-        dtype = _NUMBERS[name]
-        if floats and dtype.startswith("float"):
-            dtype = floats
-        return [Column(path, "number", dtype, dims)]
-    raise DataError(
-        f"column {'.'.join(path)!r} has {'arrays of ' if levels else ''}the type "
-        f"{spark_type.simpleString()}, which cannot be fed to the ranks: "
-        + _REMEDIES.get(name, "convert it to numbers, strings, binary or arrays of these")
-    )
+        dims += (None,)
+    name = type(spark_type).__name__
+    dtype = _NUMBERS.get(name, "")
+    if floats and dtype.startswith("float"):
+        dtype = floats
+    kind = "number" if dtype else _TEXTS.get(name)
+    if kind is None:
+        raise DataError(
+            f"column {'.'.join(path)!r} has {'arrays of ' if dims else ''}the type "
+            f"{spark_type.simpleString()}, which cannot be fed to the ranks: "
+            + _REMEDIES.get(name, "convert it to numbers, strings, binary or arrays of these")
+        )
+    yield Column(path, kind, dtype, dims)
 
 
-def arrow_columns(schema: pa.Schema) -> list[Column]:
-    """Say how an Arrow table is stored.
-
-    Parameters
-    ----------
-    schema
-        Its schema.
-
-    Returns
-    -------
-    list of Column
-        What is stored of it.
-
-    Raises
-    ------
-    DataError
-        If a column has a type that cannot be stored, two have the same name, or there is none.
-    """
-    columns = [column for field in schema for column in _of_arrow((field.name,), field.type)]
-    if not columns:
-        raise DataError("the table has no columns: select at least one")
-    _refuse_twice(columns, "table.rename_columns")
-    return columns
-
-
-def _of_arrow(path: tuple[str, ...], arrow_type: pa.DataType) -> list[Column]:
-    if pa.types.is_struct(arrow_type):
-        return [
-            column for field in arrow_type for column in _of_arrow((*path, field.name), field.type)
-        ]
-    levels = 0
-    while pa.types.is_list(arrow_type) or pa.types.is_fixed_size_list(arrow_type):
-        levels += 1
+def _columns_of_arrow(path: tuple[str, ...], arrow_type: pa.DataType) -> Iterator[Column]:
+    types = pa.types
+    if types.is_struct(arrow_type):
+        for field in arrow_type:
+            yield from _columns_of_arrow((*path, field.name), field.type)
+        return
+    dims: tuple[None, ...] = ()
+    while types.is_list(arrow_type) or types.is_fixed_size_list(arrow_type):
         arrow_type = arrow_type.value_type
-    dims = (None,) * levels
-    if pa.types.is_string(arrow_type):
-        return [Column(path, "string", dims=dims)]
-    if pa.types.is_binary(arrow_type):
-        return [Column(path, "binary", dims=dims)]
-    for is_of, dtype in _ARROW_NUMBERS:
-        if is_of(arrow_type):
-            return [
-                Column(path, "number", dtype or str(arrow_type.to_pandas_dtype().__name__), dims)
-            ]
-    raise DataError(
-        f"column {'.'.join(path)!r} has the type {arrow_type}, which cannot be stored: convert it "
-        "to numbers, strings, binary or lists of these"
-    )
+        dims += (None,)
+    if types.is_string(arrow_type) or types.is_binary(arrow_type):
+        yield Column(path, "string" if types.is_string(arrow_type) else "binary", dims=dims)
+        return
+    dtype = next((dtype for is_of, dtype in _ARROW_NUMBERS if is_of(arrow_type)), None)
+    if dtype is None:
+        raise DataError(
+            f"column {'.'.join(path)!r} has the type {arrow_type}, which cannot be stored: convert "
+            "it to numbers, strings, binary or lists of these"
+        )
+    yield Column(path, "number", dtype or arrow_type.to_pandas_dtype().__name__, dims)

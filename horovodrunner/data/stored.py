@@ -24,7 +24,7 @@ import socket
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from horovodrunner.data.columns import Column
-from horovodrunner.data.writing import stored_schema
+from horovodrunner.data.columns import Column, stored_schema
 from horovodrunner.errors import DataError
 from horovodrunner.storage import LocalPlace, open_place
 
@@ -45,48 +44,34 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One file and its blocks.
-
-    Parameters
-    ----------
-    name
-        Its name in the data set's directory.
-    size
-        In bytes.
-    rows
-        How many rows each block has.
-    offsets, ends
-        Where each block begins and ends in the file, in bytes.
-    """
+    """One file and its blocks."""
 
     name: str
     size: int
+    """In bytes."""
     rows: tuple[int, ...]
+    """How many rows each block has."""
     offsets: tuple[int, ...]
-    ends: tuple[int, ...]
+    """Where each block begins in the file, and the last one's end, in bytes."""
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> StoredFile:
+        tuples = {name: tuple(fields[name]) for name in ("rows", "offsets")}
+        return cls(fields["name"], fields["size"], **tuples)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set consists of.
-
-    Parameters
-    ----------
-    columns
-        Its columns.
-    files
-        Its files, in the order of their rows.
-    shares
-        How many rows each rank has, when these are one rank's own; empty when they are all rows.
-    """
+    """What a data set consists of."""
 
     columns: tuple[Column, ...]
     files: tuple[StoredFile, ...]
-    shares: tuple[int, ...] = ()
+    """In the order of their rows."""
+    rows_per_rank: tuple[int, ...] = ()
+    """When the files have one rank's rows; empty when they have all rows."""
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
         return sum(sum(each.rows) for each in self.files)
 
     @property
@@ -95,37 +80,10 @@ class Manifest:
         return sum(each.size for each in self.files)
 
     def to_json(self) -> str:
-        """Give it as text.
-
-        Returns
-        -------
-        str
-            What :meth:`from_json` takes.
-        """
-        files = [vars(each) for each in self.files]
-        columns = [each.to_json() for each in self.columns]
-        fields = {"columns": columns, "files": files, "shares": self.shares}
-        return json.dumps({"format": _FORMAT, **fields})
+        return json.dumps({"format": _FORMAT, **asdict(self)})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
-        """Read it back.
-
-        Parameters
-        ----------
-        text
-            What :meth:`to_json` gave.
-
-        Returns
-        -------
-        Manifest
-            The same.
-
-        Raises
-        ------
-        DataError
-            If it was written in a newer format.
-        """
         fields = json.loads(text)
         if fields["format"] != _FORMAT:
             raise DataError(
@@ -133,48 +91,24 @@ class Manifest:
                 f"reads format {_FORMAT}: use the release that wrote it"
             )
         return cls(
-            tuple(Column.from_json(each) for each in fields["columns"]),
-            tuple(_file_from(each) for each in fields["files"]),
-            tuple(fields["shares"]),
+            tuple(map(Column.from_json, fields["columns"])),
+            tuple(map(StoredFile.from_json, fields["files"])),
+            tuple(fields["rows_per_rank"]),
         )
-
-
-def _file_from(fields: Mapping[str, Any]) -> StoredFile:
-    tuples = {name: tuple(fields[name]) for name in ("rows", "offsets", "ends")}
-    return StoredFile(fields["name"], fields["size"], **tuples)
 
 
 @dataclass(frozen=True)
 class Block:
-    """The rows of one block, or of a part of some.
-
-    Parameters
-    ----------
-    count
-        How many rows.
-    dense
-        NumPy arrays, shaped ``(count, ...)``, by column name.
-    others
-        Arrow arrays of the columns that are not dense, by column name.
-    """
+    """The rows of one block, or of parts of some."""
 
     count: int
     dense: Mapping[str, Any]
+    """NumPy arrays, shaped ``(count, ...)``, by column name."""
     others: Mapping[str, pa.Array]
+    """The columns that are not dense."""
 
     def slice(self, start: int, end: int) -> Block:
-        """Give some consecutive rows, without copying.
-
-        Parameters
-        ----------
-        start, end
-            The rows, without the end.
-
-        Returns
-        -------
-        Block
-            Views of this one.
-        """
+        """Return some consecutive rows, without copying."""
         return Block(
             end - start,
             {name: array[start:end] for name, array in self.dense.items()},
@@ -183,18 +117,7 @@ class Block:
 
     @staticmethod
     def joined(parts: Sequence[Block]) -> Block:
-        """Copy some parts one after the other.
-
-        Parameters
-        ----------
-        parts
-            At least one.
-
-        Returns
-        -------
-        Block
-            All their rows.
-        """
+        """Copy some parts, at least one, one after the other."""
         first = parts[0]
         return Block(
             sum(part.count for part in parts),
@@ -204,22 +127,7 @@ class Block:
 
 
 class BlockReader:
-    """Opens the blocks of a data set.
-
-    Parameters
-    ----------
-    identity
-        Names the data set among all there are.
-    location
-        Its directory or URL.
-    names
-        The columns to read; None: all.
-
-    Raises
-    ------
-    DataError
-        If this process cannot find the data set.
-    """
+    """Opens the blocks of a data set; `names` are the columns to read, None reads all."""
 
     def __init__(self, identity: str, location: str, names: Sequence[str] | None = None) -> None:
         self._identity = identity
@@ -229,51 +137,39 @@ class BlockReader:
         columns = self.manifest.columns
         self.columns = tuple(each for each in columns if names is None or each.name in names)
         self._schema = stored_schema(columns)
-        files = self.manifest.files
-        self._file = np.repeat(np.arange(len(files)), [len(each.rows) for each in files])
-        self._offsets = np.array([start for each in files for start in each.offsets], np.int64)
-        self._ends = np.array([end for each in files for end in each.ends], np.int64)
-        self.block_rows = np.array([count for each in files for count in each.rows], np.int64)
+        self._blocks = [
+            (file.name, start, end)
+            for file in self.manifest.files
+            for start, end in zip(file.offsets, file.offsets[1:], strict=False)
+        ]
+        self.block_rows = np.array([n for file in self.manifest.files for n in file.rows], np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
         names = [each.name for each in self.columns]
         return BlockReader, (self._identity, self._location, names)
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """About how large a row is, with all its columns."""
-        rows = int(self.block_rows.sum())
-        return max(1, int((self._ends - self._offsets).sum()) // max(1, rows))
+        size = sum(end - start for _, start, end in self._blocks)
+        return max(1, size // max(1, self.manifest.rows))
 
     def open(self, index: int) -> Block:
         """Map a block into memory.
 
-        Parameters
-        ----------
-        index
-            Its number, in stored order.
-
-        Returns
-        -------
-        Block
-            Its rows; writing into its dense arrays changes nothing but this mapping.
-
-        Raises
-        ------
-        DataError
-            If the file is gone, or cannot be read.
+        Writing into its dense arrays changes nothing but this mapping. Raises DataError if the file
+        is gone or cannot be read.
         """
-        start, end = int(self._offsets[index]), int(self._ends[index])
-        file = self.manifest.files[int(self._file[index])]
+        name, start, end = self._blocks[index]
         try:
             if isinstance(self._place, LocalPlace):
-                return self._mapped(self._place.root / file.name, start, end)
+                return self._mapped(self._place.root / name, start, end)
             path = self._host_copy.path(f"{index}.block")
             if not path.exists():
-                self._host_copy.put(path, self._place.read(file.name, start, end))
+                self._host_copy.put(path, self._place.read(name, start, end))
             return self._mapped(path, 0, end - start)
         except (OSError, ValueError, pa.ArrowInvalid) as error:
-            raise self._lost(f"{file.name}: {error}") from error
+            raise self._lost(f"{name}: {error}") from error
 
     def _mapped(self, path: Path, start: int, end: int) -> Block:
         page_start = start - start % mmap.ALLOCATIONGRANULARITY
@@ -315,7 +211,7 @@ class BlockReader:
 
 
 def _numbers_in(mapping: mmap.mmap, address: int, array: pa.Array, column: Column) -> Any:
-    """Give the numbers of a dense column as a view of the mapping."""
+    """Return the numbers of a dense column as a view of the mapping, which can be written to."""
     shape = (len(array), *(length or 0 for length in column.dims))
     for _ in column.dims:
         array = array.values

@@ -23,28 +23,11 @@ STEPS_AT_ONCE = 16
 """So many batches go to TensorFlow in one call, where they have the same shape."""
 
 
-def tf_dataset(
-    batches: Batches[Any], columns: tuple[Column, ...] | None, prefetch: int
-) -> tf.data.Dataset:
-    """Make a dataset of batches.
-
-    Parameters
-    ----------
-    batches
-        Batches of NumPy arrays.
-    columns
-        Their columns; None when a transform has made something else of them, at which the first
-        batch is looked at.
-    prefetch
-        How many batches are made ahead; 0: the caller does that.
-
-    Returns
-    -------
-    tf.data.Dataset
-        Dicts of tensors, one element per batch; each iteration is the next epoch.
-    """
+def tf_dataset(batches: Batches[Any], prefetch: int) -> tf.data.Dataset:
+    """Make a dataset of batches of NumPy arrays; each iteration is the next epoch."""
+    columns = batches.columns
     rows = batches.rows_of_every_batch
-    if columns is None:
+    if columns is None:  # what a transform has made
         signature = tf.nest.map_structure(lambda array: _spec_of(array, rows), batches.first())
     else:
         signature = nested({each.name: _spec(each, rows) for each in columns}, columns)
@@ -75,11 +58,6 @@ def refuse_a_digest() -> None:
     Its autologging does so before training, and goes on with a warning where that fails. A dataset
     that was made of ours, with ``map`` say, has nothing of ours. But the rows come from here, in a
     thread of TensorFlow's, while MLflow waits for them in another one.
-
-    Raises
-    ------
-    DataError
-        If so.
     """
     if "mlflow.data" not in sys.modules:
         return
@@ -130,7 +108,7 @@ def _tensors(value: Any) -> Any:
 
 
 def _plain(array: Any) -> Any:
-    """Give what TensorFlow takes for an array: dates become days, timestamps microseconds."""
+    """Return what TensorFlow takes for an array: dates become days, timestamps microseconds."""
     return array.view(np.int64) if array.dtype.kind in "mM" else array
 
 

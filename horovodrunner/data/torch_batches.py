@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from horovodrunner.data.batches import Batches, ReadOptions
-from horovodrunner.data.formats import NumpyFormat
-from horovodrunner.data.order import EpochSteps
+from horovodrunner.data.formats import Format, numpy_batches
 from horovodrunner.data.ragged import Ragged
+from horovodrunner.data.steps import EpochSteps
 from horovodrunner.data.stored import BlockReader
 
 __all__ = ["TorchBatches", "as_tensors"]
@@ -22,23 +23,13 @@ __all__ = ["TorchBatches", "as_tensors"]
 def as_tensors(value: Any) -> Any:
     """Make tensors of NumPy arrays, within dicts, lists and tuples, too.
 
-    Parameters
-    ----------
-    value
-        What a batch, or a transform's result, consists of.
-
-    Returns
-    -------
-    object
-        Tensors share the arrays' memory. Dates become days, timestamps and intervals microseconds
-        (int64); strings and bytes become lists.
+    Tensors share the arrays' memory. Dates become days, timestamps and intervals microseconds
+    (int64); strings and bytes become lists.
     """
     if isinstance(value, np.ndarray):
         if value.dtype.kind in "mM":
             value = value.view(np.int64)
-        if value.dtype.kind in "OUS":
-            return value.tolist()
-        return torch.from_numpy(value)
+        return value.tolist() if value.dtype.kind in "OUS" else torch.from_numpy(value)
     if isinstance(value, Ragged):
         return Ragged(as_tensors(value.values), as_tensors(value.offsets))
     if isinstance(value, dict):
@@ -51,20 +42,8 @@ def as_tensors(value: Any) -> Any:
 class TorchBatches(Batches[Any], IterableDataset):  # type: ignore[misc]
     """One rank's batches as tensors; also a dataset for a DataLoader with ``batch_size=None``.
 
-    Parameters
-    ----------
-    reader
-        Opens the blocks.
-    options
-        Which rows, and in what order.
-    transform
-        Called with each batch of NumPy arrays.
-    threads
-        How many threads call it.
-    collate_fn
-        Called with each batch of tensors.
-    loader
-        Arguments for a DataLoader that makes the batches: num_workers, pin_memory and so on.
+    `transform` is called with each batch of NumPy arrays, `collate_fn` with each one of tensors.
+    `loader` are the arguments of a DataLoader that makes the batches; none without arguments.
     """
 
     def __init__(
@@ -77,17 +56,13 @@ class TorchBatches(Batches[Any], IterableDataset):  # type: ignore[misc]
         collate_fn: Callable[[Any], Any] | None = None,
         loader: dict[str, Any] | None = None,
     ) -> None:
-        convert = as_tensors if transform is None else _unchanged
-        self._loader = loader or {}
+        make: Format = numpy_batches
+        if transform is None:
+            make = functools.partial(numpy_batches, convert=as_tensors)
         if transform is not None or collate_fn is not None:
-            transform = _Chain(transform, collate_fn)
-        super().__init__(
-            reader,
-            options,
-            NumpyFormat(reader.columns, convert),
-            transform=transform,
-            threads=threads,
-        )
+            transform = functools.partial(_transformed, transform, collate_fn)
+        super().__init__(reader, options, make, transform=transform, threads=threads)
+        self._loader = loader or {}
 
     def __iter__(self) -> Iterator[Any]:
         if get_worker_info() is None:
@@ -96,18 +71,7 @@ class TorchBatches(Batches[Any], IterableDataset):  # type: ignore[misc]
         return self.part(self._steps(start))
 
     def part(self, steps: EpochSteps) -> Generator[Any, None, None]:
-        """Iterate over what this process makes of an epoch: all of it, or a loader process's share.
-
-        Parameters
-        ----------
-        steps
-            The epoch.
-
-        Returns
-        -------
-        generator
-            Every n-th batch in one of n loader processes.
-        """
+        """Iterate over an epoch; in one of n loader processes, over every n-th batch of it."""
         worker = get_worker_info()
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         return super()._batches(steps, first, stride)
@@ -136,20 +100,9 @@ class _Epoch(IterableDataset):  # type: ignore[misc]
         return self._batches.part(self._steps)
 
 
-def _unchanged(value: Any) -> Any:
-    return value
-
-
-class _Chain:
-    """Transform, tensors, collate: picklable, for loader processes that are spawned."""
-
-    def __init__(
-        self, transform: Callable[[Any], Any] | None, collate_fn: Callable[[Any], Any] | None
-    ) -> None:
-        self._transform = transform
-        self._collate = collate_fn
-
-    def __call__(self, batch: Any) -> Any:
-        if self._transform is not None:
-            batch = as_tensors(self._transform(batch))
-        return batch if self._collate is None else self._collate(batch)
+def _transformed(
+    transform: Callable[[Any], Any] | None, collate_fn: Callable[[Any], Any] | None, batch: Any
+) -> Any:
+    if transform is not None:
+        batch = as_tensors(transform(batch))
+    return batch if collate_fn is None else collate_fn(batch)

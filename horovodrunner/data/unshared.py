@@ -12,7 +12,7 @@ from horovodrunner.data.columns import Column, NullPolicy
 from horovodrunner.data.dataset import DataSet
 from horovodrunner.data.stored import BlockReader
 from horovodrunner.errors import ArgumentValueError, DataError
-from horovodrunner.pickling.payload import travels_along
+from horovodrunner.pickling.payload import attach
 from horovodrunner.placement.environment import DATA_DIRECTORY
 
 if TYPE_CHECKING:
@@ -23,21 +23,11 @@ __all__ = ["UnsharedDataSet"]
 
 
 class UnsharedDataSet(DataSet):
-    """A data set whose rows each run computes and deals out to its ranks.
+    """A data set whose rows each run computes and distributes to its ranks.
 
     Made by ``from_dataframe(df, shared=False)``. The driver's handle has the DataFrame; what main
-    gets has the name alone, by which it finds what the task has written.
-
-    Parameters
-    ----------
-    identity
-        Names it among all there are.
-    columns
-        What is stored of it; how long arrays are is not known yet.
-    source
-        The rows; None in the ranks' processes.
-    nulls
-        What becomes of nulls, by column name.
+    gets has the name alone, by which it finds what the task has written. How long the columns'
+    arrays are is not known yet.
     """
 
     def __init__(
@@ -56,28 +46,22 @@ class UnsharedDataSet(DataSet):
     def __len__(self) -> int:
         """Count the rows of all ranks."""
         manifest = self._whole.manifest
-        return sum(manifest.shares) or manifest.rows
+        return sum(manifest.rows_per_rank) or manifest.rows
 
     def __bool__(self) -> bool:
-        """Tell that it is there, also where its rows cannot be counted."""
+        """Return True, also where its rows cannot be counted."""
         return True
 
     def __repr__(self) -> str:
         return f"DataSet({len(self.columns)} columns, travels with each run)"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        travels_along(self.identity, self)
+        attach(self.identity, self)
         return UnsharedDataSet, (self.identity, self.columns)
 
     @property
     def location(self) -> str:
-        """Directory of this rank's rows.
-
-        Raises
-        ------
-        DataError
-            Outside a run.
-        """
+        """Directory of this rank's rows."""
         directory = os.environ.get(DATA_DIRECTORY, "")
         path = Path(directory, self.identity)
         if not directory or not path.is_dir():
@@ -95,7 +79,7 @@ class UnsharedDataSet(DataSet):
         return super().schema
 
     def delete(self) -> None:
-        """Do nothing: what a run has written goes with the run."""
+        """Return: what a run has written goes with the run."""
 
     @cached_property
     def _whole(self) -> BlockReader:

@@ -7,26 +7,26 @@ block. Where each block lies in its file is reported to the driver, so a reader 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 
-from horovodrunner.data.columns import NO_ARRAYS, Column, Lengths, NullPolicy, merged, stored
+from horovodrunner.data.columns import Column, NullPolicy, merged, no_lengths, stored
+from horovodrunner.data.stored import StoredFile
 from horovodrunner.errors import DataError
-from horovodrunner.storage import open_place
+from horovodrunner.storage import LocalPlace, RemotePlace, open_place
 
 __all__ = [
     "BLOCK_BYTES",
     "END_OF_STREAM",
     "REPORT_SCHEMA",
     "BlockBuilder",
-    "WriteJob",
-    "no_lengths",
-    "stored_schema",
+    "partition_id",
     "write_rows",
 ]
 
@@ -37,78 +37,14 @@ REPORT_SCHEMA = "report string"
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
-@dataclass(frozen=True)
-class WriteJob:
-    """What every task that writes a data set is told.
-
-    Parameters
-    ----------
-    location
-        Directory or URL of the data set.
-    columns
-        What to store.
-    nulls
-        What becomes of nulls, by column name.
-    """
-
-    location: str
-    columns: tuple[Column, ...]
-    nulls: Mapping[str, NullPolicy] = field(default_factory=dict)
-
-
-def stored_schema(columns: Sequence[Column]) -> pa.Schema:
-    """Give the schema of the files.
-
-    Parameters
-    ----------
-    columns
-        What is stored.
-
-    Returns
-    -------
-    pyarrow.Schema
-        One field per column; the name is the column's, with the structs it is in.
-    """
-    return pa.schema([pa.field(each.name, each.stored_type(), nullable=False) for each in columns])
-
-
-def no_lengths(columns: Sequence[Column]) -> list[list[Lengths]]:
-    """Give the lengths that the arrays of no rows at all have.
-
-    Parameters
-    ----------
-    columns
-        What is stored.
-
-    Returns
-    -------
-    list of list
-        Of each column, at each level.
-    """
-    return [[NO_ARRAYS] * len(each.dims) for each in columns]
-
-
 class BlockBuilder:
-    """Collects rows until they make a block.
-
-    Parameters
-    ----------
-    columns
-        What to store.
-    nulls
-        What becomes of nulls, by column name.
-    block_bytes
-        About how large a block is to be.
-    """
+    """Collects rows until they make a block of about `block_bytes`."""
 
     def __init__(
-        self,
-        columns: Sequence[Column],
-        nulls: Mapping[str, NullPolicy],
-        block_bytes: int = BLOCK_BYTES,
+        self, columns: Sequence[Column], nulls: Mapping[str, NullPolicy], block_bytes: int
     ) -> None:
-        self.schema = stored_schema(columns)
         self.lengths = no_lengths(columns)
+        """Lengths of the arrays of all rows so far."""
         self._columns = columns
         self._nulls = nulls
         self._block_bytes = block_bytes
@@ -116,28 +52,11 @@ class BlockBuilder:
         self._waiting_bytes = 0
 
     def add(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-        """Take rows.
-
-        Parameters
-        ----------
-        batch
-            Rows of the DataFrame.
-
-        Yields
-        ------
-        pyarrow.RecordBatch
-            Each block that is full now.
-
-        Raises
-        ------
-        DataError
-            If they cannot be stored.
-        """
+        """Take rows of the DataFrame, and yield each block that is full now."""
         if not batch.num_rows:
             return
-        arrays, lengths = stored(batch, self._columns, self._nulls)
+        rows, lengths = stored(batch, self._columns, self._nulls)
         self.lengths = merged(self.lengths, lengths)
-        rows = pa.RecordBatch.from_arrays(arrays, schema=self.schema)
         row_bytes = max(1, rows.nbytes // rows.num_rows)
         start = 0
         while start < rows.num_rows:
@@ -150,87 +69,73 @@ class BlockBuilder:
                 yield from self.rest()
 
     def rest(self) -> Iterator[pa.RecordBatch]:
-        """Give what is left as a last block.
-
-        Yields
-        ------
-        pyarrow.RecordBatch
-            At most one.
-        """
+        """Yield what is left as a last block."""
         if self._waiting:
             table = pa.Table.from_batches(self._waiting).combine_chunks()
             self._waiting, self._waiting_bytes = [], 0
-            (block,) = table.to_batches()
-            yield block
+            yield from table.to_batches()
 
 
-def write_rows(job: WriteJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Write one partition of a DataFrame; for ``mapInArrow``.
-
-    Parameters
-    ----------
-    job
-        What to write, and where.
-    batches
-        The partition's rows.
-
-    Yields
-    ------
-    pyarrow.RecordBatch
-        One row with a JSON report: the file, and its blocks; or the problem there was. Nothing for
-        a partition without rows.
-    """
+def partition_id() -> int:
+    """Return the number of the Spark partition that is worked on; 0 without Spark."""
     from pyspark import TaskContext
 
     context = TaskContext.get()
-    number = context.partitionId() if context is not None else 0
+    return 0 if context is None else context.partitionId()
+
+
+def write_rows(
+    location: str,
+    columns: Sequence[Column],
+    nulls: Mapping[str, NullPolicy],
+    batches: Iterable[pa.RecordBatch],
+) -> Iterator[pa.RecordBatch]:
+    """Write one partition of a DataFrame to a data set's location; for ``mapInArrow``.
+
+    Yields one row with a JSON report, of the file or of the problem there was; nothing for a
+    partition without rows.
+    """
+    part = partition_id()
     # Another attempt of the same task may be writing, too: the driver takes what is reported.
-    name = f"part-{number:06d}-{uuid.uuid4().hex[:12]}.arrow"
+    name = f"part-{part:06d}-{uuid.uuid4().hex[:12]}.arrow"
+    builder = BlockBuilder(columns, nulls, BLOCK_BYTES)
+    blocks = itertools.chain(
+        itertools.chain.from_iterable(map(builder.add, batches)), builder.rest()
+    )
+    report: dict[str, Any] = {"part": part}
     try:
-        report = _write_file(job, name, batches)
+        first = next(blocks, None)
+        if first is None:
+            return
+        file = _write_file(open_place(location), name, itertools.chain([first], blocks))
+        report |= {"file": asdict(file), "lengths": builder.lengths}
     except DataError as error:
-        report = {"problem": str(error)}
-    if report:
-        yield pa.RecordBatch.from_pydict({"report": [json.dumps({"part": number, **report})]})
+        report["problem"] = str(error)
+    yield pa.RecordBatch.from_pydict({"report": [json.dumps(report)]})
 
 
-def _write_file(job: WriteJob, name: str, batches: Iterator[pa.RecordBatch]) -> dict[str, Any]:
-    place = open_place(job.location)
-    builder = BlockBuilder(job.columns, job.nulls)
+def _write_file(
+    place: LocalPlace | RemotePlace, name: str, blocks: Iterable[pa.RecordBatch]
+) -> StoredFile:
     rows: list[int] = []
     offsets: list[int] = []
-    ends: list[int] = []
-    sink = None
+    stream = place.create(name)
     try:
-        for block in _blocks(builder, batches):
-            if sink is None:
-                sink = place.create(name)
-                header = builder.schema.serialize()
-                sink.write(header)
-                position = header.size
+        for block in blocks:
+            if not offsets:
+                header = block.schema.serialize()
+                stream.write(header)
+                offsets.append(header.size)
             message = block.serialize()
+            stream.write(message)
             rows.append(block.num_rows)
-            offsets.append(position)
-            sink.write(message)
-            position += message.size
-            ends.append(position)
-        if sink is None:
-            return {}
-        sink.write(END_OF_STREAM)
-        position += len(END_OF_STREAM)
-        place.close(sink)
+            offsets.append(offsets[-1] + message.size)
+        stream.write(END_OF_STREAM)
+        place.close(stream)
     except BaseException:
-        if sink is not None:
-            with contextlib.suppress(Exception):
-                sink.close()
-            with contextlib.suppress(OSError):
-                place.remove_file(name)
+        with contextlib.suppress(Exception):
+            stream.close()
+        with contextlib.suppress(OSError):
+            place.remove_file(name)
         raise
-    blocks = {"rows": rows, "offsets": offsets, "ends": ends}
-    return {"file": name, "bytes": position, "lengths": builder.lengths, **blocks}
-
-
-def _blocks(builder: BlockBuilder, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        yield from builder.add(batch)
-    yield from builder.rest()
+    return StoredFile(name, offsets[-1] + len(END_OF_STREAM), tuple(rows), tuple(offsets))

@@ -20,7 +20,7 @@ import numpy as np
 
 from horovodrunner.errors import PayloadError
 from horovodrunner.formatting import in_one_line
-from horovodrunner.pickling.pickled import Pickler
+from horovodrunner.pickling.pickler import Pickler
 
 __all__ = ["Frozen", "freeze", "restore"]
 

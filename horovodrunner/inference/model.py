@@ -25,10 +25,10 @@ from horovodrunner.errors import (
     PayloadError,
 )
 from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest
+from horovodrunner.formatting import format_bytes
 from horovodrunner.inference.frozen import freeze
 from horovodrunner.inference.loading import ModelHandle
 from horovodrunner.inference.shipping import Shipment
-from horovodrunner.pickling.payload import format_bytes
 from horovodrunner.storage import LocalPlace, open_place
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 from horovodrunner.formatting import in_one_line
-from horovodrunner.pickling.pickled import Pickler
+from horovodrunner.pickling.pickler import Pickler
 from horovodrunner.pickling.staying import Staying, staying
 
 __all__ = ["Culprit", "DeepPickler", "TooDeepError", "find_culprit", "name_of_type"]
@@ -58,19 +58,7 @@ class _OutOfTimeError(Exception):
 
 
 class DeepPickler(_PythonPickler):  # type: ignore[misc]
-    """Pickles what a :class:`~horovodrunner.pickling.pickled.Pickler` pickles, however deep it is.
-
-    Parameters
-    ----------
-    file
-        Has a ``write``.
-    buffer_callback
-        Of the pickle module.
-    deadline
-        On the monotonic clock, in seconds: when to give up. None is never.
-    reducers
-        What knows how to take objects apart.
-    """
+    """Pickles what a Pickler pickles, however deep it is."""
 
     refused = _NO_UNPICKLING
 
@@ -103,13 +91,7 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
                 self._next.pop()
 
     def path(self) -> tuple[list[tuple[Any, object]], Any]:
-        """Return where pickling failed.
-
-        Returns
-        -------
-        tuple of list and object
-            The objects on the way, each with the step to the next one, and the object itself.
-        """
+        """Return where pickling failed."""
         way = [(owner, step) for (_, owner), step in zip(self._open, self._next, strict=True)]
         if way and inspect.getgeneratorstate(self._open[-1][0]) == inspect.GEN_CLOSED:
             # it failed between two of its parts
@@ -305,17 +287,7 @@ class _Nowhere:
 
 
 class Culprit(NamedTuple):
-    """What cannot be pickled.
-
-    Parameters
-    ----------
-    where
-        The path to it, and its type.
-    error
-        What pickling it raised.
-    why
-        Why it stays where it is, and what to do.
-    """
+    """What cannot be pickled."""
 
     where: str
     error: BaseException
@@ -328,20 +300,6 @@ def find_culprit(
     """Name what cannot be pickled.
 
     Everything is visited once, in the order in which it is pickled, and nothing is kept.
-
-    Parameters
-    ----------
-    parts
-        What is pickled, with what each is called.
-    seconds
-        When to give up.
-    by_spark
-        Whether Spark sends it, with which broadcast variables arrive.
-
-    Returns
-    -------
-    Culprit or None
-        None if there is no such thing, or too much comes before it.
     """
     pickler = DeepPickler(_Nowhere(), lambda _: False, time.monotonic() + seconds)
     if by_spark:
@@ -478,18 +436,7 @@ def _text_of(key: object) -> str:
 
 
 def name_of_type(kind: type) -> str:
-    """Return a class's full name, whatever its metaclass says.
-
-    Parameters
-    ----------
-    kind
-        The class.
-
-    Returns
-    -------
-    str
-        Its module and its name.
-    """
+    """Return a class's full name, whatever its metaclass says."""
     module = type.__dict__["__module__"].__get__(kind)
     name = type.__dict__["__qualname__"].__get__(kind)
     return f"{module}.{name}" if type(module) is str else str(name)

@@ -28,7 +28,7 @@ from typing import Any
 import cloudpickle
 
 from horovodrunner.pickling.installed import is_of_a_python
-from horovodrunner.pickling.pickled import Pickler, dumps, module_travels_by_value
+from horovodrunner.pickling.pickler import Call, Pickler, dumps, module_travels_by_value
 from horovodrunner.placement.environment import MAIN_NAMES
 
 __all__ = [
@@ -105,7 +105,7 @@ class TravellingPickler(Pickler):
         is_function = make is cloudpickle.cloudpickle._make_function
         if not is_function or not isinstance(name, str) or not self._has_place(name, scope):
             return make, args, *rest
-        shared = self._globals.setdefault(id(scope), _Globals(self._place(name)))
+        shared = self._globals.setdefault(id(scope), Call(vars, self._place(name)))
         return make, (args[0], shared, *args[2:]), *rest
 
     def _note_mentioned(self, obj: Any) -> None:
@@ -207,60 +207,14 @@ class _Place:
         return _module, (self._name, kept)
 
 
-class _Globals:
-    """Pickles as the names of a module."""
-
-    def __init__(self, place: _Place) -> None:
-        self._place = place
-
-    def __reduce__(self) -> Any:
-        return vars, (self._place,)
-
-
 def call_in_its_modules(main: Any, kwargs: Mapping[str, Any], argv: Sequence[str] | None) -> object:
-    """Make what a :class:`TravellingPickler` pickles so that ``(main, kwargs)`` comes out.
-
-    Parameters
-    ----------
-    main
-        The training function.
-    kwargs
-        Its keyword arguments.
-    argv
-        What ``sys.argv`` is to be in the worker.
-
-    Returns
-    -------
-    object
-        To be pickled.
-    """
-    return _Call(_opened, (main, dict(kwargs), None if argv is None else [*argv], _Rest()))
+    """Make what a :class:`TravellingPickler` pickles so that ``(main, kwargs)`` comes out."""
+    return Call(_opened, main, dict(kwargs), None if argv is None else [*argv], _Rest())
 
 
 def dump_in_its_modules(value: object) -> bytes:
-    """Pickle a value so that what travels by value with it is found by name, too.
-
-    Parameters
-    ----------
-    value
-        The value.
-
-    Returns
-    -------
-    bytes
-        For ``pickle.loads``.
-    """
-    return dumps(_Call(_first, (value, _Rest())), TravellingPickler)
-
-
-class _Call:
-    """Pickles as a call."""
-
-    def __init__(self, *called: Any) -> None:
-        self._called = called
-
-    def __reduce__(self) -> Any:
-        return self._called
+    """Pickle a value so that what travels by value with it is found by name, too."""
+    return dumps(Call(_first, value, _Rest()), TravellingPickler)
 
 
 def _first(value: Any, _: None) -> Any:
@@ -286,13 +240,7 @@ _unread: dict[str, ModuleSpec] = {}
 
 
 def place_in(main: ModuleType) -> None:
-    """Have what is unpickled from now on be found in a module, and in further ones that are made.
-
-    Parameters
-    ----------
-    main
-        What is to hold the names of the driver's ``__main__``.
-    """
+    """Have what is unpickled from now on be found in this module, and in others that are made."""
     global _places
     _places = {"__main__": main}
 
@@ -402,18 +350,7 @@ def _add_source(compressed: bytes) -> None:
 
 
 def names_by_value(module: ModuleType) -> dict[str, Any]:
-    """Return what pickle would store as a name of ``__main__``.
-
-    Parameters
-    ----------
-    module
-        It.
-
-    Returns
-    -------
-    dict
-        Classes and functions by name.
-    """
+    """Return what pickle would store as a name of ``__main__``."""
     return {
         name: value
         for name, value in vars(module).items()
@@ -422,13 +359,7 @@ def names_by_value(module: ModuleType) -> dict[str, Any]:
 
 
 def dump_names() -> bytes:
-    """Pickle what the modules that were made here hold, as far as that is possible.
-
-    Returns
-    -------
-    bytes
-        The names of those beside ``__main__``, and all that :func:`load_names` needs.
-    """
+    """Pickle what the modules that were made here hold, as far as that is possible."""
     modules = dict(_places or {})
     names = {name: names_by_value(module) for name, module in modules.items()}
     try:
@@ -442,13 +373,7 @@ def dump_names() -> bytes:
 
 
 def load_names(main: ModuleType) -> None:
-    """Put in their places, once, the names that this process's parent holds.
-
-    Parameters
-    ----------
-    main
-        What is to hold those of ``__main__``.
-    """
+    """Put in their places, once, the names that this process's parent holds."""
     if _places is None:
         place_in(main)
         with contextlib.suppress(KeyError), Path(os.environ[MAIN_NAMES]).open("rb") as file:

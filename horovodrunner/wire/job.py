@@ -17,7 +17,7 @@ from json import dumps, loads  # main may put others in their place in json
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.flows.call.import_path import ImportPath
-from horovodrunner.pickling.pickled import Layout, Pickled, reader_of_pieces
+from horovodrunner.pickling.buffers import BufferedPickle, Layout, reader_of_pieces
 
 if TYPE_CHECKING:
     from horovodrunner.flows.call.record import RunRecord
@@ -299,7 +299,7 @@ class Success:
 
     rank: int
     layout: Layout = field(default=(), repr=False)
-    result: Pickled | None = field(default=None, repr=False, compare=False)
+    result: BufferedPickle | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -372,7 +372,7 @@ class Outcome:
         return cls(failure=failures[0], consequences=tuple(failures[1:]))
 
 
-def with_result(outcome: Outcome, result: Pickled | None) -> Outcome:
+def with_result(outcome: Outcome, result: BufferedPickle | None) -> Outcome:
     """Put rank 0's pickled return value, which came by itself, into its outcome.
 
     Parameters
@@ -442,6 +442,6 @@ def join_chunks(chunks: Iterable[bytes]) -> Outcome:
     outcome = Outcome.from_frame(header, b"")
     if not pieces:
         return outcome
-    result = Pickled(tuple(header["layout"]))
+    result = BufferedPickle(tuple(header["layout"]))
     result.fill(reader_of_pieces(pieces))
     return with_result(outcome, result)

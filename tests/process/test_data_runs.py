@@ -27,7 +27,7 @@ def test_a_run_that_was_killed_goes_on_in_the_middle_of_the_epoch(
         import json
 
         latest = checkpoint.latest()
-        batches = rows.numpy(batch_size, shuffle=True, seed=9, epoch=3, remainder="join")
+        batches = rows.numpy(batch_size, shuffle=True, seed=9, epoch=3, remainder="uneven")
         if latest is not None:
             batches.load_state_dict(json.loads((latest / "state.json").read_text()))
         log = Path(logs, f"{os.environ['WORLD_SIZE']}-{os.environ['RANK']}").open("w")  # noqa: SIM115

@@ -289,7 +289,7 @@ def test_a_model_is_applied_and_its_weights_are_one_file_for_both_executors(
             options = {"return_type": "array<float>", "batch_size": 4}
             column = predict_udf(model, **options)("x").alias("prediction")
             scored = [
-                *predict(ones, model, inputs="x", keep=["id"], **options).collect(),
+                *predict(ones, model, inputs="x", keep_columns=["id"], **options).collect(),
                 *ones.select("id", column).collect(),
             ]
         print("scored:", len(scored))

@@ -53,7 +53,9 @@ def test_every_type_has_its_outcome(spark: Any) -> None:
     spark.conf.set("spark.sql.session.timeZone", "America/New_York")
     try:
         rows = data.from_dataframe(
-            df.orderBy("id").coalesce(3), dtype="float32", nulls={"sometimes": data.mask(-1)}
+            df.orderBy("id").coalesce(3),
+            dtype="float32",
+            nulls={"sometimes": data.fill_with_indicator(-1)},
         )
     finally:
         spark.conf.unset("spark.sql.session.timeZone")
@@ -113,7 +115,7 @@ def test_ranks_get_every_row_once_in_equal_steps(spark: Any, tmp_path: Path) -> 
 
         rank = os.environ["RANK"]
         seen: dict[str, Any] = {}
-        for remainder in ("drop", "pad", "join"):
+        for remainder in ("drop", "pad", "uneven"):
             batches = train.torch(32, shuffle=True, seed=1, remainder=remainder)
             ids = [batch["id"].tolist() for batch in batches]
             seen[remainder] = len(ids)
@@ -129,12 +131,12 @@ def test_ranks_get_every_row_once_in_equal_steps(spark: Any, tmp_path: Path) -> 
     assert seen["drop"] == whole
     assert "1 rows, fewer than the 2 ranks" in seen["few"]
     stored = sorted(row.id for row in df.collect())
-    for remainder in ("drop", "pad", "join"):
+    for remainder in ("drop", "pad", "uneven"):
         ranks = [eval((tmp_path / f"{remainder}-{rank}").read_text()) for rank in range(2)]
         assert len(ranks[0]) == len(ranks[1])
         ids = [row for rank in ranks for batch in rank for row in batch]
         assert set(ids) <= set(stored)
-        if remainder == "join":
+        if remainder == "uneven":
             assert sorted(ids) == stored
         elif remainder == "pad":
             assert set(ids) == set(stored)

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pytest
 
 from horovodrunner import HorovodRunner, data
-from horovodrunner.data.dealing import CONTROL
+from horovodrunner.data.distribution import CONTROL
 from horovodrunner.errors import ArgumentValueError, DataError
 from horovodrunner.flows.rows.driver import stage_input
 
 pytestmark = pytest.mark.spark
 
 ROWS = 1003
-REMAINDERS = ("drop", "pad", "join")
+REMAINDERS = ("drop", "pad", "uneven")
 
 
 def read(train: data.DataSet, valid: data.DataSet, directory: str) -> int:
@@ -32,7 +32,7 @@ def read(train: data.DataSet, valid: data.DataSet, directory: str) -> int:
         for batch in batches:
             assert batch["features"].tolist() == [[i, i + 1] for i in batch["id"]]
             assert batch["text"].tolist() == [f"row {i}" for i in batch["id"]]
-    checks = list(valid.numpy(batch_size=1, remainder="join"))
+    checks = list(valid.numpy(batch_size=1, remainder="uneven"))
     found["valid"] = [batch["id"].tolist() for batch in checks]
     found["nulls"] = [bool(batch["grade_is_null"]) for batch in checks if batch["grade"] == -1]
     found["fixed"] = str(train.schema.field("features").type)
@@ -59,7 +59,7 @@ def test_every_row_comes_to_one_rank_in_equal_steps_and_nothing_stays(
 ) -> None:
     train_frame, grades = frames(spark)
     train = data.from_dataframe(train_frame, shared=False)
-    valid = data.from_dataframe(grades, shared=False, nulls={"grade": data.mask(-1)})
+    valid = data.from_dataframe(grades, shared=False, nulls={"grade": data.fill_with_indicator(-1)})
     returned = HorovodRunner(np=np).run(read, train=train, valid=valid, directory=str(tmp_path))
     ranks = told(tmp_path, 2)
     assert returned == ROWS
@@ -69,7 +69,7 @@ def test_every_row_comes_to_one_rank_in_equal_steps_and_nothing_stays(
         name: [list(itertools.chain(*each[name])) for each in ranks]
         for name in (*REMAINDERS, "valid")
     }
-    assert sorted(seen["join"][0] + seen["join"][1]) == list(range(ROWS))
+    assert sorted(seen["uneven"][0] + seen["uneven"][1]) == list(range(ROWS))
     assert ranks[0]["nulls"] + ranks[1]["nulls"] == [True]
     assert sorted(seen["valid"][0] + seen["valid"][1]) == [0, 1, 2]
     assert set(seen["pad"][0] + seen["pad"][1]) == set(range(ROWS))
@@ -77,7 +77,7 @@ def test_every_row_comes_to_one_rank_in_equal_steps_and_nothing_stays(
     assert [len(each["pad"]) for each in ranks] == [11, 11]
     assert [len(each["drop"]) for each in ranks] == [10, 10]
     if np > 0:
-        assert all(set(seen["pad"][rank]) == set(seen["join"][rank]) for rank in (0, 1))
+        assert all(set(seen["pad"][rank]) == set(seen["uneven"][rank]) for rank in (0, 1))
     assert "1,003 rows" in capsys.readouterr().out
     assert not any(Path(path).exists() for each in ranks for path in each["files"])
 

@@ -10,15 +10,23 @@ import numpy as np
 import pytest
 
 from horovodrunner import DataError
-from horovodrunner.data.order import EpochOrder, EpochSteps, Remainder, permuted
+from horovodrunner.data.order import EpochOrder, permuted
+from horovodrunner.data.steps import EpochSteps, Remainder
 
 BLOCK_ROWS = [7, 1, 30, 12, 25, 25, 3]
 ROWS = sum(BLOCK_ROWS)
 
 
+def located(order: EpochOrder, positions: Any) -> tuple[Any, Any]:
+    """Return the block of each position's row, and its place there."""
+    found, chosen = order.by_block(np.asarray(positions))
+    blocks = np.repeat([block for block, _ in found], [len(rows) for _, rows in found])
+    return blocks[chosen], np.concatenate([rows for _, rows in found])[chosen]
+
+
 def stored_rows(order: EpochOrder, positions: Any) -> Any:
-    """Give rows by their number in stored order."""
-    blocks, rows = order.locate(np.asarray(positions))
+    """Return rows by their number in stored order."""
+    blocks, rows = located(order, positions)
     return np.concatenate([[0], np.cumsum(BLOCK_ROWS)])[blocks] + rows
 
 
@@ -72,7 +80,7 @@ def test_seed_and_epoch_choose_the_order() -> None:
 def test_rows_are_mixed_as_well_as_in_a_full_permutation_within_one_window() -> None:
     count = 20_000
     order = EpochOrder([500] * 40, shuffle=True, seed=3, window_rows=count)
-    blocks, rows = order.locate(np.arange(count))
+    blocks, rows = located(order, range(count))
     stored = blocks * 500 + rows
     place = np.empty(count, np.int64)
     place[stored] = np.arange(count)
@@ -84,7 +92,7 @@ def test_rows_are_mixed_as_well_as_in_a_full_permutation_within_one_window() -> 
 def test_rows_beyond_a_window_are_mixed_with_their_window() -> None:
     count, window = 20_000, 2_000
     order = EpochOrder([100] * 200, shuffle=True, seed=3, window_rows=window)
-    blocks, _ = order.locate(np.arange(count))
+    blocks, _ = located(order, range(count))
     for start in range(0, count, window):
         assert len(set(blocks[start : start + window].tolist())) == window // 100
     assert abs(np.corrcoef(blocks, np.arange(count))[0, 1]) < 0.2
@@ -98,7 +106,7 @@ def all_steps(remainder: Remainder, rows: int, size: int, batch_size: int = 4) -
 
 @pytest.mark.parametrize("rows", [12, 13, 23, 24, 25, 96, 101])
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("remainder", ["drop", "pad", "share", "join"])
+@pytest.mark.parametrize("remainder", ["drop", "pad", "split", "uneven"])
 def test_ranks_take_every_row_once_in_equal_steps(
     remainder: Remainder, rows: int, size: int
 ) -> None:
@@ -108,11 +116,11 @@ def test_ranks_take_every_row_once_in_equal_steps(
     counts = {len(rank) for rank in ranks}
     if remainder == "drop":
         assert taken == Counter(range(whole))
-    elif remainder == "join":
+    elif remainder == "uneven":
         assert taken == Counter(range(rows))
         assert max(counts) - min(counts) <= 1
         return
-    elif remainder == "share":
+    elif remainder == "split":
         assert set(taken) == set(range(rows))
         assert taken.total() < rows + size
     else:
@@ -121,16 +129,16 @@ def test_ranks_take_every_row_once_in_equal_steps(
 
 
 def test_the_last_batch_is_shared_out_evenly_and_ranks_without_rows_have_none() -> None:
-    assert [rank[-1] for rank in all_steps("join", 8 * 3 + 11, 2)] == [(32, 34), (34, 35)]
-    assert [rank[-1] for rank in all_steps("join", 12 + 5, 3)] == [(12, 14), (14, 16), (16, 17)]
-    assert [len(rank) for rank in all_steps("join", 12 + 2, 3)] == [2, 2, 1]
+    assert [rank[-1] for rank in all_steps("uneven", 8 * 3 + 11, 2)] == [(32, 34), (34, 35)]
+    assert [rank[-1] for rank in all_steps("uneven", 12 + 5, 3)] == [(12, 14), (14, 16), (16, 17)]
+    assert [len(rank) for rank in all_steps("uneven", 12 + 2, 3)] == [2, 2, 1]
 
 
 def test_or_ranks_without_rows_have_another_ones() -> None:
-    assert all_steps("share", 8 * 3 + 11, 2) == all_steps("join", 8 * 3 + 11, 2)
-    assert [rank[-1] for rank in all_steps("share", 12 + 2, 3)] == [(12, 13), (13, 14), (12, 13)]
-    assert EpochSteps(14, 4, 0, 3, "share").in_words().endswith("some ranks repeat a row in it")
-    assert EpochSteps(15, 4, 0, 3, "share").in_words().endswith("the last one is shorter")
+    assert all_steps("split", 8 * 3 + 11, 2) == all_steps("uneven", 8 * 3 + 11, 2)
+    assert [rank[-1] for rank in all_steps("split", 12 + 2, 3)] == [(12, 13), (13, 14), (12, 13)]
+    assert EpochSteps(14, 4, 0, 3, "split").summary().endswith("some ranks repeat a row in it")
+    assert EpochSteps(15, 4, 0, 3, "split").summary().endswith("the last one is shorter")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
@@ -145,18 +153,18 @@ def test_a_global_batch_is_the_same_rows_for_any_number_of_ranks(size: int) -> N
 
 def test_what_was_seen_is_not_seen_again_with_another_number_of_ranks() -> None:
     seen: list[int] = []
-    first = [EpochSteps(101, 5, rank, 2, "join") for rank in range(2)]
+    first = [EpochSteps(101, 5, rank, 2, "uneven") for rank in range(2)]
     for step in range(3):
         seen += [at for rank in first for at in range(*rank.positions(step))]
     start = first[0].position_after(3)
     assert start == 30
-    for rank in [EpochSteps(101, 4, rank, 5, "join", start) for rank in range(5)]:
+    for rank in [EpochSteps(101, 4, rank, 5, "uneven", start) for rank in range(5)]:
         seen += [at for step in range(len(rank)) for at in range(*rank.positions(step))]
     assert sorted(seen) == list(range(101))
 
 
 def test_nothing_is_left_at_the_end() -> None:
-    for remainder in ("drop", "pad", "join"):
+    for remainder in ("drop", "pad", "uneven"):
         assert len(EpochSteps(100, 5, 0, 2, remainder, start=100)) == 0
 
 
@@ -174,10 +182,10 @@ def test_too_few_rows_are_refused_with_the_numbers() -> None:
     [
         ("drop", "33 batches a rank and epoch; 10 rows are left out of each epoch"),
         ("pad", "34 batches a rank and epoch; 20 rows come twice"),
-        ("join", "34 batches a rank and epoch; the last one is shorter"),
+        ("uneven", "34 batches a rank and epoch; the last one is shorter"),
     ],
 )
-def test_an_epoch_in_words(remainder: Remainder, words: str) -> None:
-    text = EpochSteps(1000, 10, 0, 3, remainder).in_words()
+def test_the_summary_of_an_epoch(remainder: Remainder, words: str) -> None:
+    text = EpochSteps(1000, 10, 0, 3, remainder).summary()
     assert text == f"1,000 rows for 3 ranks in batches of 10: {words}"
-    assert "2 ranks have none" in EpochSteps(31, 5, 0, 3, "join").in_words()
+    assert "2 ranks have none" in EpochSteps(31, 5, 0, 3, "uneven").summary()

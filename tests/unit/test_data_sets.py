@@ -33,8 +33,7 @@ ROWS = 1003
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a thousand rows be many blocks."""
-    build = writing.BlockBuilder.__init__
-    monkeypatch.setattr(build, "__defaults__", (4096,))
+    monkeypatch.setattr(writing, "BLOCK_BYTES", 4096)
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +77,14 @@ def test_every_row_comes_once_over_all_ranks(rows: DataSet, shuffle: bool, batch
     found: list[int] = []
     for rank in range(3):
         found += numbers(
-            rows.numpy(batch_size, shuffle=shuffle, rank=rank, size=3, remainder="join")
+            rows.numpy(batch_size, shuffle=shuffle, rank=rank, size=3, remainder="uneven")
         )
     assert sorted(found) == list(range(ROWS))
 
 
 def test_without_shuffling_rows_come_in_their_order(rows: DataSet) -> None:
     assert numbers(rows.numpy(64)) == list(range(960))
-    assert numbers(rows.numpy(64, remainder="join")) == list(range(ROWS))
+    assert numbers(rows.numpy(64, remainder="uneven")) == list(range(ROWS))
     assert numbers(rows.numpy(64, remainder="pad")) == [*range(ROWS), *range(21)]
 
 
@@ -133,7 +132,7 @@ def test_each_iteration_is_the_next_epoch_with_an_order_of_its_own(rows: DataSet
 def test_two_integers_go_on_in_the_middle_of_an_epoch(rows: DataSet, num_workers: int) -> None:
     """With another number of ranks: what was seen is not seen again, and nothing is missed."""
     seen: list[int] = []
-    options: dict[str, Any] = {"shuffle": True, "seed": 3, "remainder": "join"}
+    options: dict[str, Any] = {"shuffle": True, "seed": 3, "remainder": "uneven"}
     for rank in range(2):
         batches = rows.torch(30, epoch=4, rank=rank, size=2, num_workers=num_workers, **options)
         assert batches.state_dict() == {"epoch": 4, "position": 0}
@@ -174,7 +173,7 @@ def test_a_loop_that_is_left_leaves_no_thread(rows: DataSet) -> None:
         assert len(batch["row"]) == 10
         break
     del batch
-    assert [t.name for t in threading.enumerate() if "horovodrunner-data" in t.name] == []
+    assert [t.name for t in threading.enumerate() if "horovodrunner" in t.name] == []
 
 
 @pytest.mark.parametrize("threads", [0, 3])
@@ -234,7 +233,7 @@ def test_tensorflow_gets_every_epoch_in_its_order(rows: DataSet) -> None:
     for epoch in range(2):
         expected = [b["row"].tolist() for b in rows.numpy(100, shuffle=True, seed=1, epoch=epoch)]
         assert [batch["row"].numpy().tolist() for batch in dataset] == expected
-    ragged = list(rows.tf(100, remainder="join"))
+    ragged = list(rows.tf(100, remainder="uneven"))
     assert ragged[-1]["tokens"].shape[0] == 3
     assert ragged[0]["text"][7].numpy() == b"row 7"
     assert ragged[0]["tokens"][9].numpy().tolist() == [0, 1, 2, 3]
@@ -247,7 +246,7 @@ def test_tensorflow_gets_every_epoch_in_its_order(rows: DataSet) -> None:
 
 
 def test_arrow_tables_have_the_schema(rows: DataSet) -> None:
-    tables = list(rows.arrow(100, shuffle=True, remainder="join"))
+    tables = list(rows.arrow(100, shuffle=True, remainder="uneven"))
     assert all(table.schema == rows.schema for table in tables)
     found = pa.concat_tables(tables).sort_by("row")
     assert found["text"].to_pylist() == [f"row {number}" for number in range(ROWS)]
@@ -353,11 +352,11 @@ def test_nulls_are_filled_or_masked() -> None:
         }
     )
     nulls = {
-        "age": data.mask(-1),
+        "age": data.fill_with_indicator(-1),
         "city": data.fill("unknown"),
-        "day": data.mask(),
+        "day": data.fill_with_indicator(),
         "scores": data.fill(0),
-        "point.x": data.mask(),
+        "point.x": data.fill_with_indicator(),
     }
     with data.from_arrow(table, nulls=nulls) as rows:
         (batch,) = rows.numpy(3)
@@ -375,9 +374,9 @@ def test_nulls_are_filled_or_masked() -> None:
     ("nulls", "words"),
     [
         ({"y": data.fill(0)}, "no such column"),
-        ({"x": 0}, r"data.fill\(value\) or data.mask\(\)"),
-        ({"x": data.mask()}, "exists already"),
-        ({"list": data.mask()}, "is an array column"),
+        ({"x": 0}, r"data.fill\(value\) or data.fill_with_indicator\(\)"),
+        ({"x": data.fill_with_indicator()}, "exists already"),
+        ({"list": data.fill_with_indicator()}, "is an array column"),
     ],
 )
 def test_policies_without_effect_are_refused(nulls: Any, words: str) -> None:
@@ -389,6 +388,20 @@ def test_policies_without_effect_are_refused(nulls: Any, words: str) -> None:
 def test_a_value_that_the_column_cannot_hold_is_refused() -> None:
     with pytest.raises(DataError, match=r"'x' cannot hold the value 'a' given for its nulls"):
         data.from_arrow(pa.table({"x": [1, None]}), nulls={"x": data.fill("a")})
+
+
+def test_old_names_are_taken_with_a_warning_that_has_the_new_one() -> None:
+    with pytest.warns(DeprecationWarning, match=r"data.mask.* data.fill_with_indicator") as masked:
+        assert data.mask(-1) == data.fill_with_indicator(-1)
+    with data.from_arrow(pa.table({"x": range(5)})) as rows:
+        for old, new in (("share", "split"), ("join", "uneven")):
+            with pytest.warns(
+                DeprecationWarning, match=f'remainder="{old}".*remainder="{new}"'
+            ) as told:
+                batches = rows.numpy(2, remainder=old, rank=1, size=2)  # type: ignore[arg-type]
+            again = rows.numpy(2, remainder=new, rank=1, size=2)  # type: ignore[arg-type]
+            assert [b["x"].tolist() for b in batches] == [b["x"].tolist() for b in again]
+            assert told[0].filename == masked[0].filename == __file__
 
 
 def test_a_handle_is_small_and_reads_elsewhere(rows: DataSet) -> None:
@@ -429,7 +442,7 @@ def test_reading_what_is_deleted_says_so(table: pa.Table, tmp_path: Path) -> Non
         ({"batch_size": 2.5}, "batch_size=2.5"),
         ({"shuffle": "yes"}, "shuffle='yes'"),
         ({"epoch": -1}, "epoch=-1"),
-        ({"remainder": "keep"}, "'drop', 'pad', 'share' or 'join'"),
+        ({"remainder": "keep"}, "'drop', 'pad', 'split' or 'uneven'"),
         ({"rank": 0}, "give both"),
         ({"rank": 2, "size": 2}, "from 0 to 1"),
         ({"threads": -1}, "threads=-1"),
@@ -459,7 +472,7 @@ def test_behind_a_url_blocks_are_copied_to_this_host_and_deleted(
 ) -> None:
     base = f"file://{tmp_path}/remote"
     with data.from_arrow(table, base) as rows:
-        batches = rows.numpy(50, shuffle=True, remainder="join")
+        batches = rows.numpy(50, shuffle=True, remainder="uneven")
         assert sorted(numbers(batches)) == list(range(ROWS))
         copy = batches._reader._host_copy._directory
         assert len(list(copy.glob("*.block"))) == len(batches._reader.block_rows)

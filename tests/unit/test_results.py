@@ -22,8 +22,8 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.driver import open_outcome
 from horovodrunner.flows.results import task as results
 from horovodrunner.flows.results.task import DriverResult, LocalResult
-from horovodrunner.pickling import pickled as pickled_module
-from horovodrunner.pickling.pickled import Layout, Pickled, SinkError, write_pickle
+from horovodrunner.pickling import buffers as buffers_module
+from horovodrunner.pickling.buffers import BufferedPickle, Layout, SinkError, write_pickle
 from horovodrunner.processes.driver.channel import DriverChannel
 from horovodrunner.wire.bulk import BulkConnection, PeerFailedError
 from horovodrunner.wire.job import JobSpec, Outcome, Success, join_chunks, split_chunks
@@ -41,7 +41,7 @@ class File:
     def write(self, value: object) -> Layout:
         return write_pickle(value, self.descriptor)
 
-    def read(self, layout: Layout) -> Pickled:
+    def read(self, layout: Layout) -> BufferedPickle:
         taker = LocalResult()
         taker.take(self.descriptor, layout)
         assert taker.result is not None
@@ -132,10 +132,29 @@ def test_large_buffers_stand_beside_the_pickle_and_small_ones_do_not(
     pickle_bytes, *beside = file.write([array, array[:10], array[:100_000], array[::2][:10]])
     assert beside == [LARGE, 800_000]
     assert pickle_bytes < 2000
-    monkeypatch.setattr(pickled_module, "MOST_BESIDE", 3)
+    monkeypatch.setattr(buffers_module, "MOST_BESIDE", 3)
     with os.fdopen(results._file_without_a_name(), "wb") as other:
         _, *beside = write_pickle([array[i:] for i in range(9)], other.fileno())
     assert len(beside) == 3
+
+
+def test_tensors_stand_beside_the_pickle_once_and_share_memory_as_before(file: File) -> None:
+    import torch
+
+    layer = torch.nn.Linear(512, 512)
+    layer.register_buffer("tied", layer.weight.detach()[1:])
+    bits = torch.zeros(70_000, dtype=torch.bfloat16)
+    pickle_bytes, *beside = layout = file.write([layer, bits])
+    assert beside == [512 * 512 * 4, 140_000]
+    assert pickle_bytes < 5000
+    arrived, same_bits = file.read(layout).load()
+    assert type(arrived.weight) is torch.nn.Parameter
+    assert arrived.weight.requires_grad
+    assert arrived.weight.equal(layer.weight)
+    with torch.no_grad():
+        arrived.weight[1:] = 3
+    assert (arrived.tied == 3).all()
+    assert same_bits.equal(bits)
 
 
 def test_a_small_array_that_is_kept_keeps_no_large_one(file: File) -> None:

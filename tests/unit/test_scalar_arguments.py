@@ -61,7 +61,7 @@ def scoring(**options: Any) -> Any:
         "transform_workers": 0,
         "prefetch": 2,
     }
-    return inference_options.Options(**{**defaults, **options})
+    return inference_options.checked_options(**{**defaults, **options})
 
 
 def loaded(rows: DataSet, **state: Any) -> Any:
@@ -99,7 +99,7 @@ def padded(length: Any) -> int:
 
 def image_size(size: Any) -> Any:
     decoder: Any = data.decode_images("image", size=(size, 5))
-    return decoder._size[0]
+    return decoder.args[1][0]
 
 
 def petastorm(**options: Any) -> ReaderOptions:
@@ -114,7 +114,7 @@ INTEGERS: dict[str, Callable[[DataSet, Any], Any]] = {
     "seed": lambda rows, n: read(rows, seed=n)._options.seed,
     "epoch": lambda rows, n: read(rows, epoch=n).state_dict()["epoch"],
     "epoch, set": set_epoch,
-    "shuffle_window": lambda rows, n: read(rows, shuffle_window=n)._options.window_bytes,
+    "shuffle_window": lambda rows, n: read(rows, shuffle_window=n)._options.shuffle_window,
     "threads": lambda rows, n: read(rows, threads=n)._threads,
     "rank": lambda rows, n: read(rows, rank=n, size=3)._options.rank,
     "size": lambda rows, n: read(rows, rank=0, size=n)._options.size,
@@ -265,7 +265,7 @@ def test_names_may_come_from_numpy_and_pandas(rows: DataSet) -> None:
     pandas = pytest.importorskip("pandas")
     for names in (np.array(["odd"]), pandas.Index(["odd"]), ("odd",), {"odd": 1}.keys()):
         assert list(next(iter(read(rows, columns=names)))) == ["odd"]
-    assert scoring(key_columns=np.array(["a"])).key_columns == ("a",)
+    assert scoring(key_columns=np.array(["a"])).keys == ("a",)
     for wrong in ("odd", np.str_("odd"), 3, [3], b"odd", [], np.array([])):
         with pytest.raises(ArgumentTypeError, match="columns"):
             read(rows, columns=wrong)
@@ -278,7 +278,7 @@ def test_a_null_is_filled_with_a_scalar_of_any_library() -> None:
     torch = pytest.importorskip("torch")
     table = pa.table({"x": pa.array([1.0, None]), "yes": pa.array([True, None])})
     for number in (np.int64(7), np.float32(7), np.array(7.0), torch.tensor(7.0)):
-        nulls = {np.str_("x"): data.fill(number), "yes": data.mask(np.True_)}
+        nulls = {np.str_("x"): data.fill(number), "yes": data.fill_with_indicator(np.True_)}
         with data.from_arrow(table, nulls=nulls) as filled:
             (batch,) = filled.numpy(np.int64(2))
         assert batch["x"].tolist() == [1.0, 7.0]

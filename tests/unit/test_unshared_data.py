@@ -16,15 +16,21 @@ import pytest
 
 from horovodrunner import StartTimeoutError, data
 from horovodrunner.data.columns import Column
-from horovodrunner.data.dealing import CONTROL, DealJob, deal_rows
-from horovodrunner.data.order import Remainder
-from horovodrunner.data.shares import OwnRowsSteps, dealt, first_target
+from horovodrunner.data.distribution import (
+    CONTROL,
+    Distribution,
+    distribute_rows,
+    first_target,
+    rows_per_target,
+)
+from horovodrunner.data.steps import OwnRowsSteps, Remainder
 from horovodrunner.data.unshared import UnsharedDataSet
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
 from horovodrunner.flows.artifacts.task import BroughtFiles
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.rows.task import TaskRows, Travelling
 from horovodrunner.pickling import payload
+from horovodrunner.pickling.buffers import loads
 from horovodrunner.placement.environment import DATA_DIRECTORY
 from horovodrunner.processes.driver import cluster
 from horovodrunner.processes.driver.resources import TaskRequest
@@ -44,7 +50,7 @@ PLACES = (40, 20, 70)
 def test_a_row_in_every_nth_part_is_dealt_out_evenly(targets: int, every: int) -> None:
     totals = [0] * targets
     for part in range(0, every * targets * 10, every):
-        for target, count in enumerate(dealt(first_target(part, targets), 1, targets)):
+        for target, count in enumerate(rows_per_target(first_target(part, targets), 1, targets)):
             totals[target] += count
     assert sum(totals) == targets * 10
     assert max(totals) - min(totals) <= targets
@@ -53,66 +59,65 @@ def test_a_row_in_every_nth_part_is_dealt_out_evenly(targets: int, every: int) -
 def test_batches_of_one_part_are_dealt_out_to_a_row() -> None:
     totals, first = [0] * 5, 3
     for rows in (1, 7, 0, 12, 3, 3):
-        totals = [a + b for a, b in zip(totals, dealt(first, rows, 5), strict=True)]
+        totals = [a + b for a, b in zip(totals, rows_per_target(first, rows, 5), strict=True)]
         first = (first + rows) % 5
-    assert totals == dealt(3, 26, 5) == [5, 5, 5, 6, 5]
+    assert totals == rows_per_target(3, 26, 5) == [5, 5, 5, 6, 5]
 
 
-SHARES = [(5, 5), (7, 5), (4, 9, 6), (10,), (3, 3, 1)]
+ROWS_PER_RANK = [(5, 5), (7, 5), (4, 9, 6), (10,), (3, 3, 1)]
 
 
-@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize("rows_per_rank", ROWS_PER_RANK)
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("remainder", ["drop", "pad", "share", "join"])
+@pytest.mark.parametrize("remainder", ["drop", "pad", "split", "uneven"])
 @pytest.mark.parametrize("start", [0, 2, 6])
 def test_all_ranks_have_the_same_number_of_batches_of_their_own_rows(
-    shares: tuple[int, ...], batch_size: int, remainder: Remainder, start: int
+    rows_per_rank: tuple[int, ...], batch_size: int, remainder: Remainder, start: int
 ) -> None:
-    if remainder == "drop" and min(shares) < batch_size:
+    if remainder == "drop" and min(rows_per_rank) < batch_size:
         return
     lengths = []
-    for rows in shares:
-        steps = OwnRowsSteps(rows, batch_size, 0, 1, remainder, start, shares)
+    for rows in rows_per_rank:
+        steps = OwnRowsSteps(rows, batch_size, 0, 1, remainder, start, rows_per_rank)
         lengths.append(len(steps))
         taken = [at for step in range(len(steps)) for at in range(*steps.positions(step))]
-        if remainder == "share":
+        if remainder == "split":
             assert taken[: max(0, rows - start)] == list(range(start, rows))
             assert all(end > first for first, end in map(steps.positions, range(len(steps))))
             continue
         assert taken == list(range(start, start + len(taken)))
         if remainder == "drop":
-            assert len(taken) == len(steps) * batch_size <= max(0, min(shares) - start)
-            assert min(shares) - start - len(taken) < batch_size
-        elif remainder == "join":
+            assert len(taken) == len(steps) * batch_size <= max(0, min(rows_per_rank) - start)
+            assert min(rows_per_rank) - start - len(taken) < batch_size
+        elif remainder == "uneven":
             assert len(taken) == max(0, rows - start)
             assert steps.whole == max(0, rows - start) // batch_size
         else:
-            assert len(taken) == len(steps) * batch_size >= max(shares) - start
-            assert len(taken) - max(0, max(shares) - start) < batch_size
-        assert steps.position_after(1) == min(max(shares), start + batch_size)
-    assert remainder == "join" or len(set(lengths)) == 1
+            assert len(taken) == len(steps) * batch_size >= max(rows_per_rank) - start
+            assert len(taken) - max(0, max(rows_per_rank) - start) < batch_size
+        assert steps.position_after(1) == min(max(rows_per_rank), start + batch_size)
+    assert remainder == "uneven" or len(set(lengths)) == 1
 
 
 def test_a_rank_without_rows_or_without_a_whole_batch_is_named() -> None:
     with pytest.raises(DataError, match=r"rank 1 has no rows: the 3 rows .* as 2, 0, 1"):
-        OwnRowsSteps(2, 1, 0, 1, "pad", shares=(2, 0, 1))
+        OwnRowsSteps(2, 1, 0, 1, "pad", rows_per_rank=(2, 0, 1))
     with pytest.raises(DataError, match="rank 1 has 3 rows of its own, fewer than batch_size=4"):
-        OwnRowsSteps(9, 4, 0, 1, "drop", shares=(9, 3))
+        OwnRowsSteps(9, 4, 0, 1, "drop", rows_per_rank=(9, 3))
 
 
 @pytest.mark.parametrize(
     ("remainder", "words"),
     [
         ("drop", "2 batches a rank and epoch; 4 rows are left out of each epoch"),
-        ("pad", "4 batches a rank and epoch; 8 rows come twice"),
-        ("join", "3 to 4 batches a rank and epoch; a rank's last one may be shorter"),
+        ("pad", "4 batches a rank and epoch; 4 rows come twice"),
+        ("uneven", "3 to 4 batches a rank and epoch; a rank's last one may be shorter"),
     ],
 )
 def test_the_log_tells_what_each_rank_has(remainder: Remainder, words: str) -> None:
-    steps = OwnRowsSteps(7, 2, 0, 1, remainder, shares=(7, 5))
+    steps = OwnRowsSteps(7, 2, 0, 1, remainder, rows_per_rank=(7, 5))
     first = "12 rows, 5 to 7 of them on each of 2 ranks, in batches of 2: "
-    expected = words if remainder != "pad" else "4 batches a rank and epoch; 4 rows come twice"
-    assert steps.in_words() == first + expected
+    assert steps.summary() == first + words
 
 
 def table(start: int, rows: int) -> pa.Table:
@@ -124,16 +129,16 @@ def table(start: int, rows: int) -> pa.Table:
 
 
 def dealt_out(
-    tables: list[pa.Table], monkeypatch: pytest.MonkeyPatch, job: DealJob
+    tables: list[pa.Table], monkeypatch: pytest.MonkeyPatch, job: Distribution
 ) -> list[Iterator[pa.RecordBatch]]:
     """Do what Spark does: give every target its pieces, in order, in batches of 7 rows."""
     found = []
     for part, rows in enumerate(tables):
         context = type("Context", (), {"partitionId": lambda self, part=part: part})()
         monkeypatch.setattr(pyspark.TaskContext, "get", lambda context=context: context)
-        found += list(deal_rows(job, iter(rows.to_batches(max_chunksize=10))))
+        found += list(distribute_rows(job, iter(rows.to_batches(max_chunksize=10))))
     pieces = pa.Table.from_batches(found)
-    shares = []
+    of_targets = []
     for target, place in enumerate(PLACES):
         control = {
             "place": [place],
@@ -146,15 +151,15 @@ def dealt_out(
         mine = pieces.filter(pa.compute.equal(pieces["place"], place))
         mine = pa.concat_tables([mine, pa.table(control, pieces.schema)])
         order = [("dataset", "ascending"), ("part", "ascending"), ("number", "ascending")]
-        shares.append(iter(mine.sort_by(order).combine_chunks().to_batches(max_chunksize=7)))
-    return shares
+        of_targets.append(iter(mine.sort_by(order).combine_chunks().to_batches(max_chunksize=7)))
+    return of_targets
 
 
 @pytest.mark.parametrize("piece_bytes", [100, 10**6])
 def test_every_row_comes_to_one_rank_and_lengths_are_those_of_all(
     piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = DealJob(0, COLUMNS, PLACES, piece_bytes)
+    job = Distribution(0, COLUMNS, PLACES, piece_bytes)
     tables = [table(0, 25), table(25, 0), table(25, 1), table(26, 74)]
     tasks = [
         TaskRows([Travelling(IDENTITY, COLUMNS)], target, batches)
@@ -170,7 +175,7 @@ def test_every_row_comes_to_one_rank_and_lengths_are_those_of_all(
         kinds = {field.name: str(field.type) for field in mine.schema}
         assert kinds["pair"] == "fixed_size_list<item: float>[2]"
         assert kinds["tags"].startswith("list<")
-        batches = list(mine.arrow(batch_size=8, remainder="join"))
+        batches = list(mine.arrow(batch_size=8, remainder="uneven"))
         seen.append([x for batch in batches for x in batch["x"].to_pylist()])
         assert [t for b in batches for t in b["tags"].to_pylist()] == [
             ["a", str(x)] + ["c"] * (x == 60) for x in seen[-1]
@@ -178,7 +183,7 @@ def test_every_row_comes_to_one_rank_and_lengths_are_those_of_all(
         assert [p for b in batches for p in b["pair"].to_pylist()] == [[x, -x] for x in seen[-1]]
         assert len(mine.numpy(batch_size=8)) == 4
         assert len(mine.numpy(batch_size=8, remainder="pad")) == 5
-        shared = [len(batch["x"]) for batch in mine.numpy(batch_size=33, remainder="share")]
+        shared = [len(batch["x"]) for batch in mine.numpy(batch_size=33, remainder="split")]
         assert shared == [33, max(1, len(seen[-1]) - 33)]
         padded = [x for batch in mine.numpy(8, remainder="pad", shuffle=True) for x in batch["x"]]
         assert len(padded) == 40
@@ -191,8 +196,8 @@ def test_every_row_comes_to_one_rank_and_lengths_are_those_of_all(
 def test_a_state_fits_the_same_number_of_ranks_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares = dealt_out([table(0, 40)], monkeypatch, DealJob(0, COLUMNS, PLACES, 1000))
-    task = TaskRows([Travelling(IDENTITY, COLUMNS)], 0, shares[0])
+    of_targets = dealt_out([table(0, 40)], monkeypatch, Distribution(0, COLUMNS, PLACES, 1000))
+    task = TaskRows([Travelling(IDENTITY, COLUMNS)], 0, of_targets[0])
     told = json.dumps([{"rows": 13, "lengths": [[], [[2, 2]], [[2, 3]]]}])
     monkeypatch.setenv(DATA_DIRECTORY, str(task.finish([task.take(tmp_path), told, told])))
     handle = UnsharedDataSet(IDENTITY, COLUMNS)
@@ -224,10 +229,10 @@ def test_what_cannot_be_stored_travels_as_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nulls = table(0, 5).set_column(0, "x", [[0, None, 2, None, 4]])
-    shares = dealt_out([nulls], monkeypatch, DealJob(0, COLUMNS, PLACES, 1000))
+    of_targets = dealt_out([nulls], monkeypatch, Distribution(0, COLUMNS, PLACES, 1000))
     first, *others = [
         TaskRows([Travelling(IDENTITY, COLUMNS)], target, batches)
-        for target, batches in enumerate(shares)
+        for target, batches in enumerate(of_targets)
     ]
     with pytest.raises(DataError, match=r"column 'x' has 1 nulls among 2 rows. Say what"):
         first.take(tmp_path / "0")
@@ -238,12 +243,12 @@ def test_what_cannot_be_stored_travels_as_a_problem(
 def test_rows_of_another_task_and_a_full_disk_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares = dealt_out([table(0, 9)], monkeypatch, DealJob(0, COLUMNS, PLACES, 1000))
+    of_targets = dealt_out([table(0, 9)], monkeypatch, Distribution(0, COLUMNS, PLACES, 1000))
     with pytest.raises(DataError, match=r"the rows of partitions \[1\] to partition 0"):
-        TaskRows([Travelling(IDENTITY, COLUMNS)], 0, shares[1]).take(tmp_path)
+        TaskRows([Travelling(IDENTITY, COLUMNS)], 0, of_targets[1]).take(tmp_path)
     tmp_path.joinpath("file").touch()
     with pytest.raises(DataError, match=r"cannot write its ranks' rows to .*file: .*Not a dir"):
-        TaskRows([Travelling(IDENTITY, COLUMNS)], 0, shares[0]).take(tmp_path / "file")
+        TaskRows([Travelling(IDENTITY, COLUMNS)], 0, of_targets[0]).take(tmp_path / "file")
 
 
 def test_the_handle_comes_along_with_the_call_and_is_of_no_use_elsewhere() -> None:
@@ -252,10 +257,10 @@ def test_the_handle_comes_along_with_the_call_and_is_of_no_use_elsewhere() -> No
     def main(valid: Any) -> Any:
         return handles[0], valid
 
-    with payload.companions() as found:
+    with payload.attachments() as found:
         call = payload.dump_call(main, {"valid": handles[1]})
     assert list(found.values()) == [handles[1], handles[0]] or list(found.values()) == handles
-    function, kwargs = payload.load(call)
+    function, kwargs = loads(call)
     assert kwargs["valid"].source is None
     payload.dump_call(main, {"valid": None})  # nobody collects: nothing happens
     for use in (lambda: function(**kwargs)[0].numpy(batch_size=1), lambda: len(handles[0])):

@@ -311,7 +311,7 @@ class SparkDatasetConverter:
             "batch_size": 32 if batch_size is None else integer("batch_size", batch_size, 1),
             "shuffle": bool(options.shuffle_row_groups or options.shuffle_rows or capacity),
             "seed": self._calls[options.shard_count] if options.seed is None else options.seed,
-            "remainder": "pad" if options.num_epochs is None else "share",
+            "remainder": "pad" if options.num_epochs is None else "split",
             "columns": list(columns.fields),
             "rank": rank,
             "size": size,

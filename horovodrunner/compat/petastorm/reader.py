@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from horovodrunner.compat.absent import PETASTORM, refuse_names
 from horovodrunner.compat.petastorm.frames import arrays_of, transformed
@@ -22,12 +20,11 @@ from horovodrunner.errors import (
     ConfigurationError,
     DataError,
 )
+from horovodrunner.prefetch import map_in_threads
 
 __all__ = ["Reader", "make_batch_reader", "make_reader"]
 
 __getattr__ = refuse_names("petastorm.reader", PETASTORM)
-
-_Item = TypeVar("_Item")
 
 
 def make_reader(*arguments: Any, **options: Any) -> Any:
@@ -225,7 +222,7 @@ class Reader:
 
     def _epochs(self) -> Any:
         epochs = itertools.count() if self.num_epochs is None else range(self.num_epochs)
-        return _read_ahead(self._read, self._in_order(epochs), self._options.threads)
+        return map_in_threads(self._read, self._in_order(epochs), self._options.threads)
 
     def _in_order(self, epochs: Any) -> Iterator[tuple[_Piece, int]]:
         """Yield the pieces to read, each with a seed of its own: threads may read in any order."""
@@ -272,19 +269,3 @@ def _share(groups: list[_Piece], shard: int, shards: int) -> list[_Piece]:
             found.append(_Piece(group.group, first - position, last - first))
         position += group.rows
     return found
-
-
-def _read_ahead(read: Callable[[_Item], Any], pieces: Iterator[_Item], threads: int) -> Any:
-    """Read with some threads, in order."""
-    if not threads:
-        yield from map(read, pieces)
-        return
-    waiting: collections.deque[Future[Any]] = collections.deque()
-    with ThreadPoolExecutor(threads, "horovodrunner-petastorm") as pool:
-        try:
-            waiting.extend(pool.submit(read, each) for each in itertools.islice(pieces, threads))
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(read, each) for each in itertools.islice(pieces, 1))
-        finally:
-            pool.shutdown(cancel_futures=True)

@@ -31,17 +31,7 @@ _STDLIB_ZIP = f"python{sys.version_info.major}{sys.version_info.minor}.zip"
 
 @dataclass(frozen=True)
 class ImportPath:
-    """A process's import path without the directories of its Python itself.
-
-    Parameters
-    ----------
-    first
-        What comes before the standard library.
-    before_packages
-        What comes after it and before the installed packages: the notebook's directory in IPython.
-    last
-        What comes after them.
-    """
+    """A process's import path without the directories of its Python itself."""
 
     first: tuple[str, ...] = ()
     before_packages: tuple[str, ...] = ()
@@ -49,13 +39,7 @@ class ImportPath:
 
     @classmethod
     def of_this_process(cls) -> ImportPath:
-        """Split this process's ``sys.path``.
-
-        Returns
-        -------
-        ImportPath
-            Absolute entries.
-        """
+        """Split this process's ``sys.path``."""
         entries = _absolute(_with_earlier_directories(sys.path))
         stdlib, packages = _boundaries(entries)
         middle, last = entries[stdlib:packages], entries[packages:]
@@ -68,20 +52,7 @@ class ImportPath:
 
 
 def of_worker(users: ImportPath, own: Iterable[object]) -> list[str]:
-    """Put the user's directories in their places in a worker's import path.
-
-    Parameters
-    ----------
-    users
-        The driver's, of which this machine may lack some.
-    own
-        The ``sys.path`` of the task.
-
-    Returns
-    -------
-    list of str
-        What ``sys.path`` is to be in the worker.
-    """
+    """Put the user's directories in their places in a worker's import path."""
     entries = _absolute(own)
     stdlib, _ = _boundaries(entries)
     added = {os.path.basename(e): e for e in entries[:stdlib] if os.path.isfile(e)}  # noqa: PTH113, PTH119
@@ -109,18 +80,7 @@ def of_worker(users: ImportPath, own: Iterable[object]) -> list[str]:
 
 
 def before_stdlib(path: Sequence[str]) -> list[str]:
-    """Return what a child's ``PYTHONPATH`` has to be: the rest its own Python adds.
-
-    Parameters
-    ----------
-    path
-        An import path.
-
-    Returns
-    -------
-    list of str
-        Its entries before the standard library.
-    """
+    """Return what a child's ``PYTHONPATH`` has to be: the rest its own Python adds."""
     return list(path[: _boundaries(path)[0]])
 
 
@@ -129,16 +89,6 @@ def start_command(module: str) -> list[str]:
 
     The directories of the user must not get in the way of a start: a ``queue.py`` among them, or
     in the working directory, would be taken for the standard library's.
-
-    Parameters
-    ----------
-    module
-        Its name.
-
-    Returns
-    -------
-    list of str
-        To be followed by the module's arguments.
     """
     entries = _absolute(sys.path)
     loaded = [sys.modules.get(name) for name in (module.partition(".")[0], "cloudpickle")]

@@ -31,17 +31,7 @@ __all__ = [
 
 
 class Registered(NamedTuple):
-    """One entry of a registry.
-
-    Parameters
-    ----------
-    registry
-        The module that it is kept in.
-    thing
-        The class or function.
-    how
-        What :func:`repeat` needs to register it again.
-    """
+    """One entry of a registry."""
 
     registry: str
     thing: Any
@@ -67,13 +57,7 @@ _SAFE_GLOBALS = "torch.serialization"
 
 
 def of_this_process() -> dict[int, list[Registered]]:
-    """Look up what is registered with the libraries that are imported.
-
-    Returns
-    -------
-    dict
-        The entries of each class or function, by its id.
-    """
+    """Look up what is registered with the libraries that are imported."""
     found: dict[int, list[Registered]] = {}
     for name, (entries, _) in _REGISTRIES.items():
         module = sys.modules.get(name)
@@ -86,22 +70,7 @@ def of_this_process() -> dict[int, list[Registered]]:
 
 
 def with_registrations(thing: Any, reduced: Any, entries: list[Registered]) -> Any:
-    """Let a class or function that travels by value be registered where it is unpickled.
-
-    Parameters
-    ----------
-    thing
-        The class or function.
-    reduced
-        What cloudpickle makes of it.
-    entries
-        Its registrations.
-
-    Returns
-    -------
-    tuple
-        For the pickler.
-    """
+    """Let a class or function that travels by value be registered where it is unpickled."""
     make, args, state, items, pairs, set_state = reduced
     again = [(each.registry, each.how) for each in entries]
     return make, args, (set_state, state, again), items, pairs, _set_state
@@ -118,15 +87,6 @@ def repeat(registry: str, thing: Any, how: Any) -> None:
     """Register something as it was where it was pickled, once the library is imported.
 
     What this process has registered itself under the same name stays.
-
-    Parameters
-    ----------
-    registry
-        The module that it is kept in.
-    thing
-        The class or function.
-    how
-        As in :class:`Registered`.
     """
     library = registry.partition(".")[0]
 

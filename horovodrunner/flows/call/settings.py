@@ -21,15 +21,7 @@ _DEFAULT_RECURSION_LIMIT = 1000
 
 
 class _Setting(NamedTuple):
-    """One setting of a library, whose module `read` and `write` get.
-
-    Parameters
-    ----------
-    default
-        What it is unless it was changed.
-    read, write
-        `write` sets what `read` returned.
-    """
+    """One setting of a library, whose module `read` and `write` get."""
 
     default: Any
     read: Callable[[Any], Any]
@@ -269,13 +261,7 @@ _SETTINGS: dict[str, dict[str, _Setting]] = {
 
 
 def changed_settings() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Look which settings were changed in this process.
-
-    Yields
-    ------
-    tuple of str and dict
-        A library that is imported, and its settings for :func:`take_over`.
-    """
+    """Look which settings were changed in this process."""
     for library, settings in _SETTINGS.items():
         module = sys.modules.get(library)
         if module is None:
@@ -291,15 +277,7 @@ def changed_settings() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def take_over(library: str, changed: dict[str, Any]) -> None:
-    """Set what :func:`changed_settings` found in another process.
-
-    Parameters
-    ----------
-    library
-        The library, which is imported here.
-    changed
-        Its settings.
-    """
+    """Set what :func:`changed_settings` found in another process."""
     for name, setting in _SETTINGS.get(library, {}).items():
         if name not in changed:
             continue

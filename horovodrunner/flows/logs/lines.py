@@ -33,25 +33,6 @@ class LineAssembler:
     inside a UTF-8 character. All other bytes pass as they are, whatever they encode, but for those
     that move a terminal's cursor: what they overwrite, such as a progress bar's earlier states, is
     left out. What a line shows that has been overwritten, and has not ended yet, is its state.
-
-    Parameters
-    ----------
-    max_line_bytes
-        Longest line, in bytes, that is kept while waiting for its end.
-
-    Examples
-    --------
-    >>> lines = LineAssembler()
-    >>> lines.feed(b"one\ntw")
-    b'one\n'
-    >>> lines.feed(b"o\r\n 10%\r 20%")
-    b'two\n'
-    >>> lines.take_states()
-    b' 20%\n'
-    >>> lines.feed(b"\r 30%\r100%\nthree")
-    b'100%\n'
-    >>> lines.close()
-    b'three\n'
     """
 
     def __init__(self, max_line_bytes: int = 256 * 1024) -> None:
@@ -66,18 +47,7 @@ class LineAssembler:
         self._steps_back = 0
 
     def feed(self, data: bytes) -> bytes:
-        r"""Take the next bytes of the stream.
-
-        Parameters
-        ----------
-        data
-            Any bytes.
-
-        Returns
-        -------
-        bytes
-            The lines that are now complete, each ending in ``\n``; empty when there are none.
-        """
+        r"""Take the next bytes of the stream."""
         # Only the new bytes are searched and copied: the rest may be long, and data one byte.
         data = self._half_end + data
         self._half_end = b""
@@ -100,13 +70,7 @@ class LineAssembler:
         return any(row.state for row in self._rows) or bool(self._state_of_rest())
 
     def take_states(self) -> bytes:
-        r"""Return what unfinished lines show now, unless it was returned before.
-
-        Returns
-        -------
-        bytes
-            Lines, each ending in ``\n``.
-        """
+        r"""Return what unfinished lines show now, unless it was returned before."""
         if state := self._state_of_rest():
             self._rows[self._row].state = state
         states = []
@@ -117,13 +81,7 @@ class LineAssembler:
         return b"".join(states)
 
     def close(self) -> bytes:
-        r"""Give out what is left when the stream ends.
-
-        Returns
-        -------
-        bytes
-            The last, unfinished lines with a ``\n`` added, or nothing.
-        """
+        r"""Give out what is left when the stream ends."""
         self._write(self._half_end)
         self._half_end = b""
         if self._is_moved:
@@ -269,19 +227,7 @@ class LineAssembler:
 
 @dataclass
 class _Row:
-    """A line of a terminal that may still be overwritten.
-
-    Parameters
-    ----------
-    text
-        What it shows.
-    state
-        What it showed last, unless that was given out.
-    shown
-        What of it was given out.
-    is_erased, is_wiped
-        Whether it was erased since; whether by the terminal rather than by blanks.
-    """
+    """A line of a terminal that may still be overwritten."""
 
     text: bytes = b""
     state: bytes = b""
@@ -323,27 +269,7 @@ def _character_start(text: bytearray, start: int, end: int) -> int:
 
 
 def prefix_lines(lines: bytes, rank: int, stream: str) -> bytes:
-    r"""Put ``[rank]<stream>:`` before every line, as horovodrun does.
-
-    Parameters
-    ----------
-    lines
-        Whole lines, each ending in ``\n``.
-    rank
-        The rank that printed them.
-    stream
-        ``"stdout"`` or ``"stderr"``.
-
-    Returns
-    -------
-    bytes
-        The same lines, prefixed.
-
-    Examples
-    --------
-    >>> prefix_lines(b"a\nb\n", 1, "stdout")
-    b'[1]<stdout>:a\n[1]<stdout>:b\n'
-    """
+    r"""Put ``[rank]<stream>:`` before every line, as horovodrun does."""
     if not lines:
         return b""
     prefix = f"[{rank}]<{stream}>:".encode()
@@ -351,41 +277,12 @@ def prefix_lines(lines: bytes, rank: int, stream: str) -> bytes:
 
 
 def missing_mark(count: int, why: str) -> bytes:
-    r"""Give the line that stands for lines which were dropped.
-
-    Parameters
-    ----------
-    count
-        How many.
-    why
-        What dropped them, and where they are.
-
-    Returns
-    -------
-    bytes
-        One line.
-    """
+    r"""Give the line that stands for lines which were dropped."""
     return b"HorovodRunner: %d%b: %b\n" % (count, _MISSING, why.encode())
 
 
 def count_lines(lines: bytes) -> int:
-    r"""Count the lines that would be missing without these: a mark stands for those it counts.
-
-    Parameters
-    ----------
-    lines
-        Whole lines.
-
-    Returns
-    -------
-    int
-        How many.
-
-    Examples
-    --------
-    >>> count_lines(b"a\nb\n" + missing_mark(40, "too fast"))
-    42
-    """
+    r"""Count the lines that would be missing without these: a mark stands for those it counts."""
     count = lines.count(b"\n")
     if _MISSING in lines:
         marks = _MISSING_MARK.findall(lines)

@@ -17,7 +17,7 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from horovodrunner.formatting import class_names, cut, short_name
-from horovodrunner.pickling.pickled import Pickler
+from horovodrunner.pickling.pickler import Pickler
 
 __all__ = ["Description", "describe", "exit_code_of", "show_source_of_threads"]
 
@@ -39,23 +39,7 @@ _OF_ITSELF: Callable[[BaseException], TracebackType | None] = vars(BaseException
 
 
 class Description:
-    """What can be told of an exception.
-
-    Parameters
-    ----------
-    name
-        Its class's name without the module.
-    types
-        Qualified names of its class and that one's bases.
-    text
-        What it says, or why that cannot be shown.
-    traceback
-        As the interpreter would print it.
-    frames
-        Where it was raised, innermost first.
-    pickled
-        The exception itself, or b"" where it does not pickle or is too large.
-    """
+    """What can be told of an exception."""
 
     def __init__(  # written out: a dataclass takes every worker time to make
         self,
@@ -76,18 +60,7 @@ class Description:
 
 
 def describe(error: BaseException) -> Description:
-    """Describe an exception; raises nothing itself.
-
-    Parameters
-    ----------
-    error
-        What main raised; the outermost frame of its traceback is the one that called main.
-
-    Returns
-    -------
-    Description
-        Plain text and bytes, all bounded.
-    """
+    """Describe an exception; raises nothing itself."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(RECURSION_LIMIT)
     try:
@@ -132,19 +105,7 @@ def _show_thread(args: threading.ExceptHookArgs) -> None:
 
 
 def exit_code_of(leaving: BaseException) -> int:
-    """Return the exit code that an interpreter would leave with.
-
-    Parameters
-    ----------
-    leaving
-        A SystemExit.
-
-    Returns
-    -------
-    int
-        0 to 255; 1 for what is no number, as in ``sys.exit("no data")``, and for a number that
-        is not 0 and that the system would take for 0.
-    """
+    """Return the exit code that an interpreter would leave with."""
     try:
         code: Any = leaving.code  # type: ignore[attr-defined]
         number = 0 if code is None else operator.index(code)

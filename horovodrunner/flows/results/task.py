@@ -22,8 +22,8 @@ from typing import Any, Protocol
 
 from horovodrunner.flows.checkpoints.backend import HANG_UP_SECONDS, DriverLine
 from horovodrunner.flows.checkpoints.task import in_thread
-from horovodrunner.pickling.payload import format_bytes
-from horovodrunner.pickling.pickled import Layout, Pickled
+from horovodrunner.formatting import format_bytes
+from horovodrunner.pickling.buffers import BufferedPickle, Layout
 from horovodrunner.wire.bulk import BulkConnection, PeerFailedError
 from horovodrunner.wire.frames import FrameError
 from horovodrunner.wire.job import JobSpec
@@ -127,7 +127,7 @@ class LocalResult:
     """Takes the result on the driver itself."""
 
     def __init__(self) -> None:
-        self.result: Pickled | None = None
+        self.result: BufferedPickle | None = None
         """What was taken."""
         self._aborted = False
 
@@ -248,7 +248,7 @@ def receive_result(
     connection: BulkConnection,
     request: Mapping[str, Any],
     note: Callable[[str], None],
-    keep: Callable[[Pickled], None],
+    keep: Callable[[BufferedPickle], None],
 ) -> None:
     """Take, on the driver, what a :class:`DriverResult` sends.
 
@@ -281,9 +281,9 @@ def receive_result(
             connection.discard_rest(HANG_UP_SECONDS)
 
 
-def _room(layout: Layout) -> Pickled:
+def _room(layout: Layout) -> BufferedPickle:
     try:
-        return Pickled(layout)
+        return BufferedPickle(layout)
     except (OSError, MemoryError) as error:
         raise OSError(
             f"there is no memory for its {format_bytes(sum(layout))} on the driver ({error}): "

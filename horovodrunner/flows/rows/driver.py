@@ -54,7 +54,12 @@ def stage_input(spark: SparkSession, size: int, data: Sequence[UnsharedDataSet])
     """
     if not data:
         return spark.range(0, size, 1, size)
-    from horovodrunner.data.dealing import CONTROL, PIECE_SCHEMA, DealJob, deal_rows
+    from horovodrunner.data.distribution import (
+        CONTROL,
+        PIECE_SCHEMA,
+        Distribution,
+        distribute_rows,
+    )
 
     places, piece_bytes = _places(spark, size), _piece_bytes(spark)
     # Every task gets a row that says for whom it is: no partition is empty, and none is mistaken.
@@ -66,9 +71,9 @@ def stage_input(spark: SparkSession, size: int, data: Sequence[UnsharedDataSet])
         PIECE_SCHEMA,
     )
     for number, each in enumerate(data):
-        job = DealJob(number, each.columns, places, piece_bytes, each.nulls)
+        job = Distribution(number, each.columns, places, piece_bytes, each.nulls)
         source: Any = each.source
-        dealt = map_by_name(source, functools.partial(deal_rows, job), PIECE_SCHEMA)
+        dealt = map_by_name(source, functools.partial(distribute_rows, job), PIECE_SCHEMA)
         rows = rows.union(dealt)
     return rows.repartition(size, "place").sortWithinPartitions("dataset", "part", "number")
 

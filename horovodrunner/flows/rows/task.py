@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from horovodrunner.data.columns import Column, merged, sized
-from horovodrunner.data.dealing import CONTROL
+from horovodrunner.data.columns import Column, merged, no_lengths, stored_schema, with_dims
+from horovodrunner.data.distribution import CONTROL
 from horovodrunner.data.stored import MANIFEST, Manifest, StoredFile
-from horovodrunner.data.writing import END_OF_STREAM, no_lengths, stored_schema
+from horovodrunner.data.writing import END_OF_STREAM
 from horovodrunner.errors import DataError
 
 __all__ = ["TaskRows", "Travelling"]
@@ -129,9 +129,11 @@ class TaskRows:
         """
         of_ranks = [json.loads(text) for text in told]
         for number, (each, file) in enumerate(zip(self._data, self._files, strict=True)):
-            shares = tuple(of_rank[number]["rows"] for of_rank in of_ranks)
+            rows_per_rank = tuple(of_rank[number]["rows"] for of_rank in of_ranks)
             lengths = [of_rank[number]["lengths"] for of_rank in of_ranks]
-            manifest = Manifest(sized(each.columns, lengths), (file.described(),), shares)
+            manifest = Manifest(
+                with_dims(each.columns, lengths), (file.described(),), rows_per_rank
+            )
             file.directory.joinpath(MANIFEST).write_text(manifest.to_json())
         return self._directory
 
@@ -188,6 +190,6 @@ class _BlockFile:
             self._file.write(END_OF_STREAM)
 
     def described(self) -> StoredFile:
-        ends = [*self._offsets, self._end_of_blocks][1:]
+        offsets = (*self._offsets, self._end_of_blocks)
         size = self._end_of_blocks + len(END_OF_STREAM)
-        return StoredFile(_FILE, size, tuple(self._block_rows), tuple(self._offsets), tuple(ends))
+        return StoredFile(_FILE, size, tuple(self._block_rows), offsets)

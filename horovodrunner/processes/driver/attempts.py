@@ -11,7 +11,7 @@ from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.driver import open_outcome
 from horovodrunner.formatting import class_names, cut, short_name
-from horovodrunner.pickling.pickled import travels_by_reference
+from horovodrunner.pickling.pickler import travels_by_reference
 from horovodrunner.wire.job import Outcome
 
 __all__ = ["run_attempts", "stopped_in_words"]

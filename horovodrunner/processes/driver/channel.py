@@ -18,7 +18,7 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.members.driver import GatherPoint
 from horovodrunner.flows.results.task import receive_result
 from horovodrunner.flows.telemetry.phases import Phase
-from horovodrunner.pickling.pickled import Pickled
+from horovodrunner.pickling.buffers import BufferedPickle
 from horovodrunner.wire.bulk import BulkConnection
 from horovodrunner.wire.connection import Connection, FrameServer
 from horovodrunner.wire.job import Outcome
@@ -89,7 +89,7 @@ class DriverChannel:
         """Whether Spark tried the stage again."""
         self.failure: Outcome | None = None
         """The run's failure, when it was reported ahead of the stage's end."""
-        self.result: Pickled | None = None
+        self.result: BufferedPickle | None = None
         """What rank 0's main returned; the run may fail all the same."""
         self.placement: list[tuple[int, int, str]] = []
         """Partition, rank and host of every rank, once they are placed."""
@@ -214,7 +214,7 @@ class DriverChannel:
         connection.send("refused", why=RETRY_REFUSED)
 
     def _receive_result(self, transfer: BulkConnection, header: dict[str, Any]) -> None:
-        def keep(result: Pickled) -> None:
+        def keep(result: BufferedPickle) -> None:
             self.result = result
 
         receive_result(transfer, header, self._console.note, keep)

@@ -36,7 +36,7 @@ from horovodrunner.flows.checkpoints.task import (
 from horovodrunner.flows.results.task import ResultCourier, ResultTaker
 from horovodrunner.flows.rows.taking import RowsTaker, data_directory, with_rows
 from horovodrunner.flows.telemetry.phases import Spans
-from horovodrunner.pickling.pickled import Layout
+from horovodrunner.pickling.buffers import Layout
 from horovodrunner.placement.environment import (
     DATA_DIRECTORY,
     slot_environment,

@@ -8,7 +8,7 @@ import re
 import time
 from pathlib import Path
 
-from horovodrunner.pickling.payload import format_bytes
+from horovodrunner.formatting import format_bytes
 
 __all__ = ["OomWitness"]
 

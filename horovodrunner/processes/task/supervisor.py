@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from horovodrunner.flows.logs.lines import prefix_lines
-from horovodrunner.pickling.pickled import Layout
+from horovodrunner.pickling.buffers import Layout
 from horovodrunner.placement.topology import Slot
 from horovodrunner.processes.task.coordinator import RankEvents
 from horovodrunner.processes.task.process import (

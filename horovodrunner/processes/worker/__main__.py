@@ -37,7 +37,7 @@ from horovodrunner.flows.outcome.worker import (
 from horovodrunner.formatting import cut, in_one_line
 from horovodrunner.memory_limit import memory_hint
 from horovodrunner.pickling import payload
-from horovodrunner.pickling.pickled import Layout
+from horovodrunner.pickling.buffers import Layout, loads
 from horovodrunner.placement.environment import IMPORT_PATH
 from horovodrunner.processes.worker import horovod_keras, notices
 from horovodrunner.processes.worker.context import TaskLink, WorkerContext, set_context
@@ -134,7 +134,7 @@ def run(
     become_main()
     show_source_of_threads()
     try:
-        function, kwargs = payload.load(call)
+        function, kwargs = loads(call)
     except BaseException as error:  # noqa: BLE001 - it is described
         if os.getpid() != own_pid:
             _leave_as_child(error)

@@ -38,13 +38,7 @@ def pipe_at(fd: int) -> tuple[int, int]:
 
 
 class TaskLink:
-    """The worker's end of the pipe to its task.
-
-    Parameters
-    ----------
-    report_fd
-        File descriptor to write frames to.
-    """
+    """The worker's end of the pipe to its task."""
 
     def __init__(self, report_fd: int) -> None:
         self._report_fd = report_fd
@@ -58,17 +52,7 @@ class TaskLink:
         return os.getpid() == self._owner_pid
 
     def send(self, kind: str, body: bytes = b"", **header: object) -> None:
-        """Write one frame as a whole; a process that main forked writes nothing.
-
-        Parameters
-        ----------
-        kind
-            What the message is.
-        body
-            Its bytes.
-        **header
-            More JSON-compatible fields.
-        """
+        """Write one frame as a whole; a process that main forked writes nothing."""
         if not self.is_usable:
             return
         with self._lock:
@@ -76,15 +60,7 @@ class TaskLink:
             self._write(body)
 
     def send_unless_busy(self, kind: str, **header: object) -> None:
-        """Write one frame, or nothing when another thread is just writing a long one.
-
-        Parameters
-        ----------
-        kind
-            What the message is.
-        **header
-            JSON-compatible fields.
-        """
+        """Write one frame, or nothing when another thread is just writing a long one."""
         if self._lock.acquire(blocking=False):
             try:
                 self._write(encode_prefix_and_header(kind, 0, **header))
@@ -105,17 +81,7 @@ class _AnswersQuestions(Protocol):
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What this process is within its run.
-
-    Parameters
-    ----------
-    spec
-        The slot.
-    link
-        The pipe to the task.
-    control
-        Asks the task and waits for its answer.
-    """
+    """What this process is within its run."""
 
     spec: WorkerSpec
     link: TaskLink
@@ -128,13 +94,7 @@ _notices: dict[str, str] = {}
 
 
 def set_context(context: WorkerContext) -> None:
-    """Say that this process is a worker.
-
-    Parameters
-    ----------
-    context
-        What it is.
-    """
+    """Say that this process is a worker."""
     global _context
     _context = context
     for key, text in _notices.items():
@@ -142,26 +102,12 @@ def set_context(context: WorkerContext) -> None:
 
 
 def current_context() -> WorkerContext | None:
-    """Give what this process is within its run.
-
-    Returns
-    -------
-    WorkerContext or None
-        None outside a run, and in a process forked from a worker.
-    """
+    """Give what this process is within its run."""
     return _context if _context is not None and _context.link.is_usable else None
 
 
 def notice(key: str, text: str) -> None:
-    """Let the driver show something once, however often and on however many ranks it happens.
-
-    Parameters
-    ----------
-    key
-        What happened.
-    text
-        One line about it.
-    """
+    """Let the driver show something once, however often and on however many ranks it happens."""
     if key in _notices:
         return
     _notices[key] = text

@@ -11,16 +11,17 @@ import pytest
 
 from horovodrunner.errors import PayloadError
 from horovodrunner.flows.call import log_settings
-from horovodrunner.pickling import payload, pickled
+from horovodrunner.pickling import payload
+from horovodrunner.pickling.pickler import dumps
 from tests.processes import run
 
 _RANK = """
 import os, sys
 answer = os.dup(1)
 os.dup2(2, 1)
-from horovodrunner.pickling import payload
-from horovodrunner.pickling.pickled import dumps
-main, kwargs = payload.load(sys.stdin.buffer.read())
+from horovodrunner.pickling.buffers import loads
+from horovodrunner.pickling.pickler import dumps
+main, kwargs = loads(sys.stdin.buffer.read())
 os.write(answer, dumps(main(**kwargs)))
 """
 
@@ -283,7 +284,7 @@ def test_what_this_process_registered_itself_stays() -> None:
     keras = pytest.importorskip("keras")
     scope: dict[str, Any] = {"__name__": "__main__", "keras": keras}
     exec("@keras.saving.register_keras_serializable('mine')\ndef act(x): return x", scope)
-    data = pickled.dumps(scope["act"])
+    data = dumps(scope["act"])
     objects = keras.saving.get_custom_objects()
     try:
         came_back = pickle.loads(data)
