@@ -21,8 +21,8 @@ PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help python setup setup-demo demo check test test-all test-spark test-newest test-python bench lint \
-  docs clean
+.PHONY: help python setup setup-demo demo check test test-all test-spark test-without-horovod test-newest
+.PHONY: test-python bench lint docs clean
 
 help:
 	@echo "make demo        set everything up and train a small network on a two-executor Spark cluster"
@@ -31,6 +31,7 @@ help:
 	@echo "make test-all    the same, and the tests that are marked slow, too"
 	@echo "make test-spark  run the Spark tests with the oldest PySpark and with 4.1; SPARK=4.0 names"
 	@echo "                 another one. Each has an environment of its own in build/"
+	@echo "make test-without-horovod  run what needs no Horovod where there is none; part of make test"
 	@echo "make test-newest run some of the tests with the newest packages that the registry has, in"
 	@echo "                 build/newest, with Horovod built for them: 5 GB, 10 minutes the first time"
 	@echo "make test-python run the tests that need no torch with other Pythons: PYTHONS='3.12 3.13'"
@@ -60,7 +61,8 @@ demo: setup-demo
 check: setup
 	$(BIN)/python -m pytest -q -m "not slow and not heavy" $(PARALLEL) tests/test_lint.py tests/unit
 
-# The linters and the documentation build are among the tests, and run beside the others.
+# The linters, the documentation build and the environment without Horovod are among the tests, and
+# run beside the others.
 test: setup
 	$(BIN)/python scripts/archive_classes.py
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
@@ -72,6 +74,9 @@ test-all: setup
 test-spark: setup
 	@set -e; for release in $(SPARK); do \
 	  $(BIN)/python scripts/other_spark.py $$release $(PARALLEL) $(TESTS); done
+
+test-without-horovod: setup
+	@$(BIN)/python scripts/without_horovod.py tests/without_horovod
 
 test-newest:
 	@$(PYTHON) scripts/newest.py $(PARALLEL) $(NEWEST)

@@ -26,8 +26,8 @@ from horovod.runner.http.http_server import RendezvousServer
 
 from benchmarks.report import Case, Figures
 from horovodrunner.flows.checkpoints.task import LatestDecision
-from horovodrunner.placement.rendezvous import Rendezvous, assign_slots
-from horovodrunner.placement.topology import Member
+from horovodrunner.placement.rendezvous import Rendezvous
+from horovodrunner.placement.topology import Member, assign_slots
 from horovodrunner.processes.task.coordinator import Coordinator
 from horovodrunner.processes.task.links import HubLink, SilentDriver
 from horovodrunner.processes.task.peer_server import Hub

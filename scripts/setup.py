@@ -47,6 +47,7 @@ INPUTS = (
     "scripts/setup.py",
     "horovodrunner/prerequisites.py",
     "horovodrunner/horovod_build/*.py",
+    "horovodrunner/horovod_build/patches/*.patch",
 )
 
 

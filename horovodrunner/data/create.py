@@ -39,6 +39,7 @@ from horovodrunner.errors import (
 from horovodrunner.spark.column_names import map_by_name
 from horovodrunner.spark.dataframes import check_dataframe
 from horovodrunner.spark.errors import told_as
+from horovodrunner.spark.jobs import collect
 from horovodrunner.storage import is_url, local_path, open_place
 from horovodrunner.usage import explained
 
@@ -157,7 +158,7 @@ def _writer(
     def write(location: str) -> Iterable[str]:
         write_partition = functools.partial(write_rows, location, columns, nulls)
         rows = map_by_name(source, write_partition, REPORT_SCHEMA)
-        return [row["report"] for row in rows.collect()]
+        return [row["report"] for row in collect(rows, "storing the rows of a DataFrame")]
 
     return write
 
@@ -241,9 +242,7 @@ def _write(
     except BaseException as error:
         with contextlib.suppress(OSError):
             remove(location)
-        # Py4J may tell of an interrupt as of a lost connection.
-        is_py4js = type(error).__name__ == "Py4JNetworkError"
-        if isinstance(error.__context__ if is_py4js else error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt("the rows were being stored: none of them is kept") from None
         if isinstance(error, Exception) and (text := _cause_of_writing(error)):
             raise DataError(

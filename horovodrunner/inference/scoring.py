@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 
 from horovodrunner.errors import HorovodRunnerError, PredictionError
-from horovodrunner.inference.ahead import ReadAhead
 from horovodrunner.inference.batching import Arrays, Batch, Piece, expanded, joined, rebatched
 from horovodrunner.inference.halving import halves
 from horovodrunner.inference.inputs import (
@@ -31,10 +30,12 @@ from horovodrunner.inference.inputs import (
     numpy_inputs,
     to_numpy,
 )
-from horovodrunner.inference.loading import ModelHandle, Predictor, load
+from horovodrunner.inference.loading import ModelHandle, load
 from horovodrunner.inference.outputs import OutputError, to_arrow, to_arrow_by_row
+from horovodrunner.inference.predictors import Predictor
 from horovodrunner.inference.transforming import Transform, Transforming, transformed
 from horovodrunner.memory_limit import memory_hint
+from horovodrunner.prefetch import read_ahead
 
 __all__ = ["Options", "Scored", "Scoring", "score"]
 
@@ -102,7 +103,7 @@ class _Partition:
     def scored(self, first: pa.RecordBatch, others: Iterator[pa.RecordBatch]) -> Iterator[Scored]:
         scoring = self._scoring
         stretches = self._stretches(itertools.chain([first], others))
-        with ReadAhead(stretches, PIECES_AHEAD) as ahead:
+        with read_ahead(stretches, PIECES_AHEAD) as ahead:
             rows = rebatched(ahead, scoring.batch_size, may_differ=self._finds_all)
             if scoring.transform is None:
                 yield from self._results(Batch(each[0], each[1:]) for each in rows)

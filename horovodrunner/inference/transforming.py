@@ -20,10 +20,10 @@ import cloudpickle
 import numpy as np
 
 from horovodrunner.errors import PredictionError
-from horovodrunner.inference.ahead import ReadAhead
 from horovodrunner.inference.batching import Arrays, Batch, joined, row_shapes
 from horovodrunner.inference.halving import halves
 from horovodrunner.inference.inputs import InputError, as_one_array
+from horovodrunner.prefetch import read_ahead
 
 __all__ = ["Transform", "Transforming", "transformed"]
 
@@ -112,11 +112,11 @@ def transformed(
     """Transform batches some ahead of who takes them: in processes, or with 0 in a thread."""
     if workers:
         made = _in_processes(_pool(transforming, workers), batches, workers + prefetch)
-        with ReadAhead(made, 1) as ahead:
-            yield iter(ahead)
+        with read_ahead(made, 1) as ahead:
+            yield ahead
     else:
-        with ReadAhead(map(transforming, batches), prefetch) as ahead:
-            yield iter(ahead)
+        with read_ahead(map(transforming, batches), prefetch) as ahead:
+            yield ahead
 
 
 # ---- processes

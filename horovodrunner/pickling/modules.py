@@ -58,7 +58,7 @@ class TravellingPickler(Pickler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Call] = {}
         self._globals: dict[int, Any] = {}
         self._found: list[Any] = []
         self._pickled: dict[int, Any] = {}
@@ -94,8 +94,15 @@ class TravellingPickler(Pickler):
         module = sys.modules.get(name)
         return module is not None and vars(module) is scope and module_travels_by_value(name)
 
-    def _place(self, name: str) -> _Place:
-        return self._places.setdefault(name, _Place(name))
+    def _place(self, name: str) -> Call:
+        """Return what pickles as a module that is empty at first, whatever the driver's holds."""
+        if name not in self._places:
+            held = vars(sys.modules[name])
+            kept = {key: held[key] for key in _KEPT if key in held}
+            if "__path__" in kept:
+                kept["__path__"] = list(kept["__path__"])
+            self._places[name] = Call(_module, name, kept)
+        return self._places[name]
 
     def _in_its_module(self, function: FunctionType, make: Any, args: Any, *rest: Any) -> Any:
         """Let a function have its module's names for its globals, and not a copy of some."""
@@ -191,20 +198,6 @@ def _can_be_pickled(value: object) -> bool:
 
 class _Rest:
     """Stands for what is known only when all before it has been pickled."""
-
-
-class _Place:
-    """Pickles as a module that is empty at first, whatever the driver's holds."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __reduce__(self) -> Any:
-        held = vars(sys.modules[self._name])
-        kept = {name: held[name] for name in _KEPT if name in held}
-        if "__path__" in kept:
-            kept["__path__"] = list(kept["__path__"])
-        return _module, (self._name, kept)
 
 
 def call_in_its_modules(main: Any, kwargs: Mapping[str, Any], argv: Sequence[str] | None) -> object:

@@ -18,7 +18,7 @@ from horovodrunner.flows.logs.lines import count_lines, missing_mark
 from horovodrunner.flows.logs.showing import show_text
 from horovodrunner.flows.telemetry.phases import Phase
 from horovodrunner.placement.topology import Slot
-from horovodrunner.processes.driver.interrupt import main_thread_was_interrupted
+from horovodrunner.spark.interrupt import LOOK_UP_SECONDS, main_thread_was_interrupted
 from horovodrunner.wire.job import Outcome
 
 __all__ = ["Console"]
@@ -28,9 +28,6 @@ MAX_WAITING_BYTES = 16 * 1024 * 1024
 
 QUIET = "HOROVODRUNNER_QUIET"
 """Leaves out what a run says of itself as long as all is well, unless it is empty or 0."""
-
-LOOK_UP_SECONDS = 0.2
-"""How often the waiting thread looks whether it was interrupted."""
 
 
 class Console:
@@ -153,12 +150,7 @@ class Console:
                 return False
 
     def _wait_for_change(self, deadline: float | None) -> None:
-        """Wait for something to print.
-
-        It has to look up once in a while. Signals reach the main thread only, and not a wait that
-        was just about to begin; and an exception that was sent to another thread waits for it.
-        """
-        in_main_thread = threading.current_thread() is threading.main_thread()
+        """Wait for something to print, or for an interrupt."""
         while True:
             with self._lock:
                 if self._waiting or self._woken:
@@ -168,7 +160,7 @@ class Console:
                 return
             left = LOOK_UP_SECONDS if left is None else min(left, LOOK_UP_SECONDS)
             self._nothing_new.acquire(timeout=left)
-            if not in_main_thread and main_thread_was_interrupted():
+            if main_thread_was_interrupted():
                 raise KeyboardInterrupt
 
     def _tell_that_nothing_is_shown(self, why: str) -> None:

@@ -85,7 +85,7 @@ def _open_result(result: BufferedPickle) -> Any:
 
 
 def _keep(result: BufferedPickle, remedy: str) -> str:
-    """Put bytes that may have taken days to compute where the user finds them, and say where."""
+    """Write bytes that may have taken days to compute to a file, and name it in a sentence."""
     size = format_bytes(result.size)
     try:
         descriptor, path = tempfile.mkstemp(prefix="horovodrunner-result-", suffix=".pkl")

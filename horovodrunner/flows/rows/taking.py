@@ -9,7 +9,7 @@ from typing import Protocol
 
 from horovodrunner.errors import DataError
 from horovodrunner.flows.checkpoints.task import in_thread
-from horovodrunner.placement.topology import Member, group_by_host
+from horovodrunner.placement.topology import Member, members_by_rank
 from horovodrunner.wire.job import FailureKind
 
 __all__ = ["RowsTaker", "data_directory", "with_rows"]
@@ -65,5 +65,4 @@ def data_directory(taker: RowsTaker, members: Sequence[Member]) -> str:
     str
         Where the worker finds them.
     """
-    by_rank = [member for group in group_by_host(members) for member in group.members]
-    return str(taker.finish([member.rows for member in by_rank]))
+    return str(taker.finish([member.rows for member in members_by_rank(members)]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,12 +16,12 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.rows.driver import stage_input
 from horovodrunner.processes.driver import addresses
 from horovodrunner.processes.driver.channel import RETRY_REFUSED, DriverChannel
-from horovodrunner.processes.driver.jobs import spark_job
 from horovodrunner.processes.driver.resources import TaskRequest
 from horovodrunner.processes.driver.slots import NOTE_SECONDS, slot_holders
 from horovodrunner.processes.driver.stage_end import StageEnd, data_problem, stage_end
 from horovodrunner.processes.task.barrier import ROW_SCHEMA, barrier_task
 from horovodrunner.spark.arrow import map_in_arrow
+from horovodrunner.spark.jobs import spark_job, start_thread
 from horovodrunner.wire.job import FailureKind, JobSpec, Outcome, join_chunks, with_result
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ class BarrierRun:
                 driver_address=(addresses.advertised_host(spark), port),
                 ports=addresses.task_ports(spark),
             )
-            thread = self._start_stage(job)
+            thread = start_thread(spark, self._tag, functools.partial(self._run_stage, job))
             try:
                 self._wait(channel)
             except BaseException:
@@ -163,17 +162,6 @@ class BarrierRun:
             if has_run and not channel.registered:
                 self._tell_of_no_contact()
             return outcome
-
-    def _start_stage(self, job: JobSpec) -> Any:
-        from pyspark import InheritableThread
-
-        takes_session = "session" in inspect.signature(InheritableThread).parameters
-        session = {"session": self._spark} if takes_session else {}  # not before pyspark 4.0
-        thread = InheritableThread(target=self._run_stage, args=(job,), **session)
-        thread.name = self._tag
-        thread.daemon = True
-        thread.start()
-        return thread
 
     def _run_stage(self, job: JobSpec) -> None:
         profile = {} if self._request.profile is None else {"profile": self._request.profile}
@@ -246,7 +234,7 @@ class BarrierRun:
             return  # some have ended
         holders = slot_holders(self._spark, self._request, self._spark_job)
         if now >= self._start_by and running is not None:
-            facts = f" ({holders.in_words()})" if holders is not None else ""
+            facts = f" ({holders.describe()})" if holders is not None else ""
             raise StartTimeoutError(
                 f"the run's {self._job.size} tasks did not all start within "
                 f"{self._start_timeout:g} s{facts}; other jobs may hold the slots, or "
@@ -255,12 +243,12 @@ class BarrierRun:
             )
         if holders is None or holders.free < self._job.size:
             self._free_since = None
-            facts = f", {holders.in_words()}" if holders is not None else ""
+            facts = f", {holders.describe()}" if holders is not None else ""
             self._tell(f"waiting for {self._job.size} slots{facts}")
             return
         self._free_since = self._free_since or now
         if now - self._free_since >= SILENT_SECONDS:
-            self._tell(f"{holders.in_words()}; waiting for Spark to start the tasks")
+            self._tell(f"{holders.describe()}; waiting for Spark to start the tasks")
 
     def _tell(self, text: str, *, routine: bool = False) -> None:
         """Tell what is waited for, now and then, if it is something else than before."""

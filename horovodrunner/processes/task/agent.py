@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import math
 import os
 import socket
@@ -16,7 +17,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from horovodrunner.flows.artifacts.task import FileTaker
 from horovodrunner.flows.call.import_path import of_worker
@@ -44,11 +45,11 @@ from horovodrunner.placement.environment import (
     torchrun_environment,
     worker_base_environment,
 )
-from horovodrunner.placement.topology import Member, Slot, tf_workers
+from horovodrunner.placement.topology import Member, Slot, assign_slots, tf_workers
 from horovodrunner.placement.versions import (
     Difference,
     differences,
-    differences_in_words,
+    format_differences,
     must_fail,
 )
 from horovodrunner.processes.task.coordinator import Coordinator, DriverLink, RankEvents
@@ -59,6 +60,9 @@ from horovodrunner.processes.task.process import GRACE_SECONDS, WorkerProcess
 from horovodrunner.processes.task.scratch import Scratch
 from horovodrunner.processes.task.supervisor import TEARDOWN_SECONDS, Supervisor
 from horovodrunner.wire.job import Failure, FailureKind, JobSpec, Outcome, WorkerSpec
+
+if TYPE_CHECKING:
+    from horovodrunner.placement.rendezvous import Rendezvous
 
 __all__ = ["Agent", "Surroundings"]
 
@@ -195,18 +199,15 @@ class Agent:
         )
 
     async def _lead(self, resources: contextlib.AsyncExitStack) -> Outcome:
-        from horovodrunner.placement.rendezvous import Rendezvous, assign_slots
-
         member = self._member(resources)
         ports = self._job.ports
-        rendezvous = on_free_port(ports, lambda port: Rendezvous(member.address, port))
-        resources.callback(rendezvous.close)
+        rendezvous = _open_rendezvous(resources, member.address, ports)
         hub = Hub(self._job.token, self._surroundings.log, self._job.size)
         resources.push_async_callback(hub.close)
         member = replace(
             member,
             hub_port=await hub.open(member.address, ports),
-            rendezvous_port=rendezvous.port,
+            rendezvous_port=rendezvous.port if rendezvous is not None else 0,
             master_port=_reserve_port(resources, ports),
         )
         driver = await self._surroundings.open_driver(self._stop_requested.set)
@@ -218,16 +219,17 @@ class Agent:
         if (refusal := self._refusal(members)).failure is not None:
             return refusal
         if found := self._differences(members):
-            driver.note(f"what is installed differs:\n{differences_in_words(found)}")
+            driver.note(f"what is installed differs:\n{format_differences(found)}")
 
         began = time.time()
         slots = assign_slots(members)
-        rendezvous.set_plan(slots)
+        if rendezvous is not None:
+            rendezvous.set_plan(slots)
         self._spans.add("rendezvous", began, time.time())
         try:
             return await self._coordinate(resources, members, slots, hub, driver)
         finally:
-            if (times := rendezvous.times_of_requests()) is not None:
+            if rendezvous is not None and (times := rendezvous.times_of_requests()) is not None:
                 self._spans.add("init", *times)
             driver.phases(self._spans.phases())
 
@@ -341,8 +343,6 @@ class Agent:
             task.add_done_callback(self._stack_tasks.discard)
 
     async def _follow(self, resources: contextlib.AsyncExitStack) -> Outcome:
-        from horovodrunner.placement.rendezvous import assign_slots
-
         member = self._member(resources)
         partition = member.partition
         members = await self._gather(member)
@@ -382,7 +382,7 @@ class Agent:
             return Outcome()
         text = (
             "the driver and the executors must have the same Python (3.11, say) and the same "
-            f"release of horovodrunner:\n{differences_in_words(found)}"
+            f"release of horovodrunner:\n{format_differences(found)}"
         )
         return Outcome(failure=Failure(None, members[0].host, text))
 
@@ -530,8 +530,28 @@ def _beyond_reach(members: Sequence[Member]) -> Outcome:
     return Outcome()
 
 
+def _has_horovod() -> bool:
+    spec = importlib.util.find_spec("horovod")
+    return spec is not None and spec.origin is not None  # what pip leaves behind has none
+
+
+def _open_rendezvous(
+    resources: contextlib.AsyncExitStack, address: str, ports: tuple[int, int] | None
+) -> Rendezvous | None:
+    """Serve Horovod's rendezvous where Horovod is installed; what main uses may be another."""
+    if not _has_horovod():
+        return None
+    from horovodrunner.placement.rendezvous import Rendezvous
+
+    rendezvous = on_free_port(ports, lambda port: Rendezvous(address, port))
+    resources.callback(rendezvous.close)
+    return rendezvous
+
+
 def _launcher_problem() -> str:
-    """Say why Horovod's launcher cannot be used here, or nothing."""
+    """Explain why the installed Horovod's launcher cannot be used here, if so."""
+    if not _has_horovod():
+        return ""
     try:
         import horovodrunner.placement.rendezvous  # noqa: F401
     except ImportError as error:

@@ -153,7 +153,7 @@ def run(
         _stop_what_interrupts()
         _end_main(control)
         if not issubclass(type(error), SystemExit):
-            return _failed(spec, error, "", hint=_missing_name_hint), 1
+            return _failed(spec, error, "", hint=_main_hint), 1
         if code := exit_code_of(error):
             told = "main called sys.exit: "
             return _failed(spec, error, told, hint=_exit_hint, exit_code=code), code
@@ -261,11 +261,26 @@ def _print(text: str) -> None:
 def _import_hint(error: BaseException) -> str:
     if not isinstance(error, ModuleNotFoundError):
         return ""
-    return (
+    return _horovod_hint(error) or (
         f". The module {error.name!r} exists on the driver but not for {sys.executable} here: "
         "install it on the executors, ship it with spark.sparkContext.addPyFile(...), or call "
         f"cloudpickle.register_pickle_by_value({(error.name or 'module').split('.')[0]})"
     )
+
+
+def _horovod_hint(error: BaseException) -> str:
+    """Name what main's own import lacks: Horovod is optional."""
+    name = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+    if (name or "").partition(".")[0] != "horovod":
+        return ""
+    return (
+        f". Horovod is not installed for {sys.executable} on {os.uname().nodename}: run "
+        f"`{sys.executable} -m horovodrunner build-horovod` there"
+    )
+
+
+def _main_hint(error: BaseException) -> str:
+    return _horovod_hint(error) or _missing_name_hint(error)
 
 
 def _missing_name_hint(error: BaseException) -> str:
