@@ -263,10 +263,10 @@ MUTATIONS = (
         "tests/unit/test_payload.py",
     ),
     Mutation(
-        "a module of the user's is imported early",
+        "what changes imports comes after them",
         "horovodrunner/flows/call/early_imports.py",
-        "if facts.changes_imports or self._instructions > _MAX_INSTRUCTIONS:",
-        "if self._instructions > _MAX_INSTRUCTIONS:",
+        "        if facts.changes_imports:\n",
+        "        if False:\n",
         "tests/unit/test_early_imports.py",
     ),
     Mutation(
@@ -333,10 +333,10 @@ MUTATIONS = (
         "tests/unit/test_horovod_build.py",
     ),
     Mutation(
-        "a damaged source archive is built",
+        "a build that a job server leads",
         "horovodrunner/horovod_build/wheel.py",
-        "    if actual != expected:",
-        "    if False:",
+        'if "-j" not in flags or "--jobserver" in flags:',
+        'if "-j" not in flags:',
         "tests/unit/test_horovod_build.py",
     ),
     Mutation(
