@@ -47,7 +47,7 @@ END_SECONDS = 120.0
 
 
 def members(size: int) -> list[Member]:
-    """Give what so many tasks of a cluster would tell each other, eight on each host.
+    """Return what so many tasks of a cluster would tell each other, eight on each host.
 
     Parameters
     ----------

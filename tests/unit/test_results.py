@@ -137,6 +137,25 @@ def test_large_buffers_stand_beside_the_pickle_and_small_ones_do_not(
     assert len(beside) == 3
 
 
+def test_tensors_stand_beside_the_pickle_once_and_share_memory_as_before(file: File) -> None:
+    import torch
+
+    layer = torch.nn.Linear(512, 512)
+    layer.register_buffer("tied", layer.weight.detach()[1:])
+    bits = torch.arange(70_000).to(torch.uint16)  # torch itself does not unpickle that type
+    pickle_bytes, *beside = layout = file.write([layer, bits])
+    assert beside == [512 * 512 * 4, 140_000]
+    assert pickle_bytes < 5000
+    arrived, same_bits = file.read(layout).load()
+    assert type(arrived.weight) is torch.nn.Parameter
+    assert arrived.weight.requires_grad
+    assert arrived.weight.equal(layer.weight)
+    with torch.no_grad():
+        arrived.weight[1:] = 3
+    assert (arrived.tied == 3).all()
+    assert same_bits.equal(bits)
+
+
 def test_a_small_array_that_is_kept_keeps_no_large_one(file: File) -> None:
     process = psutil.Process()
     big = 32 * LARGE
