@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from horovodrunner.flows.call.called import name_of
 from horovodrunner.formatting import full_name, in_one_line
 from horovodrunner.pickling.pickler import Pickler
-from horovodrunner.pickling.staying import Staying, staying
+from horovodrunner.pickling.remedies import Remedy, remedy_for
 
-__all__ = ["Culprit", "DeepPickler", "TooDeepError", "find_culprit"]
+__all__ = ["Culprit", "DeepPickler", "TooDeepError", "culprit_of", "find_culprit"]
 
 MAX_DEPTH = 250_000
 """Containers and objects within each other; a ``__reduce__`` that never ends fills no memory."""
@@ -135,7 +135,7 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         return True
 
     def _reduce(self, obj: Any, kind: type) -> Any:
-        if kind.__name__ in self.refused and (known := staying(obj)) is not None:
+        if kind.__name__ in self.refused and (known := remedy_for(obj)) is not None:
             raise pickle.PicklingError(known.reason)
         reduced = self._reducers.reducer_override(obj)
         if reduced is not NotImplemented:
@@ -268,7 +268,23 @@ class Culprit(NamedTuple):
 
     where: str
     error: BaseException
-    why: Staying
+    why: Remedy
+
+
+def culprit_of(
+    parts: Iterable[tuple[str, Any]],
+    error: BaseException,
+    otherwise: str,
+    *,
+    by_spark: bool = False,
+) -> Culprit:
+    """Find what was not pickled, after that has failed, and why; let an interrupt pass."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    found = find_culprit(parts, by_spark=by_spark)
+    if found is None and not isinstance(error, Exception):
+        raise error  # it came from outside, as a thread's end does
+    return found or Culprit(otherwise, error, Remedy(in_one_line(error)))
 
 
 def find_culprit(
@@ -291,19 +307,19 @@ def find_culprit(
         except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
             way, culprit, known = _known_on_the_way(*pickler.path())
             where = _where_it_failed(way, culprit, called)
-            why = known or Staying(in_one_line(error))
+            why = known or Remedy(in_one_line(error))
             return Culprit(where, error.with_traceback(None), why)
     return None
 
 
 def _known_on_the_way(
     way: list[tuple[Any, object]], culprit: Any
-) -> tuple[list[tuple[Any, object]], Any, Staying | None]:
+) -> tuple[list[tuple[Any, object]], Any, Remedy | None]:
     """Stop at what is known to stay in its process: what is within says nothing to the user."""
     for index, (owner, _) in enumerate(way):
-        if (known := staying(owner)) is not None:
+        if (known := remedy_for(owner)) is not None:
             return way[:index], owner, known
-    return way, culprit, staying(culprit)
+    return way, culprit, remedy_for(culprit)
 
 
 def _where_it_failed(way: list[tuple[Any, object]], culprit: Any, called: str) -> str:
