@@ -72,8 +72,8 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         self._reducers = reducers(io.BytesIO(), pickle.HIGHEST_PROTOCOL)
         self._deadline = deadline
         self._begun = 0
-        self._open: list[tuple[_Steps, Any]] = []
-        self._next: list[object] = []
+        self._open: list[_Steps] = []
+        self._way: list[tuple[Any, object]] = []
         self._at: Any = None
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
@@ -81,28 +81,23 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         within = len(self._open)
         self._enter(obj)
         while len(self._open) > within:
-            for step, part in self._open[-1][0]:
-                self._next[-1] = step
+            for step, part in self._open[-1]:
+                self._way[-1] = self._way[-1][0], step
                 if self._enter(part):
                     break
             else:
                 self._open.pop()
-                self._next.pop()
+                self._way.pop()
 
     def path(self) -> tuple[list[tuple[Any, object]], Any]:
-        """Return where pickling failed."""
-        way = [(owner, step) for (_, owner), step in zip(self._open, self._next, strict=True)]
-        if way and inspect.getgeneratorstate(self._open[-1][0]) == inspect.GEN_CLOSED:
-            # it failed between two of its parts
-            return way[:-1], way[-1][0]
-        return way, self._at
+        """Return where pickling failed: the objects on the way with their steps, and the last."""
+        if self._open and inspect.getgeneratorstate(self._open[-1]) == inspect.GEN_CLOSED:
+            return self._way[:-1], self._way[-1][0]  # it failed between two of its parts
+        return self._way, self._at
 
     def _enter(self, obj: Any) -> bool:
         """Pickle an object, or begin to; return whether parts of it are to follow."""
         kind = type(obj)
-        if (atom := _ATOMS.get(kind)) is not None:
-            atom(self, obj)
-            return False
         self._begun += 1
         if not self._begun & 0x3FF:
             self.framer.commit_frame()
@@ -130,8 +125,8 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
                     "__reduce__ must return a string or a tuple of two to six elements"
                 )
             steps = self._rebuild(obj, *reduced)
-        self._open.append((steps, obj))
-        self._next.append(None)
+        self._open.append(steps)
+        self._way.append((obj, None))
         return True
 
     def _reduce(self, obj: Any, kind: type) -> Any:
@@ -204,20 +199,12 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         """Pickle what ``__reduce__`` returned."""
         if not isinstance(args, tuple) or not callable(function):
             raise pickle.PicklingError("__reduce__ must return a callable and a tuple first")
-        name = getattr(function, "__name__", "")
-        if name == "__newobj_ex__":
-            yield _CALLABLE, self._class_of(obj, args)
-            yield _ARGUMENTS, args[1]
-            yield _ARGUMENTS, args[2]
-            self.write(pickle.NEWOBJ_EX)
-        elif name == "__newobj__":
-            yield _CALLABLE, self._class_of(obj, args)
-            yield _ARGUMENTS, args[1:]
-            self.write(pickle.NEWOBJ)
-        else:
-            yield _CALLABLE, function
-            yield _ARGUMENTS, args
-            self.write(pickle.REDUCE)
+        made = pickle.REDUCE
+        if getattr(function, "__name__", "") == "__newobj__":
+            made, function, args = pickle.NEWOBJ, args[0], args[1:]
+        yield _CALLABLE, function
+        yield _ARGUMENTS, args
+        self.write(made)
         if (known := self.memo.get(id(obj))) is not None:  # it is within its own arguments
             self.write(pickle.POP + self.get(known[0]))
         else:
@@ -237,17 +224,10 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         yield _STATE, state
         self.write(pickle.TUPLE2 + pickle.REDUCE + pickle.POP)
 
-    @staticmethod
-    def _class_of(obj: Any, args: tuple[Any, ...]) -> Any:
-        if not hasattr(args[0], "__new__") or args[0] is not obj.__class__:
-            raise pickle.PicklingError("args[0] from __newobj__ args has the wrong class")
-        return args[0]
 
-
-_OF_PICKLE = _PythonPickler.dispatch
-_ATOMS: dict[type, Any] = {kind: _OF_PICKLE[kind] for kind in (type(None), bool, int, float)}
 _LEAVES: dict[type, Any] = {
-    kind: _OF_PICKLE[kind] for kind in (str, bytes, bytearray, pickle.PickleBuffer)
+    kind: _PythonPickler.dispatch[kind]
+    for kind in (type(None), bool, int, float, str, bytes, bytearray, pickle.PickleBuffer)
 }
 _CONTAINERS: dict[type, Callable[[DeepPickler, Any], _Steps]] = {
     tuple: DeepPickler._tuple,

@@ -16,11 +16,7 @@ from horovodrunner.flows.call.called import name_of
 from horovodrunner.flows.call.context import with_context
 from horovodrunner.formatting import in_one_line
 from horovodrunner.pickling.buffers import Layout, SinkError, write_pickle
-from horovodrunner.pickling.modules import (
-    TravellingPickler,
-    call_in_its_modules,
-    dump_in_its_modules,
-)
+from horovodrunner.pickling.modules import TravellingPickler, call_in_its_modules
 from horovodrunner.pickling.pickler import dumps, travels_by_reference
 
 __all__ = [
@@ -70,7 +66,7 @@ def dump_call(
     parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
     try:
         whole = call_in_its_modules(main, kwargs, argv)
-        call = dumps(with_context(whole, dump_in_its_modules), TravellingPickler)
+        call = dumps(with_context(whole), TravellingPickler)
         if not any(module in call for module in _SPARKS_OWN):
             return call
         from horovodrunner.pickling.culprit import find_culprit
