@@ -65,7 +65,7 @@ def request(
 
 
 def exchange(port: int, sent: bytes) -> bytes:
-    """Send bytes as they are; gives all that comes back until the server closes."""
+    """Send bytes as they are; return all that comes back until the server closes."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as stranger:
         answer = b""
         try:
