@@ -15,6 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.spark
 @pytest.mark.timeout(600)
 def test_what_needs_no_horovod_runs_where_there_is_none() -> None:
-    command = [sys.executable, ROOT / "scripts" / "without_horovod.py", "tests/without_horovod"]
+    command: list[str | Path] = [
+        sys.executable,
+        ROOT / "scripts" / "without_horovod.py",
+        "tests/without_horovod",
+    ]
     done = processes.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
