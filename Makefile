@@ -41,7 +41,7 @@ help:
 	@echo "make docs        build the documentation, warnings are errors: docs/_build/html/index.html"
 	@echo "make clean       remove .venv and everything that is generated"
 	@echo
-	@echo "Needs Python 3.10 or newer, Java 17 or newer, a C++20 compiler, cmake and make."
+	@echo "Needs Python 3.10 or newer, Java 17 or newer, a C++20 compiler, cmake, make and git."
 	@echo "Another interpreter: make clean, then make demo PYTHON=python3.12"
 
 setup: python

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ConfigurationError
-from horovodrunner.flows.artifacts.task import BroughtFiles
+from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.call.early_imports import early_imports
 from horovodrunner.flows.call.import_path import ImportPath
+from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.driver import new_history, newest_history
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
+from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
 from horovodrunner.formatting import format_bytes
 from horovodrunner.pickling import payload
@@ -32,7 +34,6 @@ from horovodrunner.processes.driver.interactive import is_interactive, program_a
 from horovodrunner.spark import interrupt
 from horovodrunner.storage import is_url
 from horovodrunner.usage import explained, wrong_options, wrong_run
-from horovodrunner.wire.job import JobSpec, Outcome
 
 if TYPE_CHECKING:
     from horovodrunner.data.unshared import UnsharedDataSet

@@ -96,6 +96,8 @@ def torch_trains_with_ddp(np: int, device: str) -> str:
         own = [value for p in model.parameters() for value in p.detach().cpu().flatten().tolist()]
         weights: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(weights, own)
+        # A group that is freed with the model after it was destroyed may wait for the GIL for ever.
+        del loss, optimizer, model
         dist.destroy_process_group()
         return losses, weights
 

@@ -17,7 +17,7 @@ from horovodrunner.data.dataset import DataSet
 from horovodrunner.data.origin import Origin
 from horovodrunner.data.stored import MANIFEST, Manifest
 from horovodrunner.errors import DataError
-from horovodrunner.storage import LocalPlace, open_place
+from horovodrunner.storage import LocalStorage, open_storage
 
 __all__ = ["DataSetCache", "cache"]
 
@@ -128,15 +128,15 @@ class DataSetCache:
 
 def _limit_of_disk(location: str, stored_bytes: int) -> int:
     """Allow half of what would be free without any data set."""
-    place = open_place(location)
-    if not isinstance(place, LocalPlace):
+    place = open_storage(location)
+    if not isinstance(place, LocalStorage):
         return 2**63
     return (shutil.disk_usage(place.root).free + stored_bytes) // 2
 
 
 def is_there(location: str) -> bool:
     """Return whether a data set's directory can be reached and has its manifest."""
-    place = open_place(location)
+    place = open_storage(location)
     place.refresh()
     try:
         return place.size(MANIFEST) > 0
@@ -147,7 +147,7 @@ def is_there(location: str) -> bool:
 def remove(location: str) -> None:
     """Delete a data set's directory."""
     above, _, name = location.rstrip("/").rpartition("/")
-    place = open_place(above or "/")
+    place = open_storage(above or "/")
     with suppress(FileNotFoundError):
         place.remove(name)
 

@@ -40,7 +40,7 @@ from horovodrunner.spark.column_names import map_by_name
 from horovodrunner.spark.dataframes import check_dataframe
 from horovodrunner.spark.errors import told_as
 from horovodrunner.spark.jobs import collect
-from horovodrunner.storage import is_url, local_path, open_place
+from horovodrunner.storage import is_url, local_path, open_storage
 from horovodrunner.usage import explained
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def _write(
     location: str, columns: Sequence[Column], write: Callable[[str], Iterable[str]]
 ) -> Manifest:
     """Have the rows written to a new directory; it is complete then, or gone."""
-    place = open_place(location)
+    place = open_storage(location)
     try:
         place.make("")
         reports = sorted((json.loads(text) for text in write(location)), key=lambda r: r["part"])
@@ -238,7 +238,7 @@ def _write(
         _check_all_there(location, manifest)
         stream = place.create(MANIFEST)
         stream.write(manifest.to_json().encode())
-        place.close(stream)
+        stream.close()
     except BaseException as error:
         with contextlib.suppress(OSError):
             remove(location)
@@ -276,7 +276,7 @@ def _manifest(columns: Sequence[Column], reports: Sequence[Mapping[str, Any]]) -
 
 
 def _check_all_there(location: str, manifest: Manifest) -> None:
-    place = open_place(location)
+    place = open_storage(location)
     place.refresh()
     for file in manifest.files:
         try:

@@ -34,7 +34,7 @@ import pyarrow as pa
 
 from horovodrunner.data.columns import Column, stored_schema
 from horovodrunner.errors import DataError
-from horovodrunner.storage import LocalPlace, open_place
+from horovodrunner.storage import LocalStorage, open_storage
 
 __all__ = ["MANIFEST", "Block", "BlockReader", "Manifest", "StoredFile"]
 
@@ -132,7 +132,7 @@ class BlockReader:
     def __init__(self, identity: str, location: str, names: Sequence[str] | None = None) -> None:
         self._identity = identity
         self._location = location
-        self._place = open_place(location)
+        self._place = open_storage(location)
         self.manifest = self._read_manifest()
         columns = self.manifest.columns
         self.columns = tuple(each for each in columns if names is None or each.name in names)
@@ -162,7 +162,7 @@ class BlockReader:
         """
         name, start, end = self._blocks[index]
         try:
-            if isinstance(self._place, LocalPlace):
+            if isinstance(self._place, LocalStorage):
                 return self._mapped(self._place.root / name, start, end)
             path = self._host_copy.path(f"{index}.block")
             if not path.exists():

@@ -260,7 +260,7 @@ _CONTAINERS: dict[type, Callable[[DeepPickler, Any], _Steps]] = {
 
 class _Nowhere:
     def write(self, data: object) -> None:
-        """Forget it."""
+        pass
 
 
 class Culprit(NamedTuple):
@@ -274,7 +274,7 @@ class Culprit(NamedTuple):
 def find_culprit(
     parts: Iterable[tuple[str, Any]], seconds: float = SEARCH_SECONDS, *, by_spark: bool = False
 ) -> Culprit | None:
-    """Name what cannot be pickled.
+    """Find what cannot be pickled.
 
     Everything is visited once, in the order in which it is pickled, and nothing is kept.
     """

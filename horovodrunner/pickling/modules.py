@@ -67,7 +67,7 @@ class TravellingPickler(Pickler):
         self._files: dict[str, Mapping[str, Any]] = {}
 
     def reducer_override(self, obj: Any) -> Any:
-        """Let functions keep their module, and note what has a name."""
+        """Keep functions in their module, and note what has a name."""
         if type(obj) is _Rest:
             return self._rest()
         if type(obj) is ModuleType and self._travels_whole(obj):
@@ -105,7 +105,7 @@ class TravellingPickler(Pickler):
         return self._places[name]
 
     def _in_its_module(self, function: FunctionType, make: Any, args: Any, *rest: Any) -> Any:
-        """Let a function have its module's names for its globals, and not a copy of some."""
+        """Make the names of its module a function's globals, not a copy of some."""
         scope = function.__globals__
         self._files.setdefault(function.__code__.co_filename, scope)
         name = scope.get("__name__")
@@ -233,7 +233,7 @@ _unread: dict[str, ModuleSpec] = {}
 
 
 def place_in(main: ModuleType) -> None:
-    """Have what is unpickled from now on be found in this module, and in others that are made."""
+    """Put what is unpickled from now on into this module, and into others that are made."""
     global _places
     _places = {"__main__": main}
 

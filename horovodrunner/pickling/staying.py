@@ -138,7 +138,7 @@ _KINDS = {
 
 
 def staying(thing: Any) -> Staying | None:
-    """Tell whether something is known to stay in its process."""
+    """Return why something stays in its process, and what to do, where that is known."""
     kind = type(thing)
     if issubclass(kind, types.FunctionType) and {"func", "evalType"} <= vars(thing).keys():
         return _of("pyspark.sql.udf.UserDefinedFunction")  # its UDF in a wrapper of Spark's

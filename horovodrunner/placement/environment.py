@@ -19,6 +19,7 @@ __all__ = [
     "IMPORT_PATH",
     "KEPT_MODELS",
     "KERAS_SWITCH",
+    "LOG",
     "MAIN_NAMES",
     "TF_CONFIG",
     "forwarded_environment",
@@ -31,6 +32,9 @@ __all__ = [
 
 FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "OMP_", "CUDA_", "TF_", "MLFLOW_")
 """Driver variables with these prefixes reach the workers when they are set before ``run()``."""
+
+LOG = "HOROVODRUNNER_LOG"
+"""``debug`` turns on the log of the driver, the tasks and the workers."""
 
 KERAS_SWITCH = "HOROVODRUNNER_KERAS"
 """Set to ``horovod``: with Keras 3, too, Horovod's own code for Keras is used."""
@@ -60,6 +64,7 @@ _FORWARDED_NAMES = frozenset(
         "CUBLAS_WORKSPACE_CONFIG",  # torch.use_deterministic_algorithms, which travels, needs it
         "KERAS_BACKEND",
         KERAS_SWITCH,
+        LOG,
         _TORCH_GLOO_INTERFACE,
         "PYTHONDEVMODE",
         "PYTHONINTMAXSTRDIGITS",

@@ -98,26 +98,72 @@ class _Handler(RendezvousHandler):  # type: ignore[misc]
         )
 
 
-class _Server(RendezvousHTTPServer):  # type: ignore[misc]
+class Rendezvous(RendezvousHTTPServer):  # type: ignore[misc]
+    """Horovod's rendezvous server, on `port` or, with 0, on any free one."""
+
     daemon_threads = True
     block_on_close = False
     request_queue_size = 1024
 
-    def __init__(self, address: tuple[str, int]) -> None:
-        super().__init__(address, _Handler, verbose=0)
-        self.planned = threading.Event()
-        self.stored_limit = MAX_STORED_BYTES
-        self.times_of_requests: tuple[float, float] | None = None
+    def __init__(self, host: str, port: int = 0) -> None:
+        super().__init__((host, port), _Handler, verbose=0)
+        self.port: int = self.server_address[1]
+        self._times_of_requests: tuple[float, float] | None = None
+        self._planned = threading.Event()
+        self._stored_limit = MAX_STORED_BYTES
         self._changed = threading.Condition()
         self._closing = False
         self._connections: set[socket.socket] = set()
         self._awaited: dict[socket.socket, float] = {}
         """Since when a request has been awaited, oldest first."""
+        self._thread = threading.Thread(
+            target=self.serve_forever,
+            kwargs={"poll_interval": _POLL_SECONDS},
+            name="horovodrunner-rendezvous",
+            daemon=True,
+        )
+        self._thread.start()
 
     def server_bind(self) -> None:
         """Bind without asking DNS for the host's name."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
+
+    def set_plan(self, slots: Sequence[Slot]) -> None:
+        """Answer the requests that waited for the plan, as all later ones."""
+        plan = [
+            SlotInfo(
+                hostname=slot.host_id,
+                rank=slot.rank,
+                local_rank=slot.local_rank,
+                cross_rank=slot.cross_rank,
+                size=slot.size,
+                local_size=slot.local_size,
+                cross_size=slot.cross_size,
+            )
+            for slot in slots
+        ]
+        self._stored_limit = max(MAX_STORED_BYTES, STORED_BYTES_PER_PAIR * len(plan) ** 2)
+        self.init(plan)
+        self._planned.set()
+
+    def close(self) -> None:
+        """End every connection, answered or not, and free the port."""
+        self._planned.set()
+        with self._changed:
+            self._closing = True
+            for connection in self._connections:
+                _wake(connection)
+            self._changed.notify_all()
+        self.shutdown()
+        self.server_close()
+        self._thread.join()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._connections, CLOSE_SECONDS)
+
+    def times_of_requests(self) -> tuple[float, float] | None:
+        """Return when the first and the last request were answered, in seconds since the epoch."""
+        return self._times_of_requests
 
     def store(self, scope: str, key: str, value: bytes) -> bool:
         """Store a value if there is room for it."""
@@ -128,7 +174,7 @@ class _Server(RendezvousHTTPServer):  # type: ignore[misc]
                 for other_key, other in values.items()
                 if (other_scope, other_key) != (scope, key)
             )
-            if others + len(value) + len(scope) + len(key) + _ENTRY_BYTES > self.stored_limit:
+            if others + len(value) + len(scope) + len(key) + _ENTRY_BYTES > self._stored_limit:
                 return False
             self.cache.setdefault(scope, {})[key] = value
             return True
@@ -137,10 +183,10 @@ class _Server(RendezvousHTTPServer):  # type: ignore[misc]
         """Note that it is the peer's turn to wait, and let it wait for the plan."""
         with self._changed:
             self._awaited.pop(connection, None)
-        self.planned.wait(PLAN_SECONDS)
+        self._planned.wait(PLAN_SECONDS)
         now = time.time()
-        first, _ = self.times_of_requests or (now, now)
-        self.times_of_requests = (first, now)
+        first, _ = self._times_of_requests or (now, now)
+        self._times_of_requests = (first, now)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own, as soon as there is room for it."""
@@ -168,19 +214,6 @@ class _Server(RendezvousHTTPServer):  # type: ignore[misc]
             self._awaited.pop(request, None)
             self._changed.notify_all()
 
-    def close_connections(self) -> None:
-        """End every connection, answered or not, and take no more."""
-        self.planned.set()
-        with self._changed:
-            self._closing = True
-            for connection in self._connections:
-                _wake(connection)
-            self._changed.notify_all()
-
-    def wait_for_connections(self, timeout: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._connections, timeout)
-
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Stay silent: a worker that died in the middle of a request is reported as such."""
 
@@ -196,51 +229,6 @@ def _wake(connection: socket.socket) -> None:
     """Have the connection's thread, which may wait for bytes, close it."""
     with contextlib.suppress(OSError):  # the peer was faster
         connection.shutdown(socket.SHUT_RDWR)
-
-
-class Rendezvous:
-    """Horovod's rendezvous server, on `port` or, with 0, on any free one."""
-
-    def __init__(self, host: str, port: int = 0) -> None:
-        self._server = _Server((host, port))
-        self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(
-            target=self._server.serve_forever,
-            kwargs={"poll_interval": _POLL_SECONDS},
-            name="horovodrunner-rendezvous",
-            daemon=True,
-        )
-        self._thread.start()
-
-    def set_plan(self, slots: Sequence[Slot]) -> None:
-        """Answer the requests that waited for the plan, as all later ones."""
-        plan = [
-            SlotInfo(
-                hostname=slot.host_id,
-                rank=slot.rank,
-                local_rank=slot.local_rank,
-                cross_rank=slot.cross_rank,
-                size=slot.size,
-                local_size=slot.local_size,
-                cross_size=slot.cross_size,
-            )
-            for slot in slots
-        ]
-        self._server.stored_limit = max(MAX_STORED_BYTES, STORED_BYTES_PER_PAIR * len(plan) ** 2)
-        self._server.init(plan)
-        self._server.planned.set()
-
-    def times_of_requests(self) -> tuple[float, float] | None:
-        """Return when the first and the last request were answered, in seconds since the epoch."""
-        return self._server.times_of_requests
-
-    def close(self) -> None:
-        """Stop serving and free the port."""
-        self._server.close_connections()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-        self._server.wait_for_connections(CLOSE_SECONDS)
 
 
 _MPI = "workers are started by Spark and talk over Gloo, never by MPI"

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from horovodrunner.wire.job import FailureKind
+from horovodrunner.flows.outcome.outcome import FailureKind
 
 __all__ = ["Member", "Slot", "assign_slots", "compose_devices", "members_by_rank", "tf_workers"]
 
@@ -29,7 +29,7 @@ class Member:
     """A barrier task has one worker; the local agent of a run with np < 0 has them all."""
     gpus: tuple[str, ...] = ()
     """Indices or UUIDs."""
-    hub_port: int = 0
+    peer_port: int = 0
     rendezvous_port: int = 0
     """0 where Horovod is not installed."""
     master_port: int = 0

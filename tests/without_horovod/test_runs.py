@@ -45,9 +45,8 @@ def test_the_variables_name_no_rendezvous() -> None:
 
 @pytest.mark.spark
 @pytest.mark.usefixtures("spark")
-@pytest.mark.parametrize("np", [-2, 2])
-def test_torch_distributed_trains(np: int) -> None:
-    trained = HorovodRunner(np=np, stall_timeout=STALL_SECONDS).run(train, lr=0.1, use_gpu=False)
+def test_torch_distributed_trains() -> None:
+    trained = HorovodRunner(np=2, stall_timeout=STALL_SECONDS).run(train, lr=0.1, use_gpu=False)
     for name in ("ddp", "fsdp", "fsdp2"):
         first, second = (weights[name] for weights in trained["weights"])
         assert first == second == pytest.approx(trained["reference"], rel=1e-4, abs=1e-6), name

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import decimal
 import dis
 import enum
-import fractions
 import functools
 import hashlib
 import inspect
@@ -20,7 +17,6 @@ import os
 import re
 import sys
 import types
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
@@ -50,15 +46,9 @@ _LOOKS_RANDOM = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9+_=-]{32,}")
 
 _HAVE_SHAPES = frozenset({"numpy", "pandas", "polars", "scipy", "tensorflow", "torch"})
 _SCALARS = (bool, int, float, complex, str, bytes, bytearray, enum.Enum, PurePath)
-_SHOWN_AS_THEY_ARE = (
-    datetime.date,
-    datetime.time,
-    datetime.timedelta,
-    decimal.Decimal,
-    fractions.Fraction,
-    range,
-    uuid.UUID,
-)
+_REPRESENTED = frozenset({"datetime", "decimal", "fractions", "uuid"})
+"""Modules whose objects are shown as they represent themselves."""
+
 _OURS = frozenset({"horovodrunner", "petastorm", "sparkdl"})
 _PLAIN_BASES = frozenset({"abc", "builtins", "typing"})
 _NOT_CODE = frozenset({"__doc__", "__firstlineno__"})
@@ -280,11 +270,18 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
 
 
 def _is_scalar(value: Any) -> bool:
+    is_singleton = value is None or value is ...
     return (
-        value is None
-        or value is ...
-        or isinstance(value, (*_SCALARS, *_SHOWN_AS_THEY_ARE))
+        is_singleton
+        or isinstance(value, _SCALARS)
+        or _is_represented(value)
         or _is_numpy_scalar(value)
+    )
+
+
+def _is_represented(value: Any) -> bool:
+    return isinstance(value, range) or any(
+        each.__module__ in _REPRESENTED for each in type(value).__mro__
     )
 
 
@@ -318,7 +315,7 @@ def _text(value: Any) -> str:  # noqa: PLR0911 - a list of kinds
         return _quoted(str.__str__(value) if isinstance(value, str) else str(value))
     if isinstance(value, (bytes, bytearray)):
         return _quoted(bytes(value[:_HASHED_CHARACTERS]).decode("latin-1"), len(value), "bytes")
-    if isinstance(value, _SHOWN_AS_THEY_ARE):
+    if _is_represented(value):
         return _bounded(repr(value))
     if isinstance(value, (list, tuple, set, frozenset)):
         return _bounded(_collection_text(value))

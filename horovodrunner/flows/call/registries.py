@@ -70,7 +70,7 @@ def of_this_process() -> dict[int, list[Registered]]:
 
 
 def with_registrations(thing: Any, reduced: Any, entries: list[Registered]) -> Any:
-    """Let a class or function that travels by value be registered where it is unpickled."""
+    """Register a class or function that travels by value where it is unpickled."""
     make, args, state, items, pairs, set_state = reduced
     again = [(each.registry, each.how) for each in entries]
     return make, args, (set_state, state, again), items, pairs, _set_state

@@ -12,14 +12,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 
-from horovodrunner.flows.logs.lines import count_lines, missing_mark
+from horovodrunner.flows.logs.lines import count_lines, missing_mark, prefix_lines
 from horovodrunner.flows.logs.showing import show_text
 from horovodrunner.flows.telemetry.phases import Phase
-from horovodrunner.placement.topology import Slot
 from horovodrunner.spark.interrupt import LOOK_UP_SECONDS, main_thread_was_interrupted
-from horovodrunner.wire.job import Outcome
+from horovodrunner.wire.events import Handlers, Lines, Message, Note, Phases
 
 __all__ = ["Console"]
 
@@ -54,6 +52,12 @@ class Console:
         self._leaves_routine_out = os.environ.get(QUIET, "0") not in ("", "0")
         self.run_phases: tuple[Phase, ...] = ()
         """What the run told of its phases."""
+        self.handlers: Handlers = {
+            Lines: lambda event: self.lines(prefix_lines(event.lines, event.rank, event.stream)),
+            Message: lambda event: self.message(event.text),
+            Note: lambda event: self.note(event.text, routine=event.routine),
+            Phases: self._take_phases,
+        }
 
     def lines(self, lines: bytes) -> None:
         """Take whole, prefixed lines of the workers; never blocks.
@@ -70,18 +74,10 @@ class Console:
             self._report_dropped_lines()
             self._put(lines.decode("utf-8", errors="replace"))
 
-    def message(self, rank: int, message: bytes) -> None:
-        """Take a ``log_to_driver`` message.
-
-        Parameters
-        ----------
-        rank
-            Whose it is; the message is shown as it was given.
-        message
-            UTF-8 without a newline at its end.
-        """
+    def message(self, text: str) -> None:
+        """Take a ``log_to_driver`` message, which is shown as it was given."""
         with self._lock:
-            self._put(message.decode("utf-8", errors="replace") + "\n")
+            self._put(text + "\n")
 
     def note(self, text: str, *, routine: bool = False) -> None:
         """Take a line of the run's own.
@@ -98,21 +94,8 @@ class Console:
         with self._lock:
             self._put(f"HorovodRunner: {text}\n")
 
-    def placed(self, slots: Sequence[Slot]) -> None:
-        """Do nothing: all ranks are here."""
-
-    def failed(self, outcome: Outcome) -> None:
-        """Do nothing: the run's failure is raised, not printed."""
-
-    def phases(self, phases: Sequence[Phase]) -> None:
-        """Keep when the phases of the run began and ended."""
-        self.run_phases = tuple(phases)
-
-    def storing(self) -> None:
-        """Do nothing: whoever waits here waits for the agent itself."""
-
-    async def close(self) -> None:
-        """Do nothing: what was taken is printed by :meth:`show`."""
+    def _take_phases(self, event: Phases) -> None:
+        self.run_phases = tuple(Phase(*fields) for fields in event.phases)
 
     def wake(self) -> None:
         """Make :meth:`show` return after it has printed everything."""

@@ -15,9 +15,9 @@ from horovodrunner.errors import (
     StallTimeoutError,
     WorkerFailedError,
 )
+from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
 from horovodrunner.formatting import format_bytes, in_one_line
 from horovodrunner.pickling.buffers import BufferedPickle, loads
-from horovodrunner.wire.job import Failure, FailureKind, Outcome
 
 __all__ = ["open_outcome"]
 

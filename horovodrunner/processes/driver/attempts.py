@@ -10,9 +10,9 @@ from horovodrunner.flows.call.record import changes
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.driver import open_outcome
+from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.formatting import class_names, cut, short_name
 from horovodrunner.pickling.pickler import travels_by_reference
-from horovodrunner.wire.job import Outcome
 
 __all__ = ["describe_stopped", "run_attempts"]
 

@@ -21,7 +21,7 @@ from horovodrunner.placement.environment import TF_CONFIG
 from horovodrunner.processes.worker.context import notice
 from horovodrunner.processes.worker.endless import refuse_without_end
 
-__all__ = ["install"]
+__all__ = ["install", "watch"]
 
 _LIBRARIES = frozenset(
     {"horovod", "horovodrunner", "importlib", "jax", "keras", "pyspark", "tensorflow", "tf_keras"}
@@ -31,15 +31,16 @@ _LIBRARIES = frozenset(
 
 def install() -> None:
     """Watch what main is going to import."""
-    for module, (functions, look) in _BEFORE_CALLS.items():
-        after_import(module, functools.partial(_watch, functions, look))
+    for name in _BEFORE_CALLS:
+        after_import(name, watch)
     after_import("keras.src.optimizers.base_optimizer", _watch_keras_3_lr)
     after_import("mpi4py.MPI", _watch_mpi)
     after_import("pyspark.taskcontext", _watch_task_context)
 
 
-def _watch(functions: str, look: Callable[..., None], module: Any) -> None:
-    """Have some functions' arguments be looked at, each time before they are called."""
+def watch(module: Any) -> None:
+    """Look at the arguments of some functions of a module, each time before they are called."""
+    functions, look = _BEFORE_CALLS[module.__name__]
     for path in functions.split():
         owner, _, name = path.rpartition(".")
         holder = attrgetter(owner)(module) if owner else module
