@@ -30,13 +30,7 @@ class Found(NamedTuple):
 
 
 def find_sparkdl() -> Found | None:
-    """Find the ``sparkdl`` that gets imported, without importing it.
-
-    Returns
-    -------
-    Found or None
-        None if there is no such module.
-    """
+    """Find the ``sparkdl`` that gets imported, without importing it."""
     spec = importlib.util.find_spec("sparkdl")
     if spec is None or spec.origin is None:
         return None
@@ -47,16 +41,7 @@ def other_sparkdls(own: str) -> list[str]:
     """List what else is called ``sparkdl``: on Python's path, or as an installed distribution.
 
     A distribution of that name may have put its files among ours, or ours may have replaced its.
-
-    Parameters
-    ----------
-    own
-        Path of the ``__init__.py`` that is imported.
-
-    Returns
-    -------
-    list of str
-        Paths, and the distribution's name with its version.
+    `own` is the path of the ``__init__.py`` that is imported.
     """
     specs = [PathFinder.find_spec("sparkdl", [entry]) for entry in sys.path]
     origins = dict.fromkeys(spec.origin for spec in specs if spec is not None and spec.origin)
@@ -68,13 +53,7 @@ def other_sparkdls(own: str) -> list[str]:
 
 
 def warn_of_others(own: str) -> None:
-    """Warn, at the line that imports ``sparkdl``, when others of that name are hidden by ours.
-
-    Parameters
-    ----------
-    own
-        Path of the ``__init__.py`` that is being imported.
-    """
+    """Warn, at the line that imports ``sparkdl``, when others of that name are hidden by ours."""
     others = other_sparkdls(own)
     if others:
         warn(
@@ -114,15 +93,7 @@ def _installed_from() -> str:
 def import_package_instead(name: str) -> bool:
     """Put a package in the place of our module of the same name, which is being imported.
 
-    Parameters
-    ----------
-    name
-        The module's name.
-
-    Returns
-    -------
-    bool
-        False if there is no such package on Python's path.
+    Return False if there is no such package on Python's path.
     """
     for entry in sys.path:
         spec = PathFinder.find_spec(name, [entry])

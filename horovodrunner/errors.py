@@ -23,6 +23,12 @@ happened, the value seen and what to do next.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
 __all__ = [
     "ArgumentTypeError",
     "ArgumentValueError",
@@ -53,24 +59,23 @@ class HorovodRunnerError(Exception):
     attempts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return self._with_attempts(self._text())
-
-    def _with_attempts(self, text: str) -> str:
-        if self.attempts:
-            lines = "\n".join(
-                f"  attempt {number}: {cause}" for number, cause in enumerate(self.attempts, 1)
-            )
-            text += f"\n\nAll {len(self.attempts)} attempts failed:\n{lines}"
-        return text
-
-    def _text(self) -> str:
-        return super().__str__()
+        return self._message()
 
     def _render_traceback_(self) -> list[str]:
         """Return what IPython shows: the user's frames, not those of this package."""
         from horovodrunner.flows.outcome.tracebacks import in_cell  # not needed by most processes
 
         return in_cell(self, self.__str__)
+
+    def _message(self, *, with_traceback: bool = True) -> str:
+        text = self._text(with_traceback=with_traceback)
+        if self.attempts:
+            lines = [f"  attempt {number}: {each}" for number, each in enumerate(self.attempts, 1)]
+            text += f"\n\nAll {len(lines)} attempts failed:\n" + "\n".join(lines)
+        return text
+
+    def _text(self, *, with_traceback: bool) -> str:
+        return super().__str__()
 
 
 class ConfigurationError(HorovodRunnerError):
@@ -118,15 +123,12 @@ class WorkerFailedError(HorovodRunnerError):
         The worker's own traceback text, or "".
     consequences
         One line for every rank that failed after it.
-
-    Attributes
-    ----------
-    worker_was_lost : bool
+    worker_was_lost
         Whether the rank's process or its executor was lost, not its code that raised: what
         ``max_restarts`` is for.
-    last_lines : str
+    last_lines
         What the rank wrote last to standard error, when its process ended without an exception.
-    exception_types : tuple of str
+    exception_types
         Qualified names of the class of what main raised and of its bases, in the order of its
         MRO, such as ``"builtins.ConnectionError"``; also where it does not unpickle here.
 
@@ -139,7 +141,7 @@ class WorkerFailedError(HorovodRunnerError):
     (1, None)
     """
 
-    def __init__(  # noqa: PLR0917 - unpickling passes them by position
+    def __init__(  # noqa: PLR0917 - earlier releases took these by position
         self,
         summary: str,
         rank: int | None = None,
@@ -148,8 +150,12 @@ class WorkerFailedError(HorovodRunnerError):
         signal: str | None = None,
         traceback: str = "",
         consequences: tuple[str, ...] = (),
+        *,
+        worker_was_lost: bool = False,
+        last_lines: str = "",
+        exception_types: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(summary, rank, host, exit_code, signal, traceback, consequences)
+        super().__init__(summary)
         self.summary = summary
         self.rank = rank
         self.host = host
@@ -157,26 +163,23 @@ class WorkerFailedError(HorovodRunnerError):
         self.signal = signal
         self.traceback = traceback
         self.consequences = consequences
-        self.worker_was_lost = False
-        self.last_lines = ""
-        self.exception_types: tuple[str, ...] = ()
-
-    def _text(self) -> str:
-        return self._parts(self.traceback)
+        self.worker_was_lost = worker_was_lost
+        self.last_lines = last_lines
+        self.exception_types = exception_types
 
     def _render_traceback_(self) -> list[str]:
-        """Return what IPython shows: the cause first, and then what else is known."""
+        """Return what IPython shows: the rank's traceback first, and then what else is known."""
         from horovodrunner.flows.outcome.tracebacks import in_cell
 
-        told = f"On rank {self.rank}:\n{self.traceback.rstrip()}" if self.traceback else ""
-        return in_cell(self, lambda: self._with_attempts(self._parts("")), told)
+        traceback = f"On rank {self.rank}:\n{self.traceback.rstrip()}" if self.traceback else ""
+        return in_cell(self, lambda: self._message(with_traceback=False), traceback)
 
-    def _parts(self, traceback: str) -> str:
+    def _text(self, *, with_traceback: bool) -> str:
         who = "the run" if self.rank is None else f"rank {self.rank}"
         where = f" on {self.host}" if self.host else ""
         parts = [f"{who}{where} failed: {self.summary}"]
-        if traceback:
-            parts.append(f"The worker's traceback:\n{traceback.rstrip()}")
+        if self.traceback and with_traceback:
+            parts.append(f"The worker's traceback:\n{self.traceback.rstrip()}")
         if self.last_lines:
             parts.append(f"What it wrote last to standard error:\n{self.last_lines}")
         if self.consequences:
@@ -187,23 +190,23 @@ class WorkerFailedError(HorovodRunnerError):
 class StallTimeoutError(WorkerFailedError, TimeoutError):
     """Ranks waited in a collective, or did not answer, for longer than ``stall_timeout`` seconds.
 
-    The parameters are those of :class:`WorkerFailedError`; ``rank`` is the first rank that the
-    others waited for.
+    As :class:`WorkerFailedError`; ``rank`` is the first rank that the others waited for.
 
-    Attributes
+    Parameters
     ----------
-    stacks : dict of str
+    stacks
         Every rank's Python stack when the time was up, by rank.
     """
 
-    stacks: dict[int, str]
+    def __init__(
+        self, summary: str, *args: Any, stacks: Mapping[int, str] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(summary, *args, **kwargs)
+        self.stacks = dict(stacks or {})
 
-    def _parts(self, traceback: str) -> str:
-        stacks = "\n\n".join(
-            f"Stack of rank {rank}:\n{text.rstrip()}"
-            for rank, text in getattr(self, "stacks", {}).items()
-        )
-        return f"{super()._parts(traceback)}\n\n{stacks}".rstrip()
+    def _text(self, *, with_traceback: bool) -> str:
+        stacks = [f"Stack of rank {rank}:\n{text.rstrip()}" for rank, text in self.stacks.items()]
+        return "\n\n".join([super()._text(with_traceback=with_traceback), *stacks])
 
 
 class CheckpointError(HorovodRunnerError):
@@ -213,16 +216,22 @@ class CheckpointError(HorovodRunnerError):
 class BarrierStageError(HorovodRunnerError):
     """Spark lost or cancelled the barrier stage that carried the run.
 
-    Attributes
+    Parameters
     ----------
-    executor_was_lost : bool
+    text
+        What happened.
+    executor_was_lost
         Whether an executor or a task was lost, rather than the job cancelled.
-    was_cancelled : bool
+    was_cancelled
         Whether the job was cancelled, in Spark's UI, say.
     """
 
-    executor_was_lost: bool = False
-    was_cancelled: bool = False
+    def __init__(
+        self, text: str, *, executor_was_lost: bool = False, was_cancelled: bool = False
+    ) -> None:
+        super().__init__(text)
+        self.executor_was_lost = executor_was_lost
+        self.was_cancelled = was_cancelled
 
 
 class DataError(HorovodRunnerError):

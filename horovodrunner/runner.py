@@ -23,12 +23,12 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
 from horovodrunner.flows.telemetry.phases import Phase, Spans, in_words
 from horovodrunner.pickling import payload
-from horovodrunner.pickling.installed import is_of_a_python
-from horovodrunner.placement.environment import TF_CONFIG, forwarded_environment, hash_seed
+from horovodrunner.placement.environment import forwarded_environment, hash_seed
 from horovodrunner.placement.versions import installed_versions
 from horovodrunner.processes.driver import interrupt
+from horovodrunner.processes.driver.announcement import announce
 from horovodrunner.processes.driver.attempts import run_attempts, stopped_in_words
-from horovodrunner.processes.driver.interactive import is_interactive
+from horovodrunner.processes.driver.interactive import is_interactive, program_arguments
 from horovodrunner.storage import is_url
 from horovodrunner.usage import explained, wrong_options, wrong_run
 from horovodrunner.wire.job import JobSpec, Outcome
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["HorovodRunner", "SavedCheckpoint"]
 
-VERBOSITIES = ("all", "log_callback_only")
-CHECKPOINT_ERRORS = ("warn", "raise")
 AUTO = "auto"
 TOKEN_BYTES = 32
 
@@ -78,17 +76,16 @@ class HorovodRunner:
         SparkSession (one is created when there is none). Negative: ``-np`` processes on this
         machine, without Spark, for debugging. 0: all slots of the cluster; deprecated.
     driver_log_verbosity
-        ``"log_callback_only"``: only what :func:`horovodrunner.log_to_driver` is given is shown
-        here. ``"all"``: everything the ranks print is, while it happens. A negative np always
-        shows all.
+        ``"log_callback_only"``: show here only what :func:`horovodrunner.log_to_driver` is given.
+        ``"all"``: show everything the ranks print, while it happens. A negative np always does.
     horovodrun_args
         Options of the ``horovodrun`` command, as a list or as one would type them:
         ``["--fusion-threshold-mb", "32", "--autotune"]``. They win over the driver's ``HOROVOD_``
         variables. The file of ``--timeline-filename``, or of the variable ``HOROVOD_TIMELINE``,
-        is written here, on the driver, at the end of the run, also of one that fails. Options
+        is written here, on the driver, at the end of the run, even of one that fails. Options
         about hosts, ssh, MPI and elastic runs are refused.
     resources
-        What each task takes of its executor in this run, when that is not what the session's
+        What each task of this run takes of its executor, when that is not what the session's
         settings say: ``{"cpus": 4, "gpu": 1}``. Needs pyspark 4.0 and a cluster (standalone, YARN
         or Kubernetes); a negative np ignores it.
     start_timeout
@@ -107,7 +104,7 @@ class HorovodRunner:
         Whether main finds the newest checkpoint in ``checkpoint_dir``. False starts anew: older
         ones are kept beside the new ones and are neither found nor deleted. Restarts within the
         run find the run's own in any case.
-    checkpoint_errors
+    on_checkpoint_error
         ``"warn"``: training goes on when a checkpoint cannot be stored. ``"raise"``: the run ends
         with a :class:`CheckpointError`.
     max_restarts
@@ -117,10 +114,10 @@ class HorovodRunner:
     tf_config
         Whether every rank gets ``TF_CONFIG`` with all ranks as workers, for
         ``tf.distribute.MultiWorkerMirroredStrategy``. Without it no rank has the variable.
-    show_phases
+    profile_launch
         Whether a table at the end of the run shows how long each phase took: pickling, the start
-        of the stage and of the workers, imports, the gather step, main, the way back. The same
-        is in ``phases`` in any case.
+        of the stage and of the workers, imports, the gather step, main, the way back. ``phases``
+        has the same in any case.
     keep_warm
         Whether a process that has PyTorch and Horovod imported stays on every executor (on the
         driver for a negative np) and forks the workers, so that the next runs start sooner. It
@@ -152,7 +149,11 @@ class HorovodRunner:
     _frames_to_user = 4
     """From a warning of run() to the line that called it; a subclass adds its own frames."""
 
-    @explained(wrong_options)
+    @explained(
+        wrong_options,
+        checkpoint_errors="on_checkpoint_error",
+        show_phases="profile_launch",
+    )
     def __init__(
         self,
         *,
@@ -165,20 +166,18 @@ class HorovodRunner:
         checkpoint_dir: str | os.PathLike[str] | None = None,
         keep_checkpoints: int = 3,
         resume: bool = True,
-        checkpoint_errors: str = "warn",
+        on_checkpoint_error: str = "warn",
         max_restarts: int = 0,
         restart_on: tuple[type[BaseException], ...] = (),
         tf_config: bool = False,
-        show_phases: bool = False,
+        profile_launch: bool = False,
         keep_warm: bool | str = AUTO,
     ) -> None:
         self._np = checked.integer("np", np)
-        self._verbosity = checked.choice("driver_log_verbosity", driver_log_verbosity, VERBOSITIES)
-        self._options = (
-            {}
-            if horovodrun_args is None
-            else _environment_of(checked.command_line("horovodrun_args", horovodrun_args))
+        self._verbosity = checked.choice(
+            "driver_log_verbosity", driver_log_verbosity, ("all", "log_callback_only")
         )
+        self._horovod_variables = _horovod_variables(horovodrun_args)
         self._resources = None if resources is None else checked.resources("resources", resources)
         self._start_timeout = checked.seconds("start_timeout", start_timeout)
         self._stall_timeout = (
@@ -191,15 +190,15 @@ class HorovodRunner:
             else CheckpointStore(checked.path("checkpoint_dir", checkpoint_dir), keep)
         )
         self._resume = checked.boolean("resume", resume)
-        self._history: CheckpointStore | None = None
-        self._checkpoint_errors = checked.choice(
-            "checkpoint_errors", checkpoint_errors, CHECKPOINT_ERRORS
+        self._on_checkpoint_error = checked.choice(
+            "on_checkpoint_error", on_checkpoint_error, ("warn", "raise")
         )
         self._max_restarts = checked.integer("max_restarts", max_restarts, at_least=0)
         self._restart_on = checked.exception_types("restart_on", restart_on)
         self._tf_config = checked.boolean("tf_config", tf_config)
+        self._profile_launch = checked.boolean("profile_launch", profile_launch)
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
-        self._show_phases = checked.boolean("show_phases", show_phases)
+        self._own_history: CheckpointStore | None = None  # of the last run with resume=False
         self._phases: tuple[Phase, ...] = ()
 
     @property
@@ -211,7 +210,7 @@ class HorovodRunner:
         if self._store is None:
             return ()
         # a run that was to start anew has its own, even if it saved nothing
-        store = self._history or newest_history(self._store)
+        store = self._own_history or newest_history(self._store)
         return tuple(
             SavedCheckpoint(
                 step=manifest.step,
@@ -229,7 +228,7 @@ class HorovodRunner:
 
     @explained(wrong_run)
     def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
-        """Run ``main(**kwargs)`` once on every rank and give back what rank 0 returned.
+        """Run ``main(**kwargs)`` once on every rank and return what rank 0 returned.
 
         Parameters
         ----------
@@ -261,68 +260,62 @@ class HorovodRunner:
         StallTimeoutError
             If ranks wait for others for longer than ``stall_timeout``.
         CheckpointError
-            If a checkpoint cannot be stored and ``checkpoint_errors="raise"``.
+            If a checkpoint cannot be stored and ``on_checkpoint_error="raise"``.
         DataError
             If a data set that travels with the run cannot be computed or stored.
         BarrierStageError
             If Spark lost or cancelled the run's stage.
         """
         __tracebackhide__ = True
-        spans, began = Spans(), time.time()
+        began, spans = time.time(), Spans()
         checked.main(main, kwargs, runner_options=_OPTIONS)
         run_id = secrets.token_hex(4)
         store = self._store_of_run(run_id, main, kwargs)
-        environment = {**forwarded_environment(os.environ), **_hash_seed(), **self._options}
+        environment = {
+            **forwarded_environment(os.environ),
+            **_hash_seed(),
+            **self._horovod_variables,
+        }
         files = BroughtFiles(environment)
         with payload.companions() as companions:
-            call = payload.dump_call(main, kwargs, _arguments_of_program())
+            call = payload.dump_call(main, kwargs, program_arguments())
         frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
-        data = tuple(companions.values())
         console = Console(executors_have_lines=self._np >= 0)
-        self._announce(console, main, kwargs, call)
-        job = JobSpec(
-            run_id=run_id,
-            size=abs(self._np),
-            payload=call,
-            token=secrets.token_bytes(TOKEN_BYTES),
-            early_imports=frameworks,
-            environment={k: v for k, v in environment.items() if k not in files.variables},
-            import_path=ImportPath.of_this_process(),
-            stream_output=self._verbosity == "all" or self._np < 0,
-            stall_timeout=self._stall_timeout,
-            fail_on_checkpoint_error=self._checkpoint_errors == "raise",
-            brought_files=files.variables,
-            tf_config=self._tf_config,
-            keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
-        )
-        if store is not None:
-            job = replace(
-                job,
-                checkpoint_location=store.location,
-                keep_checkpoints=store.keep,
-                record=store.run,
-            )
+        announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
+        self._warn(main, kwargs, len(call))
 
         def launch(attempt: int) -> Outcome:
             files.begin(attempt)
             now = time.time()
             spans.add("stage start", now, now)
-            # Each attempt has its own secret: nobody of an earlier one gets in.
-            this = replace(
-                job,
-                run_id=job.run_id if attempt == 1 else f"{job.run_id}-{attempt}",
-                attempt=attempt,
+            job = JobSpec(
+                run_id=run_id if attempt == 1 else f"{run_id}-{attempt}",
+                size=abs(self._np),
+                payload=call,
+                # its own secret: nobody of an earlier attempt gets in
                 token=secrets.token_bytes(TOKEN_BYTES),
+                attempt=attempt,
+                early_imports=frameworks,
+                environment={k: v for k, v in environment.items() if k not in files.variables},
+                import_path=ImportPath.of_this_process(),
+                stream_output=self._verbosity == "all" or self._np < 0,
+                stall_timeout=self._stall_timeout,
+                checkpoint_location=None if store is None else store.location,
+                keep_checkpoints=3 if store is None else store.keep,
+                record=None if store is None else store.run,
+                fail_on_checkpoint_error=self._on_checkpoint_error == "raise",
+                brought_files=files.variables,
+                tf_config=self._tf_config,
+                keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
             )
-            if self._np < 0:
-                return self._run_locally(this, console, files, data)
-            return self._run_on_spark(this, console, files, data)
+            run_job = self._run_locally if self._np < 0 else self._run_on_spark
+            return run_job(job, console, files, tuple(companions.values()))
 
         try:
             return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
         except KeyboardInterrupt as error:
-            error.args = (stopped_in_words(error, job.size, store),)
+            error.args = (stopped_in_words(error, abs(self._np), store),)
             raise error from None  # a second Ctrl-C comes while the first one is handled
         finally:
             self._note_phases(spans, console, began)
@@ -343,7 +336,7 @@ class HorovodRunner:
             if self._resume:
                 history = newest_history(self._store, recover=True)
             else:
-                history = self._history = new_history(self._store)
+                history = self._own_history = new_history(self._store)
         except OSError as error:
             raise ConfigurationError(
                 f"the checkpoints in {self._store.location} cannot be read: {error}. Choose a "
@@ -352,14 +345,24 @@ class HorovodRunner:
         record = record_call(run_id, abs(self._np), main, kwargs)
         return CheckpointStore(history.location, history.keep, record)
 
-    def _note_phases(self, spans: Spans, console: Console, began: float) -> None:
-        for phase in console.run_phases:
-            spans.add(phase.name, phase.began, phase.ended, phase.last_rank)
-            if phase.name == "main":
-                spans.add("outcome back", phase.ended, time.time())
-        self._phases = spans.phases()
-        if self._show_phases:
-            console.note(f"where the time went:\n{in_words(self._phases, since=began)}")
+    def _warn(self, main: Callable[..., Any], kwargs: Mapping[str, Any], call_bytes: int) -> None:
+        if self._np == 0:
+            warn(
+                "np=0 (all slots) is deprecated: give the number of ranks",
+                DeprecationWarning,
+                stacklevel=self._frames_to_user,
+            )
+        if call_bytes > payload.WARN_BYTES:
+            parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
+            named = "; ".join(f"{where} ({payload.format_bytes(n)})" for where, n in parts)
+            warn(
+                f"the pickled main and its arguments have {payload.format_bytes(call_bytes)}, "
+                "which every executor has to fetch"
+                + (f". Largest: {named}" if named else "")
+                + ". Load large data inside main instead",
+                UserWarning,
+                stacklevel=self._frames_to_user,
+            )
 
     def _run_locally(
         self, job: JobSpec, console: Console, files: BroughtFiles, data: Sequence[UnsharedDataSet]
@@ -409,76 +412,14 @@ class HorovodRunner:
                 data=data,
             ).run()
 
-    @staticmethod
-    def _shares_terminal(console: Console) -> bool:
-        """Tell whether the executor's log is this process's standard error."""
-        from horovodrunner.spark import session
-
-        if not session.has_session():
-            console.note("there is no SparkSession yet: creating one", routine=True)
-            console.show(0)
-        return session.shares_terminal(session.find_session())
-
-    def _announce(
-        self,
-        console: Console,
-        main: Callable[..., Any],
-        kwargs: Mapping[str, Any],
-        call: bytes,
-    ) -> None:
-        if self._np < 0:
-            mode = "on this machine, for debugging; all output of the ranks is shown here"
-        elif self._verbosity == "all":
-            mode = (
-                "on Spark; all output of the ranks is shown here "
-                '(driver_log_verbosity="log_callback_only" shows only log_to_driver messages)'
-            )
-        elif self._shares_terminal(console):
-            mode = (
-                "on Spark; log_to_driver messages are shown here, and so is all output of the "
-                "ranks, on standard error: with a local master that is the executor's log "
-                '(driver_log_verbosity="all" shows it on standard output)'
-            )
-        else:
-            mode = (
-                "on Spark; only log_to_driver messages are shown here "
-                '(driver_log_verbosity="all" shows all output of the ranks)'
-            )
-        ranks = "all slots" if self._np == 0 else f"{abs(self._np)} rank{'s' * (abs(self._np) > 1)}"
-        console.note(f"{ranks} {mode}", routine=True)
-        if self._np == 0:
-            warn(
-                "np=0 (all slots) is deprecated: give the number of ranks",
-                DeprecationWarning,
-                stacklevel=self._frames_to_user,
-            )
-        if TF_CONFIG in os.environ:
-            console.note(
-                "the driver's TF_CONFIG describes one process and is not given to the ranks; "
-                + ("each gets its own" if self._tf_config else "tf_config=True gives each its own")
-            )
-        size = payload.format_bytes(len(call))
-        console.note(f"the pickled main and its arguments have {size}", routine=True)
-        if len(call) > payload.WARN_BYTES:
-            parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
-            named = "; ".join(f"{where} ({payload.format_bytes(n)})" for where, n in parts)
-            warn(
-                f"the pickled main and its arguments have {size}, "
-                "which every executor has to fetch"
-                + (f". Largest: {named}" if named else "")
-                + ". Load large data inside main instead",
-                UserWarning,
-                stacklevel=self._frames_to_user,
-            )
-
-
-def _arguments_of_program() -> list[str]:
-    """Return what main is to find in ``sys.argv``: a script's or a cell's, not a kernel's."""
-    file = getattr(sys.modules.get("__main__"), "__file__", None)
-    is_a_script = isinstance(file, str) and file.endswith(".py") and not is_of_a_python(file)
-    started_with = sys.orig_argv[len(sys.orig_argv) - len(sys.argv[1:]) :]
-    is_of_a_cell = is_interactive() and sys.argv[1:] != started_with
-    return sys.argv if sys.argv and (is_a_script or is_of_a_cell) else sys.argv[:1] or [""]
+    def _note_phases(self, spans: Spans, console: Console, began: float) -> None:
+        for phase in console.run_phases:
+            spans.add(phase.name, phase.began, phase.ended, phase.last_rank)
+            if phase.name == "main":
+                spans.add("outcome back", phase.ended, time.time())
+        self._phases = spans.phases()
+        if self._profile_launch:
+            console.note(f"where the time went:\n{in_words(self._phases, since=began)}")
 
 
 _OPTIONS = [*inspect.signature(HorovodRunner.__init__).parameters][1:]
@@ -491,8 +432,11 @@ def _hash_seed() -> dict[str, str]:
         raise ConfigurationError(str(error)) from error
 
 
-def _environment_of(options: Sequence[str]) -> dict[str, str]:
-    """Give the variables that options of ``horovodrun`` stand for."""
+def _horovod_variables(horovodrun_args: str | Sequence[str] | None) -> dict[str, str]:
+    """Return the variables that options of ``horovodrun`` stand for."""
+    if horovodrun_args is None:
+        return {}
+    options = checked.command_line("horovodrun_args", horovodrun_args)
     try:
         from horovodrunner.placement.horovodrun_options import environment_of
     except ImportError as error:

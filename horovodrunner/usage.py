@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from horovodrunner.deprecated import replace_old_keywords
 from horovodrunner.errors import ArgumentTypeError, HorovodRunnerError
 from horovodrunner.flows.call.called import called_signature, name_of
 from horovodrunner.flows.outcome import tracebacks
@@ -19,19 +20,12 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 _Explain = Callable[[inspect.Signature, Sequence[Any], Mapping[str, Any], TypeError], str]
 
 
-def explained(explain: _Explain | None = None) -> Callable[[_Method], _Method]:
-    """Decorate what users call: its errors say what to write, and show their code.
+def explained(explain: _Explain | None = None, **new_names: str) -> Callable[[_Method], _Method]:
+    """Decorate what users call: its errors explain what to write, and show the user's code.
 
-    Parameters
-    ----------
-    explain
-        Is called with a method's signature, the arguments by position and by name, and Python's
-        error. None: that error is shown.
-
-    Returns
-    -------
-    callable
-        The decorator; the method keeps its signature.
+    `explain` gets the signature, the arguments by position (without self) and by name, and
+    Python's error, which is shown where there is none. Keywords of old names are taken by their
+    new ones.
     """
 
     def decorate(method: _Method) -> _Method:
@@ -42,6 +36,7 @@ def explained(explain: _Explain | None = None) -> Callable[[_Method], _Method]:
             __tracebackhide__ = True  # for pytest, and IPython's debugger
             handled = sys.exc_info()[1]
             try:
+                kwargs = replace_old_keywords(kwargs, new_names, stacklevel=2)
                 try:
                     signature.bind(*args, **kwargs)
                 except TypeError as error:

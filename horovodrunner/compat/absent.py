@@ -90,13 +90,7 @@ SPARKDL: Mapping[str, str] = {
 
 
 def advise(advice: Mapping[str, str]) -> None:
-    """Let imports of modules that are not there say what to use instead.
-
-    Parameters
-    ----------
-    advice
-        One of those above.
-    """
+    """Let imports of modules that are not there raise an error that names what to use instead."""
     if not any(isinstance(each, _Finder) and each.advice is advice for each in sys.meta_path):
         sys.meta_path.append(_Finder(advice))
 
@@ -124,20 +118,7 @@ class _Finder:
 
 
 def refuse_names(module: str, advice: Mapping[str, str]) -> Callable[[str], Any]:
-    """Make a module's ``__getattr__``.
-
-    Parameters
-    ----------
-    module
-        The name by which it is imported.
-    advice
-        One of those above.
-
-    Returns
-    -------
-    callable
-        Raises ImportError in ``from module import name``, else AttributeError.
-    """
+    """Return a module's ``__getattr__``, which names what to use instead of what is not there."""
 
     def look_up(name: str) -> Any:
         instead = "" if name.startswith("__") else f": {_advice_for(f'{module}.{name}', advice)}"

@@ -31,13 +31,7 @@ Difference = tuple[str, str, tuple[tuple[str, str], ...]]
 
 
 def installed_versions() -> dict[str, str]:
-    """Read the versions that matter to a run, without importing anything.
-
-    Returns
-    -------
-    dict of str
-        Versions by name; "" for what is not installed.
-    """
+    """Return the versions that matter to a run, by name; "" for what is not installed."""
     versions = {"Python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -48,7 +42,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def _version(package: importlib.metadata.Distribution) -> str:
-    """Read one line; parsing all the rest, with the description, takes each task 30 ms."""
+    """Return one line of the metadata; parsing all the rest takes each task 30 ms."""
     line = re.search(r"^Version: *(.+)$", package.read_text("METADATA") or "", re.MULTILINE)
     return line[1].strip() if line else package.version
 
@@ -56,20 +50,9 @@ def _version(package: importlib.metadata.Distribution) -> str:
 def differences(
     driver: Mapping[str, str], executors: Sequence[tuple[str, Mapping[str, str]]]
 ) -> list[Difference]:
-    """Compare the executors' versions with the driver's.
+    """Compare the executors' versions, with their hosts, with the driver's.
 
-    Parameters
-    ----------
-    driver
-        The driver's versions by name.
-    executors
-        Host and versions of every task.
-
-    Returns
-    -------
-    list of Difference
-        What differs, between the driver and executors or among executors. What one side lacks is
-        no difference: the driver may well lack the frameworks, and the executors Keras.
+    What one side lacks is no difference: the driver may well lack the frameworks.
     """
     found = []
     for name, own in driver.items():
@@ -85,20 +68,10 @@ def differences(
 
 
 def must_fail(found: Sequence[Difference]) -> bool:
-    """Tell whether a run cannot work with these differences.
+    """Return whether a run cannot work with these differences.
 
     Functions travel as bytecode, which holds for one minor version of Python; and the driver and
     the tasks have to speak the same version of this package's protocol.
-
-    Parameters
-    ----------
-    found
-        What differs.
-
-    Returns
-    -------
-    bool
-        True when another Python (3.11 beside 3.12) or another release of this package is there.
     """
     for name, own, others in found:
         if name == "horovodrunner":
@@ -109,20 +82,8 @@ def must_fail(found: Sequence[Difference]) -> bool:
 
 
 def differences_in_words(found: Sequence[Difference]) -> str:
-    """Write differences as a table.
+    """Return differences as a table.
 
-    Parameters
-    ----------
-    found
-        What differs.
-
-    Returns
-    -------
-    str
-        A line for each, with a heading.
-
-    Examples
-    --------
     >>> print(differences_in_words([("torch", "2.13.0", (("node-7", "2.12.1"),))]))
                      driver        executors
     torch            2.13.0        2.12.1 (node-7)

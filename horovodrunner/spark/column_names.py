@@ -20,20 +20,8 @@ _PLAIN = re.compile(r"\w+", re.ASCII)
 
 
 def as_written(name: str) -> str:
-    """Return how Spark's expressions name a column.
+    """Return how Spark's expressions name a column: in backticks where they would misread it.
 
-    Parameters
-    ----------
-    name
-        The column's name.
-
-    Returns
-    -------
-    str
-        The same, in backticks where Spark would misread it.
-
-    Examples
-    --------
     >>> as_written("label"), as_written("a.b")
     ('label', '`a.b`')
     """
@@ -43,18 +31,6 @@ def as_written(name: str) -> str:
 def literal(written: str) -> str:
     """Return the name behind what Spark's expressions name a column.
 
-    Parameters
-    ----------
-    written
-        A name, perhaps in backticks.
-
-    Returns
-    -------
-    str
-        The column's name.
-
-    Examples
-    --------
     >>> literal("label"), literal("`a.b`")
     ('label', 'a.b')
     """
@@ -63,41 +39,13 @@ def literal(written: str) -> str:
 
 
 def numbered(df: Any, names: Sequence[str] | None = None) -> Any:
-    """Call columns ``_0``, ``_1``, ... by their place, and choose some.
-
-    Parameters
-    ----------
-    df
-        A DataFrame.
-    names
-        Columns of it, each of which is there exactly once; None: all.
-
-    Returns
-    -------
-    pyspark.sql.DataFrame
-        These columns in this order; a number is the place in `df`.
-    """
+    """Rename columns to ``_0``, ``_1``, ... by their place in `df`, and select those of `names`."""
     found = df.toDF(*(f"_{place}" for place in range(len(df.columns))))
     return found if names is None else found.select(*(f"_{df.columns.index(n)}" for n in names))
 
 
 def map_by_name(df: Any, function: Callable[..., Any], schema: Any) -> Any:
-    """Return ``df.mapInArrow(function, schema)``, for columns of any names.
-
-    Parameters
-    ----------
-    df
-        A DataFrame.
-    function
-        Gets record batches whose columns have the DataFrame's names.
-    schema
-        Of what it yields.
-
-    Returns
-    -------
-    pyspark.sql.DataFrame
-        The result.
-    """
+    """Return ``df.mapInArrow(function, schema)``, for columns of any names."""
     names = list(df.columns)
     if all(map(_PLAIN.fullmatch, names)) and len(set(map(str.lower, names))) == len(names):
         return map_in_arrow(df, function, schema)
@@ -111,18 +59,7 @@ def _with_names(
 
 
 def fields_twice(spark_type: Any) -> str:
-    """Find a struct with two fields of one name, which Arrow does not carry.
-
-    Parameters
-    ----------
-    spark_type
-        A column's type.
-
-    Returns
-    -------
-    str
-        The fields' name; empty if there is no such struct.
-    """
+    """Return the name of two fields of one struct, which Arrow does not carry; "" if none is."""
     if (inner := getattr(spark_type, "elementType", None)) is not None:
         return fields_twice(inner)
     fields = getattr(spark_type, "fields", None) or []

@@ -57,25 +57,9 @@ _WITHOUT_SPARK = (
 def check_dataframe(
     value: Any, *, takes_arrow: bool = False, takes_url: bool = False, takes_streams: bool = False
 ) -> None:
-    """Check a DataFrame of Spark's.
+    """Refuse what is no Spark DataFrame, and say how to make one of it.
 
-    Parameters
-    ----------
-    value
-        What was given as ``df``.
-    takes_arrow
-        Whether ``data.from_arrow`` is another way.
-    takes_url
-        Whether a URL of Parquet files could have been given as well.
-    takes_streams
-        Whether a streaming one will do.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is none.
-    ArgumentValueError
-        If it is a streaming one.
+    `takes_arrow`, `takes_url`, `takes_streams`: what else would do.
     """
     if not hasattr(type(value), "mapInArrow"):
         wanted = "a Spark DataFrame" + (" or a URL as a str" if takes_url else "")

@@ -32,19 +32,7 @@ _MEMORY_SETTINGS = (
 def told_as(kind: type[Exception], sentence: str, remedy: str = "") -> Iterator[None]:
     """Raise Spark's errors as one of ours, with the cause in the first line.
 
-    Parameters
-    ----------
-    kind
-        The class of error to raise; Spark's own is its cause.
-    sentence
-        What cannot be done.
-    remedy
-        What to do about it, unless somebody has cancelled the job.
-
-    Raises
-    ------
-    Exception
-        Of that kind, if the block raises an error of Spark's. Others go through.
+    `remedy` is left out where somebody has cancelled the job.
     """
     try:
         yield
@@ -63,18 +51,7 @@ def _is_of_spark(error: Exception) -> bool:
 
 
 def cause_in_words(error: Exception) -> str:
-    """Pull the cause out of an error of Spark's.
-
-    Parameters
-    ----------
-    error
-        What PySpark raised: of its own, of Py4J or of Spark Connect.
-
-    Returns
-    -------
-    str
-        One line.
-    """
+    """Extract the cause, in one line, from an error of PySpark, Py4J or Spark Connect."""
     text = str(error)
     if isinstance(error, ConnectionError) or "Py4JNetworkError" in type(error).__name__:
         return f"contact with Spark was lost ({in_one_line(error)})"
@@ -115,17 +92,9 @@ def _without_class(said: str) -> str:
 
 
 def problem_of_executors_python(text: str) -> str | None:
-    """Say why the Python of the executors cannot run tasks; the same would happen again.
+    """Explain why the Python of the executors cannot run tasks; None if it lies elsewhere.
 
-    Parameters
-    ----------
-    text
-        What Spark says.
-
-    Returns
-    -------
-    str or None
-        The problem and what to do about it; None if it lies elsewhere.
+    The same would happen again.
     """
     # PySpark 3.5 writes "version (3, 11) than that in driver 3.10", later ones "version: 3.11 ...".
     if versions := re.search(

@@ -32,18 +32,7 @@ ALLOW_UNENCRYPTED_CONF = "spark.horovodrunner.allowUnencrypted"
 
 
 def find_session() -> SparkSession:
-    """Give the active SparkSession, or create one.
-
-    Returns
-    -------
-    SparkSession
-        The session to run on.
-
-    Raises
-    ------
-    ConfigurationError
-        If pyspark is not installed.
-    """
+    """Return the active SparkSession, or create one."""
     try:
         from pyspark.sql import SparkSession
     except ImportError as error:
@@ -68,13 +57,7 @@ def find_session() -> SparkSession:
 
 
 def has_session() -> bool:
-    """Tell whether there is a session, so that :func:`find_session` need not create one.
-
-    Returns
-    -------
-    bool
-        False, too, where pyspark is not installed.
-    """
+    """Return whether there is a session, so that :func:`find_session` need not create one."""
     if "pyspark" not in sys.modules:
         return False
     from pyspark.errors import PySparkException
@@ -92,16 +75,6 @@ def refuse_encrypted_cluster(spark: SparkSession) -> None:
 
     Horovod's rendezvous and Gloo send gradients in the clear, and so do our own connections send
     logs and checkpoints; they only prove to each other who they are.
-
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Raises
-    ------
-    ConfigurationError
-        If the session's settings ask for encryption and the run was not allowed.
     """
     asked = [name for name in ENCRYPTION_CONFS if spark.conf.get(name, "false") == "true"]
     if not asked or spark.conf.get(ALLOW_UNENCRYPTED_CONF, "false") == "true":
@@ -114,71 +87,25 @@ def refuse_encrypted_cluster(spark: SparkSession) -> None:
 
 
 def chosen_threads(spark: SparkSession) -> dict[str, str]:
-    """Give the number of threads that the user chose for the executors' Python processes.
-
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Returns
-    -------
-    dict of str
-        ``OMP_NUM_THREADS`` if ``spark.executorEnv.OMP_NUM_THREADS`` is set, else nothing.
-    """
+    """Return OMP_NUM_THREADS if the user chose it for the executors' Python processes."""
     chosen = spark.conf.get("spark.executorEnv.OMP_NUM_THREADS", None)
     return {"OMP_NUM_THREADS": chosen} if chosen else {}
 
 
 def is_connect(spark: SparkSession) -> bool:
-    """Tell whether a session is Spark Connect's, which has no SparkContext.
-
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Returns
-    -------
-    bool
-        True over Spark Connect.
-    """
+    """Return whether a session is Spark Connect's, which has no SparkContext."""
     return type(spark).__module__.startswith("pyspark.sql.connect")
 
 
 def shares_terminal(spark: SparkSession) -> bool:
-    """Tell whether the executor is this process's own JVM, which writes to our standard error.
-
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Returns
-    -------
-    bool
-        True for the masters ``local``, ``local[n]`` and the like, unless they are those of a
-        Spark Connect server that somebody else has started.
-    """
+    """Return whether the executor is this process's own JVM, which writes to our standard error."""
     master = spark.conf.get("spark.master", None) or ""
     is_ours = not is_connect(spark) or "SPARK_LOCAL_REMOTE" in os.environ
     return is_ours and master.split("[")[0] == "local"
 
 
 def max_result_bytes(spark: SparkSession) -> int | None:
-    """Read how much Spark takes back to the driver.
-
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Returns
-    -------
-    int or None
-        ``spark.driver.maxResultSize`` in bytes, less room for the rows around it; None for no
-        limit.
-    """
+    """Return ``spark.driver.maxResultSize`` less room for the rows around it; None for no limit."""
     text = spark.conf.get("spark.driver.maxResultSize", None) or "1g"
     match = re.fullmatch(r"\s*(\d+)\s*([kmgt]?)i?b?\s*", text.lower())
     if match is None:

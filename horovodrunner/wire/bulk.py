@@ -7,8 +7,6 @@ A frame's body may be larger than memory here: it is sent from an iterable and r
 from __future__ import annotations
 
 import contextlib
-import hmac
-import os
 import select
 import socket
 import time
@@ -16,16 +14,19 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
-from horovodrunner.wire.connection import AuthenticationError
-from horovodrunner.wire.frames import (
-    MAGIC,
-    MAX_BODY_BYTES,
+from horovodrunner.wire.auth import (
+    MAGIC_BYTES,
     NONCE_BYTES,
-    PREFIX_BYTES,
     PROOF_BYTES,
+    answer_nonce,
+    check_magic,
+    check_proof,
+)
+from horovodrunner.wire.frames import (
+    MAX_BODY_BYTES,
+    PREFIX_BYTES,
     FrameError,
     encode_prefix_and_header,
-    handshake_proof,
     parse_header,
     parse_prefix,
 )
@@ -299,15 +300,7 @@ class BulkConnection:
         return b"".join(bytes(piece) for piece in self.body(count))
 
     def _prove(self, token: bytes) -> None:
-        if self._exactly(len(MAGIC)) != MAGIC:
-            raise AuthenticationError("what listens there is not a HorovodRunner channel")
-        server_nonce = self._exactly(NONCE_BYTES)
-        client_nonce = os.urandom(NONCE_BYTES)
-        self._socket.sendall(
-            client_nonce + handshake_proof(token, "client", server_nonce, client_nonce)
-        )
-        answer = self._exactly(PROOF_BYTES)
-        if not hmac.compare_digest(
-            answer, handshake_proof(token, "server", server_nonce, client_nonce)
-        ):
-            raise AuthenticationError("the peer does not hold this run's token")
+        check_magic(self._exactly(MAGIC_BYTES))
+        answer, expected = answer_nonce(token, self._exactly(NONCE_BYTES))
+        self._socket.sendall(answer)
+        check_proof(expected, self._exactly(PROOF_BYTES))

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import os
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from horovodrunner.flows.logs.lines import count_lines, missing_mark
+from horovodrunner.wire import auth
+from horovodrunner.wire.auth import AuthenticationError
 from horovodrunner.wire.frames import (
-    MAGIC,
     MAX_BODY_BYTES,
-    NONCE_BYTES,
     PREFIX_BYTES,
-    PROOF_BYTES,
     Frame,
     FrameError,
     encode_frame,
-    handshake_proof,
     parse_header,
     parse_prefix,
 )
@@ -53,10 +50,6 @@ FLUSH_SECONDS = 5.0
 """How long closing waits for a slow peer to take what was sent."""
 
 _READ_BYTES = 1024 * 1024
-
-
-class AuthenticationError(ConnectionError):
-    """The peer does not speak our protocol or does not hold the run's token."""
 
 
 async def read_frame(
@@ -285,31 +278,21 @@ async def _prove_as_client(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes
 ) -> None:
     try:
-        if await reader.readexactly(len(MAGIC)) != MAGIC:
-            raise AuthenticationError("what listens there is not a HorovodRunner channel")
-        server_nonce = await reader.readexactly(NONCE_BYTES)
-        client_nonce = os.urandom(NONCE_BYTES)
-        proof = handshake_proof(token, "client", server_nonce, client_nonce)
-        writer.write(client_nonce + proof)
-        answer = await reader.readexactly(PROOF_BYTES)
+        auth.check_magic(await reader.readexactly(auth.MAGIC_BYTES))
+        answer, expected = auth.answer_nonce(token, await reader.readexactly(auth.NONCE_BYTES))
+        writer.write(answer)
+        auth.check_proof(expected, await reader.readexactly(auth.PROOF_BYTES))
     except asyncio.IncompleteReadError:
         raise AuthenticationError("the peer closed the connection during the handshake") from None
-    if not hmac.compare_digest(
-        answer, handshake_proof(token, "server", server_nonce, client_nonce)
-    ):
-        raise AuthenticationError("the peer does not hold this run's token")
 
 
 async def _prove_as_server(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes
 ) -> None:
-    server_nonce = os.urandom(NONCE_BYTES)
-    writer.write(MAGIC + server_nonce)
-    client_nonce = await reader.readexactly(NONCE_BYTES)
-    proof = await reader.readexactly(PROOF_BYTES)
-    if not hmac.compare_digest(proof, handshake_proof(token, "client", server_nonce, client_nonce)):
-        raise AuthenticationError("the peer does not hold this run's token")
-    writer.write(handshake_proof(token, "server", server_nonce, client_nonce))
+    greeting = auth.greeting()
+    writer.write(greeting)
+    answer = await reader.readexactly(auth.ANSWER_BYTES)
+    writer.write(auth.check_answer(token, greeting, answer))
 
 
 class FrameServer:

@@ -2,13 +2,6 @@
 
 A frame is a JSON object that has a ``"kind"``, and a body of bytes. Nothing here unpickles: a
 frame's body stays bytes until somebody who trusts its origin opens it.
-
-The handshake proves on both sides that the peer holds the run's token without sending it
-(challenge and response with HMAC-SHA256, RFC 2104)::
-
-    server ── MAGIC, server nonce ─────────────────────────▶ client
-    server ◀─ client nonce, HMAC(token, "client", nonces) ── client
-    server ── HMAC(token, "server", nonces) ───────────────▶ client
 """
 
 from __future__ import annotations
@@ -18,33 +11,24 @@ from dataclasses import dataclass, field
 from json import dumps, loads  # main may put others in their place in json
 from typing import Any
 
+from horovodrunner.wire.events import FrameError
+
 __all__ = [
-    "MAGIC",
     "MAX_BODY_BYTES",
-    "NONCE_BYTES",
     "PREFIX_BYTES",
-    "PROOF_BYTES",
     "Frame",
     "FrameError",
     "encode_frame",
     "encode_prefix_and_header",
-    "handshake_proof",
     "parse_header",
     "parse_prefix",
 ]
 
-MAGIC = b"HVDRUN1\n"
-NONCE_BYTES = 32
-PROOF_BYTES = 32
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 MAX_BODY_BYTES = 64 * 1024 * 1024
 
 _PREFIX = struct.Struct(">IQ")
 PREFIX_BYTES = _PREFIX.size
-
-
-class FrameError(ValueError):
-    """The bytes are not a frame, or one that is larger than allowed."""
 
 
 @dataclass(frozen=True)
@@ -163,27 +147,3 @@ def parse_header(encoded: bytes) -> dict[str, Any]:
     if not isinstance(header, dict) or "kind" not in header:
         raise FrameError('a header that is not a JSON object with a "kind"')
     return header
-
-
-def handshake_proof(token: bytes, side: str, server_nonce: bytes, client_nonce: bytes) -> bytes:
-    """Compute what one side sends to prove that it holds the token.
-
-    Parameters
-    ----------
-    token
-        The run's secret.
-    side
-        ``"client"`` or ``"server"``, so that an answer cannot be sent back as one's own.
-    server_nonce, client_nonce
-        The random bytes both sides chose for this connection.
-
-    Returns
-    -------
-    bytes
-        `PROOF_BYTES` bytes, to be compared with :func:`hmac.compare_digest`.
-    """
-    import hashlib  # workers send frames to their own task alone, and need no OpenSSL for that
-    import hmac
-
-    message = side.encode() + b"\0" + server_nonce + client_nonce
-    return hmac.new(token, message, hashlib.sha256).digest()

@@ -95,9 +95,9 @@ class TestPage:
                 assert (page.parent / target).exists(), target
 
     def test_named_files_exist(self, page: Path) -> None:
-        """Files are named from the root or, in the decisions, from the package."""
-        if page.name == "0000-template.md":
-            pytest.skip("it names a file to come")
+        """Files are named from the root; decisions name those of their time."""
+        if page.parent.name == "adr":
+            pytest.skip("it is history")
         for name in re.findall(r"`([\w./-]+/[\w.-]+\.\w+)`", page.read_text()):
             places = (ROOT / name, ROOT / "horovodrunner" / name)
             assert any(place.exists() for place in places), name

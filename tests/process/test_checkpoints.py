@@ -518,7 +518,7 @@ def test_a_checkpoint_that_cannot_be_stored_ends_the_run_if_that_is_wanted(
             mains.wait_for_ever()
         return "trained"
 
-    runner = HorovodRunner(np=-2, checkpoint_dir=kept, checkpoint_errors="raise")
+    runner = HorovodRunner(np=-2, checkpoint_dir=kept, on_checkpoint_error="raise")
     with pytest.raises(CheckpointError, match="the checkpoint of step 2 was not stored") as caught:
         runner.run(main, location=str(kept))
     assert str(kept) in str(caught.value)

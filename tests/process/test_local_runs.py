@@ -49,7 +49,7 @@ def test_rank_0s_value_comes_back_and_every_rank_knows_its_place() -> None:
 def test_the_phases_of_a_run_are_known_and_shown_on_request(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    runner = HorovodRunner(np=-2, show_phases=True)
+    runner = HorovodRunner(np=-2, profile_launch=True)
     assert not list(runner.phases)
     runner.run(lambda: time.sleep(0.3))
     phases = {phase.name: phase for phase in runner.phases}

@@ -365,7 +365,7 @@ def test_a_checkpoint_that_cannot_be_stored_may_be_worth_another_attempt(tmp_pat
     runner = HorovodRunner(
         np=-1,
         checkpoint_dir=tmp_path / "kept",
-        checkpoint_errors="raise",
+        on_checkpoint_error="raise",
         max_restarts=1,
         restart_on=(CheckpointError,),
     )

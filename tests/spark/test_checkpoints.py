@@ -143,7 +143,7 @@ def test_a_checkpoint_that_cannot_be_stored_is_warned_of_or_ends_the_run(
         return "trained"
 
     kept = tmp_path / "kept"
-    runner = HorovodRunner(np=2, checkpoint_dir=kept, checkpoint_errors=errors)
+    runner = HorovodRunner(np=2, checkpoint_dir=kept, on_checkpoint_error=errors)
     if errors == "raise":
         with pytest.raises(CheckpointError, match="step 2 was not stored"):
             runner.run(main, kept=str(kept))

@@ -22,7 +22,9 @@ def test_every_error_is_ours_public_and_survives_pickling(kind: type[Exception])
 
 
 def test_a_worker_failure_keeps_its_facts_when_pickled() -> None:
-    error = errors.WorkerFailedError("boom", 3, "node", 2, "SIGKILL", "Traceback", ("rank 0: x",))
+    error = errors.StallTimeoutError(
+        "boom", 3, "node", 2, "SIGKILL", "Traceback", ("rank 0: x",), stacks={0: "File ..."}
+    )
     copy = pickle.loads(pickle.dumps(error))
     assert vars(copy) == vars(error)
     assert (copy.rank, copy.host, copy.exit_code, copy.signal) == (3, "node", 2, "SIGKILL")
@@ -31,6 +33,12 @@ def test_a_worker_failure_keeps_its_facts_when_pickled() -> None:
 def test_a_worker_failure_says_the_cause_first() -> None:
     error = errors.WorkerFailedError("ValueError: x", 1, "n", traceback="Traceback ...\nValueError")
     assert str(error).splitlines()[0] == "rank 1 on n failed: ValueError: x"
+
+
+def test_a_lost_stage_keeps_its_facts_when_pickled() -> None:
+    error = errors.BarrierStageError("gone", executor_was_lost=True)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.executor_was_lost, copy.was_cancelled) == (True, False)
 
 
 def test_argument_errors_are_what_python_programmers_expect() -> None:

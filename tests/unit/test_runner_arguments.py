@@ -87,8 +87,8 @@ def test_a_wrong_timeout_is_refused(timeout: Any, kind: type[Exception]) -> None
         ({"keep_checkpoints": 0}, ValueError, "keep_checkpoints=0: .* at least 1"),
         ({"keep_checkpoints": None}, TypeError, "keep_checkpoints=None: .* int, got NoneType"),
         ({"keep_checkpoints": True}, TypeError, "keep_checkpoints=True: .* not a bool"),
-        ({"checkpoint_errors": "x"}, ValueError, "checkpoint_errors='x': .*'warn' or 'raise'"),
-        ({"checkpoint_errors": None}, ValueError, "checkpoint_errors=None"),
+        ({"on_checkpoint_error": "x"}, ValueError, "on_checkpoint_error='x': .*'warn' or 'raise'"),
+        ({"on_checkpoint_error": None}, ValueError, "on_checkpoint_error=None"),
         ({"max_restarts": -1}, ValueError, "max_restarts=-1: .* at least 0"),
         ({"max_restarts": 1.0}, TypeError, r"max_restarts=1\.0: .* int, got float"),
         ({"restart_on": (3,)}, TypeError, "restart_on: 3 is not a type of exception"),
@@ -104,7 +104,7 @@ def test_a_wrong_timeout_is_refused(timeout: Any, kind: type[Exception]) -> None
         ({"keep_warm": "yes"}, TypeError, "keep_warm='yes': .*'auto', True or False, got str"),
         ({"keep_warm": None}, TypeError, "keep_warm=None: .*'auto', True or False, got NoneType"),
         ({"keep_warm": 1}, TypeError, "keep_warm=1: .* True or False, got int"),
-        ({"show_phases": 1}, TypeError, "show_phases=1: .* True or False, got int"),
+        ({"profile_launch": 1}, TypeError, "profile_launch=1: .* True or False, got int"),
         ({"tf_config": 1}, TypeError, "tf_config=1: .* True or False, got int"),
         ({"tf_config": "yes"}, TypeError, "tf_config='yes': .* True or False, got str"),
     ],
@@ -115,6 +115,22 @@ def test_a_wrong_argument_is_refused_by_name(
     with pytest.raises(ConfigurationError, match=text) as caught:
         HorovodRunner(np=-1, **arguments)
     assert isinstance(caught.value, kind)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "value"),
+    [
+        ("checkpoint_errors", "on_checkpoint_error", "raise"),
+        ("show_phases", "profile_launch", True),
+    ],
+)
+def test_the_old_name_of_an_option_is_taken_with_a_warning(old: str, new: str, value: Any) -> None:
+    with pytest.warns(DeprecationWarning, match=f"^{old}= is deprecated: .* {new}= now") as caught:
+        runner = HorovodRunner(np=-1, **{old: value})
+    assert caught[0].filename == __file__
+    assert vars(runner) == vars(HorovodRunner(np=-1, **{new: value}))
+    with pytest.raises(horovodrunner.ArgumentTypeError, match=f"give {new}= alone"):
+        HorovodRunner(np=-1, **{old: value, new: value})
 
 
 @pytest.mark.parametrize("restart_on", [OSError, (OSError,), [OSError, ValueError], ()])

@@ -27,22 +27,8 @@ _MAX_LISTED = 8
 class RunRecord:
     """What a run was called with, as texts.
 
-    Parameters
-    ----------
-    run_id
-        The run; all its attempts have the same.
-    size
-        Number of ranks.
-    python
-        Version of Python, ``"3.11"``: another one has other bytecode.
-    main
-        main's name: a run that evaluates is another one than the run that trained.
-    arguments
-        main's arguments by name; the items of a configuration one by one.
-    variables
-        What main and its helpers use of the notebook, by name.
-    code
-        A digest of main's code, as ``""``, and of its helpers', by name.
+    `arguments` has main's, the items of a configuration one by one; `variables` what main and its
+    helpers use of the notebook; `code` a digest of main's code, as ``""``, and of its helpers'.
     """
 
     run_id: str
@@ -55,18 +41,7 @@ class RunRecord:
 
     @classmethod
     def from_fields(cls, fields: Any) -> RunRecord | None:
-        """Read what `dataclasses.asdict` gave, and trust nothing in it.
-
-        Parameters
-        ----------
-        fields
-            The fields by name, or anything else.
-
-        Returns
-        -------
-        RunRecord or None
-            None when it is not such a record.
-        """
+        """Read what `dataclasses.asdict` gave, and trust nothing in it; None for anything else."""
         try:
             record = cls(**fields)
         except TypeError:
@@ -82,20 +57,7 @@ class RunRecord:
 
 
 def changes(old: RunRecord, new: RunRecord) -> list[str]:
-    """Name what differs between two runs.
-
-    Parameters
-    ----------
-    old
-        The run that saved a checkpoint.
-    new
-        The run that goes on from it.
-
-    Returns
-    -------
-    list of str
-        ``"lr was 0.1, is 0.01"`` and the like; empty if nothing differs.
-    """
+    """List what differs between two runs: ``"lr was 0.1, is 0.01"`` and the like."""
     found = []
     if is_another := calls_another_main(old, new):
         found.append(f"main was {old.main}, is {new.main}")
@@ -127,18 +89,7 @@ def changes(old: RunRecord, new: RunRecord) -> list[str]:
 
 
 def calls_another_main(old: RunRecord, new: RunRecord) -> bool:
-    """Return whether two runs call functions of different names, and not one that was renamed.
-
-    Parameters
-    ----------
-    old, new
-        The runs.
-
-    Returns
-    -------
-    bool
-        True if neither the names nor the code are the same.
-    """
+    """Return whether two runs call functions of different names and code: it was not renamed."""
     return (
         "" not in (old.main, new.main)
         and old.main != new.main

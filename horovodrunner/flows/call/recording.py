@@ -76,24 +76,7 @@ _FLAGS = (
 def record_call(
     run_id: str, size: int, main: Callable[..., Any], kwargs: Mapping[str, Any]
 ) -> RunRecord:
-    """Write down what a run is called with.
-
-    Parameters
-    ----------
-    run_id
-        The run.
-    size
-        Number of ranks.
-    main
-        The training function.
-    kwargs
-        Its keyword arguments.
-
-    Returns
-    -------
-    RunRecord
-        The same for the same call in another process.
-    """
+    """Record what a run is called with: the same for the same call in another process."""
     writer, main_name = _Writer(), ""
     # Anybody's objects may do anything: what was written by then is better than no run.
     with contextlib.suppress(Exception):
@@ -113,7 +96,7 @@ def record_call(
 
 
 def _arguments(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """List main's arguments with its defaults: a default that was edited is another argument."""
+    """Yield main's arguments with its defaults: a default that was edited is another argument."""
     try:
         signature = inspect.signature(main)
         bound = signature.bind(**kwargs)

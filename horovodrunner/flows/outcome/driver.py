@@ -22,36 +22,15 @@ from horovodrunner.wire.job import Failure, FailureKind, Outcome
 
 __all__ = ["open_outcome"]
 
+_KINDS: dict[FailureKind, type[HorovodRunnerError]] = {
+    FailureKind.STORAGE: CheckpointError,
+    FailureKind.RESULT: PayloadError,
+    FailureKind.DATA: DataError,
+}
+
 
 def open_outcome(outcome: Outcome) -> Any:
-    """Return rank 0's value, or raise what ended the run.
-
-    Parameters
-    ----------
-    outcome
-        What the run handed back.
-
-    Returns
-    -------
-    object
-        The value, unpickled.
-
-    Raises
-    ------
-    PayloadError
-        If the value cannot be unpickled here, and its bytes are kept in a file then; or if it
-        cannot be brought here.
-    WorkerFailedError
-        If a rank failed.
-    StallTimeoutError
-        If the ranks waited for each other too long.
-    CheckpointError
-        If a checkpoint could not be stored and that was to end the run.
-    DataError
-        If the rows that travelled with the run cannot feed the ranks.
-    ConfigurationError
-        If the tasks found that the run could not start.
-    """
+    """Return rank 0's value, unpickled, or raise what ended the run."""
     if outcome.success is not None:
         if outcome.success.result is None:
             raise PayloadError("the run ended well, but what rank 0 returned did not come")
@@ -62,36 +41,31 @@ def open_outcome(outcome: Outcome) -> Any:
     cause = _unpickled_exception(failure)
     if isinstance(cause, PayloadError):
         raise cause
-    if failure.kind is FailureKind.STORAGE:
-        raise CheckpointError(failure.summary)
-    if failure.kind is FailureKind.RESULT:
-        raise PayloadError(failure.summary)
-    if failure.kind is FailureKind.DATA:
-        raise DataError(failure.summary)
+    if (kind := _KINDS.get(failure.kind)) is not None:
+        raise kind(failure.summary)
     if failure.rank is None and not failure.traceback:
         raise ConfigurationError(failure.summary)  # found before any rank was there
     raise _worker_failure(failure, outcome.consequences) from cause
 
 
 def _worker_failure(failure: Failure, consequences: tuple[Failure, ...]) -> WorkerFailedError:
-    kind = StallTimeoutError if failure.kind is FailureKind.STALL else WorkerFailedError
-    error = kind(
-        failure.summary,
-        rank=failure.rank,
-        host=failure.host,
-        exit_code=failure.exit_code,
-        signal=failure.signal,
-        traceback=failure.traceback,
-        consequences=tuple(
+    facts: dict[str, Any] = {
+        "rank": failure.rank,
+        "host": failure.host,
+        "exit_code": failure.exit_code,
+        "signal": failure.signal,
+        "traceback": failure.traceback,
+        "consequences": tuple(
             f"rank {other.rank} on {other.host}: {other.summary}" for other in consequences
         ),
-    )
-    error.worker_was_lost = failure.kind in {FailureKind.PROCESS, FailureKind.LOST}
-    error.last_lines = failure.last_lines
-    error.exception_types = failure.exception_types
-    if isinstance(error, StallTimeoutError):
-        error.stacks = {int(rank): text for rank, text in failure.stacks.items()}
-    return error
+        "worker_was_lost": failure.kind in {FailureKind.PROCESS, FailureKind.LOST},
+        "last_lines": failure.last_lines,
+        "exception_types": failure.exception_types,
+    }
+    if failure.kind is FailureKind.STALL:
+        stacks = {int(rank): text for rank, text in failure.stacks.items()}
+        return StallTimeoutError(failure.summary, **facts, stacks=stacks)
+    return WorkerFailedError(failure.summary, **facts)
 
 
 def _open_result(result: Pickled) -> Any:
@@ -112,7 +86,7 @@ def _open_result(result: Pickled) -> Any:
 
 
 def _keep(result: Pickled, remedy: str) -> str:
-    """Put bytes that may have taken days to compute where the user finds them, and say where."""
+    """Write bytes that may have taken days to compute to a file, and name it in a sentence."""
     size = payload.format_bytes(result.size)
     try:
         descriptor, path = tempfile.mkstemp(prefix="horovodrunner-result-", suffix=".pkl")

@@ -27,20 +27,9 @@ _PACKAGE = f"{Path(__file__).resolve().parents[2]}{os.sep}"
 def shorten(error: _Error, handled: BaseException | None) -> _Error:
     """Return an exception that is about to leave this package, without this package's frames.
 
-    IPython asks the exception itself what to show (`in_cell`), and gets all when the user asks. It
-    does not ask where another exception was raised from this one.
-
-    Parameters
-    ----------
-    error
-        The exception.
-    handled
-        What the caller was handling before.
-
-    Returns
-    -------
-    BaseException
-        The same.
+    `handled` is what the caller was handling before. IPython asks the exception itself what to show
+    (`in_cell`), and gets all when the user asks. It does not ask where another exception was raised
+    from this one.
     """
     if _are_full():
         return error
@@ -58,18 +47,7 @@ def shorten(error: _Error, handled: BaseException | None) -> _Error:
 
 
 def of_the_user(trace: TracebackType | None) -> TracebackType | None:
-    """Return a traceback without this package's frames, and without libraries' below them.
-
-    Parameters
-    ----------
-    trace
-        What an exception has.
-
-    Returns
-    -------
-    traceback or None
-        A copy; None if no frame is left.
-    """
+    """Return a copy of a traceback without this package's frames, and libraries' below them."""
     kept: list[TracebackType] = []
     in_package = False
     while trace is not None:
@@ -83,22 +61,10 @@ def of_the_user(trace: TracebackType | None) -> TracebackType | None:
 
 
 def in_cell(error: BaseException, text: Callable[[], str], told: str = "") -> list[str]:
-    """Return what IPython is to show of an exception.
+    """Return what IPython is to show of an exception whose message is ``text()``.
 
-    Parameters
-    ----------
-    error
-        The exception.
-    text
-        Returns its message.
-    told
-        What comes first: the traceback of its cause in another process, say.
-
-    Returns
-    -------
-    list of str
-        Parts of the text. Nothing is left out in IPython's verbose mode or with
-        ``HOROVODRUNNER_FULL_TRACEBACK``.
+    `told` comes first: the traceback of its cause in another process, say. Nothing is left out in
+    IPython's verbose mode or with ``HOROVODRUNNER_FULL_TRACEBACK``.
     """
     formatter = _shell().InteractiveTB
 
@@ -129,7 +95,6 @@ def _with_all_frames(error: BaseException) -> TracebackType | None:
 
 
 def _linked(entries: list[TracebackType], rest: TracebackType | None) -> TracebackType | None:
-    """Return a traceback of these entries, each alone, and the rest."""
     for each in reversed(entries):
         rest = TracebackType(rest, each.tb_frame, each.tb_lasti, each.tb_lineno)
     return rest

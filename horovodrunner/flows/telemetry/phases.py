@@ -10,15 +10,14 @@ __all__ = ["Phase", "Spans", "in_words"]
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a run.
+    """One phase of a run, of all ranks: from the first that began to the last that ended.
 
     Parameters
     ----------
     name
         What was done.
     began, ended
-        Seconds since the epoch, by the clock of the machine that did it: of the first rank that
-        began and of the last one that ended. The machines' clocks are taken to agree.
+        Seconds since the epoch; the machines' clocks are taken to agree.
     last_rank
         The rank that ended last; None where no rank is concerned.
     """
@@ -41,17 +40,6 @@ class Spans:
         self._phases: dict[str, Phase] = {}
 
     def add(self, name: str, began: float, ended: float, rank: int | None = None) -> None:
-        """Note a phase of one rank, or of the run.
-
-        Parameters
-        ----------
-        name
-            What was done.
-        began, ended
-            Seconds since the epoch.
-        rank
-            Whose it was.
-        """
         known = self._phases.get(name)
         if known is None:
             self._phases[name] = Phase(name, began, ended, rank)
@@ -60,46 +48,17 @@ class Spans:
         self._phases[name] = Phase(name, min(began, known.began), max(ended, known.ended), last)
 
     def add_all(self, spans: Mapping[str, Sequence[float]], rank: int | None = None) -> None:
-        """Note several phases.
-
-        Parameters
-        ----------
-        spans
-            Begin and end, by name.
-        rank
-            Whose they were.
-        """
         for name, (began, ended) in spans.items():
             self.add(name, float(began), float(ended), rank)
 
     def phases(self) -> tuple[Phase, ...]:
-        """Give all phases.
-
-        Returns
-        -------
-        tuple of Phase
-            In the order in which they began.
-        """
+        """Return all phases in the order in which they began."""
         return tuple(sorted(self._phases.values(), key=lambda phase: phase.began))
 
 
 def in_words(phases: Iterable[Phase], since: float) -> str:
-    """Write phases as a table.
+    """Return phases as a table that counts from `since`.
 
-    Parameters
-    ----------
-    phases
-        What to show.
-    since
-        Seconds since the epoch that count as 0.
-
-    Returns
-    -------
-    str
-        One line for each phase: its name, from when to when, and how long.
-
-    Examples
-    --------
     >>> print(in_words([Phase("pickle", 10.0, 10.25), Phase("main", 10.5, 13.0, 1)], since=10.0))
     phase            from      to    took
     pickle           0.00    0.25    0.25 s

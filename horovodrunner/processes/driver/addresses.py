@@ -22,18 +22,9 @@ MAX_PORT = 65535
 
 
 def bind_host(spark: SparkSession) -> str:
-    """Say at which of its addresses this process listens for the run.
+    """Return at which of its addresses this process listens for the run.
 
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Returns
-    -------
-    str
-        ``spark.driver.bindAddress`` where this process is Spark's driver, else all addresses, IPv6
-        or IPv4 ones, whatever the executors are told.
+    ``spark.driver.bindAddress`` where this process is Spark's driver, else all addresses.
     """
     everywhere = "::" if ":" in advertised_host(spark) else "0.0.0.0"  # noqa: S104
     if is_connect(spark):
@@ -42,19 +33,7 @@ def bind_host(spark: SparkSession) -> str:
 
 
 def advertised_host(spark: SparkSession) -> str:
-    """Say at which name or address the tasks find this process.
-
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Returns
-    -------
-    str
-        ``spark.horovodrunner.driver.host`` if it is set; else ``spark.driver.host`` where this
-        process is Spark's driver; else the address from which it reaches the Connect server.
-    """
+    """Return the name or address at which the tasks find this process."""
     chosen = spark.conf.get(HOST_CONF, None)
     if not is_connect(spark):
         chosen = chosen or spark.conf.get("spark.driver.host", None)
@@ -64,23 +43,7 @@ def advertised_host(spark: SparkSession) -> str:
 
 
 def channel_port(spark: SparkSession) -> int:
-    """Say on which port the driver listens for the run.
-
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Returns
-    -------
-    int
-        ``spark.horovodrunner.driver.port``; 0, the default, for any free one.
-
-    Raises
-    ------
-    ConfigurationError
-        If it is not a port number.
-    """
+    """Return the port on which the driver listens; 0, the default, for any free one."""
     value = spark.conf.get(PORT_CONF, None) or "0"
     if not value.isdecimal() or int(value) > MAX_PORT:
         raise ConfigurationError(
@@ -91,23 +54,7 @@ def channel_port(spark: SparkSession) -> int:
 
 
 def task_ports(spark: SparkSession) -> tuple[int, int] | None:
-    """Say on which ports the tasks and their workers may listen.
-
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Returns
-    -------
-    tuple of int and int, or None
-        The first and the last one of ``spark.horovodrunner.ports``; None for any.
-
-    Raises
-    ------
-    ConfigurationError
-        If it is not a range of ports.
-    """
+    """Return the first and the last port on which tasks and their workers may listen, or None."""
     value = spark.conf.get(PORTS_CONF, None)
     if not value:
         return None

@@ -17,7 +17,6 @@ from horovodrunner.wire.job import Outcome
 __all__ = ["run_attempts", "stopped_in_words"]
 
 _CAUSE_CHARACTERS = 1000
-"""So much is told of what ended an attempt."""
 
 
 def run_attempts(
@@ -27,30 +26,10 @@ def run_attempts(
     store: CheckpointStore | None,
     console: Console,
 ) -> Any:
-    """Launch until an attempt succeeds, or fails for good, or all are used.
+    """Launch attempts, by their number, until one succeeds, fails for good, or all are used.
 
-    Parameters
-    ----------
-    launch
-        Makes one attempt, whose number it is given, and gives its outcome.
-    max_restarts
-        How many attempts may follow the first one.
-    restart_on
-        Types of exceptions that are worth another attempt beside lost workers and executors.
-    store
-        Where the run's checkpoints are kept, if they are.
-    console
-        Shows what happens.
-
-    Returns
-    -------
-    object
-        Rank 0's value.
-
-    Raises
-    ------
-    HorovodRunnerError
-        The last attempt's error; its ``attempts`` tell what ended each of them.
+    The last attempt's error tells in ``attempts`` what ended each of them. `restart_on` are types
+    of exceptions that are worth another attempt beside lost workers and executors.
     """
     causes: list[str] = []
     while True:
@@ -83,7 +62,7 @@ def _is_worth_another(
 
 
 def _names_on_ranks(kind: type) -> list[str]:
-    """List what a class may be called there: one that travels by value loses where it stood."""
+    """List what a class may be called on ranks: one that travels by value loses its scope."""
     name = class_names(kind)[0]
     if travels_by_reference(kind):
         return [name]
@@ -95,22 +74,7 @@ def _in_one_line(error: HorovodRunnerError) -> str:
 
 
 def stopped_in_words(interrupt: KeyboardInterrupt, size: int, store: CheckpointStore | None) -> str:
-    """Say what an interrupt has stopped, and what is left of it.
-
-    Parameters
-    ----------
-    interrupt
-        The interrupt, which may have a text already.
-    size
-        How many ranks the run had; 0 for all slots.
-    store
-        Where the run's checkpoints are kept, if they are.
-
-    Returns
-    -------
-    str
-        A sentence.
-    """
+    """Describe what an interrupt has stopped, and what is left; `size` is 0 for all slots."""
     ranks = " of 1 rank" if size == 1 else f" of {size} ranks" if size else ""
     reason = f"{interrupt}: " if interrupt.args else ""
     return f"{reason}the run{ranks} was stopped; {_latest_in_words(store)}"

@@ -298,9 +298,7 @@ class BarrierRun:
             return self._with_sparks_reason(channel)
         leader = with_result(outcomes.get(0, Outcome()), channel.result)
         if channel.retried:
-            refused = BarrierStageError(RETRY_REFUSED)
-            refused.executor_was_lost = True
-            raise refused
+            raise BarrierStageError(RETRY_REFUSED, executor_was_lost=True)
         if leader.success is not None or leader.failure is not None:
             return leader
         for outcome in outcomes.values():
@@ -311,10 +309,9 @@ class BarrierRun:
                 f"the rows of the data sets could not be computed: {cause}"
             ) from self._error
         end = self._stage_end(channel)
-        error = BarrierStageError(end.text)
-        error.executor_was_lost = end.task_was_lost
-        error.was_cancelled = end.was_cancelled
-        raise error
+        raise BarrierStageError(
+            end.text, executor_was_lost=end.task_was_lost, was_cancelled=end.was_cancelled
+        )
 
     def _stage_end(self, channel: DriverChannel) -> StageEnd:
         """Tell how the stage ended, and what bounds the memory of a task that was lost."""

@@ -15,19 +15,9 @@ _MOST_CHARS = 300
 
 
 def ended_in_words(spark: SparkSession, waited_for: int) -> str:
-    """Tell how many executors have ended, and what is known of the last one.
+    """Describe how many executors have ended, and why the last one did; "" if none has.
 
-    Parameters
-    ----------
-    spark
-        The session; not of Spark Connect.
-    waited_for
-        So many may be starting right now.
-
-    Returns
-    -------
-    str
-        Half a sentence; "" if none has, as far as can be seen from here.
+    `waited_for` executors may be starting right now.
     """
     there, ended, reason = _known_to_spark(spark)
     # Spark tells nothing of those that end before they register, but their logs may be here.
@@ -42,18 +32,7 @@ def ended_in_words(spark: SparkSession, waited_for: int) -> str:
 
 
 def logs_in_words(spark: SparkSession) -> str:
-    """Tell where executors that cannot be started say why.
-
-    Parameters
-    ----------
-    spark
-        The session.
-
-    Returns
-    -------
-    str
-        Half a sentence.
-    """
+    """Return half a sentence: where the logs of executors are that cannot be started."""
     application = spark.sparkContext.applicationId
     master = str(spark.conf.get("spark.master", ""))
     if master.startswith(("spark:", "local-cluster")):
@@ -68,7 +47,7 @@ def logs_in_words(spark: SparkSession) -> str:
 
 
 def _known_to_spark(spark: SparkSession) -> tuple[int, int, str]:
-    """Count the executors that are there and that have ended; and say why the last one has."""
+    """Return how many executors are there, how many have ended, and why the last one did."""
     found: Any = spark.sparkContext._jsc.sc().statusStore().executorList(False)
     executors = [found.apply(index) for index in range(found.size())]
     gone = [each for each in executors if not each.isActive()]

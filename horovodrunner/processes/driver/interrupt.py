@@ -15,13 +15,8 @@ __all__ = ["main_thread_was_interrupted", "only_this_run"]
 def only_this_run() -> Iterator[None]:
     """Let Ctrl-C end this run and no other Spark job.
 
-    The SparkContext installs a handler that cancels all jobs of the session. While a run waits in
-    the main thread, Python's own handler takes its place; any other handler is left alone.
-
-    Yields
-    ------
-    None
-        While the handler is replaced.
+    The SparkContext's handler cancels all jobs of the session. In the main thread Python's own
+    handler takes its place here; any other handler is left alone.
     """
     is_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if is_main else None
@@ -36,13 +31,7 @@ def only_this_run() -> Iterator[None]:
 
 
 def main_thread_was_interrupted() -> bool:
-    """Tell whether Ctrl-C ended the main thread, so that Python only waits for other threads.
-
-    Returns
-    -------
-    bool
-        True when the main thread has ended with a KeyboardInterrupt.
-    """
+    """Return whether Ctrl-C ended the main thread, and Python only waits for other threads."""
     return (
         not threading.main_thread().is_alive()
         and getattr(sys, "last_type", None) is KeyboardInterrupt

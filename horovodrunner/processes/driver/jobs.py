@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from horovodrunner.spark.session import is_connect
 
@@ -14,58 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["ClassicJob", "ConnectJob", "SparkJob", "spark_job"]
 
 
-class SparkJob(Protocol):
-    """What a run wants of its Spark job, with or without a SparkContext in this process."""
-
-    def begin(self) -> None:
-        """Mark what this thread launches as the run's."""
-
-    def end(self) -> None:
-        """Take the marks off."""
-
-    def cancel(self) -> None:
-        """Cancel it."""
-
-    def running_tasks(self) -> int | None:
-        """Count the barrier stage's tasks that run now; None where Spark does not tell."""
-
-    def computing_tasks(self) -> int:
-        """Count the tasks that compute what the barrier stage reads; 0 if Spark does not tell."""
-
-    def slots_by_other_job(self) -> dict[int, int] | None:
-        """Count the slots that each other running job holds; None where Spark does not tell."""
-
-
-def spark_job(spark: SparkSession, tag: str, description: str) -> SparkJob:
-    """Give the run's job in a session.
-
-    Parameters
-    ----------
-    spark
-        The session.
-    tag
-        The job tag, which no other job has.
-    description
-        What Spark's UI shows.
-
-    Returns
-    -------
-    SparkJob
-        The job, which nobody has launched yet.
-    """
-    if is_connect(spark):
-        return ConnectJob(spark, tag)
-    return ClassicJob(spark, tag, description)
-
-
 class ClassicJob:
-    """A job of this process's own SparkContext.
-
-    Parameters
-    ----------
-    spark, tag, description
-        See :func:`spark_job`.
-    """
+    """A run's job of this process's own SparkContext."""
 
     def __init__(self, spark: SparkSession, tag: str, description: str) -> None:
         self._context = spark.sparkContext
@@ -78,18 +28,17 @@ class ClassicJob:
         self._context.setLocalProperty("spark.job.description", self._description)
 
     def end(self) -> None:
-        """Do nothing: the marks end with the thread."""
+        pass  # the marks end with the thread
 
     def cancel(self) -> None:
-        """Cancel it."""
         self._context.cancelJobsWithTag(self._tag)
 
     def running_tasks(self) -> int | None:
-        """Count the barrier stage's tasks that run now."""
+        """Return how many of the barrier stage's tasks run now."""
         return self._own_tasks(in_barrier=True)
 
     def computing_tasks(self) -> int:
-        """Count the tasks of its other stages that run now."""
+        """Return how many tasks run now that compute what the barrier stage reads."""
         return self._own_tasks(in_barrier=False)
 
     def _own_tasks(self, *, in_barrier: bool) -> int:
@@ -100,7 +49,7 @@ class ClassicJob:
         )
 
     def slots_by_other_job(self) -> dict[int, int] | None:
-        """Count the slots that each other running job holds."""
+        """Return the slots that each other running job holds."""
         by_job: dict[int, int] = {}
         for job_id, tags, tasks, _ in self._task_sets():
             if tasks and self._tag not in tags:
@@ -108,9 +57,9 @@ class ClassicJob:
         return by_job
 
     def _task_sets(self) -> Iterator[tuple[int, list[str], int, bool]]:
-        """Ask the scheduler itself: each task set's job, tags, running tasks, and whether barrier.
+        """Yield each task set's job, tags, running tasks, and whether it is a barrier stage's.
 
-        Spark's status tracker would be the public way; what it tells may be ten seconds old.
+        The scheduler itself is asked: what Spark's status tracker tells may be ten seconds old.
         """
         waiting = [self._context._jsc.sc().taskScheduler().rootPool()]
         while waiting:
@@ -130,13 +79,7 @@ class ClassicJob:
 
 
 class ConnectJob:
-    """A job that a Spark Connect server runs for this process.
-
-    Parameters
-    ----------
-    spark, tag
-        See :func:`spark_job`.
-    """
+    """A run's job that a Spark Connect server runs for this process."""
 
     def __init__(self, spark: SparkSession, tag: str) -> None:
         self._spark: Any = spark
@@ -145,7 +88,6 @@ class ConnectJob:
         self._running: int | None = None
 
     def begin(self) -> None:
-        """Mark what this thread launches as the run's."""
         self._spark.addTag(self._tag)
         self._thread = threading.get_ident()
         if register := self._progress("register"):
@@ -153,25 +95,23 @@ class ConnectJob:
             register(self._note_progress)
 
     def end(self) -> None:
-        """Take the marks off."""
         remove = self._progress("remove")
         if remove and self._running is not None:  # otherwise begin() has failed
             remove(self._note_progress)
 
     def cancel(self) -> None:
-        """Cancel it."""
         self._spark.interruptTag(self._tag)
 
     def running_tasks(self) -> int | None:
-        """Count its tasks that run now; None before Spark 4.0, whose server does not tell."""
+        """Return how many tasks run now; None before Spark 4.0, whose server does not tell."""
         return self._running
 
     def computing_tasks(self) -> int:
-        """Count all its tasks that run now: the server does not tell the stages apart."""
+        """Return how many tasks run now: the server does not tell the stages apart."""
         return self._running or 0
 
     def slots_by_other_job(self) -> dict[int, int] | None:
-        """Give None: a Spark Connect server tells nothing about others' jobs."""
+        """Return None: a Spark Connect server tells nothing about others' jobs."""
         return None
 
     def _progress(self, what: str) -> Callable[[Callable[..., None]], None] | None:
@@ -181,6 +121,14 @@ class ConnectJob:
         return method
 
     def _note_progress(self, *, inflight_tasks: int, **_: Any) -> None:
-        """Take what the server tells, in the thread that waits for the operation it is about."""
+        """Take what the server tells the thread that waits for the operation."""
         if threading.get_ident() == self._thread:
             self._running = inflight_tasks
+
+
+SparkJob: TypeAlias = ClassicJob | ConnectJob
+
+
+def spark_job(spark: SparkSession, tag: str, description: str) -> SparkJob:
+    """Return the run's job, which is not launched yet, with a tag that no other job has."""
+    return ConnectJob(spark, tag) if is_connect(spark) else ClassicJob(spark, tag, description)

@@ -18,19 +18,7 @@ __all__ = ["TaskRequest", "task_request"]
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """What one task takes.
-
-    Parameters
-    ----------
-    cpus
-        Cores.
-    gpus
-        GPUs; a fraction when tasks share one.
-    in_words
-        Where that comes from: settings of Spark's, or an argument.
-    profile
-        Spark's ResourceProfile when the run does not use the session's settings.
-    """
+    """What one task takes of its executor; a fraction of a GPU when tasks share one."""
 
     cpus: int
     gpus: float
@@ -38,20 +26,8 @@ class TaskRequest:
     profile: Any = None
 
     def slots(self, cores: int, gpus: float) -> int:
-        """Count the tasks that an executor can run at once.
+        """Return how many tasks an executor can run at once.
 
-        Parameters
-        ----------
-        cores, gpus
-            What the executor has.
-
-        Returns
-        -------
-        int
-            The slots.
-
-        Examples
-        --------
         >>> TaskRequest(cpus=2, gpus=1, in_words="").slots(cores=8, gpus=3)
         3
         """
@@ -60,26 +36,7 @@ class TaskRequest:
 
 
 def task_request(spark: SparkSession, resources: Mapping[str, float] | None) -> TaskRequest:
-    """Find out what one task takes, by the session's settings or by what the run asks for.
-
-    Parameters
-    ----------
-    spark
-        The session.
-    resources
-        Amounts by name, such as ``{"cpus": 4, "gpu": 1}``; None for the session's settings.
-
-    Returns
-    -------
-    TaskRequest
-        What a task takes.
-
-    Raises
-    ------
-    ConfigurationError
-        If the run asks for resources of its own and this Spark or its cluster manager cannot give
-        them to one stage.
-    """
+    """Return what one task takes: by the session's settings, or what the run asks for."""
     cpus = spark.conf.get("spark.task.cpus", None) or "1"
     if resources is not None:
         return TaskRequest(
@@ -98,8 +55,8 @@ def task_request(spark: SparkSession, resources: Mapping[str, float] | None) -> 
 def _profile(spark: SparkSession, resources: Mapping[str, float]) -> Any:
     """Make a profile that asks for tasks, not for executors.
 
-    Only such a one works without dynamic allocation, which barrier stages rule out: the tasks share
-    the session's executors, in other portions.
+    Only these work without dynamic allocation, which barrier stages rule out: the tasks share the
+    session's executors in other portions.
     """
     import pyspark
     from py4j.protocol import Py4JJavaError

@@ -38,60 +38,30 @@ _DECIDING_CONFS = (
 
 @dataclass(frozen=True)
 class Holders:
-    """Who holds a cluster's slots.
-
-    Parameters
-    ----------
-    total
-        Slots of the registered executors.
-    by_job
-        Slots that each running Spark job holds, by its id.
-    """
+    """How many slots the registered executors have, and how many each Spark job holds."""
 
     total: int
     by_job: dict[int, int]
 
     @property
     def free(self) -> int:
-        """How many slots nobody holds."""
         return max(0, self.total - sum(self.by_job.values()))
 
     def in_words(self) -> str:
-        """Say how many are free, and which jobs hold the others.
+        """Describe how many are free, and which jobs hold the others.
 
-        Returns
-        -------
-        str
-            Half a sentence.
-
-        Examples
-        --------
         >>> Holders(4, {17: 2}).in_words()
         '2 free, 2 held by job 17'
-        >>> Holders(4, {}).in_words()
-        '4 free'
         """
         held = [f"{count} held by job {job}" for job, count in sorted(self.by_job.items())]
         return ", ".join([f"{self.free} free", *held])
 
 
 def total_slots(spark: SparkSession, request: TaskRequest | None = None) -> int | None:
-    """Count the barrier tasks that the registered executors can run at once.
+    """Return how many barrier tasks the registered executors can run at once.
 
-    Spark's own figure, the one it checks barrier stages against: cores and, where tasks ask for
-    them, GPUs.
-
-    Parameters
-    ----------
-    spark
-        The session.
-    request
-        What one task takes; None for the session's settings.
-
-    Returns
-    -------
-    int or None
-        The slots; None over Spark Connect, where they cannot be asked for.
+    Spark's own figure, against which it checks barrier stages; None over Spark Connect, which does
+    not tell.
     """
     if is_connect(spark):
         return None
@@ -104,22 +74,7 @@ def total_slots(spark: SparkSession, request: TaskRequest | None = None) -> int 
 
 
 def slot_holders(spark: SparkSession, request: TaskRequest, own: SparkJob) -> Holders | None:
-    """Find out who holds the cluster's slots.
-
-    Parameters
-    ----------
-    spark
-        The session.
-    request
-        What one task of the run that waits takes.
-    own
-        That run's job, which is left out.
-
-    Returns
-    -------
-    Holders or None
-        The slots and their holders; None where Spark cannot be asked.
-    """
+    """Return who holds the cluster's slots beside the run's own job, where Spark tells."""
     total, by_job = total_slots(spark, request), own.slots_by_other_job()
     return None if total is None or by_job is None else Holders(total, by_job)
 
@@ -127,35 +82,9 @@ def slot_holders(spark: SparkSession, request: TaskRequest, own: SparkJob) -> Ho
 def require_slots(
     spark: SparkSession, np: int, request: TaskRequest, start_timeout: float, console: Console
 ) -> int:
-    """Check np against the cluster's slots before anything is launched; wait where more may come.
+    """Return the number of ranks to start, or raise when the cluster cannot have the slots.
 
-    Parameters
-    ----------
-    spark
-        The session.
-    np
-        Number of ranks asked for; 0 for all slots.
-    request
-        What one task takes.
-    start_timeout
-        Most seconds to wait for executors that are still to register.
-    console
-        Shows what is waited for.
-
-    Returns
-    -------
-    int
-        Number of ranks to start.
-
-    Raises
-    ------
-    ConfigurationError
-        If dynamic allocation is on, which barrier stages do not support (SPARK-24942); or if
-        np is 0 and nothing tells how many slots there are.
-    ClusterCapacityError
-        If there are fewer slots than np and no more will come, or none for np=0.
-    StartTimeoutError
-        If they might have come and did not within `start_timeout`.
+    Waits up to `start_timeout` seconds for executors that are still to register.
     """
     if spark.conf.get("spark.dynamicAllocation.enabled", "false") == "true":
         raise ConfigurationError(
@@ -227,7 +156,7 @@ def _wait_for_slots(
 
 
 def _expected_slots(spark: SparkSession, request: TaskRequest) -> int | None:
-    """Count the slots that the master string or the settings promise, where they do."""
+    """Return how many slots the master string or the settings promise, where they do."""
     master = _master(spark)
     gpus = float(spark.conf.get("spark.executor.resource.gpu.amount", None) or 0)
     if match := re.fullmatch(r"local-cluster\[\s*(\d+)\s*,\s*(\d+)\s*,.*\]", master):
@@ -261,7 +190,7 @@ def _facts(spark: SparkSession, request: TaskRequest) -> str:
 
 
 def _executors_in_words(spark: SparkSession, request: TaskRequest) -> str:
-    """Say what the registered executors have: "2 executors with 4 cores and 1 GPU: 1 slot each"."""
+    """Describe the registered executors: "2 executors with 4 cores and 1 GPU: 1 slot each"."""
     if is_connect(spark):
         return ""
     kinds: Counter[tuple[int, int]] = Counter()

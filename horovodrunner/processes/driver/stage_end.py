@@ -18,17 +18,7 @@ __all__ = ["StageEnd", "data_problem", "stage_end"]
 
 @dataclass(frozen=True)
 class StageEnd:
-    """Why a stage ended.
-
-    Parameters
-    ----------
-    text
-        A sentence or two.
-    task_was_lost
-        Whether a task or its executor was lost, rather than the job cancelled.
-    was_cancelled
-        Whether the job was cancelled.
-    """
+    """Why a stage ended; it may be that a task or its executor was lost."""
 
     text: str
     task_was_lost: bool = False
@@ -36,19 +26,9 @@ class StageEnd:
 
 
 def stage_end(error: Exception | None, placement: Sequence[tuple[int, int, str]]) -> StageEnd:
-    """Pull the cause out of Spark's error, which is a screen of Java frames.
+    """Extract the cause from Spark's error, which is a screen of Java frames.
 
-    Parameters
-    ----------
-    error
-        What collecting the stage's rows raised, if it did.
-    placement
-        Partition, rank and host of every rank, as far as ranks were placed.
-
-    Returns
-    -------
-    StageEnd
-        The cause.
+    `placement` has partition, rank and host of every rank that was placed.
     """
     text = str(error) if error is not None else ""
     if problem := problem_of_executors_python(text):
@@ -71,17 +51,9 @@ def stage_end(error: Exception | None, placement: Sequence[tuple[int, int, str]]
 
 
 def data_problem(error: Exception | None) -> str:
-    """Pull out why the rows that the stage was to read could not be computed.
+    """Return why the rows that the stage was to read could not be computed.
 
-    Parameters
-    ----------
-    error
-        What collecting the stage's rows raised, before any of its tasks was heard of.
-
-    Returns
-    -------
-    str
-        The cause; empty where it lies elsewhere, see :func:`stage_end`.
+    Empty where the cause lies elsewhere: :func:`stage_end` finds it.
     """
     text = str(error) if error is not None else ""
     lies_elsewhere = rf"{CANCELLED}|Most recent failure reason: "
@@ -91,7 +63,7 @@ def data_problem(error: Exception | None) -> str:
 
 
 def _what(reasons: str, placement: Sequence[tuple[int, int, str]]) -> str:
-    """Name the executor and the ranks on it, as far as Spark's reasons tell."""
+    """Name the executor and the ranks on it, as far as Spark's reasons do."""
     partitions = {int(number) for number in re.findall(r"ResultTask\(\d+, (\d+)\)", reasons)}
     ranks = [rank for partition, rank, _ in placement if partition in partitions]
     hosts = sorted({host for partition, _, host in placement if partition in partitions})

@@ -1,4 +1,4 @@
-"""Frames and the handshake, over real sockets."""
+"""Events and the handshake, over real sockets."""
 
 from __future__ import annotations
 
@@ -16,51 +16,38 @@ from collections.abc import Awaitable, Callable, Iterator
 import psutil
 import pytest
 
-from horovodrunner.wire import connection as connection_module
-from horovodrunner.wire.connection import (
-    AuthenticationError,
-    Connection,
-    FrameServer,
-    connect,
-)
-from horovodrunner.wire.frames import (
-    MAGIC,
-    MAX_BODY_BYTES,
-    MAX_HEADER_BYTES,
-    PREFIX_BYTES,
-    Frame,
-    FrameError,
-    encode_frame,
-    handshake_proof,
-    parse_header,
-    parse_prefix,
-)
+from horovodrunner.wire import auth
+from horovodrunner.wire import server as server_module
+from horovodrunner.wire.auth import AuthenticationError
+from horovodrunner.wire.events import MAX_BODY_BYTES, MAX_HEADER_BYTES, Event, Message, Stack, Stop
+from horovodrunner.wire.server import EventServer
+from horovodrunner.wire.stream import Connection, connect
 from tests.processes import PIPE, started
 
 TOKEN = b"t" * 32
-Scenario = Callable[[FrameServer, int, list[Frame], list[str]], Awaitable[None]]
+Scenario = Callable[[EventServer, int, list[Event], list[str]], Awaitable[None]]
 
 
-def serve(scenario: Scenario) -> tuple[list[Frame], list[str]]:
-    """Run a scenario against a server that collects frames; gives frames and refusals."""
-    frames: list[Frame] = []
+def serve(scenario: Scenario) -> tuple[list[Event], list[str]]:
+    """Run a scenario against a server that collects events; return events and refusals."""
+    events: list[Event] = []
     refusals: list[str] = []
 
     async def collect(peer: Connection) -> None:
-        while (frame := await peer.receive()) is not None:
-            frames.append(frame)
-            peer.send("echo", frame.body)
+        while (event := await peer.receive()) is not None:
+            events.append(event)
+            peer.send(event)
 
     async def run() -> None:
-        server = FrameServer(TOKEN, collect, refusals.append)
+        server = EventServer(TOKEN, collect, refusals.append)
         port = await server.start("127.0.0.1")
         try:
-            await scenario(server, port, frames, refusals)
+            await scenario(server, port, events, refusals)
         finally:
             await server.close()
 
     asyncio.run(asyncio.wait_for(run(), 30))
-    return frames, refusals
+    return events, refusals
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -112,34 +99,33 @@ def no_noise(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr().err == ""
 
 
-def test_frames_cross_a_proved_connection_both_ways() -> None:
-    async def scenario(server: FrameServer, port: int, *_: object) -> None:
+def test_events_cross_a_proved_connection_both_ways() -> None:
+    sent = Stack(1, b"x" * 3_000_000)
+
+    async def scenario(server: EventServer, port: int, *_: object) -> None:
         peer = await connect("127.0.0.1", port, TOKEN, 5)
-        peer.send("lines", b"x" * 3_000_000, rank=1)
-        answer = await peer.receive()
-        assert answer is not None
-        assert answer.kind == "echo"
-        assert len(answer.body) == 3_000_000
+        peer.send(sent)
+        assert await peer.receive() == sent
         await peer.close()
 
-    frames, refusals = serve(scenario)
-    assert [(f.kind, f.header["rank"], len(f.body)) for f in frames] == [("lines", 1, 3_000_000)]
+    events, refusals = serve(scenario)
+    assert events == [sent]
     assert refusals == []
 
 
 def test_a_client_with_another_token_is_refused_and_told_so() -> None:
-    async def scenario(server: FrameServer, port: int, *_: object) -> None:
+    async def scenario(server: EventServer, port: int, *_: object) -> None:
         with pytest.raises(ConnectionError):
             await connect("127.0.0.1", port, b"wrong" * 8, 5)
 
-    frames, refusals = serve(scenario)
-    assert frames == []
+    events, refusals = serve(scenario)
+    assert events == []
     assert "token" in refusals[0]
 
 
 def test_a_client_does_not_trust_a_server_with_another_token() -> None:
     async def pretend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(MAGIC + b"n" * 32)
+        writer.write(auth.greeting())
         await reader.readexactly(64)
         writer.write(b"p" * 32)
         await writer.drain()
@@ -156,11 +142,16 @@ def test_a_client_does_not_trust_a_server_with_another_token() -> None:
 
 
 def test_an_answer_cannot_be_sent_back_as_ones_own() -> None:
-    nonces = (b"s" * 32, b"c" * 32)
-    client = handshake_proof(TOKEN, "client", *nonces)
-    assert client != handshake_proof(TOKEN, "server", *nonces)
-    assert client != handshake_proof(TOKEN, "client", *nonces[::-1])
-    assert client == handshake_proof(TOKEN, "client", *nonces)
+    greeting = auth.greeting()
+    answer, expected = auth.answer_nonce(TOKEN, greeting[auth.MAGIC_BYTES :])
+    proof = auth.check_answer(TOKEN, greeting, answer)
+    auth.check_proof(expected, proof)
+    assert answer[-auth.PROOF_BYTES :] != proof
+    for wrong in (answer[:-1] + b"\0", bytes(auth.ANSWER_BYTES), proof + proof):
+        with pytest.raises(AuthenticationError):
+            auth.check_answer(TOKEN, greeting, wrong)
+    with pytest.raises(AuthenticationError):
+        auth.check_answer(TOKEN, auth.greeting(), answer)
 
 
 @pytest.mark.parametrize(
@@ -168,19 +159,19 @@ def test_an_answer_cannot_be_sent_back_as_ones_own() -> None:
 )
 def test_bytes_that_are_not_ours_are_refused_once_logged(garbage: bytes) -> None:
     async def scenario(
-        server: FrameServer, port: int, frames: list[Frame], refusals: list[str]
+        server: EventServer, port: int, events: list[Event], refusals: list[str]
     ) -> None:
         for _ in range(3):
             with socket.create_connection(("127.0.0.1", port)) as intruder:
                 intruder.sendall(garbage)
         await until(lambda: bool(refusals))
         peer = await connect("127.0.0.1", port, TOKEN, 5)
-        peer.send("still-here")
-        await until(lambda: bool(frames))
+        peer.send(Stop())
+        await until(lambda: bool(events))
         await peer.close()
 
-    frames, refusals = serve(scenario)
-    assert [frame.kind for frame in frames] == ["still-here"]
+    events, refusals = serve(scenario)
+    assert events == [Stop()]
     assert len(refusals) == 1
 
 
@@ -191,17 +182,17 @@ def test_thousands_of_strangers_do_not_keep_a_peer_out() -> None:
     fds: list[int] = []
 
     async def scenario(
-        server: FrameServer, port: int, frames: list[Frame], refusals: list[str]
+        server: EventServer, port: int, events: list[Event], refusals: list[str]
     ) -> None:
         fds_before, rss_before = process.num_fds(), process.memory_info().rss
         with strangers(port, 4000) as all_opened:
             while not all_opened() or len(fds) < 5:
                 peer = await connect("127.0.0.1", port, TOKEN, 60)
-                peer.send("hello")
+                peer.send(Stop())
                 fds.append(process.num_fds() - fds_before)
                 await peer.close()
-            await until(lambda: len(frames) == len(fds))
-            assert len(server._unproved) <= connection_module.MAX_UNPROVED_CONNECTIONS
+            await until(lambda: len(events) == len(fds))
+            assert len(server._unproved) <= server_module.MAX_UNPROVED_CONNECTIONS
             assert process.memory_info().rss - rss_before < 100 * 1024 * 1024
 
     _, refusals = serve(scenario)
@@ -214,11 +205,11 @@ def test_peers_that_are_expected_have_room_in_the_handshake(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All tasks of a run come at once, and there may be more than strangers may be."""
-    monkeypatch.setattr(connection_module, "MAX_UNPROVED_CONNECTIONS", 3)
+    monkeypatch.setattr(server_module, "MAX_UNPROVED_CONNECTIONS", 3)
     refusals: list[str] = []
 
     async def run() -> None:
-        server = FrameServer(TOKEN, lambda peer: asyncio.sleep(0), refusals.append, peers=5)
+        server = EventServer(TOKEN, lambda peer: asyncio.sleep(0), refusals.append, peers=5)
         port = await server.start("127.0.0.1")
         others = []
         try:
@@ -243,7 +234,7 @@ def test_peers_that_are_expected_have_room_in_the_handshake(
 def test_a_server_that_closes_under_a_flood_leaves_no_task_behind(turns: int) -> None:
     """In a loop of its own that ends right then, as the driver channel's does."""
     loop = asyncio.new_event_loop()
-    server = FrameServer(TOKEN, lambda peer: asyncio.sleep(0), lambda why: None)
+    server = EventServer(TOKEN, lambda peer: asyncio.sleep(0), lambda why: None)
 
     async def run() -> None:
         port = await server.start("127.0.0.1")
@@ -268,9 +259,9 @@ def test_a_server_that_closes_under_a_flood_leaves_no_task_behind(turns: int) ->
 def test_a_peer_that_sends_a_byte_now_and_then_is_dropped_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(connection_module, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(server_module, "HANDSHAKE_SECONDS", 0.5)
 
-    async def scenario(server: FrameServer, port: int, *_: object) -> None:
+    async def scenario(server: EventServer, port: int, *_: object) -> None:
         writer = (await asyncio.open_connection("127.0.0.1", port))[1]
         while not writer.is_closing():
             writer.write(b"x")
@@ -293,14 +284,13 @@ def announce(header: bytes, body_bytes: int = 0, header_bytes: int | None = None
     [
         (b"\0\0\0", "3 bytes where 12 belong"),
         (announce(b'{"ki', header_bytes=16), "4 bytes where 16 belong"),
-        (announce(b'{"kind": "x"}', 100) + b"half", "a body of 4 bytes where 100"),
-        (announce(b'{"kind": "x"}', MAX_BODY_BYTES + 1), "at most"),
+        (announce(b'{"kind": "Stack", "rank": 0}', 100) + b"half", "a body of 4 bytes where 100"),
+        (announce(b'{"kind": "Stack", "rank": 0}', MAX_BODY_BYTES + 1), "at most"),
         (announce(b"", header_bytes=MAX_HEADER_BYTES + 1), "at most"),
         (announce(b"GET / HTTP/1.1"), "not JSON"),
-        (announce(b"\xff\xfe\x80"), "not JSON"),
         (announce(b"[" * 1_000_000), "nested too deeply"),
-        (announce(b"[1]"), "not a JSON object"),
-        (announce(b'{"kind": "needs-rank"}'), "KeyError('rank')"),
+        (announce(b'{"kind": "Started"}'), "missing 1 required"),
+        (announce(b'{"kind": "Message", "rank": 99, "text": ""}'), "KeyError(99)"),
     ],
 )
 def test_a_proved_peer_that_sends_something_else_is_closed_and_reported_once(
@@ -309,12 +299,12 @@ def test_a_proved_peer_that_sends_something_else_is_closed_and_reported_once(
     reports: list[str] = []
 
     async def collect(peer: Connection) -> None:
-        while (frame := await peer.receive()) is not None:
-            if frame.kind == "needs-rank":
-                peer.send("echo", rank=frame.header["rank"])
+        while (event := await peer.receive()) is not None:
+            assert isinstance(event, Message)
+            peer.send(Message(event.rank, {3: "known"}[event.rank]))
 
     async def run() -> None:
-        server = FrameServer(TOKEN, collect, reports.append)
+        server = EventServer(TOKEN, collect, reports.append)
         port = await server.start("127.0.0.1")
         for _ in range(3):
             peer = await connect("127.0.0.1", port, TOKEN, 5)
@@ -323,10 +313,8 @@ def test_a_proved_peer_that_sends_something_else_is_closed_and_reported_once(
             assert await peer.receive() is None
             await peer.close()
         peer = await connect("127.0.0.1", port, TOKEN, 5)
-        peer.send("needs-rank", rank=3)
-        answer = await peer.receive()
-        assert answer is not None
-        assert answer.header["rank"] == 3
+        peer.send(Message(3, "?"))
+        assert await peer.receive() == Message(3, "known")
         await peer.close()
         await server.close()
 
@@ -338,7 +326,7 @@ def test_a_proved_peer_that_sends_something_else_is_closed_and_reported_once(
 
 def test_a_refused_stranger_does_not_hide_a_proved_peer_that_is_closed() -> None:
     async def scenario(
-        server: FrameServer, port: int, frames: list[Frame], refusals: list[str]
+        server: EventServer, port: int, events: list[Event], refusals: list[str]
     ) -> None:
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(b"x" * 200)
@@ -350,63 +338,6 @@ def test_a_refused_stranger_does_not_hide_a_proved_peer_that_is_closed() -> None
 
     _, refusals = serve(scenario)
     assert ["refused" in refusals[0], "closed" in refusals[1]] == [True, True]
-
-
-def test_an_oversized_frame_ends_the_connection_before_it_is_read() -> None:
-    async def scenario(server: FrameServer, port: int, *_: object) -> None:
-        peer = await connect("127.0.0.1", port, TOKEN, 5)
-        head = encode_frame("lines", b"")
-        peer._writer.write(head[:4] + (MAX_BODY_BYTES + 1).to_bytes(8, "big") + head[PREFIX_BYTES:])
-        assert await peer.receive() is None
-        await peer.close()
-
-    frames, _ = serve(scenario)
-    assert frames == []
-
-
-def test_prefixes_and_headers_are_checked() -> None:
-    with pytest.raises(FrameError, match="header"):
-        parse_prefix(b"\xff" * PREFIX_BYTES, 10)
-    with pytest.raises(FrameError, match="body of 11 bytes"):
-        parse_prefix((1).to_bytes(4, "big") + (11).to_bytes(8, "big"), 10)
-    for text in (b"{", b"[]", b'{"rank": 1}'):
-        with pytest.raises(FrameError):
-            parse_header(text)
-
-
-def test_lines_a_slow_peer_does_not_read_are_dropped_and_counted() -> None:
-    async def run() -> None:
-        hold = asyncio.Event()
-        received: list[Frame] = []
-
-        async def slow(peer: Connection) -> None:
-            await hold.wait()
-            while (frame := await peer.receive()) is not None:
-                received.append(frame)
-            ended.set()
-
-        ended = asyncio.Event()
-        server = FrameServer(TOKEN, slow, lambda why: None)
-        port = await server.start("127.0.0.1")
-        peer = await connect("127.0.0.1", port, TOKEN, 5)
-        block = (b"y" * 99 + b"\n") * 10_000
-        for _ in range(100):
-            peer.send_lines(block, rank=7)
-            await asyncio.sleep(0)
-        assert peer._writer.transport.get_write_buffer_size() < 16 * 1024 * 1024
-        hold.set()
-        await peer.close()
-        await ended.wait()
-        await server.close()
-        text = b"".join(frame.body for frame in received)
-        missing = [
-            int(count) for count in re.findall(rb"HorovodRunner: (\d+) lines are missing", text)
-        ]
-        assert missing
-        assert text.count(b"y\n") + sum(missing) == 1_000_000
-        assert received[-1].header["rank"] == 7
-
-    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_connecting_to_nobody_is_an_os_error() -> None:

@@ -1,0 +1,408 @@
+"""Every message of a run, and how it is encoded. Runs in: every process.
+
+A frame is the lengths of a header and a body, the header (a JSON object: the kind of event and its
+fields), and the body (its one field of bytes, if it has any). Nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from json import dumps, loads  # main may put others in their place in json
+from typing import Any, ClassVar
+
+__all__ = [
+    "MAX_BODY_BYTES",
+    "MAX_HEADER_BYTES",
+    "PREFIX_BYTES",
+    "Event",
+    "FrameError",
+    "Handlers",
+    "Sink",
+    "decode",
+    "dispatcher",
+    "encode",
+    "parse_prefix",
+]
+
+MAX_HEADER_BYTES = 4 * 1024 * 1024
+MAX_BODY_BYTES = 64 * 1024 * 1024
+
+_PREFIX = struct.Struct(">IQ")
+PREFIX_BYTES = _PREFIX.size
+_BYTES = (bytes, bytearray, memoryview)
+
+
+class FrameError(ValueError):
+    """The bytes are not an event, or one that is larger than allowed."""
+
+
+class Event:
+    """A message; a field may be an int, float, bool or str, a tuple or dict of them, or bytes."""
+
+    kinds: ClassVar[dict[str, type[Event]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Event.kinds[cls.__name__] = cls
+
+
+Sink = Callable[[Event], None]
+Handlers = Mapping[type[Event], Callable[[Any], object]]
+
+
+# ---- from a worker to its task, and through pipes and connections to where they end
+
+
+@dataclass(frozen=True)
+class Ready(Event):
+    """The worker has installed its handlers and begins to import, `at` seconds since the epoch."""
+
+    at: float
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """The rank calls main now."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class MainEnded(Event):
+    """The rank's main has returned or raised; how comes with `Ended`."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class Ended(Event):
+    """The rank has an outcome (flows/outcome)."""
+
+    rank: int
+    outcome: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Beat(Event):
+    """Where the rank's main is, and for how many seconds it has waited in a collective."""
+
+    rank: int
+    where: str = ""
+    waits_in: str = ""
+    surely: bool = True
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Message(Event):
+    """A call of ``log_to_driver``."""
+
+    rank: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Notice(Event):
+    """A line to be shown once, whichever ranks send it."""
+
+    rank: int
+    key: str
+    text: str
+
+
+@dataclass(frozen=True)
+class WorkerTimes(Event):
+    """When the worker, and the warm parent it was forked from, had imported, and later phases."""
+
+    rank: int
+    imported_at: float
+    warmed: tuple[float, float]
+    spans: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """Rank 0 has written a checkpoint to a directory of its task's."""
+
+    step: int
+    directory: str
+
+
+@dataclass(frozen=True)
+class LatestWanted(Event):
+    """Somebody asks which checkpoint main starts from."""
+
+
+# ---- from a task to its worker
+
+
+@dataclass(frozen=True)
+class Job(Event):
+    """What a worker is to do; `environment` has the slot's variables."""
+
+    rank: int
+    host: str
+    environment: dict[str, str] = field(repr=False)
+    return_result: bool = False
+    attempt: int = 1
+    scratch: str = ""
+    keeps_checkpoints: bool = False
+    beat_seconds: float = 5.0
+    call: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
+class LatestCopy(Event):
+    """Where the task has its copy of the latest checkpoint; "" if there is none."""
+
+    directory: str = ""
+    step: int = -1
+    differs: bool = False
+    error: str = ""
+
+
+# ---- between partition 0 and the other tasks
+
+
+@dataclass(frozen=True)
+class Join(Event):
+    """The first event of a task's connection to partition 0."""
+
+    partition: int
+
+
+@dataclass(frozen=True)
+class Lines(Event):
+    """Whole lines that the rank printed."""
+
+    rank: int
+    stream: str
+    lines: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class RankPhases(Event):
+    """When phases of the rank's launch began and ended, in seconds since the epoch."""
+
+    rank: int
+    spans: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Stack(Event):
+    """The rank's Python stacks."""
+
+    rank: int
+    text: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ShowStacks(Event):
+    """The ranks' stacks are wanted."""
+
+
+@dataclass(frozen=True)
+class Stop(Event):
+    """The workers, or the run, are to end."""
+
+
+@dataclass(frozen=True)
+class LatestDecided(Event):
+    """Which checkpoint all ranks start from, and which directory on the host has it already."""
+
+    manifest: bytes = field(default=b"", repr=False)
+    copy_from: str = ""
+    differs: bool = False
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class LatestFetched(Event):
+    """Where the task has its copy of that checkpoint; "" if it has none."""
+
+    directory: str
+
+
+# ---- between tasks and the driver
+
+
+@dataclass(frozen=True)
+class Register(Event):
+    """Partition 0 asks whether the run may start."""
+
+    run_id: str
+
+
+@dataclass(frozen=True)
+class Gather(Event):
+    """A task's part of what all tasks have to know of each other."""
+
+    run_id: str
+    partition: int
+    text: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Gathered(Event):
+    """All tasks' parts."""
+
+    texts: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class GatherWithSpark(Event):
+    """Not all tasks reach the driver: everybody is to gather through Spark."""
+
+
+@dataclass(frozen=True)
+class Accepted(Event):
+    """The run may start."""
+
+
+@dataclass(frozen=True)
+class Refused(Event):
+    """The stage must not go on."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Transfer(Event):
+    """The first event of a connection that is for one bulk transfer."""
+
+    run_id: str
+    flow: str
+    request: str
+
+
+@dataclass(frozen=True)
+class Placed(Event):
+    """Partition, rank and host of every rank."""
+
+    ranks: tuple[tuple[int, int, str], ...]
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """A line of the run's own; `routine` if it says that all goes on as it should."""
+
+    text: str
+    routine: bool = False
+
+
+@dataclass(frozen=True)
+class Phases(Event):
+    """Name, begin, end and last rank of every phase of the run."""
+
+    phases: tuple[tuple[str, float, float, int | None], ...]
+
+
+@dataclass(frozen=True)
+class Storing(Event):
+    """The ranks have ended, and a file is still on its way."""
+
+
+@dataclass(frozen=True)
+class Failed(Event):
+    """The run has failed; its outcome comes ahead of the stage's end."""
+
+    outcome: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Leave(Event):
+    """Partition 0 has told everything."""
+
+
+# ---- the codec
+
+
+def encode(event: Event) -> tuple[bytes, bytes]:
+    """Return a frame's head and its body, to be written one after the other."""
+    fields: dict[str, Any] = {"kind": type(event).__name__, **vars(event)}
+    of_bytes = [name for name, value in fields.items() if isinstance(value, _BYTES)]
+    body = fields.pop(of_bytes[0]) if of_bytes else b""
+    header = dumps(fields).encode()
+    return _PREFIX.pack(len(header), len(body)) + header, body
+
+
+def parse_prefix(prefix: bytes, max_body_bytes: int | None = MAX_BODY_BYTES) -> tuple[int, int]:
+    """Return the lengths of a frame's header and body; None is no limit."""
+    header_bytes, body_bytes = _PREFIX.unpack(prefix)
+    if header_bytes > MAX_HEADER_BYTES:
+        raise FrameError(f"a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are read")
+    if max_body_bytes is not None and body_bytes > max_body_bytes:
+        raise FrameError(f"a body of {body_bytes} bytes; at most {max_body_bytes} are read")
+    return header_bytes, body_bytes
+
+
+def decode(header: bytes, body: bytes | bytearray = b"") -> Event:
+    """Return the event; FrameError if its kind is not known or its fields are not those."""
+    try:
+        fields = loads(header)
+    except ValueError as error:
+        raise FrameError(f"a header that is not JSON: {error}") from None
+    except RecursionError:
+        raise FrameError("a header that is nested too deeply") from None
+    if not isinstance(fields, dict) or not isinstance(kind := fields.pop("kind", None), str):
+        raise FrameError('a header that is not a JSON object with a "kind"')
+    if kind not in Event.kinds:
+        raise FrameError(f"an event of an unknown kind, {kind!r:.80}")
+    hints = _hints(kind)
+    of_bytes = [name for name, hint in hints.items() if hint is bytes]
+    if unknown := fields.keys() - hints.keys() | fields.keys() & of_bytes:
+        raise FrameError(f"{kind} has no field {min(unknown)!r:.80} in its header")
+    if body and not of_bytes:
+        raise FrameError(f"{kind} has no body, and {len(body)} bytes came")
+    values = {name: _checked(f"{kind}.{name}", hints[name], fields[name]) for name in fields}
+    try:
+        return Event.kinds[kind](**values, **dict.fromkeys(of_bytes, body))
+    except TypeError as error:  # a field is missing
+        raise FrameError(str(error)) from None
+
+
+@functools.cache
+def _hints(kind: str) -> dict[str, Any]:
+    hints = typing.get_type_hints(Event.kinds[kind])
+    del hints["kinds"]
+    return hints
+
+
+def _checked(name: str, hint: Any, value: Any) -> Any:
+    """Return a field's value as it was before it became JSON."""
+    if type(value) is hint:
+        return value
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return None if value is None else _checked(name, arguments[0], value)
+    if origin is dict and isinstance(value, dict):
+        return {key: _checked(name, arguments[1], item) for key, item in value.items()}
+    if origin is tuple and isinstance(value, list):
+        if arguments[-1] is ...:
+            arguments = arguments[:1] * len(value)
+        if len(arguments) == len(value):
+            return tuple(map(_checked, [name] * len(value), arguments, value))
+    if hint is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    raise FrameError(f"{name} is {value!r:.80}, not {getattr(hint, '__name__', hint)}")
+
+
+def dispatcher(flows: Iterable[Handlers], otherwise: Sink) -> Sink:
+    """Return a sink that hands an event to all flows that handle its class, or passes it on."""
+    table: dict[type[Event], list[Callable[[Any], object]]] = {}
+    for handlers in flows:
+        for event_class, handler in handlers.items():
+            table.setdefault(event_class, []).append(handler)
+
+    def emit(event: Event) -> None:
+        if (found := table.get(type(event))) is None:
+            otherwise(event)
+            return
+        for handler in found:
+            handler(event)
+
+    return emit
