@@ -116,10 +116,7 @@ def path_of_file_url(url: str) -> str | None:
 
 
 class Storage(Protocol):
-    """A directory: names of what is in it are relative, with ``/`` between their parts.
-
-    Every method raises OSError when it fails.
-    """
+    """A directory; paths in it have ``/`` between their parts. What fails raises OSError."""
 
     def url(self, path: str) -> str:
         """Return the full path or URL of what is at `path`."""

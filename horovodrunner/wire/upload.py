@@ -141,10 +141,6 @@ class Transfer:
             raise
         return transfer
 
-    def request(self, event: Event) -> None:
-        """Begin: tell the driver what the transfer is about."""
-        self._send(event)
-
     def upload(self, pieces: Iterable[Piece]) -> None:
         """Send pieces and wait until the driver has taken them in."""
         self._expect(Go)
@@ -179,7 +175,7 @@ class Transfer:
                 return
             why = str(error) if type(error) is OSError else f"{type(error).__name__}: {error}"
             with contextlib.suppress(OSError):  # it is gone, or the channel is closed
-                self._send(TransferFailed(why))
+                self.send(TransferFailed(why))
                 self._discard_rest()
 
     def close(self) -> None:
@@ -189,19 +185,19 @@ class Transfer:
         self._socket.close()
 
     def _upload(self) -> Iterator[IncomingPiece]:
-        self._send(Go())  # once the receiver asks for the first piece, it is ready
+        self.send(Go())  # once the receiver asks for the first piece, it is ready
         yield from self.download()
 
-    def _send(self, event: Event) -> None:
+    def send(self, event: Event) -> None:
         self._socket.sendall(b"".join(encode(event)))
 
     def _send_pieces(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
-            self._send(PieceFollows(piece.name, piece.size))
+            self.send(PieceFollows(piece.name, piece.size))
             self._is_within_piece = True
             self._send_chunks(piece)
             self._is_within_piece = False
-        self._send(End())
+        self.send(End())
 
     def _send_chunks(self, piece: Piece) -> None:
         sent = 0
@@ -299,7 +295,7 @@ class TransferClient:
             try:
                 if self.is_aborted:
                     raise ConnectionAbortedError("the run has ended")
-                transfer.request(request)
+                transfer.send(request)
                 yield transfer
             except FrameError as error:
                 raise OSError(f"the driver at {host}:{port} answered {error}") from error

@@ -721,7 +721,7 @@ def test_serving_a_task_that_is_gone_ends_without_an_error(
     if ready == "go":
         task._expect(Go)
         task._socket.shutdown(socket.SHUT_RD)
-        task._send(PieceFollows("../x/", 0))
+        task.send(PieceFollows("../x/", 0))
     task.close()
     serving.end()
     assert list(tmp_path.iterdir()) == []
@@ -792,7 +792,7 @@ def test_whatever_a_peer_sends_the_driver_goes_on_and_keeps_nothing(
     driver.backend().put(1, source)
     transfer = Transfer.open("127.0.0.1", driver.port, TOKEN)
     with contextlib.closing(transfer):
-        transfer.request(asked)
+        transfer.send(asked)
         with contextlib.suppress(OSError):
             transfer._socket.sendall(content)
             transfer._socket.shutdown(socket.SHUT_WR)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -95,7 +96,6 @@ class CheckpointUploader:
         self._idle = asyncio.Event()
         self._idle.set()
         self._has_warned = False
-        self._deletions: set[asyncio.Task[None]] = set()
         self.has_saved = False
         """Whether main has saved any."""
         self.handlers: Handlers = {
@@ -112,7 +112,8 @@ class CheckpointUploader:
         self.has_saved = True
         if self._waiting is not None:
             skipped, stale = self._waiting
-            self._delete(stale)
+            # gigabytes are deleted elsewhere than in the event loop
+            threading.Thread(target=_delete_tree, args=[stale], daemon=True).start()
             if not self._has_warned:
                 self._has_warned = True
                 self._note(
@@ -139,12 +140,6 @@ class CheckpointUploader:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout)
         return self.is_idle
-
-    def _delete(self, directory: Path) -> None:
-        """Delete gigabytes elsewhere than in the event loop."""
-        deletion = asyncio.create_task(in_thread(_delete_tree, directory))
-        self._deletions.add(deletion)
-        deletion.add_done_callback(self._deletions.discard)
 
     async def _put(self, step: int, directory: Path) -> None:
         for attempt in range(1, PUT_ATTEMPTS + 1):
