@@ -35,6 +35,14 @@ class LineAssembler:
     left out. What a line shows that has been overwritten, and has not ended yet, is its state.
     """
 
+    _rest: bytearray
+    _rows: list[_Row]
+    _row: int
+    _steps_back: int
+    _is_moved: bool
+    _is_redrawn: bool
+    _has_gone_up: bool
+
     def __init__(self, max_line_bytes: int = 256 * 1024) -> None:
         self._max_line_bytes = max_line_bytes
         self._half_end = b""
