@@ -27,6 +27,7 @@ from horovodrunner.data.columns import (
 )
 from horovodrunner.data.dataset import DataSet
 from horovodrunner.data.origin import origin_of
+from horovodrunner.data.schema import arrow_columns, prepared
 from horovodrunner.data.stored import MANIFEST, Manifest, StoredFile
 from horovodrunner.data.unshared import UnsharedDataSet
 from horovodrunner.data.writing import REPORT_SCHEMA, write_rows
@@ -118,8 +119,6 @@ def from_dataframe(
             f"cache_dir={cache_dir!r}: with shared=False nothing is stored there; leave "
             "one of the two out"
         )
-    from horovodrunner.data.schema import prepared
-
     spark = df.sparkSession
     base = _base(spark, cache_dir) if shared else ""
     limit = _limit(spark)
@@ -134,9 +133,9 @@ def from_dataframe(
         origin = origin_of(df)  # before the rows are computed: what changes then is another one
     if reuse and origin is not None and (known := cache.find(origin, settings)) is not None:
         return known
-    identity, location = _new_location(base)
+    location = _new_location(base)
     manifest = _write(location, columns, _writer(source, columns, policies))
-    return cache.add(identity, location, manifest, limit, origin=origin, settings=settings)
+    return cache.add(location, manifest, limit, origin=origin, settings=settings)
 
 
 def store_here(data: UnsharedDataSet, directory: Path) -> None:
@@ -197,8 +196,6 @@ def from_arrow(
     ...     len(rows)
     2
     """
-    from horovodrunner.data.schema import arrow_columns
-
     if not isinstance(table, pa.Table):
         raise ArgumentTypeError(
             f"table={checked.shown(table)}: give a pyarrow.Table, not {type(table).__name__}"
@@ -217,13 +214,12 @@ def from_arrow(
         reports = write_rows(location, columns, policies, table.to_batches())
         return [text for report in reports for text in report.column("report").to_pylist()]
 
-    identity, location = _new_location(base)
-    return cache.add(identity, location, _write(location, columns, write), None)
+    location = _new_location(base)
+    return cache.add(location, _write(location, columns, write), None)
 
 
-def _new_location(base: str) -> tuple[str, str]:
-    identity = uuid.uuid4().hex
-    return identity, f"{base.rstrip('/')}/horovodrunner-data-{identity}"
+def _new_location(base: str) -> str:
+    return f"{base.rstrip('/')}/horovodrunner-data-{uuid.uuid4().hex}"
 
 
 def _write(
