@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["class_names", "cut", "format_bytes", "in_one_line", "ranks_in_words", "short_name"]
+__all__ = [
+    "class_names",
+    "cut",
+    "format_bytes",
+    "full_name",
+    "in_one_line",
+    "ranks_in_words",
+    "short_name",
+]
 
 _MAX_NAMED = 8
 _MAX_CLASSES = 100
@@ -20,7 +28,7 @@ _TEXT_CHARS = 500
 
 
 def ranks_in_words(ranks: Iterable[int]) -> str:
-    """Name some ranks."""
+    """Return "rank 2", "ranks 0, 1 and 3", or how many they are."""
     names = [str(rank) for rank in sorted(ranks)]
     if len(names) == 1:
         return f"rank {names[0]}"
@@ -31,12 +39,13 @@ def ranks_in_words(ranks: Iterable[int]) -> str:
 
 def class_names(cls: type) -> tuple[str, ...]:
     """Return the qualified names of a class and its bases, in the order of its MRO."""
-    names = []
-    for each in _MRO(cls)[:_MAX_CLASSES]:
-        module = _MODULE(each)
-        prefix = f"{module[:_MAX_NAME]}." if type(module) is str else ""
-        names.append(prefix + short_name(each))
-    return tuple(names)
+    return tuple(full_name(each) for each in _MRO(cls)[:_MAX_CLASSES])
+
+
+def full_name(cls: type) -> str:
+    """Return a class's module and qualified name."""
+    module = _MODULE(cls)
+    return (f"{module[:_MAX_NAME]}." if type(module) is str else "") + short_name(cls)
 
 
 def short_name(cls: type) -> str:
@@ -67,7 +76,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """Write a number of bytes for people."""
+    """Return a number of bytes with a binary unit."""
     size = float(count)
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:

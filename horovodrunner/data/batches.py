@@ -259,7 +259,8 @@ def _in_stored_order(
     reader: BlockReader, order: EpochOrder, steps: EpochSteps, numbers: range
 ) -> Iterator[_Piece]:
     """Yield blocks and the batches that lie within them; only batches across borders are copied."""
-    last_opened = functools.lru_cache(maxsize=1)(reader.open)
+    open_block = functools.lru_cache(1)(reader.open)
+    gather = _Gatherer(reader, order, most_open=2)
     block_starts = np.concatenate([[0], np.cumsum(reader.block_rows)])
     for starts, ends in _bounds_of(steps, numbers):
         first = np.searchsorted(block_starts, starts, side="right") - 1
@@ -269,32 +270,21 @@ def _in_stored_order(
         after_one = np.append(False, ~within[:-1])
         group = np.flatnonzero((np.diff(first, prepend=-1) != 0) | ~within | after_one)
         for begin, end in itertools.pairwise([*group.tolist(), len(first)]):
-            if within[begin]:
-                index = int(first[begin])
-                shift = block_starts[index]
-                own = (starts[begin:end] - shift).tolist(), (ends[begin:end] - shift).tolist()
-                yield last_opened(index), list(zip(*own, strict=True))
+            if not within[begin]:
+                yield gather((starts[begin:end], ends[begin:end]))
                 continue
-            runs = _runs(order, int(starts[begin]), int(ends[begin]))
-            joined = Block.joined([last_opened(i).slice(row, row_end) for i, row, row_end in runs])
-            yield joined, [(0, joined.count)]
-
-
-def _runs(order: EpochOrder, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield where positions are stored; those beyond the last row mean the beginning again."""
-    while start < end:
-        turn = start - start % order.rows
-        until = min(end, turn + order.rows)
-        yield from order.runs(start - turn, until - turn)
-        start = until
+            index = int(first[begin])
+            shift = block_starts[index]
+            bounds = (starts[begin:end] - shift).tolist(), (ends[begin:end] - shift).tolist()
+            yield open_block(index), list(zip(*bounds, strict=True))
 
 
 class _Gatherer:
     """Copies the rows of a few batches from all over the data set; for several threads."""
 
-    def __init__(self, reader: BlockReader, order: EpochOrder) -> None:
+    def __init__(self, reader: BlockReader, order: EpochOrder, most_open: int) -> None:
         self._order = order
-        self._open = functools.lru_cache(2 * order.most_blocks_in_a_window)(reader.open)
+        self._open = functools.lru_cache(most_open)(reader.open)
         self._own = threading.local()
 
     def __call__(self, limits: tuple[Any, Any]) -> _Piece:
@@ -317,7 +307,6 @@ class _Gatherer:
                 others.setdefault(name, []).append(array.take(pa.array(rows)))
             start = end
         piece = Block(
-            len(chosen),
             {name: array.take(chosen, axis=0) for name, array in scratch.items()},
             {
                 name: pa.concat_arrays(found).take(pa.array(chosen))
@@ -337,4 +326,5 @@ def _in_random_order(
         for starts, ends in _bounds_of(steps, numbers)
         for at in range(0, len(starts), batches)
     )
-    return map_in_threads(_Gatherer(reader, order), limits, _GATHERING_THREADS)
+    gather = _Gatherer(reader, order, most_open=2 * order.most_blocks_in_a_window)
+    return map_in_threads(gather, limits, _GATHERING_THREADS)

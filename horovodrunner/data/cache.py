@@ -17,33 +17,35 @@ from horovodrunner.data.dataset import DataSet
 from horovodrunner.data.origin import Origin
 from horovodrunner.data.stored import MANIFEST, Manifest
 from horovodrunner.errors import DataError
-from horovodrunner.storage import LocalPlace, open_place
+from horovodrunner.storage import LocalStorage, open_storage
 
 __all__ = ["DataSetCache", "cache"]
 
 
 @dataclass
 class _Entry:
-    identity: str
     location: str
     manifest: Manifest
     origin: Origin | None
     """What the rows were computed from, if that can be told."""
     settings: Any
     """What else the stored rows depend on."""
-    owner: int = field(default_factory=os.getpid)
     used_at: float = field(default_factory=time.monotonic)
     handle: Callable[[], DataSet | None] = lambda: None
 
 
 class DataSetCache:
-    """The data sets that were stored and not deleted yet.
+    """The data sets that were stored and not deleted yet, by their location.
 
     A data set that nobody holds a handle of is kept for the next ``from_dataframe`` that would
     compute the same rows, until the space is needed.
     """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave all data sets to somebody else, as to the parent of a forked process."""
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.RLock()
 
@@ -51,17 +53,16 @@ class DataSetCache:
         """Return the data set, if it is stored, that rows of this origin would become."""
         with self._lock:
             for entry in list(self._entries.values()):
-                if entry.owner != os.getpid() or entry.origin is None:
+                if entry.settings != settings or entry.origin is None:
                     continue
-                if entry.settings == settings and entry.origin.is_same_as(origin):
-                    if is_there(entry.location):
+                if entry.origin.is_same_as(origin):
+                    if _is_there(entry.location):
                         return self._handle(entry)
-                    self.delete(entry.identity)  # somebody else has emptied the directory
+                    self.delete(entry.location)  # somebody else has emptied the directory
         return None
 
     def add(
         self,
-        identity: str,
         location: str,
         manifest: Manifest,
         limit: int | None,
@@ -75,48 +76,45 @@ class DataSetCache:
         has free. Raises DataError if there is no room even without those that nobody holds.
         """
         with self._lock:
-            self._entries[identity] = entry = _Entry(identity, location, manifest, origin, settings)
+            self._entries[location] = entry = _Entry(location, manifest, origin, settings)
             handle = self._handle(entry)
             self._make_room(entry, limit)
             return handle
 
-    def delete(self, identity: str) -> None:
+    def delete(self, location: str) -> None:
         with self._lock:
-            entry = self._entries.pop(identity, None)
-        if entry is not None and entry.owner == os.getpid():
-            remove(entry.location)
+            entry = self._entries.pop(location, None)
+        if entry is not None:
+            remove(location)
 
     def delete_all(self) -> None:
         """Delete all that this process has stored."""
-        for identity in list(self._entries):
+        for location in list(self._entries):
             with suppress(OSError):
-                self.delete(identity)
+                self.delete(location)
 
     def _handle(self, entry: _Entry) -> DataSet:
         entry.used_at = time.monotonic()
         handle = entry.handle()
         if handle is None:
+            location, manifest = entry.location, entry.manifest
             handle = DataSet(
-                entry.identity,
-                entry.location,
-                entry.manifest.rows,
-                entry.manifest.columns,
-                on_delete=lambda: self.delete(entry.identity),
+                location, manifest.rows, manifest.columns, on_delete=lambda: self.delete(location)
             )
             entry.handle = weakref.ref(handle)
         return handle
 
     def _make_room(self, new: _Entry, limit: int | None) -> None:
-        entries = [each for each in self._entries.values() if each.owner == os.getpid()]
+        entries = sorted(self._entries.values(), key=lambda each: each.used_at)
         total = sum(each.manifest.size for each in entries)
         if limit is None:
             limit = _limit_of_disk(new.location, total)
-        for entry in sorted(entries, key=lambda each: each.used_at):
+        for entry in entries:
             if total > limit and entry is not new and entry.handle() is None:
-                self.delete(entry.identity)
+                self.delete(entry.location)
                 total -= entry.manifest.size
         if total > limit:
-            self.delete(new.identity)
+            self.delete(new.location)
             held = ", ".join(repr(e.handle()) for e in entries if e is not new and e.handle())
             raise DataError(
                 f"the data set has {new.manifest.size:,} bytes, and with those that are in use "
@@ -128,15 +126,15 @@ class DataSetCache:
 
 def _limit_of_disk(location: str, stored_bytes: int) -> int:
     """Allow half of what would be free without any data set."""
-    place = open_place(location)
-    if not isinstance(place, LocalPlace):
+    place = open_storage(location)
+    if not isinstance(place, LocalStorage):
         return 2**63
     return (shutil.disk_usage(place.root).free + stored_bytes) // 2
 
 
-def is_there(location: str) -> bool:
+def _is_there(location: str) -> bool:
     """Return whether a data set's directory can be reached and has its manifest."""
-    place = open_place(location)
+    place = open_storage(location)
     place.refresh()
     try:
         return place.size(MANIFEST) > 0
@@ -147,10 +145,11 @@ def is_there(location: str) -> bool:
 def remove(location: str) -> None:
     """Delete a data set's directory."""
     above, _, name = location.rstrip("/").rpartition("/")
-    place = open_place(above or "/")
+    place = open_storage(above or "/")
     with suppress(FileNotFoundError):
         place.remove(name)
 
 
 cache = DataSetCache()
 atexit.register(cache.delete_all)
+os.register_at_fork(after_in_child=cache.forget)

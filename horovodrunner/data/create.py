@@ -27,6 +27,7 @@ from horovodrunner.data.columns import (
 )
 from horovodrunner.data.dataset import DataSet
 from horovodrunner.data.origin import origin_of
+from horovodrunner.data.schema import arrow_columns, prepared
 from horovodrunner.data.stored import MANIFEST, Manifest, StoredFile
 from horovodrunner.data.unshared import UnsharedDataSet
 from horovodrunner.data.writing import REPORT_SCHEMA, write_rows
@@ -39,7 +40,8 @@ from horovodrunner.errors import (
 from horovodrunner.spark.column_names import map_by_name
 from horovodrunner.spark.dataframes import check_dataframe
 from horovodrunner.spark.errors import told_as
-from horovodrunner.storage import is_url, local_path, open_place
+from horovodrunner.spark.jobs import collect
+from horovodrunner.storage import is_url, local_path, open_storage
 from horovodrunner.usage import explained
 
 if TYPE_CHECKING:
@@ -117,8 +119,6 @@ def from_dataframe(
             f"cache_dir={cache_dir!r}: with shared=False nothing is stored there; leave "
             "one of the two out"
         )
-    from horovodrunner.data.schema import prepared
-
     spark = df.sparkSession
     base = _base(spark, cache_dir) if shared else ""
     limit = _limit(spark)
@@ -133,9 +133,9 @@ def from_dataframe(
         origin = origin_of(df)  # before the rows are computed: what changes then is another one
     if reuse and origin is not None and (known := cache.find(origin, settings)) is not None:
         return known
-    identity, location = _new_location(base)
+    location = _new_location(base)
     manifest = _write(location, columns, _writer(source, columns, policies))
-    return cache.add(identity, location, manifest, limit, origin=origin, settings=settings)
+    return cache.add(location, manifest, limit, origin=origin, settings=settings)
 
 
 def store_here(data: UnsharedDataSet, directory: Path) -> None:
@@ -157,7 +157,7 @@ def _writer(
     def write(location: str) -> Iterable[str]:
         write_partition = functools.partial(write_rows, location, columns, nulls)
         rows = map_by_name(source, write_partition, REPORT_SCHEMA)
-        return [row["report"] for row in rows.collect()]
+        return [row["report"] for row in collect(rows, "storing the rows of a DataFrame")]
 
     return write
 
@@ -196,8 +196,6 @@ def from_arrow(
     ...     len(rows)
     2
     """
-    from horovodrunner.data.schema import arrow_columns
-
     if not isinstance(table, pa.Table):
         raise ArgumentTypeError(
             f"table={checked.shown(table)}: give a pyarrow.Table, not {type(table).__name__}"
@@ -216,20 +214,19 @@ def from_arrow(
         reports = write_rows(location, columns, policies, table.to_batches())
         return [text for report in reports for text in report.column("report").to_pylist()]
 
-    identity, location = _new_location(base)
-    return cache.add(identity, location, _write(location, columns, write), None)
+    location = _new_location(base)
+    return cache.add(location, _write(location, columns, write), None)
 
 
-def _new_location(base: str) -> tuple[str, str]:
-    identity = uuid.uuid4().hex
-    return identity, f"{base.rstrip('/')}/horovodrunner-data-{identity}"
+def _new_location(base: str) -> str:
+    return f"{base.rstrip('/')}/horovodrunner-data-{uuid.uuid4().hex}"
 
 
 def _write(
     location: str, columns: Sequence[Column], write: Callable[[str], Iterable[str]]
 ) -> Manifest:
     """Have the rows written to a new directory; it is complete then, or gone."""
-    place = open_place(location)
+    place = open_storage(location)
     try:
         place.make("")
         reports = sorted((json.loads(text) for text in write(location)), key=lambda r: r["part"])
@@ -237,13 +234,11 @@ def _write(
         _check_all_there(location, manifest)
         stream = place.create(MANIFEST)
         stream.write(manifest.to_json().encode())
-        place.close(stream)
+        stream.close()
     except BaseException as error:
         with contextlib.suppress(OSError):
             remove(location)
-        # Py4J may tell of an interrupt as of a lost connection.
-        is_py4js = type(error).__name__ == "Py4JNetworkError"
-        if isinstance(error.__context__ if is_py4js else error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt("the rows were being stored: none of them is kept") from None
         if isinstance(error, Exception) and (text := _cause_of_writing(error)):
             raise DataError(
@@ -277,7 +272,7 @@ def _manifest(columns: Sequence[Column], reports: Sequence[Mapping[str, Any]]) -
 
 
 def _check_all_there(location: str, manifest: Manifest) -> None:
-    place = open_place(location)
+    place = open_storage(location)
     place.refresh()
     for file in manifest.files:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner import validation as checked
@@ -61,18 +60,17 @@ class DataSet:
 
     Each iteration is one epoch, the next one begins with another ``epoch``. ``state_dict()`` and
     ``load_state_dict()`` of what they return go on in the middle of an epoch, with any number of
-    ranks.
+    ranks. All raise ConfigurationError if an option has no valid value, and DataError if there are
+    too few rows for the ranks, or the data set cannot be read.
     """
 
     def __init__(
         self,
-        identity: str,
         location: str,
         rows: int,
         columns: tuple[Column, ...],
         on_delete: Callable[[], None] | None = None,
     ) -> None:
-        self._identity = identity
         self._location = location
         self._rows = rows
         self._columns = columns
@@ -86,17 +84,12 @@ class DataSet:
         return f"DataSet({self._rows:,} rows, {len(self._columns)} columns, at {self._location})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DataSet, (self._identity, self._location, self._rows, self._columns)
+        return DataSet, (self._location, self._rows, self._columns)
 
     def __enter__(self) -> DataSet:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.delete()
 
     @property
@@ -150,13 +143,6 @@ class DataSet:
             in place. Arrays of different lengths are a :class:`Ragged`; strings and bytes are
             objects.
 
-        Raises
-        ------
-        ConfigurationError
-            If an option has no valid value.
-        DataError
-            If there are too few rows for the ranks, or the data set cannot be read.
-
         Examples
         --------
         >>> import pyarrow as pa
@@ -188,13 +174,6 @@ class DataSet:
         """Read batches that are Arrow tables with the columns of :attr:`schema`.
 
         The parameters are described at :class:`DataSet`.
-
-        Raises
-        ------
-        ConfigurationError
-            If an option has no valid value.
-        DataError
-            If there are too few rows for the ranks, or the data set cannot be read.
         """
         part = self._rank_and_size(rank, size)
         options = ReadOptions(*part, batch_size, shuffle, seed, epoch, remainder, shuffle_window)
@@ -240,13 +219,6 @@ class DataSet:
             since 1970, timestamps microseconds (int64); strings and bytes are lists. It is also an
             ``IterableDataset``, for a DataLoader of your own with ``batch_size=None``; with
             ``num_workers`` its processes begin anew in each pass, so set ``epoch`` before each.
-
-        Raises
-        ------
-        ConfigurationError
-            If an option has no valid value.
-        DataError
-            If there are too few rows for the ranks, or the data set cannot be read.
         """
         from horovodrunner.data.torch_batches import TorchBatches
 
@@ -301,13 +273,6 @@ class DataSet:
             Dicts of tensors of shape ``(batch, ...)``, one element per batch; arrays of different
             lengths are ragged tensors. ``.map(lambda row: (row["features"], row["label"]))`` makes
             what ``model.fit`` takes.
-
-        Raises
-        ------
-        ConfigurationError
-            If an option has no valid value.
-        DataError
-            If there are too few rows for the ranks, or the data set cannot be read.
         """
         from horovodrunner.data.tf_dataset import tf_dataset
 
@@ -337,7 +302,7 @@ class DataSet:
     def _reader(self, columns: Sequence[str] | None) -> BlockReader:
         """Open the data set for some columns; a struct's name chooses all its fields."""
         if columns is None:
-            return BlockReader(self._identity, self.location)
+            return BlockReader(self.location)
         columns = checked.names("columns", columns)
         if not columns:
             raise ArgumentTypeError("columns=[]: name at least one, or leave it out for all")
@@ -350,4 +315,4 @@ class DataSet:
                     f"there are {', '.join(names)}"
                 )
         wanted = [c.name for c in self._columns if c.name in columns or c.path[0] in columns]
-        return BlockReader(self._identity, self.location, wanted)
+        return BlockReader(self.location, wanted)

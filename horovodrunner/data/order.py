@@ -153,17 +153,3 @@ class EpochOrder:
             start, end = self._window_starts[window : window + 2].tolist()
             mixed[part] = start + permuted(positions[part] - start, end - start, *self._key, window)
         return mixed
-
-    def runs(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """Return the block, first row and end row of each piece of a range of positions.
-
-        For the stored order only.
-        """
-        first, last = np.searchsorted(self._starts, [start, end - 1], side="right").tolist()
-        found = []
-        for index in range(first - 1, last):
-            block_start, block_end = self._starts[index : index + 2].tolist()
-            piece = max(start, block_start) - block_start, min(end, block_end) - block_start
-            if piece[0] < piece[1]:
-                found.append((index, *piece))
-        return found

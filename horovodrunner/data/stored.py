@@ -34,12 +34,11 @@ import pyarrow as pa
 
 from horovodrunner.data.columns import Column, stored_schema
 from horovodrunner.errors import DataError
-from horovodrunner.storage import LocalPlace, open_place
+from horovodrunner.storage import LocalStorage, open_storage
 
 __all__ = ["MANIFEST", "Block", "BlockReader", "Manifest", "StoredFile"]
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -80,16 +79,11 @@ class Manifest:
         return sum(each.size for each in self.files)
 
     def to_json(self) -> str:
-        return json.dumps({"format": _FORMAT, **asdict(self)})
+        return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
         fields = json.loads(text)
-        if fields["format"] != _FORMAT:
-            raise DataError(
-                f"the data set has format {fields['format']}, and this release of horovodrunner "
-                f"reads format {_FORMAT}: use the release that wrote it"
-            )
         return cls(
             tuple(map(Column.from_json, fields["columns"])),
             tuple(map(StoredFile.from_json, fields["files"])),
@@ -101,38 +95,18 @@ class Manifest:
 class Block:
     """The rows of one block, or of parts of some."""
 
-    count: int
     dense: Mapping[str, Any]
-    """NumPy arrays, shaped ``(count, ...)``, by column name."""
+    """NumPy arrays, shaped ``(rows, ...)``, by column name."""
     others: Mapping[str, pa.Array]
     """The columns that are not dense."""
-
-    def slice(self, start: int, end: int) -> Block:
-        """Return some consecutive rows, without copying."""
-        return Block(
-            end - start,
-            {name: array[start:end] for name, array in self.dense.items()},
-            {name: array.slice(start, end - start) for name, array in self.others.items()},
-        )
-
-    @staticmethod
-    def joined(parts: Sequence[Block]) -> Block:
-        """Copy some parts, at least one, one after the other."""
-        first = parts[0]
-        return Block(
-            sum(part.count for part in parts),
-            {name: np.concatenate([part.dense[name] for part in parts]) for name in first.dense},
-            {name: pa.concat_arrays([p.others[name] for p in parts]) for name in first.others},
-        )
 
 
 class BlockReader:
     """Opens the blocks of a data set; `names` are the columns to read, None reads all."""
 
-    def __init__(self, identity: str, location: str, names: Sequence[str] | None = None) -> None:
-        self._identity = identity
+    def __init__(self, location: str, names: Sequence[str] | None = None) -> None:
         self._location = location
-        self._place = open_place(location)
+        self._place = open_storage(location)
         self.manifest = self._read_manifest()
         columns = self.manifest.columns
         self.columns = tuple(each for each in columns if names is None or each.name in names)
@@ -145,8 +119,7 @@ class BlockReader:
         self.block_rows = np.array([n for file in self.manifest.files for n in file.rows], np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        names = [each.name for each in self.columns]
-        return BlockReader, (self._identity, self._location, names)
+        return BlockReader, (self._location, [each.name for each in self.columns])
 
     @cached_property
     def row_bytes(self) -> int:
@@ -162,7 +135,7 @@ class BlockReader:
         """
         name, start, end = self._blocks[index]
         try:
-            if isinstance(self._place, LocalPlace):
+            if isinstance(self._place, LocalStorage):
                 return self._mapped(self._place.root / name, start, end)
             path = self._host_copy.path(f"{index}.block")
             if not path.exists():
@@ -188,11 +161,11 @@ class BlockReader:
                 dense[column.name] = _numbers_in(mapping, whole.address, array, column)
             else:
                 others[column.name] = array
-        return Block(rows.num_rows, dense, others)
+        return Block(dense, others)
 
     @cached_property
     def _host_copy(self) -> _HostCopy:
-        return _HostCopy(self._identity)
+        return _HostCopy(self._location.rstrip("/").rpartition("/")[2])
 
     def _read_manifest(self) -> Manifest:
         try:
@@ -228,9 +201,8 @@ class _HostCopy:
     Each of them holds a shared lock; the last one that leaves deletes it.
     """
 
-    def __init__(self, identity: str) -> None:
-        name = f"horovodrunner-data-{identity}-{getpass.getuser()}"
-        self._directory = Path(tempfile.gettempdir(), name)
+    def __init__(self, name: str) -> None:
+        self._directory = Path(tempfile.gettempdir(), f"{name}-{getpass.getuser()}")
         lock = self._locked()
         weakref.finalize(self, _leave, self._directory, lock, os.getpid())
 

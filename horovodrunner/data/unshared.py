@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from horovodrunner.data.columns import Column, NullPolicy
 from horovodrunner.data.dataset import DataSet
+from horovodrunner.data.formats import arrow_schema
 from horovodrunner.data.stored import BlockReader
 from horovodrunner.errors import ArgumentValueError, DataError
 from horovodrunner.pickling.payload import attach
@@ -37,7 +38,7 @@ class UnsharedDataSet(DataSet):
         source: DataFrame | None = None,
         nulls: Mapping[str, NullPolicy] | None = None,
     ) -> None:
-        super().__init__(identity, "", 0, columns)
+        super().__init__("", 0, columns)
         self.identity = identity
         self.columns = columns
         self.source = source
@@ -75,15 +76,14 @@ class UnsharedDataSet(DataSet):
     @property
     def schema(self) -> pa.Schema:
         """What :meth:`arrow` gives; known in a run only."""
-        self._columns = self._whole.manifest.columns
-        return super().schema
+        return arrow_schema(self._whole.manifest.columns)
 
     def delete(self) -> None:
         """Return: what a run has written goes with the run."""
 
     @cached_property
     def _whole(self) -> BlockReader:
-        return BlockReader(self.identity, self.location)
+        return BlockReader(self.location)
 
     def _rank_and_size(self, rank: int | None, size: int | None) -> tuple[int, int]:
         if rank is not None or size is not None:

@@ -29,7 +29,7 @@ from horovodrunner.formatting import format_bytes
 from horovodrunner.inference.chunks import Shipment
 from horovodrunner.inference.loading import Kind, ModelHandle
 from horovodrunner.inference.weight_file import write_model
-from horovodrunner.storage import LocalPlace, open_place
+from horovodrunner.storage import LocalStorage, open_storage
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -300,8 +300,8 @@ def _unwrapped(net: Any) -> Any:
 
 def _local_files(location: str, copied: Path) -> Path:
     """Return the directory of a checkpoint's files, copied from behind a URL if they are there."""
-    place = open_place(location)
-    if isinstance(place, LocalPlace):
+    place = open_storage(location)
+    if isinstance(place, LocalStorage):
         if not place.root.is_dir():
             raise CheckpointError(f"there is no checkpoint at {place.root}: it is no directory")
         return place.root

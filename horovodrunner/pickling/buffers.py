@@ -121,7 +121,7 @@ class BufferedPickle:
         return sum(len(part) for part in self._parts)
 
     def fill(self, read_into: Callable[[memoryview], object]) -> None:
-        """Have one piece of memory after another be filled."""
+        """Call `read_into` with one piece of memory after another, to fill each."""
         for part in self._parts:
             with memoryview(part) as view:
                 read_into(view)
@@ -136,7 +136,7 @@ class BufferedPickle:
         return value
 
     def obstacle(self) -> tuple[str, bool]:
-        """Name what cannot be unpickled, and whether that is because it cannot be imported."""
+        """Return the name of what cannot be unpickled, and whether an import failed."""
         unpickler = _NamingUnpickler(io.BytesIO(self._parts[0]), buffers=self._parts[1:])
         try:
             unpickler.load()

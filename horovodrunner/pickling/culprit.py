@@ -13,15 +13,16 @@ import io
 import pickle
 import time
 import types
-from collections.abc import Callable, Generator, Iterable, Iterator
-from itertools import islice, takewhile
+from collections.abc import Callable, Generator, Iterable
+from itertools import takewhile
 from typing import Any, NamedTuple
 
-from horovodrunner.formatting import in_one_line
+from horovodrunner.flows.call.called import name_of
+from horovodrunner.formatting import full_name, in_one_line
 from horovodrunner.pickling.pickler import Pickler
-from horovodrunner.pickling.staying import Staying, staying
+from horovodrunner.pickling.remedies import Remedy, remedy_for
 
-__all__ = ["Culprit", "DeepPickler", "TooDeepError", "find_culprit", "name_of_type"]
+__all__ = ["Culprit", "DeepPickler", "TooDeepError", "culprit_of", "find_culprit"]
 
 MAX_DEPTH = 250_000
 """Containers and objects within each other; a ``__reduce__`` that never ends fills no memory."""
@@ -34,8 +35,6 @@ _KEY_CHARS = 40
 
 _STEPS_SHOWN = 6
 """As many steps of a path are shown at each of its ends."""
-
-_BATCH = 1000
 
 _NO_UNPICKLING = frozenset({"Broadcast", "SparkSession"})
 """Spark's own pickle, and fail to unpickle in another process."""
@@ -73,8 +72,8 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         self._reducers = reducers(io.BytesIO(), pickle.HIGHEST_PROTOCOL)
         self._deadline = deadline
         self._begun = 0
-        self._open: list[tuple[_Steps, Any]] = []
-        self._next: list[object] = []
+        self._open: list[_Steps] = []
+        self._way: list[tuple[Any, object]] = []
         self._at: Any = None
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
@@ -82,28 +81,23 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         within = len(self._open)
         self._enter(obj)
         while len(self._open) > within:
-            for step, part in self._open[-1][0]:
-                self._next[-1] = step
+            for step, part in self._open[-1]:
+                self._way[-1] = self._way[-1][0], step
                 if self._enter(part):
                     break
             else:
                 self._open.pop()
-                self._next.pop()
+                self._way.pop()
 
     def path(self) -> tuple[list[tuple[Any, object]], Any]:
-        """Return where pickling failed."""
-        way = [(owner, step) for (_, owner), step in zip(self._open, self._next, strict=True)]
-        if way and inspect.getgeneratorstate(self._open[-1][0]) == inspect.GEN_CLOSED:
-            # it failed between two of its parts
-            return way[:-1], way[-1][0]
-        return way, self._at
+        """Return where pickling failed: the objects on the way with their steps, and the last."""
+        if self._open and inspect.getgeneratorstate(self._open[-1]) == inspect.GEN_CLOSED:
+            return self._way[:-1], self._way[-1][0]  # it failed between two of its parts
+        return self._way, self._at
 
     def _enter(self, obj: Any) -> bool:
         """Pickle an object, or begin to; return whether parts of it are to follow."""
         kind = type(obj)
-        if (atom := _ATOMS.get(kind)) is not None:
-            atom(self, obj)
-            return False
         self._begun += 1
         if not self._begun & 0x3FF:
             self.framer.commit_frame()
@@ -131,12 +125,12 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
                     "__reduce__ must return a string or a tuple of two to six elements"
                 )
             steps = self._rebuild(obj, *reduced)
-        self._open.append((steps, obj))
-        self._next.append(None)
+        self._open.append(steps)
+        self._way.append((obj, None))
         return True
 
     def _reduce(self, obj: Any, kind: type) -> Any:
-        if kind.__name__ in self.refused and (known := staying(obj)) is not None:
+        if kind.__name__ in self.refused and (known := remedy_for(obj)) is not None:
             raise pickle.PicklingError(known.reason)
         reduced = self._reducers.reducer_override(obj)
         if reduced is not NotImplemented:
@@ -148,17 +142,18 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         return obj.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
     def _tuple(self, obj: tuple[Any, ...]) -> _Steps:
-        if not obj:
-            self.write(pickle.EMPTY_TUPLE)
-            return
-        few = len(obj) <= 3
-        if not few:
-            self.write(pickle.MARK)
-        yield from enumerate(obj)
+        yield from self._immutable(obj, enumerate(obj), pickle.TUPLE)
+
+    def _frozenset(self, obj: frozenset[Any]) -> _Steps:
+        yield from self._immutable(obj, ((_ELEMENT, each) for each in obj), pickle.FROZENSET)
+
+    def _immutable(self, obj: Any, steps: Iterable[tuple[object, Any]], made: bytes) -> _Steps:
+        self.write(pickle.MARK)
+        yield from steps
         if (known := self.memo.get(id(obj))) is not None:  # it is within itself
-            self.write((pickle.POP * len(obj) if few else pickle.POP_MARK) + self.get(known[0]))
+            self.write(pickle.POP_MARK + self.get(known[0]))
             return
-        self.write(_TUPLE_OF[len(obj)] if few else pickle.TUPLE)
+        self.write(made)
         self.memoize(obj)
 
     def _list(self, obj: list[Any]) -> _Steps:
@@ -174,38 +169,22 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
     def _set(self, obj: set[Any]) -> _Steps:
         self.write(pickle.EMPTY_SET)
         self.memoize(obj)
-        for batch in _batches(obj):
-            self.write(pickle.MARK)
-            for element in batch:
-                yield _ELEMENT, element
-            self.write(pickle.ADDITEMS)
-
-    def _frozenset(self, obj: frozenset[Any]) -> _Steps:
         self.write(pickle.MARK)
         for element in obj:
             yield _ELEMENT, element
-        if (known := self.memo.get(id(obj))) is not None:  # it is within itself
-            self.write(pickle.POP_MARK + self.get(known[0]))
-            return
-        self.write(pickle.FROZENSET)
-        self.memoize(obj)
+        self.write(pickle.ADDITEMS)
 
     def _elements(self, elements: Iterable[Any]) -> _Steps:
-        index = 0
-        for batch in _batches(elements):
-            self.write(pickle.MARK)
-            for element in batch:
-                yield index, element
-                index += 1
-            self.write(pickle.APPENDS)
+        self.write(pickle.MARK)
+        yield from enumerate(elements)
+        self.write(pickle.APPENDS)
 
     def _pairs(self, pairs: Iterable[tuple[Any, Any]]) -> _Steps:
-        for batch in _batches(pairs):
-            self.write(pickle.MARK)
-            for key, value in batch:
-                yield _KEY, key
-                yield key, value
-            self.write(pickle.SETITEMS)
+        self.write(pickle.MARK)
+        for key, value in pairs:
+            yield _KEY, key
+            yield key, value
+        self.write(pickle.SETITEMS)
 
     def _rebuild(  # noqa: PLR0917 - as __reduce__ returns them
         self,
@@ -220,20 +199,12 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         """Pickle what ``__reduce__`` returned."""
         if not isinstance(args, tuple) or not callable(function):
             raise pickle.PicklingError("__reduce__ must return a callable and a tuple first")
-        name = getattr(function, "__name__", "")
-        if name == "__newobj_ex__":
-            yield _CALLABLE, self._class_of(obj, args)
-            yield _ARGUMENTS, args[1]
-            yield _ARGUMENTS, args[2]
-            self.write(pickle.NEWOBJ_EX)
-        elif name == "__newobj__":
-            yield _CALLABLE, self._class_of(obj, args)
-            yield _ARGUMENTS, args[1:]
-            self.write(pickle.NEWOBJ)
-        else:
-            yield _CALLABLE, function
-            yield _ARGUMENTS, args
-            self.write(pickle.REDUCE)
+        made = pickle.REDUCE
+        if getattr(function, "__name__", "") == "__newobj__":
+            made, function, args = pickle.NEWOBJ, args[0], args[1:]
+        yield _CALLABLE, function
+        yield _ARGUMENTS, args
+        self.write(made)
         if (known := self.memo.get(id(obj))) is not None:  # it is within its own arguments
             self.write(pickle.POP + self.get(known[0]))
         else:
@@ -253,23 +224,10 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         yield _STATE, state
         self.write(pickle.TUPLE2 + pickle.REDUCE + pickle.POP)
 
-    @staticmethod
-    def _class_of(obj: Any, args: tuple[Any, ...]) -> Any:
-        if not hasattr(args[0], "__new__") or args[0] is not obj.__class__:
-            raise pickle.PicklingError("args[0] from __newobj__ args has the wrong class")
-        return args[0]
 
-
-def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, _BATCH)):
-        yield batch
-
-
-_OF_PICKLE = _PythonPickler.dispatch
-_ATOMS: dict[type, Any] = {kind: _OF_PICKLE[kind] for kind in (type(None), bool, int, float)}
 _LEAVES: dict[type, Any] = {
-    kind: _OF_PICKLE[kind] for kind in (str, bytes, bytearray, pickle.PickleBuffer)
+    kind: _PythonPickler.dispatch[kind]
+    for kind in (type(None), bool, int, float, str, bytes, bytearray, pickle.PickleBuffer)
 }
 _CONTAINERS: dict[type, Callable[[DeepPickler, Any], _Steps]] = {
     tuple: DeepPickler._tuple,
@@ -278,12 +236,11 @@ _CONTAINERS: dict[type, Callable[[DeepPickler, Any], _Steps]] = {
     set: DeepPickler._set,
     frozenset: DeepPickler._frozenset,
 }
-_TUPLE_OF = (pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
 
 
 class _Nowhere:
     def write(self, data: object) -> None:
-        """Forget it."""
+        pass
 
 
 class Culprit(NamedTuple):
@@ -291,13 +248,29 @@ class Culprit(NamedTuple):
 
     where: str
     error: BaseException
-    why: Staying
+    why: Remedy
+
+
+def culprit_of(
+    parts: Iterable[tuple[str, Any]],
+    error: BaseException,
+    otherwise: str,
+    *,
+    by_spark: bool = False,
+) -> Culprit:
+    """Find what was not pickled, after that has failed, and why; let an interrupt pass."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    found = find_culprit(parts, by_spark=by_spark)
+    if found is None and not isinstance(error, Exception):
+        raise error  # it came from outside, as a thread's end does
+    return found or Culprit(otherwise, error, Remedy(in_one_line(error)))
 
 
 def find_culprit(
     parts: Iterable[tuple[str, Any]], seconds: float = SEARCH_SECONDS, *, by_spark: bool = False
 ) -> Culprit | None:
-    """Name what cannot be pickled.
+    """Find what cannot be pickled.
 
     Everything is visited once, in the order in which it is pickled, and nothing is kept.
     """
@@ -314,19 +287,19 @@ def find_culprit(
         except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
             way, culprit, known = _known_on_the_way(*pickler.path())
             where = _where_it_failed(way, culprit, called)
-            why = known or Staying(in_one_line(error))
+            why = known or Remedy(in_one_line(error))
             return Culprit(where, error.with_traceback(None), why)
     return None
 
 
 def _known_on_the_way(
     way: list[tuple[Any, object]], culprit: Any
-) -> tuple[list[tuple[Any, object]], Any, Staying | None]:
+) -> tuple[list[tuple[Any, object]], Any, Remedy | None]:
     """Stop at what is known to stay in its process: what is within says nothing to the user."""
     for index, (owner, _) in enumerate(way):
-        if (known := staying(owner)) is not None:
+        if (known := remedy_for(owner)) is not None:
             return way[:index], owner, known
-    return way, culprit, staying(culprit)
+    return way, culprit, remedy_for(culprit)
 
 
 def _where_it_failed(way: list[tuple[Any, object]], culprit: Any, called: str) -> str:
@@ -343,7 +316,7 @@ def _where_it_failed(way: list[tuple[Any, object]], culprit: Any, called: str) -
         elif shown:
             steps.append(shown)
         begin += taken
-    return f"{_path(start, steps)} ({name_of_type(type(culprit))}){within}"
+    return f"{_path(start, steps)} ({full_name(type(culprit))}){within}"
 
 
 def _path(start: str, steps: list[str]) -> str:
@@ -363,14 +336,14 @@ def _first_step(  # noqa: PLR0911, PLR0912 - a table of what the parts of object
     if kind is types.FunctionType and step is _STATE and len(inner) >= 2:
         return _step_in_function(owner, inner)
     if kind is types.MethodType and step is _ARGUMENTS and inner[:1] == [1]:
-        return True, f"the object that the method {_qualname(owner.__func__)} belongs to", 2
+        return True, f"the object that the method {name_of(owner.__func__)} belongs to", 2
     if issubclass(kind, functools.partial) and step is _STATE and len(inner) >= 2:
         if inner[0] == 1:
             return True, f"positional argument {inner[1]} bound by functools.partial", 3
         if inner[0] == 2:
             return True, f"the argument {_text_of(inner[1])} bound by functools.partial", 3
     if issubclass(kind, type) and step is _STATE and len(inner) >= 2:
-        return True, f"the attribute {_text_of(inner[1])} of the class {name_of_type(owner)}", 3
+        return True, f"the attribute {_text_of(inner[1])} of the class {full_name(owner)}", 3
     if issubclass(kind, types.ModuleType) and step is _ARGUMENTS and inner[:1] == [1] and inner[1:]:
         return False, _attribute(inner[1]), 3
     if kind is types.CellType:
@@ -381,7 +354,7 @@ def _first_step(  # noqa: PLR0911, PLR0912 - a table of what the parts of object
         return False, _attribute(inner[1]), 3
     if step is _STATE and inner and type(way[1][0]) is list and dataclasses.is_dataclass(kind):
         return False, _attribute(dataclasses.fields(kind)[inner[0]].name), 2  # frozen, with slots
-    if step is _STATE and inner[:1] == [4] and name_of_type(kind) == "numpy.ndarray":
+    if step is _STATE and inner[:1] == [4] and full_name(kind) == "numpy.ndarray":
         return False, f"{'' if owner.ndim == 1 else '.flat'}[{_text_of(inner[1])}]", 3
     if issubclass(kind, tuple) and step is _ARGUMENTS and inner:
         return False, f"[{_text_of(inner[0])}]", 2
@@ -395,25 +368,24 @@ def _first_step(  # noqa: PLR0911, PLR0912 - a table of what the parts of object
     return False, f"[{_text_of(step)}]", 1
 
 
-def _step_in_function(  # noqa: PLR0911 - a table, too
-    function: types.FunctionType, inner: list[object]
-) -> tuple[bool, str, int]:
+def _step_in_function(function: types.FunctionType, inner: list[Any]) -> tuple[bool, str, int]:
     """Name what of a function does not pickle: `inner` goes from its state inwards."""
-    name = _qualname(function)
-    place, key = inner[1], inner[2] if len(inner) > 2 else None
+    name = name_of(function)
+    place = inner[1]
     if inner[0] == 0:
         return True, f"the attribute {_text_of(place)} of {name}", 3
-    if place == "__globals__":
-        return True, f"the global {_text_of(key)} used by {name}", 4
-    if place == "__closure__" and isinstance(key, int):
-        variable = function.__code__.co_freevars[key]
-        return True, f"the variable {variable!r} in the closure of {name}", 4
-    if place == "__defaults__":
-        return True, f"default value {_text_of(key)} of {name}", 4
-    if place == "__kwdefaults__":
-        return True, f"the default of {name}'s argument {_text_of(key)}", 4
-    if place == "__annotations__":
-        return True, f"the annotation of {name}'s {_text_of(key)}", 4
+    key = _text_of(inner[2]) if len(inner) > 2 else ""
+    if place == "__closure__" and key.isdigit():
+        key = repr(function.__code__.co_freevars[int(key)])
+    shown = {
+        "__globals__": f"the global {key} used by {name}",
+        "__closure__": f"the variable {key} in the closure of {name}",
+        "__defaults__": f"default value {key} of {name}",
+        "__kwdefaults__": f"the default of {name}'s argument {key}",
+        "__annotations__": f"the annotation of {name}'s {key}",
+    }
+    if type(place) is str and place in shown:
+        return True, shown[place], 4
     return True, f"{_text_of(place)} of {name}", 3
 
 
@@ -432,16 +404,4 @@ def _text_of(key: object) -> str:
         return repr(key)
     if type(key) is tuple and len(key) <= 4 and all(type(each) in {str, int} for each in key):
         return f"({', '.join(_text_of(each) for each in key)})"
-    return f"a {name_of_type(type(key))}"
-
-
-def name_of_type(kind: type) -> str:
-    """Return a class's full name, whatever its metaclass says."""
-    module = type.__dict__["__module__"].__get__(kind)
-    name = type.__dict__["__qualname__"].__get__(kind)
-    return f"{module}.{name}" if type(module) is str else str(name)
-
-
-def _qualname(function: object) -> str:
-    name = getattr(function, "__qualname__", None) if callable(function) else None
-    return name if type(name) is str else type(function).__name__
+    return f"a {full_name(type(key))}"

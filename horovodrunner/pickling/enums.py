@@ -21,7 +21,7 @@ _Member = tuple[str, tuple[Any, ...], Any]
 
 
 def with_members(kind: enum.EnumMeta, reduced: Any) -> Any:
-    """Let an enumeration get its members as they are."""
+    """Make an enumeration's members travel as they are."""
     make, args, (attributes, slots), items, pairs, set_state = reduced
     if make is not cloudpickle._make_skeleton_enum:
         return reduced

@@ -58,7 +58,7 @@ class TravellingPickler(Pickler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Call] = {}
         self._globals: dict[int, Any] = {}
         self._found: list[Any] = []
         self._pickled: dict[int, Any] = {}
@@ -67,7 +67,7 @@ class TravellingPickler(Pickler):
         self._files: dict[str, Mapping[str, Any]] = {}
 
     def reducer_override(self, obj: Any) -> Any:
-        """Let functions keep their module, and note what has a name."""
+        """Keep functions in their module, and note what has a name."""
         if type(obj) is _Rest:
             return self._rest()
         if type(obj) is ModuleType and self._travels_whole(obj):
@@ -94,11 +94,18 @@ class TravellingPickler(Pickler):
         module = sys.modules.get(name)
         return module is not None and vars(module) is scope and module_travels_by_value(name)
 
-    def _place(self, name: str) -> _Place:
-        return self._places.setdefault(name, _Place(name))
+    def _place(self, name: str) -> Call:
+        """Return what pickles as a module that is empty at first, whatever the driver's holds."""
+        if name not in self._places:
+            held = vars(sys.modules[name])
+            kept = {key: held[key] for key in _KEPT if key in held}
+            if "__path__" in kept:
+                kept["__path__"] = list(kept["__path__"])
+            self._places[name] = Call(_module, name, kept)
+        return self._places[name]
 
     def _in_its_module(self, function: FunctionType, make: Any, args: Any, *rest: Any) -> Any:
-        """Let a function have its module's names for its globals, and not a copy of some."""
+        """Make the names of its module a function's globals, not a copy of some."""
         scope = function.__globals__
         self._files.setdefault(function.__code__.co_filename, scope)
         name = scope.get("__name__")
@@ -193,20 +200,6 @@ class _Rest:
     """Stands for what is known only when all before it has been pickled."""
 
 
-class _Place:
-    """Pickles as a module that is empty at first, whatever the driver's holds."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __reduce__(self) -> Any:
-        held = vars(sys.modules[self._name])
-        kept = {name: held[name] for name in _KEPT if name in held}
-        if "__path__" in kept:
-            kept["__path__"] = list(kept["__path__"])
-        return _module, (self._name, kept)
-
-
 def call_in_its_modules(main: Any, kwargs: Mapping[str, Any], argv: Sequence[str] | None) -> object:
     """Make what a :class:`TravellingPickler` pickles so that ``(main, kwargs)`` comes out."""
     return Call(_opened, main, dict(kwargs), None if argv is None else [*argv], _Rest())
@@ -240,7 +233,7 @@ _unread: dict[str, ModuleSpec] = {}
 
 
 def place_in(main: ModuleType) -> None:
-    """Have what is unpickled from now on be found in this module, and in others that are made."""
+    """Put what is unpickled from now on into this module, and into others that are made."""
     global _places
     _places = {"__main__": main}
 

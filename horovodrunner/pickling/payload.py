@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import cloudpickle
 
 from horovodrunner.errors import PayloadError
 from horovodrunner.flows.call.called import name_of
 from horovodrunner.flows.call.context import with_context
 from horovodrunner.formatting import in_one_line
 from horovodrunner.pickling.buffers import Layout, SinkError, write_pickle
-from horovodrunner.pickling.modules import (
-    TravellingPickler,
-    call_in_its_modules,
-    dump_in_its_modules,
-)
+from horovodrunner.pickling.modules import TravellingPickler, call_in_its_modules
 from horovodrunner.pickling.pickler import dumps, travels_by_reference
-
-if TYPE_CHECKING:
-    from horovodrunner.pickling.culprit import Culprit
 
 __all__ = [
     "WARN_BYTES",
@@ -72,14 +66,16 @@ def dump_call(
     parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
     try:
         whole = call_in_its_modules(main, kwargs, argv)
-        call = dumps(with_context(whole, dump_in_its_modules), TravellingPickler)
+        call = dumps(with_context(whole), TravellingPickler)
         if not any(module in call for module in _SPARKS_OWN):
             return call
         from horovodrunner.pickling.culprit import find_culprit
 
         found = find_culprit(parts)
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
-        found = _culprit(parts, error, f"main ({name_of(main)}) or an argument")
+        from horovodrunner.pickling.culprit import culprit_of  # hardly ever needed
+
+        found = culprit_of(parts, error, f"main ({name_of(main)}) or an argument")
     if found is None:
         return call
     raise PayloadError(
@@ -102,8 +98,10 @@ def write_result(result: object, descriptor: int) -> Layout:
             "free some there, or return less"
         ) from error
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
+        from horovodrunner.pickling.culprit import culprit_of
+
         what = "the value that main returned"
-        found = _culprit([(what, result)], error, what)
+        found = culprit_of([(what, result)], error, what)
         raise PayloadError(
             f"{found.where} cannot be sent to the driver: {found.why.reason}. {found.why.returned}."
         ) from found.error
@@ -113,7 +111,8 @@ def largest_parts(
     main: Callable[..., Any], kwargs: Mapping[str, Any], at_least_bytes: int
 ) -> list[tuple[str, int]]:
     """Return where the three largest parts of a call come from, with their pickled bytes."""
-    sizes = [(where, _pickled_size(value)) for where, value in _call_parts(main, kwargs)]
+    parts = [(f"the argument {name!r}", value) for name, value in kwargs.items()]
+    sizes = [(where, _pickled_size(value)) for where, value in [*parts, *_parts_of(main, set())]]
     large = [part for part in sizes if part[1] >= at_least_bytes]
     return sorted(large, key=lambda part: -part[1])[:3]
 
@@ -125,13 +124,7 @@ def _pickled_size(value: object) -> int:
         return 0
 
 
-def _call_parts(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in kwargs.items():
-        yield f"the argument {name!r}", value
-    yield from _function_parts(main, set())
-
-
-def _function_parts(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+def _parts_of(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
     """List what a callable drags along: globals, closure, defaults, helpers, and ``self``."""
     if id(function) in seen:
         return
@@ -139,62 +132,34 @@ def _function_parts(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
     where = name_of(function)
     if isinstance(function, types.MethodType):
         yield f"the object that the method {where} belongs to", function.__self__
-        yield from _function_parts(function.__func__, seen)
+        yield from _parts_of(function.__func__, seen)
     elif isinstance(function, functools.partial):
         for name, value in function.keywords.items():
             yield f"the argument {name!r} bound by functools.partial", value
         for index, value in enumerate(function.args):
             yield f"positional argument {index} bound by functools.partial", value
-        yield from _function_parts(function.func, seen)
-    elif isinstance(function, types.FunctionType) and not travels_by_reference(function):
-        yield from _variables_of(function, where, seen)
-    elif not isinstance(function, (type, types.FunctionType)):
+        yield from _parts_of(function.func, seen)
+    elif isinstance(function, types.FunctionType):
+        if travels_by_reference(function):
+            return
+        for part, value in _variables_of(function, where):
+            if isinstance(value, types.FunctionType):
+                yield from _parts_of(value, seen)
+            elif not isinstance(value, types.ModuleType):
+                yield part, value
+    elif not isinstance(function, type):
         for name, value in getattr(function, "__dict__", {}).items():
             yield f"the attribute {name!r} of {where}", value
 
 
-def _variables_of(
-    function: types.FunctionType, where: str, seen: set[int]
-) -> Iterator[tuple[str, Any]]:
+def _variables_of(function: types.FunctionType, where: str) -> Iterator[tuple[str, Any]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # a variable that has no value yet
-            value = cell.cell_contents
-            yield from _named_part(f"the variable {name!r} in the closure of {where}", value, seen)
-    for name in sorted(_global_names(function.__code__)):
-        if name in function.__globals__ and not hasattr(builtins, name):
-            value = function.__globals__[name]
-            yield from _named_part(f"the global {name!r} used by {where}", value, seen)
+            yield f"the variable {name!r} in the closure of {where}", cell.cell_contents
+    for name in cloudpickle.cloudpickle._extract_code_globals(function.__code__):
+        if name in function.__globals__:
+            yield f"the global {name!r} used by {where}", function.__globals__[name]
     for index, value in enumerate(function.__defaults__ or ()):
         yield f"default value {index} of {where}", value
     for name, value in (function.__kwdefaults__ or {}).items():
         yield f"the default of {where}'s argument {name!r}", value
-
-
-def _named_part(where: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, types.ModuleType):
-        return
-    if isinstance(value, types.FunctionType):
-        yield from _function_parts(value, seen)
-        return
-    yield where, value
-
-
-def _global_names(code: types.CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= _global_names(constant)
-    return names
-
-
-def _culprit(parts: list[tuple[str, Any]], error: BaseException, otherwise: str) -> Culprit:
-    """Find what does not pickle, and why; let an interrupt pass."""
-    from horovodrunner.pickling.culprit import Culprit, find_culprit  # hardly ever needed
-    from horovodrunner.pickling.staying import Staying
-
-    if isinstance(error, KeyboardInterrupt):
-        raise error
-    found = find_culprit(parts)
-    if found is None and not isinstance(error, Exception):
-        raise error  # it came from outside, as a thread's end does
-    return found or Culprit(otherwise, error, Staying(in_one_line(error)))

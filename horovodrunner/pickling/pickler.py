@@ -92,27 +92,33 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return registries.with_registrations(obj, reduced, entries) if entries else reduced
 
     def _reduce_storage(self, storage: Any) -> Any:
-        """Pickle tensors' memory as an array is: torch would copy it into bytes, for each view."""
+        """Pickle tensors' memory as a buffer: torch would copy it into bytes, for each view."""
         torch: Any = sys.modules["torch"]
         memory = getattr(storage, "_untyped_storage", storage)
         if memory.device.type != "cpu" and not self.to_cpu:
             return NotImplemented
+        dtype = torch.uint8  # torch rebuilds tensors from typed memory, whatever it pickled
         if memory is not storage:
-            keywords = {"wrap_storage": memory, "dtype": storage.dtype, "_internal": True}
-            return functools.partial(torch.TypedStorage, **keywords), ()
-        array = torch.empty(0, dtype=torch.uint8).set_(memory.cpu()).numpy()
-        return torch.Tensor.untyped_storage, (Call(torch.from_numpy, array),)
+            dtype, wrapped = storage.dtype, Call(getattr, memory, "_untyped_storage")
+        elif not memory.nbytes():
+            wrapped = Call(torch.UntypedStorage, 0)
+        else:
+            array = torch.empty(0, dtype=dtype).set_(memory.cpu()).numpy()
+            read = functools.partial(torch.frombuffer, dtype=dtype)
+            wrapped = Call(torch.Tensor.untyped_storage, Call(read, pickle.PickleBuffer(array)))
+        keywords = {"wrap_storage": wrapped, "dtype": dtype, "_internal": True}
+        return functools.partial(torch.TypedStorage, **keywords), ()
 
 
 def _with_qualname(kind: type, make: Any, args: Any, *rest: Any) -> Any:
-    """Let a class within another one know it; cloudpickle keeps that of an Enum alone."""
+    """Keep the qualified name of a class within another one: cloudpickle does so for Enum alone."""
     if make is _cloudpickle._make_skeleton_class:
         args = (*args[:3], {**args[3], "__qualname__": kind.__qualname__}, *args[4:])
     return make, args, *rest
 
 
 def _with_slots(kind: type, make: Any, args: Any, state: Any, *rest: Any) -> Any:
-    """Let a class get its slots when it is made; cloudpickle only writes their names into it."""
+    """Make a class with its slots; cloudpickle only writes their names into it."""
     if make is not _cloudpickle._make_skeleton_class or typing.NamedTuple in args[2]:
         return make, args, state, *rest
     slots = [name for name in ("__dict__", "__weakref__") if name in kind.__dict__]

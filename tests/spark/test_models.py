@@ -15,7 +15,7 @@ pytestmark = pytest.mark.spark
 
 
 def used_by_all(spark: Any, handle: ModelHandle) -> list[Any]:
-    """Predict in both executors at once; gives a row for each, with what it has mapped."""
+    """Predict in both executors at once; return a row for each, with what it has mapped."""
 
     def predict(batches: Iterator[Any]) -> Iterator[Any]:
         import os

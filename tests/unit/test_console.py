@@ -29,7 +29,7 @@ def test_everything_taken_is_printed_in_order_by_the_thread_that_shows(
 
     def produce() -> None:
         console.lines(b"[0]<stdout>:a\n")
-        console.message(0, b"m")
+        console.message("m")
         console.wake()
 
     thread = threading.Thread(target=produce)
@@ -60,8 +60,8 @@ def test_what_nobody_prints_is_bounded_and_counted(
 ) -> None:
     monkeypatch.setattr(console_module, "MAX_WAITING_BYTES", 1000)
     console = Console()
-    for _ in range(1000):
-        console.lines(b"123456789\n")
+    for _ in range(500):
+        console.lines(b"123456789\n" * 2)
     assert console._waiting_bytes < 1100
     console.show(timeout=0)
     shown = capsys.readouterr().out
@@ -130,7 +130,7 @@ def test_what_the_streams_encoding_lacks_is_shown_as_escapes(
     stream = encoded(encoding)
     monkeypatch.setattr(sys, "stdout", stream)
     console = Console()
-    console.message(0, "é \u258f \ufffd".encode())
+    console.message("é \u258f \ufffd")
     console.show(timeout=0)
     log_to_driver("é \u258f \ufffd")  # outside a run: here
     written = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]

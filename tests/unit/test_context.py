@@ -191,26 +191,21 @@ def check(there, here):
     mine = keras.saving.get_registered_object("nb>Scale") is Scale
     return there[:-1] == here[:-1] and float(loaded(np.ones((1, 1)))[0, 0]) == 9.0 and mine
 """,
-    "tf_keras": """
-import tf_keras
-@tf_keras.saving.register_keras_serializable("nb")
-class Scale(tf_keras.layers.Layer): pass
-tf_keras.mixed_precision.set_global_policy("mixed_float16")
-def main():
-    import tf_keras
-    name = tf_keras.saving.get_registered_name(Scale)
-    return name, tf_keras.layers.Dense(1).compute_dtype
-""",
-    "tensorflow": """
-import tensorflow as tf
+    "tensorflow and tf_keras": """
+import tensorflow as tf, tf_keras
 class Wrapped:
     def __init__(self, value): self.value = value
 def convert(wrapped, dtype=None, name=None, as_ref=False): return tf.constant(wrapped.value, dtype)
 tf.register_tensor_conversion_function(Wrapped, convert)
 tf.config.run_functions_eagerly(True)
+@tf_keras.saving.register_keras_serializable("nb")
+class Scale(tf_keras.layers.Layer): pass
+tf_keras.mixed_precision.set_global_policy("mixed_float16")
 def main():
-    import tensorflow as tf
-    return float(tf.add(Wrapped(1.0), 2.0)), tf.config.functions_run_eagerly()
+    import tensorflow as tf, tf_keras
+    name = tf_keras.saving.get_registered_name(Scale)
+    policy = tf_keras.layers.Dense(1).compute_dtype
+    return name, policy, float(tf.add(Wrapped(1.0), 2.0)), tf.config.functions_run_eagerly()
 """,
 }
 
@@ -220,6 +215,7 @@ def test_what_a_cell_defines_is_the_same_in_main_and_when_it_comes_back(kind: st
     same_in_the_worker(_PLAIN[kind])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("library", _LIBRARIES)
 def test_what_was_set_and_registered_is_in_force_in_main(library: str) -> None:
     for module in library.split(" and "):
@@ -280,6 +276,7 @@ def check(there, here): return not there
     same_in_the_worker(cell)
 
 
+@pytest.mark.heavy
 def test_what_this_process_registered_itself_stays() -> None:
     keras = pytest.importorskip("keras")
     scope: dict[str, Any] = {"__name__": "__main__", "keras": keras}
@@ -332,6 +329,7 @@ def test_a_function_that_tensorflow_has_traced_says_what_to_send_instead() -> No
         payload.dump_call(len, {"step": traced})
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["LearningRateWarmupCallback", "LearningRateScheduleCallback"])
 def test_a_schedule_without_its_first_rate_says_so(name: str) -> None:
     for module in ("keras", "horovod.tensorflow"):

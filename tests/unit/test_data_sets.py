@@ -168,6 +168,15 @@ def test_what_is_done_to_a_batch_stays_with_that_batch(rows: DataSet, shuffle: b
     assert sorted(numbers(batches)) == sorted(numbers(rows.numpy(50, shuffle=shuffle)))
 
 
+def test_rows_that_come_twice_are_not_the_changed_ones() -> None:
+    with data.from_arrow(pa.table({"x": range(5)})) as few:
+        found: list[int] = []
+        for batch in few.numpy(3, remainder="pad"):
+            found += batch["x"].tolist()
+            batch["x"] += 100
+    assert found == [0, 1, 2, 3, 4, 0]
+
+
 def test_a_loop_that_is_left_leaves_no_thread(rows: DataSet) -> None:
     for batch in rows.numpy(10, shuffle=True, threads=2, batch_transform=dict):
         assert len(batch["row"]) == 10
@@ -226,6 +235,7 @@ def test_a_data_loader_of_ones_own(rows: DataSet) -> None:
     assert len(loader) == 10
 
 
+@pytest.mark.heavy
 def test_tensorflow_gets_every_epoch_in_its_order(rows: DataSet) -> None:
     dataset = rows.tf(100, shuffle=True, seed=1, columns=["row", "features"])
     assert int(dataset.cardinality()) == 10

@@ -12,6 +12,8 @@ import pytest
 
 from tests import processes
 
+pytestmark = pytest.mark.heavy
+
 DRIVER = """
     import importlib, sys, types
     import cloudpickle, numpy as np

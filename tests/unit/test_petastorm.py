@@ -25,9 +25,9 @@ import torch
 from horovodrunner import data
 from horovodrunner.compat.petastorm import TransformSpec, make_batch_reader, make_reader
 from horovodrunner.compat.petastorm.pytorch import BatchedDataLoader, DataLoader
+from horovodrunner.compat.petastorm.reader import without_file_scheme
 from horovodrunner.compat.petastorm.spark import SparkDatasetConverter, make_spark_converter
 from horovodrunner.compat.petastorm.transform import edit_field
-from horovodrunner.compat.petastorm.urls import without_file_scheme
 from horovodrunner.errors import ConfigurationError, DataError
 from tests import processes
 
@@ -378,7 +378,7 @@ class TestTensorFlow:
         name = "_compute_tensorflow_dataset_digest"
         original = getattr(tensorflow_dataset.TensorFlowDataset, name)
         monkeypatch.setattr(tensorflow_dataset.TensorFlowDataset, name, original)
-        notices._WATCHED["mlflow.data.tensorflow_dataset"](tensorflow_dataset)
+        notices.watch(tensorflow_dataset)
         rows = tf.data.Dataset.range(8)
         source = CodeDatasetSource(tags={})
         for features, targets in (

@@ -26,7 +26,8 @@ from horovodrunner.data.distribution import (
 from horovodrunner.data.steps import OwnRowsSteps, Remainder
 from horovodrunner.data.unshared import UnsharedDataSet
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
-from horovodrunner.flows.artifacts.task import BroughtFiles
+from horovodrunner.flows.artifacts.driver import BroughtFiles
+from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.rows.task import TaskRows, Travelling
 from horovodrunner.pickling import payload
@@ -34,7 +35,6 @@ from horovodrunner.pickling.buffers import loads
 from horovodrunner.placement.environment import DATA_DIRECTORY
 from horovodrunner.processes.driver import cluster
 from horovodrunner.processes.driver.resources import TaskRequest
-from horovodrunner.wire.job import JobSpec
 
 COLUMNS = (
     Column(("x",), "number", "int64"),

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import collections
-import itertools
+import functools
 import logging
 import math
 import os
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner import data
-from horovodrunner.compat.petastorm.frames import FrameTransform
+from horovodrunner.compat.petastorm.frames import transform_batch
 from horovodrunner.compat.petastorm.options import ReaderOptions
+from horovodrunner.compat.petastorm.reader import Reader, epochs, without_file_scheme
 from horovodrunner.compat.petastorm.schema import Field, Schema
-from horovodrunner.compat.petastorm.urls import without_file_scheme
 from horovodrunner.errors import ArgumentValueError, DataError
 from horovodrunner.spark.dataframes import check_dataframe
 from horovodrunner.spark.errors import told_as
@@ -106,9 +106,10 @@ def _floats(df: DataFrame) -> Iterator[str]:
 
 
 class SparkDatasetConverter:
-    """A stored DataFrame; made by :func:`make_spark_converter`.
+    """A stored DataFrame; made by :func:`make_spark_converter`, and small when pickled.
 
-    It is small when pickled. Both ways to read take Petastorm's arguments:
+    Both ways to read take Petastorm's arguments; docs/petastorm.md lists those that have no effect,
+    and those that are refused:
 
     batch_size : int
         Rows a batch of one shard has; 32 by default.
@@ -134,12 +135,8 @@ class SparkDatasetConverter:
     schema_fields : list of str, optional
         Regular expressions for the columns to read.
 
-    docs/petastorm.md lists the arguments that have no effect, and those that are refused.
-
-    Parameters
-    ----------
-    stored
-        What :func:`horovodrunner.data.from_dataframe` gave.
+    They raise ConfigurationError if one has no valid value, and DataError if there are too few rows
+    for the shards.
     """
 
     PARENT_CACHE_DIR_URL_CONF = "petastorm.spark.converter.parentCacheDirUrl"
@@ -170,13 +167,7 @@ class SparkDatasetConverter:
         return f"file://{location}" if location.startswith("/") else location
 
     def delete(self) -> None:
-        """Delete what was stored; twice does nothing.
-
-        Raises
-        ------
-        DataError
-            In another process than the driver.
-        """
+        """Delete what was stored; possible on the driver only."""
         self._stored.delete()
 
     def make_tf_dataset(
@@ -188,35 +179,11 @@ class SparkDatasetConverter:
         shuffling_queue_capacity: int | None = None,
         **petastorm_reader_kwargs: Any,
     ) -> AbstractContextManager[tf.data.Dataset]:
-        """Read batches as a TensorFlow dataset.
+        """Read batches as a TensorFlow dataset, in a ``with`` statement.
 
-        Parameters
-        ----------
-        batch_size
-            Rows a batch of one shard has; None: 32.
-        prefetch
-            How many batches are made ahead; None: TensorFlow decides.
-        num_epochs
-            How many times the rows come; None: without end.
-        workers_count
-            How many threads transform batches; None: 4.
-        shuffling_queue_capacity
-            If not 0, the order is random even with ``shuffle_row_groups=False``.
-        **petastorm_reader_kwargs
-            See :class:`SparkDatasetConverter`.
-
-        Returns
-        -------
-        context manager
-            For a ``with`` statement, which gives the dataset: its elements are namedtuples of
-            tensors by column name.
-
-        Raises
-        ------
-        ConfigurationError
-            If an argument has no valid value.
-        DataError
-            If there are too few rows for the shards.
+        The dataset's elements are namedtuples of tensors by column name. `prefetch` batches are
+        made ahead; TensorFlow decides by default. The other parameters are described at
+        :class:`SparkDatasetConverter`.
         """
         options = self._options(num_epochs, workers_count, petastorm_reader_kwargs)
         reading = self._reading(options, batch_size, shuffling_queue_capacity)
@@ -234,44 +201,20 @@ class SparkDatasetConverter:
         data_loader_fn: Callable[..., Any] | None = None,
         **petastorm_reader_kwargs: Any,
     ) -> AbstractContextManager[Any]:
-        """Read batches of torch tensors.
+        """Read batches of torch tensors, in a ``with`` statement.
 
-        Parameters
-        ----------
-        batch_size
-            Rows a batch of one shard has; None: 32.
-        num_epochs
-            How many times the rows come; None: without end.
-        workers_count
-            How many threads transform batches; None: 4.
-        shuffling_queue_capacity
-            If not 0, the order is random even with ``shuffle_row_groups=False``.
-        data_loader_fn
-            Is called with ``reader``, ``batch_size`` and ``shuffling_queue_capacity`` to make
-            another loader. Each pass then ends with a full batch.
-        **petastorm_reader_kwargs
-            See :class:`SparkDatasetConverter`.
-
-        Returns
-        -------
-        context manager
-            For a ``with`` statement, which gives the loader: an iterable of dicts of tensors by
-            column name.
-
-        Raises
-        ------
-        ConfigurationError
-            If an argument has no valid value.
-        DataError
-            If there are too few rows for the shards.
+        The loader is an iterable of dicts of tensors by column name. A `data_loader_fn` is called
+        with ``reader``, ``batch_size`` and ``shuffling_queue_capacity`` to make another loader;
+        each pass then ends with a full batch. The other parameters are described at
+        :class:`SparkDatasetConverter`.
         """
         options = self._options(num_epochs, workers_count, petastorm_reader_kwargs)
         reading = self._reading(options, batch_size, shuffling_queue_capacity)
         if data_loader_fn is None:
-            return _torch_loader(self._stored, reading, options.num_epochs)
-        reading["remainder"] = "pad"
-        rows = self._stored.numpy(**reading)
-        reader = _BatchReader(rows, options.num_epochs, self._schema(options), options.seed)
+            return closing(_Loader(self._stored.torch(**reading), options.num_epochs))
+        loader = _Loader(self._stored.numpy(**{**reading, "remainder": "pad"}), options.num_epochs)
+        schema = self._schema(options)
+        reader = _Reader(loader.batches, schema, options.num_epochs, options.seed, len(self))
         capacity = integer("shuffling_queue_capacity", shuffling_queue_capacity)
         return _own_loader(reader, data_loader_fn, reading["batch_size"], capacity)
 
@@ -288,7 +231,7 @@ class SparkDatasetConverter:
         return options
 
     def _columns(self, options: ReaderOptions) -> Schema:
-        """Give the columns to read; a struct is one."""
+        """Return the columns to read; a struct is one."""
         found: dict[str, Field] = {}
         fields = Schema.of_arrow(self._stored.schema).fields
         for column in self._stored._columns:
@@ -304,7 +247,7 @@ class SparkDatasetConverter:
     def _reading(
         self, options: ReaderOptions, batch_size: int | None, capacity: int | None
     ) -> dict[str, Any]:
-        """Say all this in the words of horovodrunner.data."""
+        """Return the arguments of horovodrunner.data for these options."""
         rank, size = options.shard
         columns = self._columns(options)
         reading: dict[str, Any] = {
@@ -318,7 +261,9 @@ class SparkDatasetConverter:
         }
         self._calls[options.shard_count] += 1
         if options.transform_spec is not None:
-            reading["batch_transform"] = FrameTransform(options.transform_spec, columns)
+            reading["batch_transform"] = functools.partial(
+                transform_batch, options.transform_spec, columns.transformed(options.transform_spec)
+            )
             reading["threads"] = options.threads
         return reading
 
@@ -341,10 +286,6 @@ def _warn_of_another_shard(options: ReaderOptions) -> None:
         return
 
 
-def _epochs(num_epochs: int | None) -> Any:
-    return itertools.count() if num_epochs is None else range(num_epochs)
-
-
 @contextmanager
 def _tf_dataset(
     stored: data.DataSet,
@@ -363,32 +304,21 @@ def _tf_dataset(
     yield rows.prefetch(tf.data.AUTOTUNE if prefetch is None else prefetch)
 
 
-@contextmanager
-def _torch_loader(
-    stored: data.DataSet, reading: dict[str, Any], num_epochs: int | None
-) -> Iterator[_Loader]:
-    loader = _Loader(stored.torch(**reading), num_epochs)
-    try:
-        yield loader
-    finally:
-        loader.close()
-
-
 class _Loader:
     """Iterates over the batches of some epochs."""
 
-    def __init__(self, epoch: Any, num_epochs: int | None) -> None:
+    def __init__(self, epoch: data.Batches[Any], num_epochs: int | None) -> None:
         self._epoch = epoch
         self._num_epochs = num_epochs
         self._running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
     def __iter__(self) -> Iterator[Any]:
-        batches = self._batches()
+        batches = self.batches()
         self._running.add(batches)
         return batches
 
-    def _batches(self) -> Generator[Any, None, None]:
-        for _ in _epochs(self._num_epochs):
+    def batches(self) -> Generator[Any, None, None]:
+        for _ in epochs(self._num_epochs):
             yield from self._epoch
 
     def close(self) -> None:
@@ -399,48 +329,15 @@ class _Loader:
 
 @contextmanager
 def _own_loader(
-    reader: _BatchReader, make: Callable[..., Any], batch_size: int, capacity: int
+    reader: Reader, make: Callable[..., Any], batch_size: int, capacity: int
 ) -> Iterator[Any]:
-    try:
+    with reader:
         yield make(reader=reader, batch_size=batch_size, shuffling_queue_capacity=capacity)
-    finally:
-        reader.stop()
 
 
-class _BatchReader:
-    """What loaders take as ``reader``: iterates over namedtuples of NumPy arrays."""
-
-    batched_output = True
-    ngram = None
-
-    def __init__(
-        self, epoch: Any, num_epochs: int | None, schema: Schema, seed: int | None
-    ) -> None:
-        self._loader = _Loader(epoch, num_epochs)
-        self.schema = schema
-        self._row_class = schema.row_class
-        self.seed = seed
-        self.num_epochs = num_epochs
-        self.last_row_consumed = False
-        self._batches = iter(self._loader)
-
-    def __iter__(self) -> _BatchReader:
-        return self
-
-    def __next__(self) -> Any:
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            self.last_row_consumed = True
-            raise
-        return self._row_class(**batch)
+class _Reader(Reader):
+    """What loaders of the user's own get: it can begin anew at any time."""
 
     def reset(self) -> None:
-        self.last_row_consumed = False
-        self._batches = iter(self._loader)
-
-    def stop(self) -> None:
-        self._loader.close()
-
-    def join(self) -> None:
-        pass
+        self.last_row_consumed = True
+        super().reset()

@@ -14,46 +14,21 @@ from horovodrunner.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["FrameTransform", "arrays_of", "frame_of", "transformed"]
+__all__ = ["arrays_of", "transform_batch", "transformed"]
 
 
-class FrameTransform:
-    """Does what a TransformSpec says to batches of NumPy arrays; picklable when its function is.
+def transform_batch(
+    spec: TransformSpec, schema: Schema, batch: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Do what a TransformSpec says to a batch of NumPy arrays.
 
-    Parameters
-    ----------
-    spec
-        What to do.
-    schema
-        Columns there are before it.
-    """
-
-    def __init__(self, spec: TransformSpec, schema: Schema) -> None:
-        self._spec = spec
-        self._schema = schema.transformed(spec)
-
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Transform a batch."""
-        return transformed(frame_of(batch), self._spec, self._schema)
-
-
-def frame_of(batch: Mapping[str, Any]) -> pd.DataFrame:
-    """Make a DataFrame of a batch.
-
-    Parameters
-    ----------
-    batch
-        NumPy arrays by column name.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Arrays are objects in its columns, dates ``datetime.date``; fields of structs have dots in
-        their names.
+    Its function gets arrays as objects, dates as ``datetime.date``, and fields of structs as
+    columns with dots in their names.
     """
     import pandas as pd
 
-    return pd.DataFrame({name: _series(values) for name, values in _flat(batch, "")})
+    frame = pd.DataFrame({name: _series(values) for name, values in _flat(batch, "")})
+    return transformed(frame, spec, schema)
 
 
 def _flat(batch: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -73,27 +48,7 @@ def _series(values: Any) -> Any:
 
 
 def transformed(frame: pd.DataFrame, spec: TransformSpec, schema: Schema) -> dict[str, Any]:
-    """Transform some rows.
-
-    Parameters
-    ----------
-    frame
-        The rows.
-    spec
-        What to do to them.
-    schema
-        The columns there are to be afterwards.
-
-    Returns
-    -------
-    dict
-        NumPy arrays by column name.
-
-    Raises
-    ------
-    DataError
-        If the function's result has other columns, another number of rows or other shapes.
-    """
+    """Transform some rows into arrays with the columns of the schema."""
     rows = len(frame)
     if spec.func is not None:
         frame = spec.func(frame)
@@ -116,25 +71,7 @@ def transformed(frame: pd.DataFrame, spec: TransformSpec, schema: Schema) -> dic
 
 
 def arrays_of(frame: pd.DataFrame, schema: Schema) -> dict[str, Any]:
-    """Make NumPy arrays of a DataFrame's columns.
-
-    Parameters
-    ----------
-    frame
-        The rows.
-    schema
-        The columns to take.
-
-    Returns
-    -------
-    dict
-        Arrays of shape ``(rows, ...)`` by column name; bytes and decimals are objects.
-
-    Raises
-    ------
-    DataError
-        If a column's values have not the shape that the schema says.
-    """
+    """Make arrays of shape ``(rows, ...)`` of a DataFrame; bytes and decimals are objects."""
     return {name: _array(frame[name], field) for name, field in schema.fields.items()}
 
 

@@ -12,52 +12,25 @@ from horovodrunner.validation import integer
 
 __all__ = ["ReaderOptions"]
 
-_WITHOUT_EFFECT = frozenset(
-    {
-        "cache_extra_settings",
-        "cache_location",
-        "cache_row_size_estimate",
-        "cache_size_limit",
-        "cache_type",
-        "convert_early_to_numpy",
-        "hdfs_driver",
-        "pyarrow_serialize",
-        "results_queue_size",
-        "shuffle_row_drop_partitions",
-        "zmq_copy_buffers",
-    }
-)
+_WITHOUT_EFFECT = {
+    "cache_extra_settings",
+    "cache_location",
+    "cache_row_size_estimate",
+    "cache_size_limit",
+    "cache_type",
+    "convert_early_to_numpy",
+    "hdfs_driver",
+    "pyarrow_serialize",
+    "results_queue_size",
+    "shuffle_row_drop_partitions",
+    "zmq_copy_buffers",
+}
 _CHOOSES_ROWS = ("predicate", "filters", "rowgroup_selector")
 
 
 @dataclass(frozen=True)
 class ReaderOptions:
-    """What to read, and how: Petastorm's names.
-
-    Parameters
-    ----------
-    schema_fields
-        Regular expressions for the columns to read; None: all.
-    reader_pool_type
-        ``"thread"``, or ``"dummy"`` for none; ``"process"`` means threads, too.
-    workers_count
-        How many threads.
-    seed
-        Makes the random order the same for every reader.
-    shuffle_rows, shuffle_row_groups
-        Whether the order is random.
-    num_epochs
-        How many times the rows come; None: without end.
-    cur_shard, shard_count
-        Which part to read, of how many; both None: everything.
-    transform_spec
-        What is done to the rows.
-
-    Raises
-    ------
-    ConfigurationError
-        If one has no valid value.
-    """
+    """What to read, and how: Petastorm's names, checked when it is made."""
 
     schema_fields: Sequence[str] | None = None
     reader_pool_type: str = "thread"
@@ -72,23 +45,7 @@ class ReaderOptions:
 
     @classmethod
     def checked(cls, arguments: Mapping[str, Any]) -> ReaderOptions:
-        """Sort out arguments that are known but mean nothing here.
-
-        Parameters
-        ----------
-        arguments
-            By name.
-
-        Returns
-        -------
-        ReaderOptions
-            The others.
-
-        Raises
-        ------
-        ConfigurationError
-            If one is unknown, cannot be followed, or has no valid value.
-        """
+        """Leave out arguments that mean nothing here, and refuse those that cannot be followed."""
         own = dict(arguments)
         for name in _CHOOSES_ROWS:
             if own.pop(name, None) is not None:
@@ -113,11 +70,17 @@ class ReaderOptions:
             raise ArgumentValueError(
                 f"reader_pool_type={self.reader_pool_type!r}: it is 'thread', 'process' or 'dummy'"
             )
-        if self.num_epochs is not None:
-            self._check("num_epochs", at_least=1)
-        self._check("workers_count", at_least=1)
-        if self.seed is not None:
-            self._check("seed")
+        whole = {
+            "num_epochs": 1,
+            "workers_count": 1,
+            "seed": None,
+            "shard_count": 1,
+            "cur_shard": 0,
+        }
+        for name, least in whole.items():
+            value = getattr(self, name)
+            if value is not None or name == "workers_count":
+                object.__setattr__(self, name, integer(name, value, least))
         if self.transform_spec is not None and not isinstance(self.transform_spec, TransformSpec):
             raise ArgumentTypeError(
                 f"transform_spec={self.transform_spec!r}: give a TransformSpec(function, ...)"
@@ -127,17 +90,11 @@ class ReaderOptions:
                 f"cur_shard={self.cur_shard!r}, shard_count={self.shard_count!r}: give both, "
                 "hvd.rank() and hvd.size() say, or none to read everything"
             )
-        if self.cur_shard is not None and self.shard_count is not None:
-            self._check("shard_count", at_least=1)
-            self._check("cur_shard", at_least=0)
-            if self.cur_shard >= self.shard_count:
-                raise ArgumentValueError(
-                    f"cur_shard={self.cur_shard}: with shard_count={self.shard_count} shards go "
-                    f"from 0 to {self.shard_count - 1}"
-                )
-
-    def _check(self, name: str, at_least: int | None = None) -> None:
-        object.__setattr__(self, name, integer(name, getattr(self, name), at_least))
+        shard, shards = self.shard
+        if shard >= shards:
+            raise ArgumentValueError(
+                f"cur_shard={shard}: with shard_count={shards} shards go from 0 to {shards - 1}"
+            )
 
     @property
     def shard(self) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -21,17 +20,11 @@ _PROMOTED = {"uint16": "int32", "uint32": "int64", "bool": "uint8"}
 
 
 class _Loader:
-    """Cuts what a reader gives into batches.
+    """Cuts what a reader gives into batches; the last one may have fewer rows.
 
-    Parameters
-    ----------
-    reader
-        What ``make_batch_reader`` gave; it says how many epochs there are.
-    batch_size
-        Rows a batch has; the last one may have fewer.
-    shuffling_queue_capacity
-        If not 0, rows are mixed among about so many, in an order that the reader's seed chooses;
-        all shards have the same number of batches either way.
+    The reader says how many epochs there are. With a `shuffling_queue_capacity`, rows are mixed
+    among about so many, in an order that the reader's seed chooses; all shards have the same number
+    of batches either way.
     """
 
     def __init__(self, reader: Any, batch_size: int, shuffling_queue_capacity: int) -> None:
@@ -65,30 +58,13 @@ class _Loader:
     def __enter__(self) -> _Loader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.reader.stop()
         self.reader.join()
 
 
 class DataLoader(_Loader):
-    """Batches of a reader as dicts of tensors.
-
-    Parameters
-    ----------
-    reader
-        What ``make_batch_reader`` gave; it says how many epochs there are.
-    batch_size
-        Rows a batch has; the last one may have fewer.
-    collate_fn
-        Makes a batch of a list of rows, which are dicts; by default tensors by column name.
-    shuffling_queue_capacity
-        If not 0, rows are mixed among about so many.
-    """
+    """Batches of a reader as dicts of tensors, or what `collate_fn` makes of a list of rows."""
 
     def __init__(
         self,
@@ -105,26 +81,11 @@ class DataLoader(_Loader):
 
         if self.collate_fn is None:
             return {name: torch.as_tensor(values) for name, values in rows.items()}
-        count = len(next(iter(rows.values())))
-        return self.collate_fn(
-            [{name: values[index] for name, values in rows.items()} for index in range(count)]
-        )
+        return self.collate_fn([_taken(rows, index) for index in range(_count(rows))])
 
 
 class BatchedDataLoader(_Loader):
-    """Batches of a reader as dicts of tensors, made a column at a time.
-
-    Parameters
-    ----------
-    reader
-        What ``make_batch_reader`` gave; it says how many epochs there are.
-    batch_size
-        Rows a batch has; the last one may have fewer.
-    transform_fn
-        Makes something else than a tensor of each column's array.
-    shuffling_queue_capacity
-        If not 0, rows are mixed among about so many.
-    """
+    """Batches of a reader as dicts of tensors, or what `transform_fn` makes of a column's array."""
 
     def __init__(
         self,
@@ -176,7 +137,7 @@ def _taken(rows: _Rows, chosen: Any) -> _Rows:
 
 
 def _promoted(name: str, values: Any) -> Any:
-    """Give numbers that torch has."""
+    """Return numbers that torch has."""
     values = np.asarray(values)
     if values.dtype.kind in "OUSmM":
         raise DataError(

@@ -37,53 +37,17 @@ class Field(NamedTuple):
 
 
 class Schema:
-    """The columns of some rows.
-
-    Parameters
-    ----------
-    fields
-        In their order.
-    """
+    """The columns of some rows, in their order."""
 
     def __init__(self, fields: Iterable[Field]) -> None:
         self.fields = {field.name: field for field in fields}
 
     @classmethod
     def of_arrow(cls, schema: pa.Schema) -> Schema:
-        """Take over an Arrow table's schema.
-
-        Parameters
-        ----------
-        schema
-            The table's.
-
-        Returns
-        -------
-        Schema
-            With all its columns.
-        """
         return cls(_field(each.name, each.type, each.nullable) for each in schema)
 
     def matching(self, patterns: Sequence[str] | None) -> Schema:
-        """Choose columns.
-
-        Parameters
-        ----------
-        patterns
-            Regular expressions that match whole names; None chooses all.
-
-        Returns
-        -------
-        Schema
-            Columns that at least one of them matches.
-
-        Raises
-        ------
-        ArgumentTypeError
-            If these are no strings.
-        ArgumentValueError
-            If no column matches.
-        """
+        """Choose the columns whose whole names a regular expression matches; None chooses all."""
         if patterns is None:
             return self
         if isinstance(patterns, str) or not all(isinstance(each, str) for each in patterns):
@@ -111,22 +75,9 @@ class Schema:
         return Schema(found)
 
     def transformed(self, spec: TransformSpec) -> Schema:
-        """Give the columns there are after a transformation.
+        """Return the columns there are after a transformation.
 
-        Parameters
-        ----------
-        spec
-            What it says about columns.
-
-        Returns
-        -------
-        Schema
-            The others unchanged, then those it edits; or its selected ones, in their order.
-
-        Raises
-        ------
-        ArgumentValueError
-            If it selects a column that does not exist.
+        The others come unchanged, then those it edits; or its selected ones, in their order.
         """
         edited = [
             Field(name, dtype, tuple(shape), nullable=nullable, is_edited=True)
@@ -156,13 +107,7 @@ class Schema:
 
     @cached_property
     def row_class(self) -> Any:
-        """The namedtuple that has these columns.
-
-        Raises
-        ------
-        DataError
-            If a column has a name that none of its fields can have.
-        """
+        """The namedtuple that has these columns."""
         if unfit := self.unfit_names:
             raise DataError(
                 f"the columns {', '.join(map(repr, unfit))} cannot be fields of Petastorm's rows, "

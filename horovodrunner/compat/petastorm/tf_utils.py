@@ -20,18 +20,11 @@ __getattr__ = refuse_names("petastorm.tf_utils", PETASTORM)
 
 
 def make_petastorm_dataset(reader: Any) -> tf.data.Dataset:
-    """Make a TensorFlow dataset of what a reader gives.
+    """Make a TensorFlow dataset of what ``make_batch_reader`` gives.
 
-    Parameters
-    ----------
-    reader
-        What ``make_batch_reader`` gave.
-
-    Returns
-    -------
-    tf.data.Dataset
-        Namedtuples of tensors by column name, a row group each: ``.unbatch().batch(32)`` makes
-        batches. Dates and timestamps are nanoseconds since 1970, decimals strings.
+    Its elements are namedtuples of tensors by column name, a row group each:
+    ``.unbatch().batch(32)`` makes batches. Dates and timestamps are nanoseconds since 1970,
+    decimals strings.
     """
     import tensorflow as tf
 

@@ -18,23 +18,7 @@ EditedField = tuple[str, Any, tuple[int | None, ...], bool]
 def edit_field(
     name: str, numpy_dtype: Any, shape: tuple[int | None, ...], nullable: bool = False
 ) -> EditedField:
-    """Describe a column that a function adds or changes.
-
-    Parameters
-    ----------
-    name
-        Its name.
-    numpy_dtype
-        What its numbers are.
-    shape
-        Shape of one row's value.
-    nullable
-        Has no effect here.
-
-    Returns
-    -------
-    tuple
-        For the `edit_fields` of :class:`TransformSpec`.
+    """Describe a column that a function adds or changes, for :class:`TransformSpec`.
 
     Examples
     --------

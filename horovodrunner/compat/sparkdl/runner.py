@@ -11,14 +11,7 @@ __all__ = ["HorovodRunner"]
 class HorovodRunner(horovodrunner.HorovodRunner):
     """Runs a training function on every rank of a Horovod job, on Spark or on this machine.
 
-    As :class:`horovodrunner.HorovodRunner`, which has more options.
-
-    Parameters
-    ----------
-    np
-        Number of ranks: positive on Spark, negative on this machine, 0 for all slots.
-    driver_log_verbosity
-        ``"log_callback_only"`` or ``"all"``.
+    As :class:`horovodrunner.HorovodRunner`, which has more options and describes these.
     """
 
     _frames_to_user = horovodrunner.HorovodRunner._frames_to_user + 2
@@ -36,19 +29,6 @@ class HorovodRunner(horovodrunner.HorovodRunner):
 
         @explained(wrong_run)
         def run(self, /, main, **kwargs):
-            """Run ``main(**kwargs)`` once on every rank and give back what rank 0 returned.
-
-            Parameters
-            ----------
-            main
-                The training function; it and its arguments travel by cloudpickle.
-            **kwargs
-                Its keyword arguments.
-
-            Returns
-            -------
-            object
-                Rank 0's return value; the other ranks' are dropped.
-            """
+            """Run ``main(**kwargs)`` once on every rank and return what rank 0 returned."""
             __tracebackhide__ = True
             return super().run(main, **kwargs)

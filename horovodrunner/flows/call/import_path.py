@@ -5,6 +5,9 @@ installed packages is in front of them in the worker, too, while the packages th
 of the worker's own Python.
 """
 
+# Entries of sys.path are text, and need not be paths.
+# ruff: noqa: PTH100, PTH109, PTH110, PTH113, PTH117, PTH119, PTH120
+
 from __future__ import annotations
 
 import contextlib
@@ -25,7 +28,7 @@ _ADDED_FILES = re.compile(r"/userFiles-[0-9a-f]{8}-[0-9a-f-]{27}(?=/|$)")
 """Where Spark's driver keeps what is added to a session (addPyFile); an executor's are in its own
 working directory."""
 
-_STDLIB = os.path.dirname(os.__file__)  # noqa: PTH120
+_STDLIB = os.path.dirname(os.__file__)
 _STDLIB_ZIP = f"python{sys.version_info.major}{sys.version_info.minor}.zip"
 
 
@@ -55,16 +58,16 @@ def of_worker(users: ImportPath, own: Iterable[object]) -> list[str]:
     """Put the user's directories in their places in a worker's import path."""
     entries = _absolute(own)
     stdlib, _ = _boundaries(entries)
-    added = {os.path.basename(e): e for e in entries[:stdlib] if os.path.isfile(e)}  # noqa: PTH113, PTH119
+    added = {os.path.basename(e): e for e in entries[:stdlib] if os.path.isfile(e)}
 
     def place_of(entry: str) -> str | None:
         if entry in entries:
             return entry
         is_added = _ADDED_FILES.search(entry)
         if is_added and is_added.end() == len(entry):
-            return os.getcwd() if os.getcwd() in entries else None  # noqa: PTH109
+            return os.getcwd() if os.getcwd() in entries else None
         if is_added or not _exists(entry):
-            return added.get(os.path.basename(entry))  # noqa: PTH119
+            return added.get(os.path.basename(entry))
         return entry
 
     def here(lent: Sequence[str]) -> list[str]:
@@ -92,7 +95,7 @@ def start_command(module: str) -> list[str]:
     """
     entries = _absolute(sys.path)
     loaded = [sys.modules.get(name) for name in (module.partition(".")[0], "cloudpickle")]
-    roots = [os.path.dirname(os.path.dirname(m.__file__)) for m in loaded if m and m.__file__]  # noqa: PTH120
+    roots = [os.path.dirname(os.path.dirname(m.__file__)) for m in loaded if m and m.__file__]
     path = list(dict.fromkeys([*filter(_is_stdlib, entries), *roots, *entries]))
     source = (
         f"import sys; sys.path[:] = {path!a}; import runpy; "
@@ -104,19 +107,13 @@ def start_command(module: str) -> list[str]:
 def _absolute(path: Iterable[object]) -> list[str]:
     """Return a path's entries once each, those that mean a directory in full."""
     entries = (entry for entry in path if isinstance(entry, str))  # Python ignores others, too
-    if not _has_working_directory():  # what is relative to it is nowhere
-        entries = (e for e in entries if e and (os.path.isabs(e) or not os.path.exists(e)))  # noqa: PTH110, PTH117
-    # What names no file belongs to a hook (sys.path_hooks), which knows what it means.
-    full = (os.path.abspath(e) if not e or os.path.exists(e) else e for e in entries)  # noqa: PTH100, PTH110
-    return list(dict.fromkeys(full))
-
-
-def _has_working_directory() -> bool:
     try:
-        os.getcwd()  # noqa: PTH109
-    except OSError:  # somebody has deleted it
-        return False
-    return True
+        os.getcwd()
+    except OSError:  # somebody has deleted it: what is relative to it is nowhere
+        entries = (e for e in entries if e and (os.path.isabs(e) or not os.path.exists(e)))
+    # What names no file belongs to a hook (sys.path_hooks), which knows what it means.
+    full = (os.path.abspath(e) if not e or os.path.exists(e) else e for e in entries)
+    return list(dict.fromkeys(full))
 
 
 def _with_earlier_directories(path: Sequence[object]) -> list[object]:
@@ -124,11 +121,11 @@ def _with_earlier_directories(path: Sequence[object]) -> list[object]:
 
     Modules that were imported from there are those that the notebook goes on using.
     """
-    relative = [e for e in path if isinstance(e, str) and not os.path.isabs(e)]  # noqa: PTH117
-    first = next((e for e in relative if not e or os.path.exists(e)), None)  # noqa: PTH110
+    relative = [e for e in path if isinstance(e, str) and not os.path.isabs(e)]
+    first = next((e for e in relative if not e or os.path.exists(e)), None)
     if first is None:
         return [*path]
-    known = {os.path.realpath(e) for e in _absolute(path) if os.path.isabs(e)}  # noqa: PTH117
+    known = {os.path.realpath(e) for e in _absolute(path) if os.path.isabs(e)}
     earlier = dict[str, None]()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
@@ -136,9 +133,9 @@ def _with_earlier_directories(path: Sequence[object]) -> list[object]:
             continue
         directory, base = os.path.split(file)
         if base == "__init__.py":
-            directory = os.path.dirname(directory)  # noqa: PTH120
+            directory = os.path.dirname(directory)
         is_known = os.path.realpath(directory) in known or is_of_a_python(directory)
-        if not is_known and os.path.isabs(file) and not _is_found(name, file):  # noqa: PTH117
+        if not is_known and os.path.isabs(file) and not _is_found(name, file):
             earlier[directory] = None
     return [*path[: path.index(first)], *earlier, *path[path.index(first) :]]
 
@@ -162,7 +159,7 @@ def _boundaries(entries: Sequence[str]) -> tuple[int, int]:
 
 
 def _is_stdlib(entry: str) -> bool:
-    name = os.path.basename(entry)  # noqa: PTH119
+    name = os.path.basename(entry)
     is_inside = entry == _STDLIB or entry.startswith(_STDLIB + os.sep)
     return (is_inside and not name.endswith("-packages")) or name == _STDLIB_ZIP
 

@@ -35,33 +35,30 @@ class LineAssembler:
     left out. What a line shows that has been overwritten, and has not ended yet, is its state.
     """
 
+    _rest: bytearray
+    _rows: list[_Row]
+    _row: int
+    _steps_back: int
+    _is_moved: bool
+    _is_redrawn: bool
+    _has_gone_up: bool
+
     def __init__(self, max_line_bytes: int = 256 * 1024) -> None:
         self._max_line_bytes = max_line_bytes
-        self._rest = bytearray()
         self._half_end = b""
-        self._rows = [_Row()]
-        self._row = 0
-        self._is_moved = False  # whether the cursor has been moved since the last line's end
-        self._is_redrawn = False  # whether a return began what is written now
-        self._has_gone_up = False
-        self._steps_back = 0
+        self._begin_line()
 
     def feed(self, data: bytes) -> bytes:
-        r"""Take the next bytes of the stream."""
+        r"""Take the next bytes of the stream, and return the lines that are now complete."""
         # Only the new bytes are searched and copied: the rest may be long, and data one byte.
         data = self._half_end + data
         self._half_end = b""
         if half := _HALF_SEQUENCE.search(data, max(0, len(data) - _LONGEST_SEQUENCE)):
             data, self._half_end = data[: half.start()], half[0]
-        if b"\r\n" in data:
-            data = data.replace(b"\r\n", b"\n")
+        data = data.replace(b"\r\n", b"\n")
         pieces: list[bytes | bytearray] = []
-        if self._is_moved or _MOVE.search(data):
-            self._draw(data, pieces)
-        else:
-            self._append(data, pieces)
-        if len(self._rest) > self._max_line_bytes:
-            pieces += self._cut()
+        self._draw(data, pieces)
+        self._cut(pieces)
         return b"".join(pieces)
 
     @property
@@ -81,7 +78,7 @@ class LineAssembler:
         return b"".join(states)
 
     def close(self) -> bytes:
-        r"""Give out what is left when the stream ends."""
+        r"""Return what is left when the stream ends, with a ``\n`` added."""
         self._write(self._half_end)
         self._half_end = b""
         if self._is_moved:
@@ -103,22 +100,20 @@ class LineAssembler:
         """Do what a terminal does with text and moves of its cursor."""
         position = 0
         while position < len(data):
+            found = (_CONTROL if self._is_moved else _MOVE).search(data, position)
+            end = len(data) if found is None else found.start()
+            text, position = data[position:end], end
             if not self._is_moved:  # up to the first move all passes as it is
-                move = _MOVE.search(data, position)
-                end = len(data) if move is None else move.start()
-                self._append(data[position:end], pieces)
-                self._is_moved = move is not None
-            else:
-                control = _CONTROL.search(data, position)
-                end = len(data) if control is None else control.start()
-                self._write(data[position:end])
-                if control is not None:
-                    end = control.end()
-                    if control[0] == b"\n":
-                        self._end_row(pieces)
-                    else:
-                        self._move(control[0])
-            position = end
+                self._append(text, pieces)
+                self._is_moved = found is not None
+                continue
+            self._write(text)
+            if found is not None:
+                position = found.end()
+                if found[0] == b"\n":
+                    self._end_row(pieces)
+                else:
+                    self._move(found[0])
 
     def _write(self, text: bytes) -> None:
         """Write over the cursor's row, from its beginning after each return."""
@@ -204,8 +199,11 @@ class LineAssembler:
     def _begin_line(self) -> None:
         self._rest = bytearray()
         self._rows = [_Row()]
-        self._row = self._steps_back = 0
-        self._is_moved = self._is_redrawn = self._has_gone_up = False
+        self._row = 0
+        self._steps_back = 0
+        self._is_moved = False  # whether the cursor has been moved since the last line's end
+        self._is_redrawn = False  # whether a return began what is written now
+        self._has_gone_up = False
 
     def _state_of_rest(self) -> bytes:
         if not (self._is_moved and self._rest) or _is_blank(self._rest):
@@ -214,15 +212,13 @@ class LineAssembler:
         state = bytes(self._rest[:whole])
         return b"" if state == self._rows[self._row].shown else state
 
-    def _cut(self) -> list[bytes | bytearray]:
-        pieces: list[bytes | bytearray] = []
+    def _cut(self, pieces: list[bytes | bytearray]) -> None:
         start = 0
         while len(self._rest) - start > self._max_line_bytes:
             end = _character_start(self._rest, start, start + self._max_line_bytes)
             pieces += [self._rest[start:end], CUT_MARK, b"\n"]
             start = end
         del self._rest[:start]
-        return pieces
 
 
 @dataclass
@@ -230,14 +226,14 @@ class _Row:
     """A line of a terminal that may still be overwritten."""
 
     text: bytes = b""
-    state: bytes = b""
-    shown: bytes = b""
-    is_erased: bool = False
-    is_wiped: bool = False
+    state: bytes = b""  # what it showed last, unless that was returned
+    shown: bytes = b""  # what of it was returned
+    is_erased: bool = False  # since
+    is_wiped: bool = False  # by the terminal rather than by blanks
 
 
 def _is_blank(text: bytes | bytearray) -> bool:
-    """Tell whether text overwrites others and shows nothing; no text does not overwrite any."""
+    """Whether text overwrites others and shows nothing; no text does not overwrite any."""
     return bool(text) and not _UNSEEN.sub(b"", text)
 
 
@@ -253,18 +249,15 @@ def _before_characters(text: bytearray, count: int) -> int:
 def _character_start(text: bytearray, start: int, end: int) -> int:
     """Find where to cut `text` at or up to 3 bytes before `end`, but after `start`."""
     for lead in range(end - 1, max(end - 4, start), -1):
-        if text[lead] & 0xC0 == 0x80:
+        if (first := text[lead]) & 0xC0 == 0x80:
             continue  # not a character's first byte
-        decoder = codecs.getincrementaldecoder("utf-8")()
+        size = 2 + (first >= 0xE0) + (first >= 0xF0)
         try:
-            if decoder.decode(text[lead:end]):
-                return end  # it is complete
-            for position in range(end, min(end + 3, len(text))):
-                if decoder.decode(text[position : position + 1]):
-                    break
+            _, complete = codecs.utf_8_decode(text[lead:end])
+            codecs.utf_8_decode(text[lead : max(end, lead + size)])
         except UnicodeDecodeError:
             return end
-        return lead
+        return end if complete else lead
     return end
 
 
@@ -277,7 +270,7 @@ def prefix_lines(lines: bytes, rank: int, stream: str) -> bytes:
 
 
 def missing_mark(count: int, why: str) -> bytes:
-    r"""Give the line that stands for lines which were dropped."""
+    """Return the line that stands for lines which were dropped, with what dropped them."""
     return b"HorovodRunner: %d%b: %b\n" % (count, _MISSING, why.encode())
 
 

@@ -28,23 +28,20 @@ class TrainingLog:
         self._began = time.monotonic()
 
     def epoch_begins(self, epoch: int, epochs: int | None = None) -> None:
-        """Say that an epoch begins."""
         self._epoch = _numbered("epoch", epoch, epochs)
         self._began = time.monotonic()
-        self._say(f"{self._epoch} begins")
+        self._log(f"{self._epoch} begins")
 
     def batch_ends(self, batch: int, batches: int | None, logs: Mapping[str, Any] | None) -> None:
-        """Say how a batch went."""
         values = format_logs(logs)
-        self._say(f"{self._epoch}, {_numbered('batch', batch, batches)}: {values or 'done'}")
+        self._log(f"{self._epoch}, {_numbered('batch', batch, batches)}: {values or 'done'}")
 
     def epoch_ends(self, logs: Mapping[str, Any] | None) -> None:
-        """Say how the epoch went and how long it took."""
         took = f"({time.monotonic() - self._began:.1f} s)"
-        self._say(f"{self._epoch}: {format_logs(logs) or 'done'} {took}")
+        self._log(f"{self._epoch}: {format_logs(logs) or 'done'} {took}")
 
     @staticmethod
-    def _say(text: str) -> None:
+    def _log(text: str) -> None:
         log_to_driver(f"{_rank_prefix()}{text}")
 
 

@@ -15,9 +15,9 @@ from horovodrunner.errors import (
     StallTimeoutError,
     WorkerFailedError,
 )
+from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
 from horovodrunner.formatting import format_bytes, in_one_line
 from horovodrunner.pickling.buffers import BufferedPickle, loads
-from horovodrunner.wire.job import Failure, FailureKind, Outcome
 
 __all__ = ["open_outcome"]
 
@@ -85,7 +85,7 @@ def _open_result(result: BufferedPickle) -> Any:
 
 
 def _keep(result: BufferedPickle, remedy: str) -> str:
-    """Put bytes that may have taken days to compute where the user finds them, and say where."""
+    """Write bytes that may have taken days to compute to a file, and name it in a sentence."""
     size = format_bytes(result.size)
     try:
         descriptor, path = tempfile.mkstemp(prefix="horovodrunner-result-", suffix=".pkl")

@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from horovodrunner.formatting import class_names, cut, short_name
 from horovodrunner.pickling.pickler import Pickler
@@ -38,25 +38,19 @@ _OF_ITSELF: Callable[[BaseException], TracebackType | None] = vars(BaseException
 ].__get__
 
 
-class Description:
+class Description(NamedTuple):
     """What can be told of an exception."""
 
-    def __init__(  # written out: a dataclass takes every worker time to make
-        self,
-        *,
-        name: str,
-        types: tuple[str, ...],
-        text: str,
-        traceback: str,
-        frames: list[FrameType],
-        pickled: bytes,
-    ) -> None:
-        self.name = name
-        self.types = types
-        self.text = text
-        self.traceback = traceback
-        self.frames = frames
-        self.pickled = pickled
+    name: str
+    """Its class's name without the module."""
+    types: tuple[str, ...]
+    """Qualified names of its class and that one's bases."""
+    text: str
+    traceback: str
+    frames: list[FrameType]
+    """Where it was raised, innermost first."""
+    pickled: bytes
+    """b"" where it does not pickle or is too large."""
 
 
 def describe(error: BaseException) -> Description:
@@ -90,7 +84,7 @@ def describe(error: BaseException) -> Description:
 
 
 def show_source_of_threads() -> None:
-    """Have tracebacks of threads show their source, too: Python has files read only before 3.13."""
+    """Show source in tracebacks of threads, too: before 3.13 Python reads only files for them."""
     if sys.version_info < (3, 13):
         threading.excepthook = _show_thread
 

@@ -1,16 +1,22 @@
-"""What the kernel tells about a process that it killed for memory. Runs in: the task."""
+"""How a worker ended that reported no outcome. Runs in: the task."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import signal
 import time
 from pathlib import Path
 
 from horovodrunner.formatting import format_bytes
+from horovodrunner.memory_limit import address_space_limit
+from horovodrunner.wire.signals import EXIT_WITHOUT_PIPES
 
-__all__ = ["OomWitness"]
+__all__ = ["ExitStatus", "OomWitness", "describe_exit"]
+
+ExitStatus = int
+"""As in subprocess: the exit code, or minus the signal's number."""
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _KERNEL_LOG = "/dev/kmsg"
@@ -30,19 +36,8 @@ class OomWitness:
         self._before = _oom_kills(os.getpid())
         self._since = time.monotonic()
 
-    def testimony(self, pid: int) -> str:
-        """Say what is known about a process that was killed.
-
-        Parameters
-        ----------
-        pid
-            The process; best while it is a zombie, whose control group can still be read.
-
-        Returns
-        -------
-        str
-            A sentence, or "" when nothing points to memory, or nothing can be read.
-        """
+    def explain(self, pid: int) -> str:
+        """Return what is known about a process that was killed."""
         if line := _kernel_log_line(pid, self._since):
             return f"the kernel's log says: {line}"
         kills = _oom_kills(pid)
@@ -116,3 +111,32 @@ def _kernel_log_line(pid: int, since: float) -> str:
             if is_new and re.search(rf"Killed process {pid}\b", text):
                 found = text.splitlines()[0]
     return found
+
+
+def describe_exit(
+    status: ExitStatus, killed_by_kernel: str = "", when: str = ""
+) -> tuple[str, int | None, str | None]:
+    """Return how a process ended in words, its exit code, and its signal's name."""
+    if status == EXIT_WITHOUT_PIPES:
+        text = (
+            "main closed the descriptors by which the worker process talks to its task "
+            "(os.closerange?), so that what it returned or raised cannot be reported: close only "
+            "what main has opened"
+        )
+        return text, status, None
+    if status >= 0:
+        return f"the worker process left with exit code {status} {when}".rstrip(), status, None
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    text = f"the worker process was ended by {name}"
+    if name == "SIGKILL":
+        text += (
+            f" because memory ran out: {killed_by_kernel}"
+            if killed_by_kernel
+            else ", most likely by the kernel because memory ran out, or by an operator"
+        )
+    elif name in {"SIGABRT", "SIGBUS", "SIGSEGV", "SIGTRAP"} and (limit := address_space_limit()):
+        text += f", perhaps because memory ran out: {limit}"
+    return text, None, name

@@ -8,12 +8,19 @@ import sys
 import threading
 from collections.abc import Iterator
 
-__all__ = ["main_thread_was_interrupted", "only_this_run"]
+__all__ = ["LOOK_UP_SECONDS", "join", "main_thread_was_interrupted", "only_this_run"]
+
+LOOK_UP_SECONDS = 0.2
+"""How often a thread that waits looks whether it was interrupted.
+
+Signals reach the main thread only, and not a wait that was just about to begin; and an exception
+that was sent to another thread waits for it.
+"""
 
 
 @contextlib.contextmanager
 def only_this_run() -> Iterator[None]:
-    """Let Ctrl-C end this run and no other Spark job.
+    """Let Ctrl-C end what this thread waits for, and no other Spark job.
 
     The SparkContext's handler cancels all jobs of the session. In the main thread Python's own
     handler takes its place here; any other handler is left alone.
@@ -28,6 +35,14 @@ def only_this_run() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def join(thread: threading.Thread) -> None:
+    """Wait for the end of a thread, or for an interrupt."""
+    while thread.is_alive():
+        thread.join(LOOK_UP_SECONDS)
+        if main_thread_was_interrupted():
+            raise KeyboardInterrupt
 
 
 def main_thread_was_interrupted() -> bool:

@@ -1,21 +1,26 @@
-"""A run's Spark job: its tag, whether its tasks run, cancelling it. Runs in: the driver."""
+"""One Spark job of ours: its tag, whether its tasks run, cancelling it. Runs in: the driver."""
 
 from __future__ import annotations
 
+import inspect
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from horovodrunner.spark import interrupt
 from horovodrunner.spark.session import is_connect
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-__all__ = ["ClassicJob", "ConnectJob", "SparkJob", "spark_job"]
+__all__ = ["ClassicJob", "ConnectJob", "SparkJob", "collect", "spark_job", "start_thread"]
+
+CANCEL_SECONDS = 10.0
 
 
 class ClassicJob:
-    """A run's job of this process's own SparkContext."""
+    """A job of this process's own SparkContext."""
 
     def __init__(self, spark: SparkSession, tag: str, description: str) -> None:
         self._context = spark.sparkContext
@@ -23,7 +28,7 @@ class ClassicJob:
         self._description = description
 
     def begin(self) -> None:
-        """Mark what this thread launches as the run's."""
+        """Mark what this thread launches as this job's."""
         self._context.addJobTag(self._tag)
         self._context.setLocalProperty("spark.job.description", self._description)
 
@@ -79,7 +84,7 @@ class ClassicJob:
 
 
 class ConnectJob:
-    """A run's job that a Spark Connect server runs for this process."""
+    """A job that a Spark Connect server runs for this process."""
 
     def __init__(self, spark: SparkSession, tag: str) -> None:
         self._spark: Any = spark
@@ -121,7 +126,7 @@ class ConnectJob:
         return method
 
     def _note_progress(self, *, inflight_tasks: int, **_: Any) -> None:
-        """Take what the server tells the thread that waits for the operation."""
+        """Note what the server reports to the thread that waits for the operation."""
         if threading.get_ident() == self._thread:
             self._running = inflight_tasks
 
@@ -130,5 +135,52 @@ SparkJob: TypeAlias = ClassicJob | ConnectJob
 
 
 def spark_job(spark: SparkSession, tag: str, description: str) -> SparkJob:
-    """Return the run's job, which is not launched yet, with a tag that no other job has."""
+    """Return a job that is not launched yet, with a tag that no other job has."""
     return ConnectJob(spark, tag) if is_connect(spark) else ClassicJob(spark, tag, description)
+
+
+def start_thread(spark: SparkSession, name: str, target: Callable[[], None]) -> threading.Thread:
+    """Start a daemon thread in which Spark has this thread's session and properties."""
+    from pyspark import InheritableThread
+
+    takes_session = "session" in inspect.signature(InheritableThread).parameters
+    session = {"session": spark} if takes_session else {}  # not before pyspark 4.0
+    thread: threading.Thread = InheritableThread(target=target, **session)
+    thread.name = name
+    thread.daemon = True
+    thread.start()
+    return thread
+
+
+def collect(df: Any, description: str) -> list[Any]:
+    """Return ``df.collect()``; an interrupt cancels its job and nothing else.
+
+    It runs in a thread of its own, because an interrupt within a call of Py4J leaves the answer
+    unread, and the session takes it for the next call's.
+    """
+    spark = df.sparkSession
+    name = f"horovodrunner-{secrets.token_hex(4)}"
+    job = spark_job(spark, name, description)
+    rows: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            job.begin()
+            rows.extend(df.collect())
+        except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
+            errors.append(error)
+        finally:
+            job.end()
+
+    with interrupt.only_this_run():
+        thread = start_thread(spark, name, run)
+        try:
+            interrupt.join(thread)
+        except BaseException:
+            job.cancel()
+            thread.join(CANCEL_SECONDS)
+            raise
+    if errors:
+        raise errors[0]
+    return rows

@@ -1,22 +1,20 @@
-"""The dataclasses and their way over the wire."""
+"""How a run ended, as plain data and over the wire."""
 
 from dataclasses import replace
 
 import pytest
 
-from horovodrunner.processes.task.coordinator import MAX_CONSEQUENCES, Coordinator
-from horovodrunner.wire.frames import MAX_BODY_BYTES, MAX_HEADER_BYTES, encode_frame
-from horovodrunner.wire.job import (
+from horovodrunner.flows.call.job import JobSpec
+from horovodrunner.flows.outcome.outcome import (
     Failure,
     FailureKind,
-    JobSpec,
     Outcome,
     Success,
-    WorkerSpec,
-    join_chunks,
-    split_chunks,
+    join_rows,
 )
-from tests.unit.test_coordinator import Driver, slots
+from horovodrunner.flows.outcome.task import MAX_CONSEQUENCES, RunOutcome
+from horovodrunner.wire.events import MAX_BODY_BYTES, FrameError
+from tests.unit.test_run_outcome import slots
 
 FIRST = Failure(
     1,
@@ -30,7 +28,6 @@ FIRST = Failure(
 SECOND = Failure(0, "b", "gone", signal="SIGKILL", exception=b"two", after_peer_loss=True)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 3, 1000])
 @pytest.mark.parametrize(
     "outcome",
     [
@@ -41,38 +38,49 @@ SECOND = Failure(0, "b", "gone", signal="SIGKILL", exception=b"two", after_peer_
         Outcome(failure=FIRST, consequences=(SECOND,)),
     ],
 )
-def test_an_outcome_survives_being_cut_into_rows(outcome: Outcome, chunk_bytes: int) -> None:
-    chunks = [bytes(chunk) for chunk in split_chunks(outcome, chunk_bytes)]
-    assert join_chunks(chunks) == outcome
-    assert all(len(chunk) <= chunk_bytes for chunk in chunks[1:])
+def test_an_outcome_survives_the_wire_and_a_row(outcome: Outcome) -> None:
+    assert Outcome.from_bytes(outcome.to_bytes()) == outcome
+    assert join_rows([outcome.to_bytes()]) == outcome
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x80\x04.",
+        b"[]",
+        b"3",
+        b"{}",
+        b"[" * 100_000,
+        b'{"rank": 0}',
+        b'{"rank": "x", "layout": []}',
+        b'{"failures": [3]}',
+        b'{"failures": [{"kind": "new"}]}',
+        b'{"failures": [{"kind": "data", "exception_types": [], "exception": "", "x": 1}]}',
+    ],
+)
+def test_bytes_that_are_no_outcome_are_refused(data: bytes) -> None:
+    with pytest.raises(FrameError, match="an outcome that cannot be read"):
+        Outcome.from_bytes(data)
 
 
 def test_an_outcome_of_many_ranks_fits_a_frame() -> None:
     """However long their texts are, and whatever is in them."""
     slots_ = slots(MAX_CONSEQUENCES + 500)
-    driver = Driver()
-    it = Coordinator(slots_, driver, driver.shown.append)
+    it = RunOutcome(slots_)
     text = "\U0001f600" * 20_000
     longest = Failure(0, "h", text, traceback=text * 10, exception=bytes(4 * 1024 * 1024))
     for slot in slots_:
         it.ended(slot.rank, Outcome(failure=replace(longest, rank=slot.rank)))
-    outcome = it.verdict()
+    outcome = it.summary({})
     assert outcome is not None
     assert outcome.failure is not None
     assert outcome.failure.traceback == text * 10
     assert len(outcome.consequences) == MAX_CONSEQUENCES
     assert "...(truncated: 20,000 characters)" in outcome.consequences[0].summary
-    header, body = outcome.to_frame()
-    assert len(encode_frame("failed", body, outcome=header)) < MAX_HEADER_BYTES // 10
+    body = outcome.to_bytes()
     assert len(body) < MAX_BODY_BYTES // 2
-    assert Outcome.from_frame(header, body) == outcome
-
-
-def test_a_worker_spec_survives_json() -> None:
-    import json
-
-    spec = WorkerSpec(2, "h", {"RANK": "2"}, return_result=True)
-    assert WorkerSpec.from_header(json.loads(json.dumps(spec.to_header()))) == spec
+    assert Outcome.from_bytes(body) == outcome
 
 
 def test_no_secret_and_no_payload_shows_in_a_job() -> None:
