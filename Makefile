@@ -14,18 +14,24 @@ NEWEST ?= tests/docs/test_readme.py tests/horovod tests/spark/test_pyspark_versi
 PYTHONS ?= 3.10 3.12 3.13
 PYTHON_TESTS ?= tests/unit tests/process tests/spark
 # Two files at a time on two cores: with three, each test takes twice as long.
-# A file's tests share a session and stay together.
+# A file's tests stay together, and so do the files that share a session (tests/conftest.py).
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
+# What one process has compiled, the others find.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-spark test-newest test-python bench lint docs clean
+.PHONY: help python setup setup-demo demo check test test-all test-spark test-without-horovod test-newest
+.PHONY: test-python bench lint docs clean
 
 help:
 	@echo "make demo        set everything up and train a small network on a two-executor Spark cluster"
+	@echo "make check       linters and the unit tests, but for what takes long: before each commit"
 	@echo "make test        set everything up and run the linters, the documentation build and the tests"
 	@echo "make test-all    the same, and the tests that are marked slow, too"
 	@echo "make test-spark  run the Spark tests with the oldest PySpark and with 4.1; SPARK=4.0 names"
 	@echo "                 another one. Each has an environment of its own in build/"
+	@echo "make test-without-horovod  run what needs no Horovod where there is none; part of make test"
 	@echo "make test-newest run some of the tests with the newest packages that the registry has, in"
 	@echo "                 build/newest, with Horovod built for them: 5 GB, 10 minutes the first time"
 	@echo "make test-python run the tests that need no torch with other Pythons: PYTHONS='3.12 3.13'"
@@ -35,29 +41,42 @@ help:
 	@echo "make docs        build the documentation, warnings are errors: docs/_build/html/index.html"
 	@echo "make clean       remove .venv and everything that is generated"
 	@echo
-	@echo "Needs Python 3.10 or newer, Java 17 or newer, a C++20 compiler, cmake and make."
+	@echo "Needs Python 3.10 or newer, Java 17 or newer, a C++20 compiler, cmake, make and git."
 	@echo "Another interpreter: make clean, then make demo PYTHON=python3.12"
 
-setup:
+setup: python
+	@$(PYTHON) scripts/setup.py
+
+setup-demo: python
+	@$(PYTHON) scripts/setup.py demo
+
+python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found: install Python 3.10" \
 	  "or newer (Debian/Ubuntu: apt install python3-dev python3-venv) or name one:" \
 	  "make PYTHON=/path/to/python3" >&2; exit 1; }
-	@$(PYTHON) scripts/setup.py
 
-demo: setup
+demo: setup-demo
 	@$(BIN)/python examples/digits.py
 
-test: lint docs
+check: setup
+	$(BIN)/python -m pytest -q -m "not slow and not heavy" $(PARALLEL) tests/test_lint.py tests/unit
+
+# The linters, the documentation build and the environment without Horovod are among the tests, and
+# run beside the others.
+test: setup
 	$(BIN)/python scripts/archive_classes.py
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
-test-all: lint docs
+test-all: setup
 	$(BIN)/python scripts/archive_classes.py
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-spark: setup
 	@set -e; for release in $(SPARK); do \
 	  $(BIN)/python scripts/other_spark.py $$release $(PARALLEL) $(TESTS); done
+
+test-without-horovod: setup
+	@$(BIN)/python scripts/without_horovod.py tests/without_horovod
 
 test-newest:
 	@$(PYTHON) scripts/newest.py $(PARALLEL) $(NEWEST)

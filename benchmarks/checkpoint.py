@@ -60,7 +60,7 @@ def raw_copy(source: Path, target: Path) -> float:
 
 
 def saving() -> Callable[..., list[dict[str, float]]]:
-    """Give a main that saves the file once for every sign of the driver's; it travels by value."""
+    """Return a main that saves the file at every sign of the driver's; it travels by value."""
 
     def main(source: str, kept: str, repeat: int, signs: str) -> list[dict[str, float]]:
         import time

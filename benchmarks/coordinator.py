@@ -1,9 +1,9 @@
 """Partition 0's side alone, beside more and more tasks that join, report and leave.
 
-The hub, the coordinator and the assignment of slots are the real ones, on a loopback socket with
-the handshake. The other tasks are coroutines of one other process, each with the real link to
-partition 0; there are no worker processes. Both processes share this machine's cores, so the
-seconds hold the clients' work, too: the processor time of both is told.
+The peer server, the ends of the flows and the assignment of slots are the real ones, on a loopback
+socket with the handshake. The other tasks are coroutines of one other process, each with the real
+link to partition 0; there are no worker processes. Both processes share this machine's cores, so
+the seconds hold the clients' work, too: the processor time of both is told.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import secrets
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,12 +27,14 @@ from horovod.runner.http.http_server import RendezvousServer
 
 from benchmarks.report import Case, Figures
 from horovodrunner.flows.checkpoints.task import LatestDecision
-from horovodrunner.placement.rendezvous import Rendezvous, assign_slots
-from horovodrunner.placement.topology import Member
-from horovodrunner.processes.task.coordinator import Coordinator
-from horovodrunner.processes.task.links import HubLink, SilentDriver
-from horovodrunner.processes.task.peer_server import Hub
-from horovodrunner.wire.job import Outcome, Success
+from horovodrunner.flows.logs.task import MergedLog
+from horovodrunner.flows.outcome.outcome import Outcome, Success
+from horovodrunner.flows.outcome.task import RunOutcome
+from horovodrunner.flows.telemetry.task import Telemetry
+from horovodrunner.placement.rendezvous import Rendezvous
+from horovodrunner.placement.topology import Member, assign_slots
+from horovodrunner.processes.task.peers import PeerLink, PeerServer
+from horovodrunner.wire.events import Beat, Ended, Event, Lines, Note, Started, dispatcher
 
 SIZES = (32, 128, 512, 1024)
 RANKS_ON_A_HOST = 8
@@ -43,7 +46,7 @@ END_SECONDS = 120.0
 
 
 def members(size: int) -> list[Member]:
-    """Give what so many tasks of a cluster would tell each other, eight on each host.
+    """Return what so many tasks of a cluster would tell each other, eight on each host.
 
     Parameters
     ----------
@@ -75,23 +78,11 @@ class _Times:
     ended: float = 0.0
 
 
-class _Driver(SilentDriver):
-    """Notes when all ranks run main."""
-
-    def __init__(self, times: _Times) -> None:
-        super().__init__(lambda lines: None)
-        self._times = times
-
-    def note(self, text: str) -> None:
-        if text.endswith("running main"):
-            self._times.started = time.monotonic()
-
-
 async def _coordinate(size: int, token: bytes) -> dict[str, float]:
     lines: list[bytes] = []
     times = _Times()
-    hub = Hub(token, lines.append, size)
-    port = await hub.open("127.0.0.1", None)
+    listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    port = listening.getsockname()[1]
     command = [sys.executable, "-m", "benchmarks.coordinator", str(port), str(size)]
     process = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
@@ -102,24 +93,37 @@ async def _coordinate(size: int, token: bytes) -> dict[str, float]:
     await process.stdout.readline()  # it has imported everything
     before = _cpu_seconds()
     slots = assign_slots(members(size))
-    coordinator = Coordinator(slots, _Driver(times), lines.append)
-    hub.begin(coordinator, slots, LatestDecision(None, members(size), lambda text: None))
-    joining = asyncio.create_task(hub.watch_joining())
+
+    def take(event: Event) -> None:
+        if isinstance(event, Note) and event.text.endswith("running main"):
+            times.started = time.monotonic()
+
+    log = MergedLog(lines.append, take)
+    outcome = RunOutcome(slots)
+    telemetry = Telemetry(slots, log, outcome)
+    flows = [log.handlers, outcome.handlers, telemetry.handlers]
+    emit = dispatcher(flows, otherwise=take)
+    latest = LatestDecision(None, members(size), lambda text: None)
+    server = PeerServer(
+        token, listening, slots, emit, outcome=outcome, latest=latest, log=lines.append
+    )
+    await server.start()
+    joining = asyncio.create_task(server.watch_joining())
     began = time.monotonic()
     process.stdin.write(b"go\n")
-    coordinator.started(0)
-    coordinator.ended(0, Outcome(success=Success(0)))
+    emit(Started(0))
+    emit(Ended(0, Outcome(success=Success(0)).to_bytes()))
     await joining
     times.joined = time.monotonic()
-    await coordinator.wait_for_end(END_SECONDS)
+    await outcome.wait_for_end(END_SECONDS)
     times.ended = time.monotonic()
-    await hub.wait_for_leaving(END_SECONDS)
+    await server.wait_for_leaving(END_SECONDS)
     left = time.monotonic()
     spent = _cpu_seconds() - before
     client = json.loads(await process.stdout.readline())
     await process.wait()
-    await hub.close()
-    assert coordinator.verdict() is None, coordinator.verdict()
+    await server.close()
+    assert outcome.summary({}) is None, outcome.summary({})
     assert b"".join(lines).count(b"\n") == (size - 1) * LINES
     return {
         "all joined": times.joined - began,
@@ -140,16 +144,15 @@ def _cpu_seconds() -> float:
 
 
 async def _agent(port: int, token: bytes, partition: int, rank: int) -> None:
-    link = await HubLink.open("127.0.0.1", port, token, partition)
-    listening = asyncio.create_task(link.listen(lambda: None))
-    link.started(rank)
+    link = await PeerLink.open("127.0.0.1", port, token, partition)
+    listening = asyncio.create_task(link.listen({}))
+    link.emit(Started(rank))
     for number in range(LINES):
-        link.lines(rank, "stdout", f"line {number} of a rank that trains\n".encode())
-    state = {"where": "train.py:42 in main", "waits_in": "allreduce", "surely": True}
+        link.emit(Lines(rank, "stdout", f"line {number} of a rank that trains\n".encode()))
     for _ in range(BEATS):
-        link.state(rank, {**state, "seconds": 0.5})
+        link.emit(Beat(rank, "train.py:42 in main", "allreduce", seconds=0.5))
         await asyncio.sleep(0)
-    link.ended(rank, Outcome(success=Success(rank)))
+    link.emit(Ended(rank, Outcome(success=Success(rank)).to_bytes()))
     await link.close()
     listening.cancel()
 

@@ -68,7 +68,7 @@ _barrier: Any = None
 
 
 def rate(way: Way, rows_of: Callable[[Any], int], most_seconds: float) -> float:
-    """Give rows a second; the slow ones are stopped when the time is up."""
+    """Return rows a second; the slow ones are stopped when the time is up."""
     began = time.perf_counter()
     rows = 0
     batches = iter(way())
@@ -118,7 +118,7 @@ def _set_barrier(barrier: Any) -> None:
 
 
 def anonymous_memory() -> int:
-    """Give the bytes of this process that no file stands behind."""
+    """Return the bytes of this process that no file stands behind."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
 
@@ -146,7 +146,7 @@ def mapped(path: Path) -> pa.Table:
 
 
 def numbers_of(batch: Any) -> tuple[Any, Any]:
-    """Give the two columns of an Arrow batch as NumPy arrays, nothing copied."""
+    """Return the two columns of an Arrow batch as NumPy arrays, nothing copied."""
     features, labels = batch.column("features"), batch.column("label")
     start, count = features.offset * WIDTH, len(features) * WIDTH
     numbers = features.values.slice(start, count).to_numpy().reshape(-1, WIDTH)
@@ -339,7 +339,7 @@ def decoded_batch(batch: Any) -> Any:
 
 
 def decode_some(number: int, encoded: list[bytes], seconds: float) -> float:
-    """Decode for some seconds and nothing else; give the images a second."""
+    """Decode for some seconds and nothing else; return the images a second."""
     _barrier.wait()
     parts = (encoded[at : at + 64] for at in range(0, len(encoded), 64))
     return rate(lambda: map(decoded, parts), len, seconds)
@@ -388,7 +388,7 @@ def images(options: argparse.Namespace, directory: Path) -> Figures:
 
 
 def time_to_first(number: int, numbers: data.DataSet) -> float:
-    """Give the seconds until there is a batch, torch being imported."""
+    """Return the seconds until there is a batch, torch being imported."""
     import torch  # noqa: F401
 
     began = time.perf_counter()
@@ -458,7 +458,7 @@ def waiting(options: argparse.Namespace, directory: Path) -> Figures:
 
 
 def memory_of_epoch(number: int, numbers: data.DataSet) -> dict[str, int]:
-    """Read a shuffled epoch; give the anonymous memory before, and the most there was."""
+    """Read a shuffled epoch; return the anonymous memory before, and the most there was."""
     batches = numbers.numpy(BATCH, shuffle=True)
     before = most = anonymous_memory()
     for count, _ in enumerate(batches):
@@ -530,7 +530,7 @@ def measured_write(location: str, columns: Any, batches: Iterator[Any]) -> Itera
 
 
 def rate_in_rank(rows: int, workers: int) -> float:
-    """Give the rows a second of TorchDistributor's data loader. Runs in its worker."""
+    """Return the rows a second of TorchDistributor's data loader. Runs in its worker."""
     import time
 
     from pyspark.ml.torch.distributor import _get_spark_partition_data_loader
@@ -620,7 +620,7 @@ def spark(options: argparse.Namespace, directory: Path) -> Figures:
 
 
 def machine() -> Figures:
-    """Say where this was measured, and with what."""
+    """Return where this was measured, and with what."""
     names = ("numpy", "pyarrow", "torch", "tensorflow-cpu", "tensorflow", "pyspark", "pillow")
     versions = {}
     for name in names:

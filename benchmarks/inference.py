@@ -221,7 +221,7 @@ def ours(column: str, options: dict[str, Any], read_files: bool) -> Callable[[Jo
             output="prediction",
             return_type="array<float>",
             batch_size=job.batch_size,
-            keep=["id"],
+            keep_columns=["id"],
             read_files=read_files,
             **options,
         )
@@ -327,7 +327,7 @@ def mlp_mlflow(job: Job) -> Score:
 
 
 def mlp_alone(number: int, rows: int, batch_size: int) -> float:
-    """Give the rows a second of one process that has its rows in memory."""
+    """Return the rows a second of one process that has its rows in memory."""
     import torch
 
     torch.set_num_threads(1)
@@ -417,7 +417,7 @@ def images_hand_written(workers: int) -> Callable[[Job], Score]:
 
 
 def images_alone(number: int, rows: int, pixels: int, batch_size: int) -> float:
-    """Give the images a second of one process that has their bytes in memory."""
+    """Return the images a second of one process that has their bytes in memory."""
     import torch
 
     torch.set_num_threads(1)
@@ -492,7 +492,7 @@ def check(name: str, scored: Any, wanted: Any) -> None:
 
 
 def rate(score: Score, session: Any, case: Case) -> float:
-    """Score the table and throw the result away; give rows a second."""
+    """Score the table and throw the result away; return rows a second."""
     began = time.perf_counter()
     score(session.read.parquet(case.big)).write.format("noop").mode("overwrite").save()
     return case.rows / (time.perf_counter() - began)
@@ -610,7 +610,7 @@ def names_in(known: Any) -> Callable[[str], list[str]]:
 
 
 def machine() -> Figures:
-    """Say where this was measured, and with what."""
+    """Return where this was measured, and with what."""
     found = shared.machine()
     for name in ("pandas", "mlflow-skinny"):
         with contextlib.suppress(PackageNotFoundError):

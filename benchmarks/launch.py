@@ -31,7 +31,7 @@ _BARE_TRAINING = "from benchmarks.mains import train; train()"
 
 
 def least() -> Callable[[], int]:
-    """Give a main that does the least, and that travels as a notebook's cell does: by value."""
+    """Return a main that does the least, and that travels as a notebook's cell does: by value."""
 
     def main() -> int:
         import horovod.torch as hvd

@@ -48,7 +48,7 @@ _BEGIN = re.compile(rb"begin ([\d.]+)\n")
 
 
 def flood() -> Callable[[int, str], None]:
-    """Give a main that prints as fast as it can."""
+    """Return a main that prints as fast as it can."""
 
     def main(lines: int, directory: str) -> None:
         import os
@@ -77,7 +77,7 @@ def flood() -> Callable[[int, str], None]:
 
 
 def train() -> Callable[[str, int, float, int], None]:
-    """Give a main that trains, and prints in every second block of its steps."""
+    """Return a main that trains, and prints in every second block of its steps."""
 
     def main(directory: str, blocks: int, block_seconds: float, lines_per_second: int) -> None:
         import json

@@ -29,7 +29,7 @@ def write(directory: str, rows: int) -> None:
 
 
 def rate(directory: str, workers: int) -> float:
-    """Give the rows a second of an epoch in random order, batches of 256."""
+    """Return the rows a second of an epoch in random order, batches of 256."""
     rows = StreamingDataset(local=directory, shuffle=True, batch_size=256)
     began = time.perf_counter()
     count = sum(len(batch["label"]) for batch in DataLoader(rows, 256, num_workers=workers))

@@ -107,7 +107,7 @@ class Case:
         return "\n".join([f"## {self.name}: {self.title}", "", *text, "", *self.facts])
 
     def to_json(self) -> dict[str, Any]:
-        """Give everything as JSON-compatible data.
+        """Return everything as JSON-compatible data.
 
         Returns
         -------

@@ -91,7 +91,7 @@ def _send(size: int, port: int) -> None:
 
 
 def returning(size: int, pids: str) -> Callable[[], tuple[float, Any]]:
-    """Give a main that returns an array, and when it did; it travels by value.
+    """Return a main that returns an array, and when it did; it travels by value.
 
     Parameters
     ----------

@@ -132,7 +132,7 @@ def from_outside(fault: str, on_rank: int, signs: Path, spark: SparkSession) -> 
 def one_run(
     fault: str, on_rank: int, waiting: bool, np: int, spark: SparkSession
 ) -> tuple[str, float]:
-    """Make one run; gives what it raised, and how long after the fault."""
+    """Make one run; return what it raised, and how long after the fault."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         signs = Path(folder, "signs")
         signs.mkdir()

@@ -21,7 +21,7 @@ from horovodrunner import HorovodRunner
 
 
 def train(steps: int) -> list[float]:
-    """Give the milliseconds of each step after the first ones, gradients averaged."""
+    """Return the milliseconds of each step after the first ones, gradients averaged."""
     import horovod.torch as hvd
     import torch
 
@@ -45,7 +45,7 @@ def train(steps: int) -> list[float]:
 
 
 def with_threads(threads: int | None) -> Callable[[int, int], list[float]]:
-    """Give a function that trains with so many threads a rank; None for the package's choice."""
+    """Return a function that trains with so many threads a rank; None for the package's choice."""
 
     def run(ranks: int, steps: int) -> list[float]:
         os.environ.pop("OMP_NUM_THREADS", None)

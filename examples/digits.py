@@ -21,7 +21,7 @@ from horovodrunner import HorovodRunner, log_to_driver
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """Give three quarters of the scans to train on and a held-out quarter to test with."""
+    """Return three quarters of the scans to train on and a held-out quarter to test with."""
     pixels, labels = load_digits(return_X_y=True)
     images = (pixels / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
     parts = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)

@@ -7,6 +7,7 @@ is one start of each a rank.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.errors import (
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from horovodrunner import checkpoint
     from horovodrunner.processes.worker.context import log_to_driver
     from horovodrunner.runner import HorovodRunner, SavedCheckpoint
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "ArgumentTypeError",

@@ -31,6 +31,7 @@ from typing import Any, Protocol
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, CheckpointError
 from horovodrunner.processes.worker.context import WorkerContext, current_context, log_to_driver
+from horovodrunner.wire.events import CheckpointSaved
 
 __all__ = ["Checkpoint", "attempt", "latest", "load_torch", "save", "save_torch"]
 
@@ -53,8 +54,7 @@ class Checkpoint(type(Path())):  # type: ignore[misc]  # Path's class for this s
     """
 
     step: int
-    _differs: bool
-    """Whether the run that saved it was called with something else."""
+    _differs: bool  # whether the run that saved it was called with something else
 
     @classmethod
     def _at(cls, directory: str, step: int, differs: bool) -> Checkpoint:
@@ -64,27 +64,15 @@ class Checkpoint(type(Path())):  # type: ignore[misc]  # Path's class for this s
         return checkpoint
 
     def with_segments(self, *segments: str | os.PathLike[str]) -> Path:
-        """Give a plain path for what is below; used by pathlib from Python 3.12 on.
-
-        Parameters
-        ----------
-        *segments
-            Parts of the path.
-
-        Returns
-        -------
-        pathlib.Path
-            The joined path.
-        """
+        """Return a plain path for what is below; pathlib calls it from Python 3.12 on."""
         return Path(*segments)
 
 
 def latest() -> Checkpoint | None:
-    """Give the checkpoint that this attempt starts from.
+    """Return the checkpoint that this attempt starts from, the same on every rank.
 
-    Every rank gets the same one, in the first attempt of a new run too. It is decided once, when
-    the first rank asks: the newest one whose files are all there with the right SHA-256; damaged
-    ones are skipped with a warning. What is saved later does not change the answer.
+    It is decided when the first rank asks: the newest one whose files are all there with the right
+    SHA-256. Damaged ones are skipped with a warning.
 
     Returns
     -------
@@ -105,25 +93,25 @@ def latest() -> Checkpoint | None:
     context = current_context()
     if context is None or not context.spec.keeps_checkpoints:
         return None
-    answer = context.control.ask("latest")
-    if answer.get("error"):
+    answer = context.control.ask_latest()
+    if answer.error:
         raise CheckpointError(
             f"rank {context.spec.rank} on {context.spec.host} cannot get the latest checkpoint: "
-            f"{answer['error']}"
+            f"{answer.error}"
         )
-    if not answer["directory"]:
+    if not answer.directory:
         return None
-    return Checkpoint._at(answer["directory"], answer["step"], answer["differs"])
+    return Checkpoint._at(answer.directory, answer.step, answer.differs)
 
 
 @contextlib.contextmanager
 def save(step: int) -> Iterator[Path]:
-    """Save a checkpoint: whatever rank 0 writes into the directory, files and subdirectories.
+    """Save whatever rank 0 writes into the directory, files and subdirectories, as a checkpoint.
 
-    When the block ends, the files are handed over and main goes on; they are stored in the
-    background, complete or not at all. If saves come faster than they can be stored, the newest
-    wins. If the block raises, nothing is saved. Other ranks get a directory that is thrown away,
-    so that the same code runs everywhere.
+    When the block ends, main goes on, and the files are stored in the background, complete or not
+    at all. If saves come faster than they can be stored, the newest wins. If the block raises,
+    nothing is saved. Other ranks get a directory that is thrown away, so that the same code runs
+    everywhere.
 
     Parameters
     ----------
@@ -138,10 +126,8 @@ def save(step: int) -> Iterator[Path]:
 
     Raises
     ------
-    ArgumentTypeError
-        If step is not an int.
-    ArgumentValueError
-        If step is negative.
+    ArgumentTypeError, ArgumentValueError
+        If step is not an int, or negative.
 
     Examples
     --------
@@ -158,7 +144,7 @@ def save(step: int) -> Iterator[Path]:
     try:
         yield directory
         if context is not None and context.spec.keeps_checkpoints and context.spec.rank == 0:
-            context.link.send("checkpoint", step=step, directory=str(directory))
+            context.link.send(CheckpointSaved(step, str(directory)))
             handed_over = True
     finally:
         if not handed_over and os.getpid() == own_pid:  # not by a process forked in the block
@@ -171,23 +157,19 @@ class _HasState(Protocol):
 
 
 def save_torch(step: int, **objects: _HasState) -> None:
-    """Save PyTorch modules, optimizers, schedulers and the like; rank 0 writes.
-
-    Each becomes a file ``<name>.pt`` with its ``state_dict()``. Every rank has to call this.
+    """Save each object's ``state_dict()`` as ``<name>.pt``; every rank calls this, rank 0 writes.
 
     Parameters
     ----------
     step
         As for :func:`save`.
     **objects
-        What to save, by name.
+        PyTorch modules, optimizers, schedulers and the like, by name.
 
     Raises
     ------
-    ArgumentTypeError
-        If step is not an int, or nothing is to be saved.
-    ArgumentValueError
-        If step is negative.
+    ArgumentTypeError, ArgumentValueError
+        If step is not an int or negative, or nothing is to be saved.
 
     Examples
     --------
@@ -210,7 +192,7 @@ def save_torch(step: int, **objects: _HasState) -> None:
 
 
 def load_torch(**objects: _HasState) -> int:
-    """Load what :func:`save_torch` saved into objects of the same shape, and say where to go on.
+    """Load what :func:`save_torch` saved into objects of the same shape; return the next step.
 
     Parameters
     ----------
@@ -271,7 +253,7 @@ def _settings(item: Any) -> list[dict[str, Any]]:
 def _tell_of_old_settings(
     name: str, made_with: list[dict[str, Any]], loaded: list[dict[str, Any]]
 ) -> None:
-    """Say on the driver, once, that an optimizer's new settings were replaced."""
+    """Log on the driver, once, that an optimizer's new settings were replaced."""
     changes = dict.fromkeys(
         f"{setting} is {value!r} again, not {new[setting]!r}"
         for new, old in zip(made_with, loaded, strict=False)

@@ -1,4 +1,4 @@
-"""Looks at the machine and says what would go wrong and what to do. Runs in: the command line.
+"""Reports what would go wrong on this machine, and what to do. Runs in: the command line.
 
 Frameworks are imported in processes of their own, so that looking at a GPU takes none of its
 memory and a broken installation cannot take the doctor down with it.
@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,29 +35,23 @@ from horovodrunner.horovod_build.recipe import (
 
 _BUILD = "python -m horovodrunner build-horovod"
 _IMPORT_SECONDS = 90.0
-_TORCH_PROGRAM = """
+_PROGRAMS = {
+    "torch": """
 import torch
 print(f"answer:CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPUs"
       if torch.version.cuda else "answer:CPU build")
-"""
-_TENSORFLOW_PROGRAM = """
+""",
+    "tensorflow": """
 import tensorflow as tf
 gpus = len(tf.config.list_physical_devices("GPU"))
 print(f"answer:{gpus} GPUs" if tf.test.is_built_with_cuda() else "answer:CPU build")
-"""
+""",
+}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
-
-    Attributes
-    ----------
-    verdict: ``ok``; ``problem`` stops a run; ``note`` is good to know.
-    subject: what was looked at.
-    text: what was seen.
-    remedy: what to do about it; empty if nothing has to be done.
-    """
+    """One line of the report: a problem stops a run, a note is good to know."""
 
     verdict: Literal["ok", "problem", "note"]
     subject: str
@@ -77,41 +72,38 @@ def run_doctor(say: Callable[[str], None] = print) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at everything, in the order of a run: from Python to the network."""
-    # The slow ones start first and are read when their line comes.
-    probes = _start_framework_probes()
-    try:
+    """Examine everything, in the order of a run: from Python to the network."""
+    with ThreadPoolExecutor() as pool:  # frameworks are slow, and ready when their line comes
+        frameworks = [
+            pool.submit(_framework, name, version, _PROGRAMS[name])
+            for name, version in framework_versions().items()
+        ]
         yield _python()
         yield from _worker_python()
         yield _java()
         yield from _spark()
-        for name, (version, probe) in probes.items():
-            yield _framework(name, version, probe)
-        yield _horovod()
-        yield from _sparkdl()
-        yield from _gpus()
-        yield from _network()
-    finally:
-        for _, probe in probes.values():
-            probe.kill()
-            probe.communicate()
+        for framework in frameworks:
+            yield framework.result()
+    yield _horovod()
+    yield from _sparkdl()
+    yield from _gpus()
+    yield from _network()
 
 
 def _python() -> Finding:
-    cores = (
-        len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else None
-    )
     memory = psutil.virtual_memory()
+    has_affinity = hasattr(psutil.Process, "cpu_affinity")  # not on macOS
+    cores = len(psutil.Process().cpu_affinity()) if has_affinity else psutil.cpu_count()
     return Finding(
         "ok",
         "Python",
-        f"{platform.python_version()} ({sys.executable}), {cores or psutil.cpu_count()} cores, "
+        f"{platform.python_version()} ({sys.executable}), {cores} cores, "
         f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB memory free",
     )
 
 
 def _worker_python() -> Iterator[Finding]:
-    """Compare the Python that executors are told to use with the running one."""
+    """Compare the Python that executors are told to use with this one."""
     other = os.environ.get("PYSPARK_PYTHON")
     if not other:
         return
@@ -185,27 +177,17 @@ def _spark() -> Iterator[Finding]:
         )
 
 
-def _start_framework_probes() -> dict[str, tuple[str, subprocess.Popen[str]]]:
-    programs = {"torch": _TORCH_PROGRAM, "tensorflow": _TENSORFLOW_PROGRAM}
-    return {
-        name: (
-            version,
-            subprocess.Popen(
-                [sys.executable, "-c", programs[name]],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-            ),
-        )
-        for name, version in framework_versions().items()
-    }
-
-
-def _framework(name: str, version: str, probe: subprocess.Popen[str]) -> Finding:
+def _framework(name: str, version: str, program: str) -> Finding:
     try:
-        output, errors = probe.communicate(timeout=_IMPORT_SECONDS)
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+            timeout=_IMPORT_SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return Finding(
             "problem",
@@ -213,10 +195,10 @@ def _framework(name: str, version: str, probe: subprocess.Popen[str]) -> Finding
             f"{version}: its import takes longer than {_IMPORT_SECONDS:.0f} s",
             "look at the disk and the GPU driver (nvidia-smi)",
         )
-    answers = [line[7:] for line in output.splitlines() if line.startswith("answer:")]
-    if probe.returncode == 0 and answers:
+    answers = [line[7:] for line in done.stdout.splitlines() if line.startswith("answer:")]
+    if done.returncode == 0 and answers:
         return Finding("ok", name, f"{version}, {answers[0]}")
-    last = (errors.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     return Finding(
         "problem",
         name,
@@ -235,13 +217,15 @@ def _horovod() -> Finding:
             "neither torch nor tensorflow is installed",
             f"{prerequisites.INSTALL_FRAMEWORK}, then {_BUILD}",
         )
+    if status.state == "missing":
+        text = f"{status.text}, and needed only by a main that imports it"
+        return Finding("note", "Horovod", text, _BUILD)
     if not status.fits:
         return Finding("problem", "Horovod", status.text, _BUILD)
     return Finding("ok", "Horovod", status.text)
 
 
 def _sparkdl() -> Iterator[Finding]:
-    """Say which of several packages of that name ``from sparkdl import HorovodRunner`` gets."""
     found = drop_in.find_sparkdl()
     if found is None:
         return

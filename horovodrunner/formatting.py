@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["class_names", "cut", "in_one_line", "ranks_in_words", "short_name"]
+__all__ = [
+    "class_names",
+    "cut",
+    "format_bytes",
+    "full_name",
+    "in_one_line",
+    "ranks_in_words",
+    "short_name",
+]
 
 _MAX_NAMED = 8
 _MAX_CLASSES = 100
@@ -20,25 +28,7 @@ _TEXT_CHARS = 500
 
 
 def ranks_in_words(ranks: Iterable[int]) -> str:
-    """Name some ranks.
-
-    Parameters
-    ----------
-    ranks
-        The ranks, in any order.
-
-    Returns
-    -------
-    str
-        All of them when they are few, else how many they are.
-
-    Examples
-    --------
-    >>> ranks_in_words([2])
-    'rank 2'
-    >>> ranks_in_words({3, 0, 1})
-    'ranks 0, 1 and 3'
-    """
+    """Return "rank 2", "ranks 0, 1 and 3", or how many they are."""
     names = [str(rank) for rank in sorted(ranks)]
     if len(names) == 1:
         return f"rank {names[0]}"
@@ -48,74 +38,23 @@ def ranks_in_words(ranks: Iterable[int]) -> str:
 
 
 def class_names(cls: type) -> tuple[str, ...]:
-    """Return the qualified names of a class and its bases, in the order of its MRO.
+    """Return the qualified names of a class and its bases, in the order of its MRO."""
+    return tuple(full_name(each) for each in _MRO(cls)[:_MAX_CLASSES])
 
-    Parameters
-    ----------
-    cls
-        The class.
 
-    Returns
-    -------
-    tuple of str
-        ``module.qualname`` of each.
-
-    Examples
-    --------
-    >>> class_names(ConnectionResetError)[:3]
-    ('builtins.ConnectionResetError', 'builtins.ConnectionError', 'builtins.OSError')
-    """
-    names = []
-    for each in _MRO(cls)[:_MAX_CLASSES]:
-        module = _MODULE(each)
-        prefix = f"{module[:_MAX_NAME]}." if type(module) is str else ""
-        names.append(prefix + short_name(each))
-    return tuple(names)
+def full_name(cls: type) -> str:
+    """Return a class's module and qualified name."""
+    module = _MODULE(cls)
+    return (f"{module[:_MAX_NAME]}." if type(module) is str else "") + short_name(cls)
 
 
 def short_name(cls: type) -> str:
-    """Return a class's name within its module.
-
-    Parameters
-    ----------
-    cls
-        The class.
-
-    Returns
-    -------
-    str
-        Its ``__qualname__``.
-
-    Examples
-    --------
-    >>> short_name(OSError)
-    'OSError'
-    """
+    """Return a class's name within its module."""
     return str.__str__(_QUALNAME(cls))[:_MAX_NAME]
 
 
 def cut(text: str, most: int, *, keep_end: bool = False) -> str:
-    """Cut a text that is too long, with a mark that says how long it was.
-
-    Parameters
-    ----------
-    text
-        Any text.
-    most
-        Characters to keep.
-    keep_end
-        Whether half of them are kept from its end.
-
-    Returns
-    -------
-    str
-        The text, or what is kept of it with the mark.
-
-    Examples
-    --------
-    >>> cut("no space left on the device", 8)
-    'no space...(truncated: 27 characters)'
-    """
+    """Cut a text that is too long, with a mark that says how long it was."""
     if len(text) <= most:
         return text
     mark = f"...(truncated: {len(text):,} characters)"
@@ -125,18 +64,7 @@ def cut(text: str, most: int, *, keep_end: bool = False) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return an error's type and text, however broken it is.
-
-    Parameters
-    ----------
-    error
-        Any.
-
-    Returns
-    -------
-    str
-        One line of bounded length.
-    """
+    """Return an error's type and text, however broken it is."""
     try:
         text = cut(str(error), _TEXT_CHARS)
     except KeyboardInterrupt:
@@ -145,3 +73,13 @@ def in_one_line(error: BaseException) -> str:
         text = f"(its text cannot be had: {short_name(type(broken))})"
     name = short_name(type(error))
     return f"{name}: {text}".replace("\n", " ") if text else name
+
+
+def format_bytes(count: int) -> str:
+    """Return a number of bytes with a binary unit."""
+    size = float(count)
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -111,7 +111,7 @@ def cmake_command() -> str | None:
 
 
 def java_problem() -> Problem | None:
-    """Say why Spark would not start with the Java of this machine, or return None."""
+    """Return why Spark would not start with the Java of this machine, if so."""
     command = java_command()
     if command is None:
         return Problem(f"no Java was found; Spark needs Java {OLDEST_JAVA} or newer", _JAVA_REMEDY)
@@ -127,7 +127,7 @@ def java_problem() -> Problem | None:
 
 
 def compiler_problem(standard: int = OLDEST_CXX, what: str = "Horovod") -> Problem | None:
-    """Say why ``what``, which needs C++ ``standard``, cannot be compiled here, or return None."""
+    """Return why ``what``, which needs C++ ``standard``, cannot be compiled here, if so."""
     command = compiler_command()
     needs = f"building {what} needs C++{standard}"
     if command is None:
@@ -144,7 +144,7 @@ def compiler_problem(standard: int = OLDEST_CXX, what: str = "Horovod") -> Probl
 
 
 def cmake_problem() -> Problem | None:
-    """Say why CMake cannot drive the build here, or return None."""
+    """Return why CMake cannot drive the build here, if so."""
     command = cmake_command()
     if command is None:
         return Problem("cmake was not found; building Horovod needs 3.13", _CMAKE_REMEDY)
@@ -161,8 +161,18 @@ def cmake_problem() -> Problem | None:
     return None
 
 
+def patch_problem() -> Problem | None:
+    """Say that nothing here can apply the patches to Horovod's sources, or return None."""
+    if shutil.which("git") or shutil.which("patch"):
+        return None
+    return Problem(
+        "neither git nor patch was found; Horovod's sources are patched before they are built",
+        "install one (Debian/Ubuntu: apt install patch; conda: conda install -c conda-forge patch)",
+    )
+
+
 def headers_problem() -> Problem | None:
-    """Say that the headers of the running Python are missing, or return None."""
+    """Return that the headers of the running Python are missing, if so."""
     include = Path(sysconfig.get_path("include", "posix_prefix"))
     if (include / "Python.h").exists():
         return None
@@ -174,5 +184,10 @@ def headers_problem() -> Problem | None:
 
 def build_problems(standard: int = OLDEST_CXX, what: str = "Horovod") -> list[Problem]:
     """List everything outside Python packages that a build of ``what`` in C++ lacks here."""
-    found = (compiler_problem(standard, what), cmake_problem(), headers_problem())
+    found = (
+        compiler_problem(standard, what),
+        cmake_problem(),
+        patch_problem(),
+        headers_problem(),
+    )
     return [problem for problem in found if problem]

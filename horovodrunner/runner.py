@@ -14,24 +14,26 @@ from typing import TYPE_CHECKING, Any
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ConfigurationError
-from horovodrunner.flows.artifacts.task import BroughtFiles
+from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.call.early_imports import early_imports
 from horovodrunner.flows.call.import_path import ImportPath
+from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.driver import new_history, newest_history
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
-from horovodrunner.flows.telemetry.phases import Phase, Spans, in_words
+from horovodrunner.flows.outcome.outcome import Outcome
+from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
+from horovodrunner.formatting import format_bytes
 from horovodrunner.pickling import payload
 from horovodrunner.placement.environment import forwarded_environment, hash_seed
 from horovodrunner.placement.versions import installed_versions
-from horovodrunner.processes.driver import interrupt
 from horovodrunner.processes.driver.announcement import announce
-from horovodrunner.processes.driver.attempts import run_attempts, stopped_in_words
+from horovodrunner.processes.driver.attempts import describe_stopped, run_attempts
 from horovodrunner.processes.driver.interactive import is_interactive, program_arguments
+from horovodrunner.spark import interrupt
 from horovodrunner.storage import is_url
 from horovodrunner.usage import explained, wrong_options, wrong_run
-from horovodrunner.wire.job import JobSpec, Outcome
 
 if TYPE_CHECKING:
     from horovodrunner.data.unshared import UnsharedDataSet
@@ -277,10 +279,11 @@ class HorovodRunner:
             **self._horovod_variables,
         }
         files = BroughtFiles(environment)
-        with payload.companions() as companions:
+        with payload.attachments() as attachments:
             call = payload.dump_call(main, kwargs, program_arguments())
         frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
+        data = tuple(attachments.values())
         console = Console(executors_have_lines=self._np >= 0)
         announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
         self._warn(main, kwargs, len(call))
@@ -310,12 +313,12 @@ class HorovodRunner:
                 keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
             )
             run_job = self._run_locally if self._np < 0 else self._run_on_spark
-            return run_job(job, console, files, tuple(companions.values()))
+            return run_job(job, console, files, data)
 
         try:
             return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
         except KeyboardInterrupt as error:
-            error.args = (stopped_in_words(error, abs(self._np), store),)
+            error.args = (describe_stopped(error, abs(self._np), store),)
             raise error from None  # a second Ctrl-C comes while the first one is handled
         finally:
             self._note_phases(spans, console, began)
@@ -354,9 +357,9 @@ class HorovodRunner:
             )
         if call_bytes > payload.WARN_BYTES:
             parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
-            named = "; ".join(f"{where} ({payload.format_bytes(n)})" for where, n in parts)
+            named = "; ".join(f"{where} ({format_bytes(n)})" for where, n in parts)
             warn(
-                f"the pickled main and its arguments have {payload.format_bytes(call_bytes)}, "
+                f"the pickled main and its arguments have {format_bytes(call_bytes)}, "
                 "which every executor has to fetch"
                 + (f". Largest: {named}" if named else "")
                 + ". Load large data inside main instead",
@@ -419,7 +422,7 @@ class HorovodRunner:
                 spans.add("outcome back", phase.ended, time.time())
         self._phases = spans.phases()
         if self._profile_launch:
-            console.note(f"where the time went:\n{in_words(self._phases, since=began)}")
+            console.note(f"where the time went:\n{format_phases(self._phases, since=began)}")
 
 
 _OPTIONS = [*inspect.signature(HorovodRunner.__init__).parameters][1:]
@@ -438,11 +441,12 @@ def _horovod_variables(horovodrun_args: str | Sequence[str] | None) -> dict[str,
         return {}
     options = checked.command_line("horovodrun_args", horovodrun_args)
     try:
-        from horovodrunner.placement.horovodrun_options import environment_of
+        from horovodrunner.placement.rendezvous import environment_of
+
+        return environment_of(options)
     except ImportError as error:
         raise ConfigurationError(
             f"horovodrun_args={options!r}: Horovod's own parser reads them, and it cannot be "
             f"imported here: {error}. Install Horovod on the driver, too (`{sys.executable} -m "
             "horovodrunner build-horovod`), or set the HOROVOD_... variables instead"
         ) from error
-    return environment_of(options)

@@ -1,5 +1,6 @@
 """A directory, or an fsspec file system, with checkpoints or data sets. Runs in: every process.
 
+Local files need no fsspec and are put in their place by a rename, which object stores do not have.
 Nothing is forced to the disk. What a power failure tears, the hashes in the manifest show.
 """
 
@@ -13,20 +14,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 from horovodrunner.errors import ArgumentValueError, ConfigurationError
 from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME
 from horovodrunner.formatting import in_one_line
 
 __all__ = [
-    "LocalPlace",
-    "RemotePlace",
+    "LocalStorage",
+    "RemoteStorage",
+    "Storage",
     "as_os_error",
     "is_url",
     "local_path",
     "open_file_system",
-    "open_place",
+    "open_storage",
     "path_of_file_url",
 ]
 
@@ -68,17 +70,7 @@ _INSTEAD = {
 
 
 def is_url(location: str | os.PathLike[str]) -> bool:
-    """Tell URLs, which need fsspec, from paths.
-
-    Parameters
-    ----------
-    location
-        A path or a URL.
-
-    Returns
-    -------
-    bool
-        True when it starts with a scheme of two or more characters.
+    """Return whether a location starts with a scheme of two or more characters, and needs fsspec.
 
     Examples
     --------
@@ -88,52 +80,8 @@ def is_url(location: str | os.PathLike[str]) -> bool:
     return _SCHEME.match(os.fspath(location)) is not None
 
 
-def open_place(location: str | os.PathLike[str]) -> LocalPlace | RemotePlace:
-    """Give access to a location.
-
-    Parameters
-    ----------
-    location
-        A path or a URL.
-
-    Returns
-    -------
-    LocalPlace or RemotePlace
-        The place; it need not exist yet.
-
-    Raises
-    ------
-    ConfigurationError
-        When fsspec, or what it needs for the URL's scheme, is missing.
-    """
-    text = os.fspath(location)
-    if not is_url(text):
-        return LocalPlace(local_path(text))
-    if isinstance(location, PurePath):
-        raise ConfigurationError(
-            f"{location!r} is a URL in a path object, which drops slashes. Give it as a str."
-        )
-    return RemotePlace(text)
-
-
 def local_path(text: str) -> Path:
-    """Make a path absolute, which means the same in processes with another working directory.
-
-    Parameters
-    ----------
-    text
-        A path; ``~`` is the home directory.
-
-    Returns
-    -------
-    Path
-        The path.
-
-    Raises
-    ------
-    ConfigurationError
-        If it cannot be a path of this machine.
-    """
+    """Return an absolute path, which means the same in processes with another working directory."""
     if os.name == "posix" and _OF_WINDOWS.match(text):
         raise ConfigurationError(
             f"{text!r} is a path of Windows, which this machine would take for one name: write the "
@@ -146,22 +94,7 @@ def local_path(text: str) -> Path:
 
 
 def path_of_file_url(url: str) -> str | None:
-    """Return the path that a ``file:`` URL names.
-
-    Parameters
-    ----------
-    url
-        A URL.
-
-    Returns
-    -------
-    str or None
-        None if it is none of a file.
-
-    Raises
-    ------
-    ConfigurationError
-        If it names another host.
+    """Return the path that a ``file:`` URL names; None for other schemes.
 
     Examples
     --------
@@ -182,57 +115,102 @@ def path_of_file_url(url: str) -> str | None:
     return path
 
 
-class LocalPlace:
+class Storage(Protocol):
+    """A directory: names of what is in it are relative, with ``/`` between their parts.
+
+    Every method raises OSError when it fails.
+    """
+
+    def url(self, path: str) -> str:
+        """Return the full path or URL of what is at `path`."""
+
+    def make(self, path: str) -> None:
+        """Create a directory, and those above it, unless it is there."""
+
+    def directories(self) -> list[str]:
+        """List the names of the directories at the top; none where there is nothing."""
+
+    def refresh(self) -> None:
+        """Forget what is remembered of the content."""
+
+    def size(self, path: str) -> int:
+        """Return a file's size in bytes."""
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a file for reading."""
+
+    def create(self, path: str) -> BinaryIO:
+        """Open a new file for writing, with the directories above it."""
+
+    def begin(self, name: str) -> str:
+        """Make an empty directory where the files that are to stand at `name` are written."""
+
+    def finish(self, incoming: str, name: str) -> None:
+        """Put what was written to `incoming` in its place, instead of what is there."""
+
+    def remove(self, name: str) -> None:
+        """Delete a directory and all that is in it."""
+
+    def remove_file(self, path: str) -> None:
+        """Delete a file."""
+
+    def recover(self) -> None:
+        """Put back what a crash in the middle of :meth:`finish` left aside."""
+
+    def leftovers(self) -> list[str]:
+        """List what writes that were interrupted long ago left."""
+
+
+def open_storage(location: str | os.PathLike[str]) -> LocalStorage | RemoteStorage:
+    """Open a path or a URL, which need not exist yet."""
+    text = os.fspath(location)
+    if not is_url(text):
+        return LocalStorage(local_path(text))
+    if isinstance(location, PurePath):
+        raise ConfigurationError(
+            f"{location!r} is a URL in a path object, which drops slashes. Give it as a str."
+        )
+    return RemoteStorage(text)
+
+
+class LocalStorage(Storage):
     """A directory of a mounted file system."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def url(self, path: str) -> str:
-        """Give the full path or URL of what is at `path`."""
         return str(self.root / path)
 
     def make(self, path: str) -> None:
-        """Create a directory, and those above it, unless it is there."""
         (self.root / path).mkdir(parents=True, exist_ok=True)
 
     def directories(self) -> list[str]:
-        """List the names of the directories at the top."""
         try:
             return [each.name for each in self.root.iterdir() if each.is_dir()]
         except FileNotFoundError:
             return []
 
     def refresh(self) -> None:
-        """Do nothing: a disk is always asked."""
+        pass  # a disk is always asked
 
     def size(self, path: str) -> int:
-        """Give a file's size in bytes."""
         return (self.root / path).stat().st_size
 
     def open(self, path: str) -> BinaryIO:
-        """Open a file for reading."""
         return (self.root / path).open("rb")
 
     def create(self, path: str) -> BinaryIO:
-        """Open a new file for writing, with the directories above it."""
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         return target.open("xb")
 
-    def close(self, stream: BinaryIO) -> None:
-        """Finish a file that :meth:`create` opened."""
-        with stream:
-            stream.flush()
-
     def begin(self, name: str) -> str:
-        """Give the place where the files of `name` are written."""
         incoming = _beside(_INCOMING, name)
         self.make(incoming)
         return incoming
 
     def finish(self, incoming: str, name: str) -> None:
-        """Put what was written to `incoming` in its place, instead of what is there."""
         final, aside = self.root / name, self.root / _beside(_REPLACED, name)
         replaces = os.path.lexists(final)
         if replaces:
@@ -243,12 +221,11 @@ class LocalPlace:
             if replaces:
                 aside.replace(final)
             raise
-        with suppress(OSError):  # it is there now, whatever fails from here on
-            if replaces:
+        if replaces:
+            with suppress(OSError):  # it is there now, whatever fails from here on
                 self.remove(aside.name)
 
     def remove(self, name: str) -> None:
-        """Delete a directory and all that is in it."""
         path = self.root / name
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
@@ -259,11 +236,9 @@ class LocalPlace:
         shutil.rmtree(path)
 
     def remove_file(self, path: str) -> None:
-        """Delete a file."""
         (self.root / path).unlink()
 
     def recover(self) -> None:
-        """Put back what a crash in the middle of :meth:`finish` left aside."""
         for name in self.directories():
             final = _replaced_name(name)
             if final and not os.path.lexists(self.root / final):
@@ -271,7 +246,6 @@ class LocalPlace:
                     (self.root / name).replace(self.root / final)
 
     def leftovers(self) -> list[str]:
-        """List what writes that were interrupted long ago left."""
         found = []
         for name in self.directories():
             final = _replaced_name(name)
@@ -285,8 +259,8 @@ class LocalPlace:
         return found
 
 
-class RemotePlace:
-    """A place behind a URL. Whatever fsspec's implementations raise becomes an OSError."""
+class RemoteStorage(Storage):
+    """What is behind a URL. Whatever fsspec's implementations raise becomes an OSError."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -299,109 +273,74 @@ class RemotePlace:
         self._root = root.rstrip("/")
 
     def url(self, path: str) -> str:
-        """Give the full path or URL of what is at `path`."""
         separator = "" if self._url.endswith("/") else "/"
         return f"{self._url}{separator}{path}" if path else self._url
 
     def make(self, path: str) -> None:
-        """Create a directory, and those above it, unless it is there."""
-        with as_os_error(self.url(path)):
-            self._fs.makedirs(self._path(path), exist_ok=True)
+        self._call("makedirs", path, exist_ok=True)
 
     def directories(self) -> list[str]:
-        """List the names of the directories at the top."""
         self.refresh()
         try:
-            with as_os_error(self._url):
-                entries = self._fs.ls(self._path(""), detail=True)
+            entries = self._call("ls", "", detail=True)
         except FileNotFoundError:
             return []
         directories = [each["name"] for each in entries if each["type"] == "directory"]
         return [each.rstrip("/").rpartition("/")[2] for each in directories]
 
     def refresh(self) -> None:
-        """Forget the listings that fsspec caches."""
         with as_os_error(self._url):
             self._fs.invalidate_cache()
 
     def size(self, path: str) -> int:
-        """Give a file's size in bytes."""
-        with as_os_error(self.url(path)):
-            return int(self._fs.info(self._path(path))["size"])
+        return int(self._call("info", path)["size"])
 
     def open(self, path: str) -> BinaryIO:
-        """Open a file for reading."""
-        with as_os_error(self.url(path)):
-            return cast(BinaryIO, self._fs.open(self._path(path), "rb"))
+        return cast(BinaryIO, self._call("open", path, mode="rb"))
 
     def read(self, path: str, start: int, end: int) -> bytes:
         """Read a part of a file."""
-        with as_os_error(self.url(path)):
-            return cast(bytes, self._fs.cat_file(self._path(path), start=start, end=end))
+        return cast(bytes, self._call("cat_file", path, start=start, end=end))
 
     def create(self, path: str) -> BinaryIO:
-        """Open a new file for writing, with the directories above it."""
-        parent = path.rpartition("/")[0]
-        self.make(parent)
-        with as_os_error(self.url(path)):
-            return cast(BinaryIO, self._fs.open(self._path(path), "wb"))
-
-    def close(self, stream: BinaryIO) -> None:
-        """Finish a file that :meth:`create` opened."""
-        stream.close()
+        self.make(path.rpartition("/")[0])
+        return cast(BinaryIO, self._call("open", path, mode="wb"))
 
     def begin(self, name: str) -> str:
-        """Empty the place where the files of `name` are written: its own."""
         self.remove(name)
         self.make(name)
         return name
 
     def finish(self, incoming: str, name: str) -> None:
-        """Do nothing: the manifest, which is there by now, makes it count."""
+        pass  # the manifest, which is there by now, makes it count
 
     def remove(self, name: str) -> None:
-        """Delete a directory and all that is in it."""
         # the manifest first: a crash in the middle leaves an incomplete one, not a damaged one
         with suppress(FileNotFoundError):
             self.remove_file(f"{name}/{MANIFEST_NAME}")
-        with suppress(FileNotFoundError), as_os_error(self.url(name)):
-            self._fs.rm(self._path(name), recursive=True)
+        with suppress(FileNotFoundError):
+            self._call("rm", name, recursive=True)
 
     def remove_file(self, path: str) -> None:
-        """Delete a file."""
-        with as_os_error(self.url(path)):
-            self._fs.rm(self._path(path))
+        self._call("rm", path)
 
     def recover(self) -> None:
-        """Do nothing: behind a URL nothing is put aside."""
+        pass  # nothing is put aside
 
     def leftovers(self) -> list[str]:
-        """Give none: what lacks a manifest could be just being written, and ages are not known."""
-        return []
+        return []  # what lacks a manifest could be just being written, and ages are not known
 
-    def _path(self, path: str) -> str:
-        return f"{self._root}/{path}" if path else self._root or "/"
+    def _call(self, method: str, path: str, **options: Any) -> Any:
+        """Call a method of fsspec's file system with the full path."""
+        with as_os_error(self.url(path)):
+            full = f"{self._root}/{path}" if path else self._root or "/"
+            return getattr(self._fs, method)(full, **options)
 
 
 def open_file_system(url: str, **options: Any) -> tuple[Any, str]:
-    """Open what is behind a URL.
+    """Return fsspec's file system for a URL with one slash or two, and the path in it.
 
-    Parameters
-    ----------
-    url
-        The URL, with one slash or two after its scheme.
-    **options
-        What fsspec needs for it.
-
-    Returns
-    -------
-    tuple of object and str
-        fsspec's file system, and the path in it.
-
-    Raises
-    ------
-    ConfigurationError
-        If fsspec cannot open it; the text has what to install, or to write instead.
+    The error's text has what to install, or to write instead.
     """
     scheme, _, rest = url.partition(":")
     scheme = scheme.lower()
@@ -437,23 +376,7 @@ def open_file_system(url: str, **options: Any) -> tuple[Any, str]:
 
 @contextmanager
 def as_os_error(where: str) -> Iterator[None]:
-    """Let what a file system of anybody's raises be an OSError.
-
-    Parameters
-    ----------
-    where
-        The path or URL, for the text.
-
-    Yields
-    ------
-    None
-        While the file system is used.
-
-    Raises
-    ------
-    OSError
-        Instead of any other exception.
-    """
+    """Raise an OSError, which names the path or URL, instead of any other exception."""
     try:
         yield
     except OSError:

@@ -1,4 +1,4 @@
-"""Arguments are refused before anything is launched. Runs in: every process.
+"""Arguments are checked before anything is launched. Runs in: every process.
 
 Each function returns the plain Python value that it has checked, whatever NumPy, PyTorch or an enum
 made of it, and that value is the one to use: ``np.int64(2)`` overflows and is no JSON.
@@ -45,23 +45,7 @@ _NUMBERS: Any = (Real, Decimal)
 
 
 def plain(value: Any) -> Any:
-    """Return the Python value that a scalar of an array library stands for.
-
-    Parameters
-    ----------
-    value
-        Anything.
-
-    Returns
-    -------
-    object
-        What a NumPy scalar, a 0-d array or a 0-d tensor holds; anything else as it is.
-
-    Examples
-    --------
-    >>> plain(2), plain("auto"), plain([1])
-    (2, 'auto', [1])
-    """
+    """Return the Python value of a scalar, a 0-d array or a 0-d tensor; others as they are."""
     if isinstance(value, (bool, int, float)) and type(value).__module__ == "builtins":
         return value
     if getattr(value, "shape", None) != ():
@@ -75,185 +59,64 @@ def plain(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """Show a value in one line, for an error.
-
-    Parameters
-    ----------
-    value
-        Anything.
-
-    Returns
-    -------
-    str
-        Its ``repr`` without line breaks, cut where it is long.
-
-    Examples
-    --------
-    >>> shown("a")
-    "'a'"
-    """
+    """Show a value in one short line, for an error."""
     try:
         return cut(" ".join(repr(value).split()), _SHOWN_CHARS)
     except Exception:  # noqa: BLE001 - it is somebody's object
         return f"({type(value).__name__})"
 
 
-def boolean(name: str, value: Any) -> bool:
-    """Check a yes or no.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given.
-
-    Returns
-    -------
-    bool
-        The same.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is not a bool, NumPy's included.
-    """
-    given, value = value, plain(value)
-    if not isinstance(value, bool):
-        raise ArgumentTypeError(
-            f"{name}={shown(given)}: it must be True or False, got {type(given).__name__}"
-        )
-    return value
-
-
-def boolean_or(other: str, name: str, value: Any) -> bool | str:
-    """Check a yes or no that may be left to something else.
-
-    Parameters
-    ----------
-    other
-        What may be given instead.
-    name
-        The argument's name, for the error.
-    value
-        What was given.
-
-    Returns
-    -------
-    bool or str
-        The same.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is neither.
-    """
-    given, value = value, plain(value)
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value == other:
-        return other
-    raise ArgumentTypeError(
-        f"{name}={shown(given)}: it must be {other!r}, True or False, got {type(given).__name__}"
+def _wrong_type(name: str, given: Any, wanted: str) -> ArgumentTypeError:
+    return ArgumentTypeError(
+        f"{name}={shown(given)}: it must be {wanted}, got {type(given).__name__}"
     )
 
 
+def boolean(name: str, value: Any) -> bool:
+    """Check a bool, NumPy's included."""
+    found = plain(value)
+    if not isinstance(found, bool):
+        raise _wrong_type(name, value, "True or False")
+    return found
+
+
+def boolean_or(other: str, name: str, value: Any) -> bool | str:
+    """Check a yes or no that may be left to something else."""
+    found = plain(value)
+    if isinstance(found, bool):
+        return found
+    if isinstance(found, str) and found == other:
+        return other
+    raise _wrong_type(name, value, f"{other!r}, True or False")
+
+
 def integer(name: str, value: Any, at_least: int | None = None) -> int:
-    """Check a whole number.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given; a NumPy integer is one, a bool is not.
-    at_least
-        The smallest value that works, if there is one.
-
-    Returns
-    -------
-    int
-        The number.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is not an int.
-    ArgumentValueError
-        If it is too small.
-    """
-    given, value = value, plain(value)
-    if isinstance(value, bool):
-        raise ArgumentTypeError(f"{name}={shown(given)}: it must be an int, not a bool")
+    """Check a whole number; a bool is none."""
+    found = plain(value)
+    if isinstance(found, bool):
+        raise ArgumentTypeError(f"{name}={shown(value)}: it must be an int, not a bool")
     try:
-        found = int(operator.index(value))  # an enum's member stands for its number
+        found = int(operator.index(found))  # an enum's member stands for its number
     except Exception:  # noqa: BLE001 - an array of several numbers raises what it likes
-        raise ArgumentTypeError(
-            f"{name}={shown(given)}: it must be an int, got {type(given).__name__}"
-        ) from None
+        raise _wrong_type(name, value, "an int") from None
     if at_least is not None and found < at_least:
         raise ArgumentValueError(f"{name}={found}: it must be at least {at_least}")
     return found
 
 
 def number(name: str, value: Any, unit: str = "") -> float:
-    """Check a number.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given; a bool is no number.
-    unit
-        What it counts, for the error.
-
-    Returns
-    -------
-    float
-        The number.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is not a number.
-    ArgumentValueError
-        If a float cannot hold it.
-    """
-    given, value = value, plain(value)
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
-        raise ArgumentTypeError(
-            f"{name}={shown(given)}: it must be a number{unit and f' of {unit}'}, "
-            f"got {type(given).__name__}"
-        )
+    """Check a number, as a float; a bool is none."""
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, _NUMBERS):
+        raise _wrong_type(name, value, f"a number of {unit}" if unit else "a number")
     try:
-        return float(value)
+        return float(found)
     except (OverflowError, ValueError) as error:
-        raise ArgumentValueError(f"{name}={shown(given)}: {error}") from None
+        raise ArgumentValueError(f"{name}={shown(value)}: {error}") from None
 
 
 def seconds(name: str, value: Any) -> float:
-    """Check a time span.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given.
-
-    Returns
-    -------
-    float
-        Seconds.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is not a number.
-    ArgumentValueError
-        If it is not more than 0.
-    """
+    """Check a time span of more than 0 seconds."""
     found = number(name, value, "seconds")
     if not found > 0:
         raise ArgumentValueError(f"{name}={shown(value)}: it must be more than 0 seconds")
@@ -261,53 +124,15 @@ def seconds(name: str, value: Any) -> float:
 
 
 def text(name: str, value: Any) -> str:
-    """Check a text.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given.
-
-    Returns
-    -------
-    str
-        The same.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is not a str.
-    """
-    given, value = value, plain(value)
-    if not isinstance(value, str):
-        raise ArgumentTypeError(
-            f"{name}={shown(given)}: it must be a str, got {type(given).__name__}"
-        )
-    return str.__str__(value)
+    """Check a str."""
+    found = plain(value)
+    if not isinstance(found, str):
+        raise _wrong_type(name, value, "a str")
+    return str.__str__(found)
 
 
 def names(name: str, value: Any) -> list[str]:
-    """Check a list of names.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given; anything but a str that one can iterate over.
-
-    Returns
-    -------
-    list of str
-        The names.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is a single str, or something in it is none.
-    """
+    """Check a list of names: anything but a str that one can iterate over."""
     value = plain(value)
     if isinstance(value, str):
         raise ArgumentTypeError(f"{name}={value!r}: give a list, [{value!r}]")
@@ -319,27 +144,7 @@ def names(name: str, value: Any) -> list[str]:
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """Check one of a few words.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given.
-    choices
-        The words that work.
-
-    Returns
-    -------
-    str
-        The word.
-
-    Raises
-    ------
-    ArgumentValueError
-        If it is none of them.
-    """
+    """Check one of a few words."""
     word = plain(value)
     if not isinstance(word, str) or word not in choices:
         listed = ", ".join(map(repr, choices[:-1]))
@@ -348,27 +153,7 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
 
 
 def command_line(name: str, value: Any) -> list[str]:
-    """Check words of a command line.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given: the words, or text that is split as a shell does it.
-
-    Returns
-    -------
-    list of str
-        The words.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is neither.
-    ArgumentValueError
-        If the text cannot be split.
-    """
+    """Check words of a command line, or text that is split into them as a shell does it."""
     value = plain(value)
     if isinstance(value, str):
         try:
@@ -385,35 +170,13 @@ def command_line(name: str, value: Any) -> list[str]:
 
 
 def path(name: str, value: Any) -> str:
-    """Check a path or URL.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given.
-
-    Returns
-    -------
-    str
-        The same as text.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is neither a str nor a path, or a path object of a URL.
-    ArgumentValueError
-        If it is empty.
-    """
+    """Check a path or URL."""
     try:
         found = os.fspath(plain(value))
     except TypeError:
         found = None
     if not isinstance(found, str):
-        raise ArgumentTypeError(
-            f"{name}={shown(value)}: it must be a path or a URL, got {type(value).__name__}"
-        )
+        raise _wrong_type(name, value, "a path or a URL")
     if not found:
         raise ArgumentValueError(f"{name}={shown(value)}: it must not be empty")
     if isinstance(value, PurePath) and is_url(found):
@@ -424,25 +187,7 @@ def path(name: str, value: Any) -> str:
 
 
 def exception_types(name: str, value: Any) -> tuple[type[BaseException], ...]:
-    """Check one or more types of exceptions.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given: a type, or several of them.
-
-    Returns
-    -------
-    tuple of type
-        The types.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If something is not a type of exception.
-    """
+    """Check one or more types of exceptions."""
     try:
         types = (value,) if isinstance(value, type) else tuple(value)
     except TypeError:
@@ -456,27 +201,7 @@ def exception_types(name: str, value: Any) -> tuple[type[BaseException], ...]:
 
 
 def resources(name: str, value: Any) -> dict[str, float]:
-    """Check what a task takes of its executor.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    value
-        What was given: amounts by the names that Spark has for resources.
-
-    Returns
-    -------
-    dict of float
-        The same.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is no such mapping.
-    ArgumentValueError
-        If it is empty, or an amount cannot work.
-    """
+    """Check what a task takes of its executor: amounts by Spark's names of resources."""
     example = "give amounts by name, such as {'cpus': 4, 'gpu': 1}"
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ArgumentTypeError(f"{name}={value!r}: {example}")
@@ -486,18 +211,19 @@ def resources(name: str, value: Any) -> dict[str, float]:
         raise ArgumentValueError(f"{name}={value!r}: Spark's name for GPUs is 'gpu'")
     amounts: dict[str, float] = {}
     for resource, given in value.items():
-        amount: Any = plain(given)
-        is_int = isinstance(amount, int)
-        if isinstance(amount, bool) or not isinstance(amount, _NUMBERS):
-            raise ArgumentTypeError(f"{name}={value!r}: the amount of {resource!r} is no number")
-        amount = int(amount) if is_int else float(amount)
-        whole = float(amount).is_integer()
+        try:
+            amount = number(resource, given)
+        except ArgumentTypeError:
+            problem = f"the amount of {resource!r} is no number"
+            raise ArgumentTypeError(f"{name}={value!r}: {problem}") from None
+        whole = amount.is_integer()
         if not amount > 0 or (not whole and (amount > 1 or resource == "cpus")):
             raise ArgumentValueError(
                 f"{name}={value!r}: the amount of {resource!r} must be a whole number"
                 + ("" if resource == "cpus" else ", or less than 1 when tasks share one")
             )
-        amounts[str.__str__(resource)] = amount
+        is_int = isinstance(plain(given), int)
+        amounts[str.__str__(resource)] = int(amount) if is_int else amount
     return amounts
 
 
@@ -506,24 +232,7 @@ def main(
 ) -> Callable[..., Any]:
     """Check that a training function can be called with its arguments.
 
-    Parameters
-    ----------
-    function
-        What was given as main.
-    kwargs
-        Its keyword arguments.
-    runner_options
-        What HorovodRunner itself takes: somebody may have given that to ``run()``.
-
-    Returns
-    -------
-    callable
-        The function.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is not callable, or not with these arguments, or a call would not run it.
+    `runner_options` is what HorovodRunner itself takes: it may have been given to ``run()``.
     """
     if not callable(function):
         raise ArgumentTypeError(
@@ -540,20 +249,7 @@ def main(
 
 
 def runs_at_once(name: str, function: Callable[..., Any]) -> None:
-    """Check that a call runs a function, instead of making a coroutine or a generator of it.
-
-    Parameters
-    ----------
-    name
-        The argument's name, for the error.
-    function
-        The function.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is async or a generator.
-    """
+    """Check that a call runs a function, instead of making a coroutine or a generator of it."""
     later = what_runs_later(function)
     if not later:
         return
@@ -566,7 +262,6 @@ def runs_at_once(name: str, function: Callable[..., Any]) -> None:
 
 
 def _function_instead(thing: Any) -> str:
-    """Say what to pass instead of something that cannot be called."""
     if isinstance(thing, str):
         return "pass the function itself, run(train), not its name or its file"
     if isinstance(thing, types.ModuleType):

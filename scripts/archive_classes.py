@@ -14,10 +14,11 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from pyspark import SparkContext
-from pyspark.sql import SparkSession
+from pyspark.sql import SparkSession, functions
 
 from horovodrunner import HorovodRunner
 
@@ -28,7 +29,7 @@ JVM_SECONDS = 120
 
 
 def main() -> None:
-    """Run once on Spark in a JVM that keeps its classes when it ends."""
+    """Use Spark in a JVM that keeps its classes when it ends: the driver's, master and worker."""
     if ARCHIVE.exists() and ARCHIVE.stat().st_mtime > SET_UP.stat().st_mtime:
         return
     print("Archiving the classes of Spark's JVMs for the tests: half a minute.", flush=True)
@@ -37,7 +38,7 @@ def main() -> None:
     options = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -Xlog:disable"
     os.environ["PYSPARK_PYTHON"] = sys.executable
     spark = (
-        SparkSession.builder.master("local[1]")
+        SparkSession.builder.master("local-cluster[1,1,1024]")
         .config("spark.driver.extraJavaOptions", f"{options} -XX:ArchiveClassesAtExit={unfinished}")
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
@@ -46,7 +47,7 @@ def main() -> None:
     )
     with contextlib.redirect_stdout(io.StringIO()):
         HorovodRunner(np=1).run(lambda: None)
-    spark.sparkContext.parallelize([1], 1).count()
+    use_dataframes(spark)
     spark.stop()
     gateway = SparkContext._gateway
     gateway.shutdown()
@@ -58,6 +59,17 @@ def main() -> None:
         unfinished.replace(ARCHIVE)
     else:
         print("Java wrote no archive of classes: the tests take longer without", file=sys.stderr)
+
+
+def use_dataframes(spark: SparkSession) -> None:
+    """Load the classes that the tests' DataFrames need."""
+    spark.sparkContext.parallelize([1], 1).count()
+    rows = spark.range(8).withColumn("x", functions.array(functions.col("id").cast("double")))
+    with tempfile.TemporaryDirectory() as folder:
+        rows.write.parquet(f"{folder}/rows")
+        read = spark.read.parquet(f"{folder}/rows").repartition(2)
+        read.mapInArrow(lambda batches: batches, read.schema).toPandas()
+    spark.createDataFrame([(1, "a")], "id long, name string").groupBy("name").count().collect()
 
 
 if __name__ == "__main__":

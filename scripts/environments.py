@@ -48,7 +48,7 @@ def versions_in(python: Path, *packages: str) -> dict[str, str]:
 
 
 def become_pytest(python: Path, versions: Mapping[str, str], arguments: Sequence[str]) -> None:
-    """Say what is tested, and replace this process by pytest in the environment."""
+    """Print what is tested, and replace this process by pytest in the environment."""
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     environment = python.parent.parent.relative_to(ROOT)
     print(f"Testing with {named} ({environment})", flush=True)

@@ -52,7 +52,7 @@ def fingerprint() -> str:
 
 
 def is_spark_3(release: str) -> bool:
-    """Tell whether that is one of Spark 3, of which only 3.5 is supported."""
+    """Return whether that is one of Spark 3, of which only 3.5 is supported."""
     return release.split(".", 1)[0] == "3"
 
 

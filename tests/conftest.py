@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
+import multiprocessing  # noqa: TID251 -- to see whether there are children
 import os
+import re
 import shutil
 import signal
 import sys
@@ -20,11 +23,15 @@ import pytest
 
 from tests import processes
 
-CLASSES = Path(__file__).resolve().parents[1] / "build" / "spark.jsa"
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = ROOT / "build" / "spark.jsa"
 """Made by scripts/archive_classes.py: another third of the time of a JVM that lives for seconds."""
 
-os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-"""The JVMs of tests live for seconds: what they save in compiling is a third of their time."""
+os.environ["JDK_JAVA_OPTIONS"] = (
+    "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+    " -XX:+UnlockDiagnosticVMOptions -XX:-BytecodeVerificationRemote"
+)
+"""The JVMs of tests live for seconds: compiling and verifying would be a third of their time."""
 if CLASSES.exists():
     # Without the log: a JVM that the archive does not fit would say so on its standard output.
     os.environ["JDK_JAVA_OPTIONS"] += f" -XX:SharedArchiveFile={CLASSES} -Xlog:disable"
@@ -46,12 +53,30 @@ _JANITOR = ("horovodrunner-scratch", "rm -rf -- ")
 """Outlives a task that was killed, to delete its files."""
 
 
+_STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
+"""The events that Python tells its audit hooks when a process is started."""
+
+_some_may_run = True
+"""Whether there is a process to look for: reading what all of this machine have takes long."""
+
+
+def _note_start(event: str, _: object) -> None:
+    global _some_may_run
+    if event in _STARTS:
+        _some_may_run = True
+
+
 def marked_processes(*, with_janitors: bool = False) -> list[str]:
     """List what this test session started, directly or through Spark, and what is ours."""
+    global _some_may_run
+    if not (_some_may_run or multiprocessing.active_children()):
+        return []
     allowed = _ALLOWED if with_janitors else (*_ALLOWED, *_JANITOR)
+    _some_may_run = False
     found = [
         (pid, processes.command_of(pid)) for pid in processes.pids_of(os.environ[processes.MARK])
     ]
+    _some_may_run |= bool(found)
     return [
         f"process {pid}: {command}"
         for pid, command in found
@@ -103,6 +128,42 @@ def _present() -> set[str]:
 def pytest_configure() -> None:
     """Not on import: ranks import this, too, with the module of a test's main."""
     processes.guard(TEMPORARY)
+    sys.addaudithook(_note_start)
+
+
+RUNGS = ["corpus", "docs", "horovod", "spark", "process", "unit"]
+"""In the order of how long their files take: the short ones keep all workers busy to the end."""
+
+
+@functools.cache
+def uses_the_session(file: Path) -> bool:
+    """Return whether a file's tests share the ``spark`` session."""
+    return re.search(r'usefixtures\("spark"\)|\bspark: Any\b', file.read_text()) is not None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let xdist's workers begin with what takes long."""
+
+    def order(item: pytest.Item) -> tuple[bool, int]:
+        folder = item.path.parent.name
+        return not uses_the_session(item.path), RUNGS.index(folder) if folder in RUNGS else 0
+
+    if hasattr(config, "workerinput"):
+        items.sort(key=order)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand each file to one worker, and all that share the ``spark`` session to the same one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneSession(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "one session" if uses_the_session(config.rootpath / file) else file
+
+    config.option.loadscopereorder = False
+    return OneSession(config, log) if config.option.dist == "loadfile" else None
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,4 +1,4 @@
-"""Finds the base class that a framework wants its callbacks to have. Runs in: the worker."""
+"""What the callbacks of frameworks share. Runs in: the worker."""
 
 from __future__ import annotations
 
@@ -6,32 +6,37 @@ import importlib
 import sys
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import Any
 
-__all__ = ["base_classes"]
+from horovodrunner.flows.logs.training_log import TrainingLog
+
+__all__ = ["FrameworkCallback", "base_classes"]
+
+
+class FrameworkCallback:
+    """A callback whose instances also have the base class that the framework asks for."""
+
+    _chosen_class: type
+
+    def __init__(self, per_batch_log: bool = False) -> None:
+        super().__init__()
+        self._per_batch_log = per_batch_log
+        self._log = TrainingLog()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to the workers as a new one, of the framework there."""
+        return self._chosen_class, (self._per_batch_log,)
+
+    @classmethod
+    def _with_bases(cls, *bases: type) -> Any:
+        return object.__new__(type(cls.__name__, (cls, *bases), {"_chosen_class": cls}))
 
 
 def base_classes(packages: Sequence[str], attribute: str) -> tuple[type, ...]:
-    """Give a class of those packages that are imported already, else of the first one there is.
+    """Return a class of those packages that are imported already, else of the first one there is.
 
     Several may be imported: tensorflow alone imports Keras 3, beside which somebody uses tf_keras.
     A callback that has all their base classes suits each of them.
-
-    Parameters
-    ----------
-    packages
-        Names of packages that have such a class, the preferred one first.
-    attribute
-        Where the class is in each of them.
-
-    Returns
-    -------
-    tuple of type
-        At least one class.
-
-    Raises
-    ------
-    ImportError
-        If none of the packages can be imported.
     """
     imported = [name for name in packages if name in sys.modules]
     find = attrgetter(attribute)

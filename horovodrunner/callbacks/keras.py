@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from horovodrunner.callbacks.bases import base_classes
+from horovodrunner.callbacks.bases import FrameworkCallback, base_classes
 from horovodrunner.flows.logs.training_log import TrainingLog, count_or_none
 
 __all__ = ["LogCallback"]
 
 
-class LogCallback:
+class LogCallback(FrameworkCallback):
     """Tells the driver when epochs begin and end, with the losses and metrics that Keras logs.
 
-    Give it to ``model.fit(..., callbacks=[LogCallback()])``, after callbacks that change the logs
+    Pass it to ``model.fit(..., callbacks=[LogCallback()])``, after callbacks that change the logs
     (such as Horovod's ``MetricAverageCallback``). Every rank that has it sends lines::
 
         rank 0: epoch 3 of 10 begins
@@ -32,31 +32,25 @@ class LogCallback:
 
     def __new__(cls, per_batch_log: bool = False) -> LogCallback:
         """Make an instance whose class has Keras's own base class."""
-        bases = base_classes(_packages(), "callbacks.Callback")
-        made = _complete(cls, per_batch_log, sorted(bases, key=_is_of_tf_keras))
-        instance: LogCallback = object.__new__(made)
+        legacy = os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true")
+        packages = ("tf_keras", "keras") if legacy else ("keras", "tf_keras")
+        bases = sorted(base_classes(packages, "callbacks.Callback"), key=_is_of_tf_keras)
+        hooks = (_BatchHook,) if per_batch_log else ()
+        beside = (_OfTfKeras,) if len(bases) > 1 else ()
+        instance: LogCallback = cls._with_bases(*hooks, *beside, *bases)
         return instance
 
-    def __init__(self, per_batch_log: bool = False) -> None:
-        super().__init__()
-        self._per_batch_log = per_batch_log
-        self._log = TrainingLog()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travel to the workers as a new one, of the Keras there."""
-        return type(self)._chosen_class, (self._per_batch_log,)  # type: ignore[attr-defined]
-
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Say that an epoch begins; Keras calls it."""
+        """Send a line; Keras calls it."""
         self._log.epoch_begins(epoch, _of(self, "epochs"))
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Say how an epoch went; Keras calls it."""
+        """Send a line; Keras calls it."""
         self._log.epoch_ends(logs)
 
 
 class _BatchHook:
-    """Stands beside the rest because Keras is faster when no callback looks at batches."""
+    """Apart from the rest, because Keras is faster when no callback looks at batches."""
 
     _log: TrainingLog
 
@@ -77,17 +71,6 @@ class _OfTfKeras:
 
 def _is_of_tf_keras(base: type) -> bool:
     return base.__module__.startswith("tf_keras")
-
-
-def _complete(chosen: type, per_batch_log: bool, bases: Sequence[type]) -> type:
-    hooks = (_BatchHook,) if per_batch_log else ()
-    beside = (_OfTfKeras,) if len(bases) > 1 else ()
-    return type(chosen.__name__, (chosen, *hooks, *beside, *bases), {"_chosen_class": chosen})
-
-
-def _packages() -> tuple[str, str]:
-    legacy = os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true")
-    return ("tf_keras", "keras") if legacy else ("keras", "tf_keras")
 
 
 def _of(callback: Any, name: str) -> int | None:

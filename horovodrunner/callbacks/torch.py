@@ -50,24 +50,9 @@ class LogCallback:
         self._more: dict[str, Any] = {}
 
     def epochs(self, epochs: int, start: int = 0) -> Iterator[int]:
-        """Go through the epochs; one that is left with ``break`` has no line at its end.
+        """Yield ``start`` to ``epochs - 1``; an epoch left with ``break`` has no line at its end.
 
-        Parameters
-        ----------
-        epochs
-            The number after the last one.
-        start
-            The first one.
-
-        Yields
-        ------
-        int
-            ``start`` to ``epochs - 1``.
-
-        Raises
-        ------
-        ArgumentTypeError
-            If one of them is not an int.
+        An ArgumentTypeError is raised if one of the two is not an int.
         """
         start = checked.integer("start", start)
         epochs = checked.integer("epochs", epochs)
@@ -79,13 +64,7 @@ class LogCallback:
             self._log.epoch_ends({**means, **self._more})
 
     def batch(self, **values: Any) -> None:
-        """Take what a batch gave; the epoch's line has the means.
-
-        Parameters
-        ----------
-        **values
-            Numbers or tensors with one value.
-        """
+        """Take a batch's numbers, or tensors with one value; the epoch's line has the means."""
         for name, value in values.items():
             own = value.detach() if hasattr(value, "detach") else value
             total, count = self._sums.get(name, (0, 0))
@@ -95,11 +74,5 @@ class LogCallback:
             self._log.batch_ends(self._batches - 1, None, values)
 
     def epoch(self, **values: Any) -> None:
-        """Take what belongs to the epoch as a whole, such as an accuracy on other data.
-
-        Parameters
-        ----------
-        **values
-            Whatever is to be in the epoch's line, as it is.
-        """
+        """Take what belongs to the epoch as a whole, such as an accuracy on other data."""
         self._more.update(values)

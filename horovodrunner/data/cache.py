@@ -17,7 +17,7 @@ from horovodrunner.data.dataset import DataSet
 from horovodrunner.data.origin import Origin
 from horovodrunner.data.stored import MANIFEST, Manifest
 from horovodrunner.errors import DataError
-from horovodrunner.storage import LocalPlace, open_place
+from horovodrunner.storage import LocalStorage, open_storage
 
 __all__ = ["DataSetCache", "cache"]
 
@@ -126,18 +126,18 @@ class DataSetCache:
 
 def _limit_of_disk(location: str, stored_bytes: int) -> int:
     """Allow half of what would be free without any data set."""
-    place = open_place(location)
-    if not isinstance(place, LocalPlace):
+    storage = open_storage(location)
+    if not isinstance(storage, LocalStorage):
         return 2**63
-    return (shutil.disk_usage(place.root).free + stored_bytes) // 2
+    return (shutil.disk_usage(storage.root).free + stored_bytes) // 2
 
 
 def _is_there(location: str) -> bool:
     """Return whether a data set can be reached."""
-    place = open_place(location)
-    place.refresh()
+    storage = open_storage(location)
+    storage.refresh()
     try:
-        return place.size(MANIFEST) > 0
+        return storage.size(MANIFEST) > 0
     except OSError:
         return False
 
@@ -145,9 +145,9 @@ def _is_there(location: str) -> bool:
 def remove(location: str) -> None:
     """Delete a data set's directory."""
     above, _, name = location.rstrip("/").rpartition("/")
-    place = open_place(above or "/")
+    storage = open_storage(above or "/")
     with suppress(FileNotFoundError):
-        place.remove(name)
+        storage.remove(name)
 
 
 cache = DataSetCache()

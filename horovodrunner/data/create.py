@@ -40,7 +40,8 @@ from horovodrunner.errors import (
 from horovodrunner.spark.column_names import map_by_name
 from horovodrunner.spark.dataframes import check_dataframe
 from horovodrunner.spark.errors import told_as
-from horovodrunner.storage import is_url, local_path, open_place
+from horovodrunner.spark.jobs import collect
+from horovodrunner.storage import is_url, local_path, open_storage
 from horovodrunner.usage import explained
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def _writer(
     def write(location: str) -> Iterable[str]:
         write_partition = functools.partial(write_rows, location, columns, nulls)
         rows = map_by_name(source, write_partition, REPORT_SCHEMA)
-        return [row["report"] for row in rows.collect()]
+        return [row["report"] for row in collect(rows, "storing the rows of a DataFrame")]
 
     return write
 
@@ -225,21 +226,19 @@ def _write(
     location: str, columns: Sequence[Column], write: Callable[[str], Iterable[str]]
 ) -> Manifest:
     """Have the rows written to a new directory; it is complete then, or gone."""
-    place = open_place(location)
+    storage = open_storage(location)
     try:
-        place.make("")
+        storage.make("")
         reports = sorted((json.loads(text) for text in write(location)), key=lambda r: r["part"])
         manifest = _manifest(columns, reports)
         _check_all_there(location, manifest)
-        stream = place.create(MANIFEST)
+        stream = storage.create(MANIFEST)
         stream.write(manifest.to_json().encode())
-        place.close(stream)
+        stream.close()
     except BaseException as error:
         with contextlib.suppress(OSError):
             remove(location)
-        # Py4J may tell of an interrupt as of a lost connection.
-        is_py4js = type(error).__name__ == "Py4JNetworkError"
-        if isinstance(error.__context__ if is_py4js else error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt("the rows were being stored: none of them is kept") from None
         if isinstance(error, Exception) and (text := _cause_of_writing(error)):
             raise DataError(
@@ -273,11 +272,11 @@ def _manifest(columns: Sequence[Column], reports: Sequence[Mapping[str, Any]]) -
 
 
 def _check_all_there(location: str, manifest: Manifest) -> None:
-    place = open_place(location)
-    place.refresh()
+    storage = open_storage(location)
+    storage.refresh()
     for file in manifest.files:
         try:
-            size = place.size(file.name)
+            size = storage.size(file.name)
         except FileNotFoundError:
             size = -1
         if size != file.size:

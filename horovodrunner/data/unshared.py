@@ -13,7 +13,7 @@ from horovodrunner.data.dataset import DataSet
 from horovodrunner.data.formats import arrow_schema
 from horovodrunner.data.stored import BlockReader
 from horovodrunner.errors import ArgumentValueError, DataError
-from horovodrunner.pickling.payload import travels_along
+from horovodrunner.pickling.payload import attach
 from horovodrunner.placement.environment import DATA_DIRECTORY
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class UnsharedDataSet(DataSet):
         return f"DataSet({len(self.columns)} columns, travels with each run)"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        travels_along(self.identity, self)
+        attach(self.identity, self)
         return UnsharedDataSet, (self.identity, self.columns)
 
     @property

@@ -19,7 +19,7 @@ import pyarrow as pa
 from horovodrunner.data.columns import Column, NullPolicy, merged, no_lengths, stored
 from horovodrunner.data.stored import StoredFile
 from horovodrunner.errors import DataError
-from horovodrunner.storage import LocalPlace, RemotePlace, open_place
+from horovodrunner.storage import Storage, open_storage
 
 __all__ = [
     "BLOCK_BYTES",
@@ -107,19 +107,17 @@ def write_rows(
         first = next(blocks, None)
         if first is None:
             return
-        file = _write_file(open_place(location), name, itertools.chain([first], blocks))
+        file = _write_file(open_storage(location), name, itertools.chain([first], blocks))
         report |= {"file": asdict(file), "lengths": builder.lengths}
     except DataError as error:
         report["problem"] = str(error)
     yield pa.RecordBatch.from_pydict({"report": [json.dumps(report)]})
 
 
-def _write_file(
-    place: LocalPlace | RemotePlace, name: str, blocks: Iterable[pa.RecordBatch]
-) -> StoredFile:
+def _write_file(storage: Storage, name: str, blocks: Iterable[pa.RecordBatch]) -> StoredFile:
     rows: list[int] = []
     offsets: list[int] = []
-    stream = place.create(name)
+    stream = storage.create(name)
     try:
         for block in blocks:
             if not offsets:
@@ -131,11 +129,11 @@ def _write_file(
             rows.append(block.num_rows)
             offsets.append(offsets[-1] + message.size)
         stream.write(END_OF_STREAM)
-        place.close(stream)
+        stream.close()
     except BaseException:
         with contextlib.suppress(Exception):
             stream.close()
         with contextlib.suppress(OSError):
-            place.remove_file(name)
+            storage.remove_file(name)
         raise
     return StoredFile(name, offsets[-1] + len(END_OF_STREAM), tuple(rows), tuple(offsets))

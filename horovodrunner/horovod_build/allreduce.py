@@ -1,8 +1,7 @@
 """A real allreduce of two processes. Runs in: three processes of its own, as a script.
 
-``python allreduce.py FRAMEWORK`` starts Horovod's rendezvous and runs itself twice, once for
-each rank. It imports Horovod and the framework and nothing else, and is
-run from a folder of its own, so that no neighbouring file is taken for a package.
+``python allreduce.py FRAMEWORK`` starts Horovod's rendezvous and runs itself once for each rank.
+It is run from a folder of its own, so that no neighbouring file is taken for a package.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ import sys
 
 SIZE = 2
 GLOO_TIMEOUT = 60
-"""Seconds after which a rank gives up on its peer; whoever runs this script bounds the whole."""
+"""Seconds after which a rank gives up on its peer."""
 
 
 def main() -> int:
-    """Be one rank if the environment says which, else start all of them."""
     framework = sys.argv[1]
     if "HOROVOD_RANK" in os.environ:
         be_rank(framework)
@@ -74,7 +72,6 @@ def start_ranks(framework: str) -> int:
 
 
 def be_rank(framework: str) -> None:
-    """Sum one number of each rank and refuse a wrong sum."""
     rank = int(os.environ["HOROVOD_RANK"])
     expected = float(sum(range(1, SIZE + 1)))
     total = {"torch": sum_with_torch, "tensorflow": sum_with_tensorflow}[framework](rank + 1.0)
@@ -83,7 +80,6 @@ def be_rank(framework: str) -> None:
 
 
 def sum_with_torch(number: float) -> float:
-    """Sum ``number`` over the ranks with horovod.torch, on GPUs where each rank has its own."""
     import horovod.torch as hvd
     import torch
 
@@ -96,7 +92,6 @@ def sum_with_torch(number: float) -> float:
 
 
 def sum_with_tensorflow(number: float) -> float:
-    """Sum ``number`` over the ranks with horovod.tensorflow."""
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")  # two processes must not fill one GPU's memory

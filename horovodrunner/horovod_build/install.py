@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import zipfile
@@ -25,8 +24,9 @@ from horovodrunner.horovod_build.recipe import (
     installed_status,
     toolchain_facts,
 )
+from horovodrunner.horovod_build.sources import PIP, Say
 from horovodrunner.horovod_build.verify import verify_allreduce
-from horovodrunner.horovod_build.wheel import Say, make_wheel, require_build_tools
+from horovodrunner.horovod_build.wheel import make_wheel, require_build_tools
 
 
 def cache_folder() -> Path:
@@ -35,28 +35,16 @@ def cache_folder() -> Path:
 
 
 def check_horovod() -> Status:
-    """Say whether the installed Horovod fits the installed frameworks; takes no second."""
+    """Return whether the installed Horovod fits the installed frameworks; importing neither."""
     return installed_status(current_recipe(), horovod_folder())
 
 
 def build_horovod(*, force: bool = False, target: Path | None = None, say: Say = print) -> None:
     """Install a Horovod built for the installed frameworks, unless it is there already.
 
-    Nothing is installed, and nothing goes into the cache, before two processes have proved it
-    with a real allreduce for every framework.
-
-    Parameters
-    ----------
-    force: build anew, whatever is installed or cached.
-    target: install into this folder instead of the environment.
-    say: told each step.
-
-    Raises
-    ------
-    ConfigurationError
-        If no framework is installed.
-    HorovodBuildError
-        If something is missing, or a step fails.
+    Nothing is installed or cached before two processes have proved it with a real allreduce for
+    every framework. `force` builds anew, whatever is installed or cached; `target` is a folder to
+    install into instead of the environment.
     """
     recipe = current_recipe()
     if target is None and not force and _nothing_to_do(recipe, say):
@@ -83,7 +71,6 @@ def build_horovod(*, force: bool = False, target: Path | None = None, say: Say =
 
 
 def cached_wheel(key: str) -> Path | None:
-    """Return the finished wheel that is cached under ``key``, if there is one."""
     return next((cache_folder() / "wheels" / key).glob("*.whl"), None)
 
 
@@ -138,8 +125,7 @@ def _prove(wheel: Path, recipe: Recipe, say: Say) -> None:
 
 def _install(wheel: Path, target: Path | None) -> None:
     # pip would leave an installed horovod of the same version alone without --force-reinstall.
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
-    command += ["--no-index", "--force-reinstall", str(wheel)]
+    command = [*PIP, "install", "--no-deps", "--no-index", "--force-reinstall", str(wheel)]
     if target is not None:
         command += ["--target", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

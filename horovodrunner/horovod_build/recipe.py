@@ -19,9 +19,12 @@ from typing import Any, Literal
 
 from horovodrunner import prerequisites
 from horovodrunner.errors import ConfigurationError, HorovodBuildError
-from horovodrunner.horovod_build.edits import RECORD_NAME, WITHOUT_CUDA, fingerprint
-
-HOROVOD_VERSION = "0.28.1"
+from horovodrunner.horovod_build.sources import (
+    HOROVOD_VERSION,
+    RECORD_NAME,
+    WITHOUT_CUDA,
+    fingerprint,
+)
 
 HOROVOD_NAMES = {"torch": "pytorch", "tensorflow": "tensorflow"}
 """How Horovod spells each framework, in its metadata.json and (in capitals) its variables."""
@@ -66,29 +69,24 @@ print("answer:" + json.dumps({"abi": abi, "cxx": cxx}))
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a build of Horovod is made for; read without importing any framework.
-
-    Attributes
-    ----------
-    horovod: version of Horovod.
-    edits: fingerprint of the edits to its sources.
-    python: ABI tag of the interpreter, such as ``cpython-311-x86_64-linux-gnu``.
-    frameworks: version of each installed framework, by import name.
-    cuda: CUDA version that torch was built with; None for a CPU build.
-    gpu_operations: value of HOROVOD_GPU_OPERATIONS; empty for none.
-    flags: the variables that change the build, as the user set them.
-    """
+    """What a build of Horovod is made for; read without importing any framework."""
 
     horovod: str
     edits: str
+    """Fingerprint of the patches."""
     python: str
+    """ABI tag of the interpreter, such as ``cpython-311-x86_64-linux-gnu``."""
     frameworks: dict[str, str]
+    """Versions by import name."""
     cuda: str | None
+    """CUDA version that torch was built with; None for a CPU build."""
     gpu_operations: str
+    """Value of HOROVOD_GPU_OPERATIONS; empty for none."""
     flags: dict[str, str]
+    """The variables that change the build, as the user set them."""
 
     def __str__(self) -> str:
-        """Say it in words: ``torch 2.13.0, tensorflow 2.21.0 (CPU)``."""
+        """Return the frameworks, as in ``torch 2.13.0, tensorflow 2.21.0 (CPU)``."""
         names = ", ".join(f"{name} {version}" for name, version in self.frameworks.items())
         return f"{names} ({self.gpu_operations or 'CPU'})"
 
@@ -99,8 +97,8 @@ class Recipe:
 
     def variables(self) -> dict[str, str]:
         """Return the environment variables that tell Horovod's build what to make."""
-        variables = {"HOROVOD_WITH_GLOO": "1", "HOROVOD_WITHOUT_MPI": "1"}
-        variables["HOROVOD_WITHOUT_MXNET"] = "1"
+        names = ("HOROVOD_WITH_GLOO", "HOROVOD_WITHOUT_MPI", "HOROVOD_WITHOUT_MXNET")
+        variables = dict.fromkeys(names, "1")
         for name, spelled in HOROVOD_NAMES.items():
             with_or_without = "WITH" if name in self.frameworks else "WITHOUT"
             variables[f"HOROVOD_{with_or_without}_{spelled.upper()}"] = "1"
@@ -123,11 +121,8 @@ class Recipe:
 class Status:
     """How the installed Horovod fits the installed frameworks.
 
-    Attributes
-    ----------
-    state: ``ready`` was built and verified by this command; ``foreign`` was built by something
-        else for the right versions; ``stale`` was built for something else; ``missing``.
-    text: the same in one line, with the versions seen.
+    ``ready`` was built and verified by build-horovod; ``foreign`` was built by another tool for
+    the right versions; ``stale`` was built for something else.
     """
 
     state: Literal["ready", "foreign", "stale", "missing"]
@@ -135,16 +130,11 @@ class Status:
 
     @property
     def fits(self) -> bool:
-        """Whether Horovod can be used with the installed frameworks."""
         return self.state in ("ready", "foreign")
 
 
 def framework_versions() -> dict[str, str]:
-    """Return the versions of torch and TensorFlow as installed, by import name.
-
-    A framework that HOROVOD_WITHOUT_PYTORCH or HOROVOD_WITHOUT_TENSORFLOW leaves out is not
-    listed.
-    """
+    """Return the installed frameworks, less what HOROVOD_WITHOUT_... leaves out, with versions."""
     owners = importlib.metadata.packages_distributions()
     found = {}
     for name, spelled in HOROVOD_NAMES.items():
@@ -175,10 +165,9 @@ def cuda_home() -> str | None:
 
 
 def find_cuda() -> tuple[str | None, str]:
-    """Return where the CUDA toolkit is, and what was seen instead if there is none.
+    """Return where the CUDA toolkit is, or what it lacks.
 
-    It is where the variables say, else where an nvcc that runs and the headers are. A machine
-    with CUDA's runtime alone has neither.
+    A machine with CUDA's runtime alone has no nvcc or no headers.
     """
     for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"):
         home = os.environ.get(name)
@@ -221,13 +210,7 @@ def torch_nccl() -> Path | None:
 
 
 def current_recipe() -> Recipe:
-    """Find out what Horovod has to be built for in this environment.
-
-    Raises
-    ------
-    ConfigurationError
-        If neither torch nor TensorFlow is installed.
-    """
+    """Return what Horovod has to be built for in this environment."""
     frameworks = framework_versions()
     if not frameworks:
         raise ConfigurationError(
@@ -261,13 +244,8 @@ def cache_key(recipe: Recipe, toolchain: dict[str, Any]) -> str:
 def toolchain_facts(recipe: Recipe) -> dict[str, Any]:
     """Read what else a wheel depends on: compilers, C++ ABIs and standards, the processor.
 
-    The frameworks are imported for this, in a process of their own, which also proves that they
-    can be imported before minutes are spent on a build.
-
-    Raises
-    ------
-    HorovodBuildError
-        If a framework cannot be imported.
+    The frameworks are imported for this, in a process of their own, before minutes are spent on a
+    build.
     """
     done = subprocess.run(
         [sys.executable, "-c", _FRAMEWORK_PROGRAM, *recipe.frameworks],

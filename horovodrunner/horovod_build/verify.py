@@ -20,18 +20,9 @@ SCRIPT = Path(__file__).with_name("allreduce.py")
 def verify_allreduce(
     frameworks: Iterable[str], *, folder: Path | None = None, timeout: float = 120.0
 ) -> None:
-    """Run an allreduce of two processes with each framework.
+    """Run an allreduce of two processes with each framework, in `timeout` seconds at most.
 
-    Parameters
-    ----------
-    frameworks: import names, ``torch`` and ``tensorflow``.
-    folder: where Horovod lies if it is not the installed one that is meant.
-    timeout: seconds that one framework may take.
-
-    Raises
-    ------
-    HorovodBuildError
-        If a process fails, the sum is wrong or the time is over; no process is left running.
+    `folder` is where Horovod lies if it is not the installed one that is meant.
     """
     for framework in frameworks:
         _verify_one(framework, folder, timeout)

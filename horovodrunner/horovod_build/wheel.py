@@ -1,8 +1,7 @@
-"""Fetches, edits and compiles Horovod into a wheel. Runs in: the command line."""
+"""Compiles Horovod into a wheel. Runs in: the command line."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -10,21 +9,21 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from horovodrunner import prerequisites
 from horovodrunner.errors import HorovodBuildError
-from horovodrunner.horovod_build.edits import CXX_VARIABLES, RECORD_NAME, apply_edits
-from horovodrunner.horovod_build.recipe import HOROVOD_VERSION, Recipe, find_cuda
-
-SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
-
-Say = Callable[[str], None]
-"""How a step tells what it does: called with one line."""
+from horovodrunner.horovod_build.recipe import Recipe, find_cuda
+from horovodrunner.horovod_build.sources import (
+    CXX_VARIABLES,
+    PIP,
+    RECORD_NAME,
+    Say,
+    patched_sources,
+)
 
 # Import name and distribution name of what a build without isolation needs around it.
 _BUILD_PACKAGES = {
@@ -39,7 +38,6 @@ _BUILD_PACKAGES = {
 }
 
 _PROGRESS_SECONDS = 20.0
-_PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 # What the compilers, the linker, CMake, make and Python write about a failure, most telling first.
 _ERROR_LINES = (
@@ -61,24 +59,15 @@ _HINTS = (
 
 
 def require_build_tools(recipe: Recipe, cxx: Mapping[str, int] | None = None) -> None:
-    """Check that everything a build needs is there, before anything is downloaded.
+    """Raise an error that names all that a build lacks, before anything is downloaded.
 
-    Parameters
-    ----------
-    recipe: what to build for.
-    cxx: C++ standard that each framework needs, such as ``{"torch": 20}``.
-
-    Raises
-    ------
-    HorovodBuildError
-        Naming all that is missing, and how to get it.
+    `cxx` is the C++ standard that each framework needs, such as ``{"torch": 20}``.
     """
-    needs = max(cxx.items(), key=lambda item: item[1]) if cxx else None
-    found = (
-        prerequisites.build_problems(needs[1], f"Horovod for {needs[0]}")
-        if needs
-        else prerequisites.build_problems()
-    )
+    if cxx:
+        framework, standard = max(cxx.items(), key=lambda item: item[1])
+        found = prerequisites.build_problems(standard, f"Horovod for {framework}")
+    else:
+        found = prerequisites.build_problems()
     problems = [str(problem) for problem in found]
     absent = [
         distribution
@@ -104,75 +93,14 @@ def require_build_tools(recipe: Recipe, cxx: Mapping[str, int] | None = None) ->
 def make_wheel(
     recipe: Recipe, *, cxx: Mapping[str, int] | None = None, work: Path, log: Path, say: Say
 ) -> Path:
-    """Fetch, unpack, edit and compile Horovod.
-
-    Parameters
-    ----------
-    recipe: what to build for.
-    cxx: C++ standard that each framework needs; the compiler's own if it is not known.
-    work: an empty folder for the sources and the wheel.
-    log: file that keeps the whole output of the build.
-    say: told each step.
-
-    Returns
-    -------
-    Path
-        The wheel, below ``work``.
-
-    Raises
-    ------
-    HorovodBuildError
-        If a step fails; a failed compilation shows the first error and where the log is.
-    """
-    source = unpack(fetch_sdist(work, say), work)
-    apply_edits(source)
+    """Fetch, patch and compile Horovod below `work`; `log` keeps the whole output."""
+    source = patched_sources(work, say)
     record = json.dumps(asdict(recipe), indent=1)
     (source / "horovod" / RECORD_NAME).write_text(record, encoding="utf-8")
     return compile_wheel(recipe, cxx=cxx, source=source, work=work, log=log, say=say)
 
 
-def fetch_sdist(work: Path, say: Say) -> Path:
-    """Download Horovod's source archive with pip, as pip is configured, and check its hash."""
-    say(f"fetching Horovod {HOROVOD_VERSION}'s source archive (3.5 MB)")
-    # Hashes are only accepted from a requirements file, not on pip's command line.
-    requirements = work / "requirements.txt"
-    requirements.write_text(f"horovod=={HOROVOD_VERSION} --hash=sha256:{SDIST_SHA256}\n")
-    command = [*_PIP, "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
-    command += ["--require-hashes", "--dest", str(work), "--requirement", str(requirements)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.strip().splitlines() if "notice" not in line]
-        raise HorovodBuildError(
-            f"pip could not download Horovod {HOROVOD_VERSION}'s source archive "
-            f"(exit code {done.returncode}):\n  " + "\n  ".join(lines[-4:])
-        )
-    archive = work / f"horovod-{HOROVOD_VERSION}.tar.gz"
-    check_hash(archive)
-    return archive
-
-
-def check_hash(archive: Path, expected: str = SDIST_SHA256) -> None:
-    """Refuse a source archive that is not the one the edits were written for."""
-    actual = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if actual != expected:
-        raise HorovodBuildError(
-            f"{archive.name} has SHA-256 {actual}, expected {expected}: the archive was changed "
-            "or damaged on its way, and is not used"
-        )
-
-
-def unpack(archive: Path, work: Path) -> Path:
-    """Unpack the source archive and return its folder."""
-    with tarfile.open(archive) as packed:
-        if hasattr(tarfile, "data_filter"):
-            packed.extractall(work, filter="data")
-        else:  # Pythons before the filters were added; the hash says whose archive this is
-            packed.extractall(work)  # noqa: S202
-    return work / f"horovod-{HOROVOD_VERSION}"
-
-
 def build_environment(recipe: Recipe, cxx: Mapping[str, int] | None = None) -> dict[str, str]:
-    """Return the environment the build runs in."""
     environ = {name: v for name, v in os.environ.items() if not name.startswith("HOROVOD_WITH")}
     environ.update(recipe.variables())
     environ.update({CXX_VARIABLES[name]: str(standard) for name, standard in (cxx or {}).items()})
@@ -196,7 +124,7 @@ def compile_wheel(
     log: Path,
     say: Say,
 ) -> Path:
-    """Compile the edited sources with ``pip wheel``, saying now and then how far it is."""
+    """Compile with ``pip wheel``; a failure shows the first error and where the log is."""
     # Measured on two cores; CUDA kernels are compiled for every architecture of the toolkit.
     minutes = (1.5 * len(recipe.frameworks) + (2 if recipe.uses_cuda() else 0)) * 2 / _cores()
     say(
@@ -205,7 +133,7 @@ def compile_wheel(
     )
     say(f"  the full output goes to {log}")
     wheels = work / "wheels"
-    command = [*_PIP, "wheel", "--verbose", "--no-deps", "--no-build-isolation"]
+    command = [*PIP, "wheel", "--verbose", "--no-deps", "--no-build-isolation"]
     command += ["--wheel-dir", str(wheels), str(source)]
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

@@ -16,23 +16,15 @@ from typing import Any
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.placement.topology import compose_devices
 
-__all__ = ["Device", "current_device", "gpu_index"]
+__all__ = ["Device", "current_device"]
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a task computes.
-
-    Parameters
-    ----------
-    gpu
-        Number of the GPU among those that this process sees; None: the CPU.
-    cores
-        The task's cores; 0 outside a task, where the frameworks' own choice stands.
-    """
-
     gpu: int | None
+    """Number of the task's GPU among those that this process sees; None: the CPU."""
     cores: int
+    """The task's; 0 outside a task, where the frameworks' own choice stands."""
 
     @property
     def torch_name(self) -> str:
@@ -65,18 +57,7 @@ class Device:
 
 
 def current_device() -> Device:
-    """Find the device of the Spark task that this process works for.
-
-    Returns
-    -------
-    Device
-        The first GPU that Spark gave the task, else the CPU.
-
-    Raises
-    ------
-    ConfigurationError
-        If Spark gave it a GPU that this process cannot see.
-    """
+    """Return the first GPU of the Spark task that this process works for, else the CPU."""
     from pyspark import TaskContext
 
     task: Any = TaskContext.get()
@@ -86,35 +67,16 @@ def current_device() -> Device:
     if owned is None or not owned.addresses:
         return Device(None, task.cpus())
     try:
-        index = gpu_index(owned.addresses, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        index = _gpu_index(owned.addresses, os.environ.get("CUDA_VISIBLE_DEVICES"))
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
     return Device(index, task.cpus())
 
 
-def gpu_index(addresses: Sequence[str], visible: str | None) -> int:
-    """Say which of the GPUs that a process sees is a task's first.
+def _gpu_index(addresses: Sequence[str], visible: str | None) -> int:
+    """Return the number of a task's first GPU among those that the process sees.
 
-    Parameters
-    ----------
-    addresses
-        What Spark gave the task: numbers or UUIDs.
-    visible
-        The process's ``CUDA_VISIBLE_DEVICES``, or None where it is not set.
-
-    Returns
-    -------
-    int
-        Its number.
-
-    Raises
-    ------
-    ValueError
-        If the process does not see it.
-
-    Examples
-    --------
-    >>> gpu_index(["1"], None), gpu_index(["1"], "4,6"), gpu_index(["GPU-8d"], "GPU-31,GPU-8d")
+    >>> _gpu_index(["1"], None), _gpu_index(["1"], "4,6"), _gpu_index(["GPU-b"], "GPU-a,GPU-b")
     (1, 1, 1)
     """
     (address,) = compose_devices(addresses[:1], visible)

@@ -3,16 +3,15 @@
 Runs in: the driver (`plain_scan`, `parts_dataframe`) and Spark's Python workers (`read_parts`).
 
 A DataFrame that is nothing but ``spark.read.parquet(path)``, or a selection of its columns, has the
-rows of its files: pyarrow then gives them to a Python worker several times as fast as Spark does,
-which decodes them in the JVM and sends them over a socket. Whether a DataFrame is such a scan is
-asked of Spark: the driver makes the scan that it would be, and takes it for one only if
-``DataFrame.sameSemantics`` says that the two are the same. Whatever is not known to be safe is left
-to Spark.
+rows of its files, which pyarrow reads several times as fast as Spark sends them from its JVM. The
+driver makes the scan that it would be, and asks ``DataFrame.sameSemantics`` whether the two are the
+same. Whatever is not known to be safe is left to Spark.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import os
@@ -22,20 +21,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from horovodrunner.errors import DataError
+from horovodrunner.inference.inputs import is_list
+from horovodrunner.inference.outputs import SCALARS
 from horovodrunner.spark.column_names import as_written
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql.types import DataType, StructType
 
-__all__ = ["FilePart", "FileScan", "parts_dataframe", "plain_scan", "read_parts"]
+__all__ = ["FileScan", "RowGroup", "balanced", "parts_dataframe", "plain_scan", "read_parts"]
 
 MAX_FILES = 1000
 """The driver reads every file's footer before the job starts: about 1 ms each."""
@@ -62,89 +63,48 @@ SPARK_SCHEMA_KEY = b"org.apache.spark.sql.parquet.row.metadata"
 
 
 @dataclass(frozen=True)
-class FilePart:
-    """Consecutive row groups of one file, which one task reads.
-
-    Attributes
-    ----------
-    path : str
-        The file, the same on the driver and on every executor.
-    row_groups : tuple of int
-        Their numbers in the file.
-    rows : int
-        How many rows they hold.
-    bytes : int
-        Size of the columns that are read, decompressed.
-    size : int
-        The whole file's size in bytes, when the driver saw it.
-    mtime_ns : int
-        When it was last changed, in nanoseconds since 1970.
-    partition : int
-        Which partition reads it.
-    """
+class RowGroup:
+    """One row group of a file that the driver has looked at."""
 
     path: str
-    row_groups: tuple[int, ...]
+    """The same on the driver and on every executor."""
+    number: int
     rows: int
     bytes: int
+    """Size of the columns that are read, decompressed."""
     size: int
+    """The whole file's."""
     mtime_ns: int
-    partition: int
 
 
 @dataclass(frozen=True)
 class FileScan:
-    """What the Python workers read instead of Spark.
+    """What the Python workers read instead of Spark."""
 
-    Attributes
-    ----------
-    parts : tuple of FilePart
-        All row groups, in the order of the files' names.
-    schema : pyarrow.Schema
-        The columns, with the types that Spark would give ``mapInArrow``.
-    rows : int
-        How many rows the files hold.
-    bytes : int
-        Size of the columns that are read, decompressed.
-    """
-
-    parts: tuple[FilePart, ...]
+    partitions: list[list[RowGroup]]
+    """In the order of the files' names."""
     schema: pa.Schema
-    rows: int
-    bytes: int
+    """The columns, with the types that Spark would give ``mapInArrow``."""
 
     @property
     def files(self) -> int:
         """How many files have rows."""
-        return len({part.path for part in self.parts})
+        return len({group.path for groups in self.partitions for group in groups})
 
     @property
-    def partitions(self) -> int:
-        """How many tasks read them."""
-        return len({part.partition for part in self.parts})
+    def rows(self) -> int:
+        return sum(group.rows for groups in self.partitions for group in groups)
 
 
 class _NotPlainError(Exception):
-    """Says in one clause why a DataFrame is left to Spark."""
+    """Why a DataFrame is left to Spark, in one clause."""
 
 
 def plain_scan(df: DataFrame, columns: Sequence[str]) -> FileScan | str:
-    """Find the files that a DataFrame is a plain scan of, if the Python workers may read them.
+    """Find the files that a DataFrame is a plain scan of, or say why it is left to Spark.
 
     Starts no Spark job. Costs one listing of the files for each way to write their path until one
     fits (tens of milliseconds each), and reads every file's footer.
-
-    Parameters
-    ----------
-    df
-        Any DataFrame.
-    columns
-        The columns that are needed, by the names that they have in it.
-
-    Returns
-    -------
-    FileScan or str
-        What to read; or one clause that says why the DataFrame has to be left to Spark.
     """
     try:
         return _plain_scan(df, columns)
@@ -166,15 +126,9 @@ def _plain_scan(df: DataFrame, columns: Sequence[str]) -> FileScan:
     if not _is_scan_of(df, paths):
         raise _NotPlainError("df is not a plain scan of one path of Parquet files")
     with ThreadPoolExecutor(FOOTER_THREADS, "horovodrunner-footers") as pool:
-        groups = [
-            group
-            for file_groups in pool.map(lambda path: _row_groups(path, schema), paths)
-            for group in file_groups
-        ]
-    parts = tuple(balanced(groups, df.sparkSession.sparkContext.defaultParallelism))
-    return FileScan(
-        parts, schema, sum(part.rows for part in parts), sum(part.bytes for part in parts)
-    )
+        of_files = pool.map(lambda path: _row_groups(path, schema), paths)
+        groups = list(itertools.chain.from_iterable(of_files))
+    return FileScan(balanced(groups, df.sparkSession.sparkContext.defaultParallelism), schema)
 
 
 def _uses_cached_rows(df: DataFrame) -> bool:
@@ -194,7 +148,7 @@ def _check_settings(spark: SparkSession) -> None:
 
 
 def _needed_schema(df: DataFrame, columns: Sequence[str]) -> pa.Schema:
-    """Give the types that Spark's own conversion would give the columns."""
+    """Return the types that Spark's own conversion would give the columns."""
     if not columns:
         raise _NotPlainError("no column is needed")
     repeated = [name for name, times in Counter(map(str.lower, df.columns)).items() if times > 1]
@@ -218,30 +172,17 @@ def _needed_schema(df: DataFrame, columns: Sequence[str]) -> pa.Schema:
 
 
 def _arrow_type(kind: DataType) -> pa.DataType | None:
-    """Give the Arrow type of a Spark type that both read alike, or None."""
-    from pyspark.sql import types
+    """Return the Arrow type of a Spark type that both read alike, or None."""
+    from pyspark.sql.types import ArrayType
 
-    if isinstance(kind, types.ArrayType):
+    if isinstance(kind, ArrayType):
         element = _arrow_type(kind.elementType)
         return None if element is None else pa.list_(pa.field("element", element))
-    for spark_type, arrow in (
-        (types.BooleanType(), pa.bool_()),
-        (types.ByteType(), pa.int8()),
-        (types.ShortType(), pa.int16()),
-        (types.IntegerType(), pa.int32()),
-        (types.LongType(), pa.int64()),
-        (types.FloatType(), pa.float32()),
-        (types.DoubleType(), pa.float64()),
-        (types.StringType(), pa.string()),  # a collation makes another type of it
-        (types.BinaryType(), pa.binary()),
-    ):
-        if kind == spark_type:
-            return arrow
-    return None
+    return SCALARS.get(kind.simpleString())  # with a collation a string has another name
 
 
 def _local_paths(uris: Sequence[str]) -> list[str]:
-    """Give the paths behind Spark's names of the files, in their order."""
+    """Return the paths behind Spark's names of the files, in their order."""
     if not uris:
         raise _NotPlainError("df is not made of files")
     if len(uris) > MAX_FILES:
@@ -256,7 +197,7 @@ def _local_paths(uris: Sequence[str]) -> list[str]:
 
 
 def _is_scan_of(df: DataFrame, paths: Sequence[str]) -> bool:
-    """Tell whether a DataFrame is ``spark.read.parquet`` of one path, or columns of that.
+    """Whether a DataFrame is ``spark.read.parquet`` of one path, or columns of that.
 
     The path as the user wrote it is one of the scan's options, so that ways to write it are tried.
     Several paths are not: for some releases of Spark one that is named twice is the same as one
@@ -299,30 +240,19 @@ def _possible_paths(paths: Sequence[str]) -> list[str]:
 
 def _possible_schemas(df: DataFrame, path: str) -> list[StructType]:
     """List what the schema of the whole files may be, so that Spark runs no job to infer it."""
+    from pyspark.sql.types import StructType
+
     try:
         footer = pq.read_metadata(path)
     except (OSError, pa.ArrowException) as error:
         raise _NotPlainError(f"the footer of {path} cannot be read here: {error}") from error
-    schemas = [df.schema]  # all columns, or those that the user's own schema names
-    inferred = _spark_schema(footer)
-    if inferred is not None and inferred != df.schema:
-        schemas.insert(0, inferred)
-    return schemas
-
-
-def _spark_schema(footer: pq.FileMetaData) -> StructType | None:
-    from pyspark.sql.types import StructField, StructType
-
     written = (footer.metadata or {}).get(SPARK_SCHEMA_KEY)
     if written is not None:  # by Spark
-        return StructType.fromJson(json.loads(written))
-    fields = []
-    for field in footer.schema.to_arrow_schema():
-        kind = _spark_type(field.type)
-        if kind is None:
-            return None
-        fields.append(StructField(field.name, kind))
-    return StructType(fields)
+        inferred: Any = StructType.fromJson(json.loads(written))
+    else:
+        inferred = _spark_type(pa.struct(list(footer.schema.to_arrow_schema())))
+    schemas = [df.schema]  # all columns, or those that the user's own schema names
+    return schemas if inferred is None or inferred == df.schema else [inferred, *schemas]
 
 
 def _spark_type(arrow: pa.DataType) -> DataType | None:
@@ -360,36 +290,16 @@ def _spark_type(arrow: pa.DataType) -> DataType | None:
 
 
 def _plain_type(arrow: pa.DataType) -> pa.DataType:
-    """Give the type that Spark has for the same column; pyarrow notes its own in the file."""
+    """Return the type that Spark has for the same column; pyarrow notes its own in the file."""
     if pa.types.is_dictionary(arrow):
         return _plain_type(arrow.value_type)
-    if pa.types.is_large_string(arrow):
-        return pa.string()
-    if pa.types.is_large_binary(arrow):
-        return pa.binary()
-    if (
-        pa.types.is_list(arrow)
-        or pa.types.is_large_list(arrow)
-        or pa.types.is_fixed_size_list(arrow)
-    ):
+    if is_list(arrow):
         return pa.list_(pa.field("element", _plain_type(arrow.value_type)))
-    return arrow
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """One row group of a file that the driver has looked at."""
-
-    path: str
-    number: int
-    rows: int
-    bytes: int
-    size: int
-    mtime_ns: int
+    return {pa.large_string(): pa.string(), pa.large_binary(): pa.binary()}.get(arrow, arrow)
 
 
 def _row_groups(path: str, schema: pa.Schema) -> list[RowGroup]:
-    """Read one file's footer, and check that it has the columns as they are needed."""
+    """Read a file's footer, and check that it has the columns as they are needed."""
     try:
         status = Path(path).stat()
         footer = pq.read_metadata(path)
@@ -426,112 +336,54 @@ def _row_groups(path: str, schema: pa.Schema) -> list[RowGroup]:
     return groups
 
 
-def balanced(groups: Sequence[RowGroup], parallelism: int) -> Iterator[FilePart]:
-    """Deal row groups out to partitions of about the same size, in their order.
+def balanced(groups: Sequence[RowGroup], parallelism: int) -> list[list[RowGroup]]:
+    """Divide row groups into partitions of about the same size, in their order.
 
     A row group is never cut, as it is not by Spark: files with fewer of them than the cluster has
     cores leave cores idle, whoever reads them.
-
-    Parameters
-    ----------
-    groups
-        The row groups, those of one file one after another.
-    parallelism
-        How many tasks the cluster runs at a time.
-
-    Yields
-    ------
-    FilePart
-        The row groups of one file in one partition. Partitions are numbered from 0, without gaps.
     """
     # A row group without columns that weigh something counts, too.
     weights = [max(1, group.bytes) for group in groups]
     total = sum(weights)
     tasks = parallelism * max(1, math.ceil(total / PARTITION_BYTES / parallelism))
-    partition, slot, before = -1, -1, 0
-    part: list[RowGroup] = []
+    partitions: dict[int, list[RowGroup]] = {}
+    before = 0
     for group, weight in zip(groups, weights, strict=True):
-        here = (2 * before + weight) * tasks // (2 * total)  # where the row group's middle lies
+        middle_twice = 2 * before + weight
+        partitions.setdefault(middle_twice * tasks // (2 * total), []).append(group)
         before += weight
-        if part and (here != slot or group.path != part[0].path):
-            yield _part_of(part, partition)
-            part = []
-        if here != slot:
-            partition, slot = partition + 1, here
-        part.append(group)
-    if part:
-        yield _part_of(part, partition)
-
-
-def _part_of(groups: Sequence[RowGroup], partition: int) -> FilePart:
-    first = groups[0]
-    return FilePart(
-        first.path,
-        tuple(group.number for group in groups),
-        sum(group.rows for group in groups),
-        sum(group.bytes for group in groups),
-        first.size,
-        first.mtime_ns,
-        partition,
-    )
+    return list(partitions.values())
 
 
 def parts_dataframe(spark: SparkSession, scan: FileScan) -> DataFrame:
-    """Make the DataFrame that tells each task what to read.
-
-    Parameters
-    ----------
-    spark
-        The session.
-    scan
-        What `plain_scan` gave.
-
-    Returns
-    -------
-    DataFrame
-        One row per partition: what `read_parts` takes.
-    """
+    """Make the DataFrame that names what each task is to read, in one row: see `read_parts`."""
     from pyspark.sql import functions
 
-    partitions: list[list[FilePart]] = [[] for _ in range(scan.partitions)]
-    for part in scan.parts:
-        partitions[part.partition].append(part)
     # One literal for all: a range is the one small DataFrame whose partitions can be chosen, and
     # JSON has no line breaks of its own.
-    lines = "\n".join(json.dumps([_to_json(part) for part in parts]) for parts in partitions)
+    lines = "\n".join(json.dumps(_parts(groups)) for groups in scan.partitions)
     number = (functions.col("id") + 1).cast("int")
-    count = max(1, len(partitions))
-    return spark.range(0, len(partitions), 1, count).select(
+    count = len(scan.partitions)
+    return spark.range(0, count, 1, max(1, count)).select(
         functions.lit(base64.b64encode(scan.schema.serialize()).decode()).alias("schema"),
         functions.element_at(functions.split(functions.lit(lines), "\n"), number).alias("parts"),
     )
 
 
-def _to_json(part: FilePart) -> list[object]:
-    rows = BATCH_ROWS
-    if part.rows:
-        rows = min(BATCH_ROWS, max(1, BATCH_BYTES * part.rows // max(1, part.bytes)))
-    return [part.path, part.row_groups, part.size, part.mtime_ns, rows]
+def _parts(groups: Sequence[RowGroup]) -> list[tuple[object, ...]]:
+    parts: list[tuple[object, ...]] = []
+    for path, of_file in itertools.groupby(groups, lambda group: group.path):
+        first, *others = of_file
+        numbers = [each.number for each in (first, *others)]
+        rows = sum(each.rows for each in (first, *others))
+        size = max(1, sum(each.bytes for each in (first, *others)))
+        batch_rows = min(BATCH_ROWS, max(1, BATCH_BYTES * rows // size))
+        parts.append((path, numbers, first.size, first.mtime_ns, batch_rows))
+    return parts
 
 
 def read_parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Read the rows of the parts that a task is told to read.
-
-    Parameters
-    ----------
-    batches
-        Rows of what `parts_dataframe` made.
-
-    Yields
-    ------
-    pyarrow.RecordBatch
-        At most 10,000 rows and about 8 MiB, with the schema of the scan.
-
-    Raises
-    ------
-    DataError
-        If a file is no longer the one that the driver saw, or cannot be read.
-    """
+    """Read what rows of `parts_dataframe` name, in batches of 10,000 rows or about 8 MiB."""
     for batch in batches:
         for row in batch.to_pylist():
             schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(row["schema"])))
@@ -574,14 +426,10 @@ def _rows(
         for batch in file.iter_batches(
             batch_rows, row_groups, columns=schema.names, use_threads=False
         ):
-            yield _with_schema(batch, schema)
-
-
-def _with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """Put the columns in order, with Spark's types where the file notes others."""
-    columns = [
-        column if column.type == field.type else column.cast(field.type)
-        for field in schema
-        for column in (batch.column(field.name),)
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+            columns = [batch.column(name) for name in schema.names]
+            # the file may note other types than Spark's
+            columns = [
+                each if each.type == kind else each.cast(kind)
+                for each, kind in zip(columns, schema.types, strict=True)
+            ]
+            yield pa.RecordBatch.from_arrays(columns, schema=schema)

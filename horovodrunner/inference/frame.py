@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
 from horovodrunner import validation as checked
+from horovodrunner.deprecated import renamed_keywords
 from horovodrunner.errors import ArgumentValueError, DataError
 from horovodrunner.flows.logs.showing import show_text
 from horovodrunner.inference.files import FileScan, parts_dataframe, plain_scan, read_parts
-from horovodrunner.inference.model import Model
-from horovodrunner.inference.options import Options, Shapes, handle_of, spark_type
+from horovodrunner.inference.options import AnyModel, Shapes, checked_options, make_scoring
 from horovodrunner.inference.scoring import Scoring, score
 from horovodrunner.inference.transforming import Transform
 from horovodrunner.spark.arrow import map_in_arrow
@@ -30,15 +30,16 @@ __all__ = ["predict"]
 _SEVERAL = ": join on that name, or give the columns names by their places (df.toDF(...))"
 
 
+@renamed_keywords(keep="keep_columns")
 def predict(
     df: DataFrame,
-    model: Model | Callable[[], Callable[..., Any]],
+    model: AnyModel,
     *,
     inputs: str | Sequence[str],
     return_type: DataType | str,
     batch_size: int,
     output: str = "prediction",
-    keep: Sequence[str] | None = None,
+    keep_columns: Sequence[str] | None = None,
     input_tensor_shapes: Shapes | None = None,
     on_error: Literal["raise", "null"] = "raise",
     error_column: str = "error",
@@ -67,7 +68,7 @@ def predict(
         As for :func:`predict_udf`.
     output
         Name of the column of predictions.
-    keep
+    keep_columns
         Columns of `df` that the result has; None: all. Fewer is faster.
     on_error
         ``"raise"``: a row that cannot be scored ends the job, and the error names it. ``"null"``:
@@ -103,43 +104,42 @@ def predict(
     ...         inputs="features",
     ...         return_type="array<float>",
     ...         batch_size=512,
-    ...         keep=["id"],
+    ...         keep_columns=["id"],
     ...     )
     """
-    options = Options(
-        batch_size,
-        input_tensor_shapes,
-        on_error,
-        nulls,
-        key_columns,
-        batch_transform,
-        transform_workers,
-        prefetch,
+    options = checked_options(
+        batch_size=batch_size,
+        input_tensor_shapes=input_tensor_shapes,
+        on_error=on_error,
+        nulls=nulls,
+        key_columns=key_columns,
+        batch_transform=batch_transform,
+        transform_workers=transform_workers,
+        prefetch=prefetch,
     )
     reads = checked.boolean_or("auto", "read_files", read_files)
-    output, error_column = (
-        checked.text("output", output),
-        checked.text("error_column", error_column),
-    )
+    output = checked.text("output", output)
+    error_column = checked.text("error_column", error_column)
     is_one = isinstance(checked.plain(inputs), str)
     input_names = [checked.text("inputs", inputs)] if is_one else checked.names("inputs", inputs)
     check_dataframe(df, takes_streams=True)
     with told_as(DataError, "predict cannot use the DataFrame"):
-        kept = _kept(df, keep)
+        kept = list(df.columns)
+        if keep_columns is not None:
+            kept = checked.names("keep_columns", keep_columns)
+        needed = [*input_names, *options.keys]
         added = [output, error_column] if options.on_error == "null" else [output]
-        _check_names(df, [*input_names, *kept, *options.key_columns], kept, added)
+        _check_names(df, [*needed, *kept], kept, added)
         if not input_names:
             raise ArgumentValueError("inputs=[]: name the columns that are the model's inputs")
 
-        spark = df.sparkSession
-        kind = spark_type(return_type, spark)
-        scoring = options.scoring(spark, handle_of(model, spark), kind, input_names)
+        scoring, kind = make_scoring(options, model, return_type, input_names, df.sparkSession)
         # A column may be an input twice, or an input and a key: Spark is asked for it once.
-        columns = list(dict.fromkeys([*input_names, *options.key_columns, *kept]))
+        columns = list(dict.fromkeys([*needed, *kept]))
         call = functools.partial(
             _score_batches,
             scoring,
-            [columns.index(name) for name in (*input_names, *options.key_columns)],
+            [columns.index(name) for name in needed],
             {name: columns.index(name) for name in kept},
             added,
         )
@@ -150,15 +150,11 @@ def predict(
                 f"HorovodRunner: predict reads {scan.files:,} Parquet files ({scan.rows:,} rows) "
                 "in Python, past the JVM; read_files=False switches this off\n"
             )
-            parts = parts_dataframe(spark, scan)
+            parts = parts_dataframe(df.sparkSession, scan)
             return map_in_arrow(parts, functools.partial(_score_files, call), schema)
         if reads is True:
             raise ArgumentValueError(f"read_files=True: {scan}")
         return map_in_arrow(numbered(df, columns), call, schema)
-
-
-def _kept(df: DataFrame, keep: Sequence[str] | None) -> list[str]:
-    return list(df.columns) if keep is None else checked.names("keep", keep)
 
 
 def _check_names(
@@ -175,13 +171,14 @@ def _check_names(
         if twice := fields_twice(kind):
             raise ArgumentValueError(
                 f"the column {name!r} has a struct with two fields {twice!r}, which cannot reach "
-                "Python: rename one (cast it to a struct with other names), or leave it out (keep=)"
+                "Python: rename one (cast it to a struct with other names), or leave it out "
+                "(keep_columns=)"
             )
     for number, name in enumerate(added):
         if name in kept or name in added[:number]:
             raise ArgumentValueError(
                 f"the result would have two columns {name!r}: name the new one otherwise "
-                "(output=, error_column=), or leave the old one out (keep=)"
+                "(output=, error_column=), or leave the old one out (keep_columns=)"
             )
 
 
@@ -196,11 +193,8 @@ def _schema(df: DataFrame, kept: Sequence[str], kind: DataType, added: Sequence[
 # ---- in Spark's Python workers
 
 
-def _score_files(
-    call: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]],
-    parts: Iterator[pa.RecordBatch],
-) -> Iterator[pa.RecordBatch]:
-    return call(read_parts(parts))
+def _score_files(call: Any, parts: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    yield from call(read_parts(parts))
 
 
 def _score_batches(

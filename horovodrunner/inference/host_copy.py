@@ -35,14 +35,8 @@ _copies: weakref.WeakSet[HostCopy] = weakref.WeakSet()
 class HostCopy:
     """A file that all Python workers of the host share.
 
-    Parameters
-    ----------
-    identity
-        Names the content.
-    size
-        Bytes of it.
-    obtain
-        Gives the complete file, open; called if no other process of the host has it.
+    `identity` names the content. `obtain` opens the complete file; it is called if no other process
+    of the host has it.
     """
 
     _socket: socket.socket | None = None
@@ -53,7 +47,12 @@ class HostCopy:
         self._size = size
         self._served: set[socket.socket] = set()
         self._closing = False
-        self._file = self._shared(obtain) if _HAS_ABSTRACT_SOCKETS else obtain()
+        file = self._join() if _HAS_ABSTRACT_SOCKETS else None
+        try:
+            self._file = file or obtain()
+        except BaseException:
+            self._leave()
+            raise
         self._thread = threading.Thread(
             target=self._keep, name="horovodrunner-weights", daemon=True
         )
@@ -61,18 +60,10 @@ class HostCopy:
             _copies.add(self)
             self._thread.start()
 
-    @property
-    def path(self) -> str:
-        """Where this process finds the file, until :meth:`close`."""
-        return f"/proc/self/fd/{self._file.fileno()}"
-
     def map(self) -> mmap.mmap:
         """Map the file: pages are shared with other processes until they are written to.
 
-        Returns
-        -------
-        mmap.mmap
-            Stays valid after :meth:`close`.
+        The mapping stays valid after :meth:`close`.
         """
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(self._file.fileno(), self._size, mmap.MAP_PRIVATE, protection)
@@ -93,62 +84,35 @@ class HostCopy:
             if each is not None:
                 each.close()
 
-    def _shared(self, obtain: Callable[[], BinaryIO]) -> BinaryIO:
-        while True:
+    def _join(self) -> BinaryIO | None:
+        """Bind the socket, or connect to who has, which sends the file.
+
+        Without a socket afterwards, nothing is shared: the system, or another user, is in the way.
+        """
+        while not self._closing:
+            self._socket = socket.socket(socket.AF_UNIX)
             try:
-                first = self._bind()
-            except OSError:  # this system lets nobody
-                return obtain()
-            if first:
-                try:
-                    return obtain()
-                except BaseException:
+                self._socket.bind(self._name)
+                self._socket.listen(1024)
+            except OSError as error:
+                self._leave()
+                if error.errno != errno.EADDRINUSE:
+                    return None
+            else:
+                return None
+            self._socket = socket.socket(socket.AF_UNIX)
+            try:
+                self._socket.connect(self._name)
+                if not is_our_own(self._socket):
                     self._leave()
-                    raise
-            if self._connect():
-                if not self._is_own_peer():
-                    self._leave()
-                    return obtain()
-                if (file := self._received()) is not None:
-                    return file
-
-    def _bind(self) -> bool:
-        self._socket = socket.socket(socket.AF_UNIX)
-        try:
-            self._socket.bind(self._name)
-            self._socket.listen(1024)
-        except OSError as error:
+                    return None
+                _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1)
+                if descriptors:
+                    return os.fdopen(descriptors[0], "rb")
+            except OSError:  # it has just ended, or does not listen yet
+                time.sleep(0.01)
             self._leave()
-            if error.errno != errno.EADDRINUSE:
-                raise
-            return False
-        return True
-
-    def _connect(self) -> bool:
-        self._socket = socket.socket(socket.AF_UNIX)
-        try:
-            self._socket.connect(self._name)
-        except OSError:  # it has just ended, or does not listen yet
-            self._leave()
-            time.sleep(0.01)
-            return False
-        return True
-
-    def _is_own_peer(self) -> bool:
-        assert self._socket is not None  # noqa: S101
-        return is_our_own(self._socket)
-
-    def _received(self) -> BinaryIO | None:
-        """Wait for the file; None when the process that has it ended."""
-        assert self._socket is not None  # noqa: S101
-        try:
-            _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1)
-        except OSError:
-            descriptors = []
-        if not descriptors:
-            self._leave()
-            return None
-        return os.fdopen(descriptors[0], "rb")
+        return None
 
     def _leave(self) -> None:
         if self._socket is not None:
@@ -158,20 +122,15 @@ class HostCopy:
     def _keep(self) -> None:
         """Serve the file, or wait until the process that does so ends and try to follow it."""
         with contextlib.suppress(OSError):
-            while not self._closing and self._socket is not None:
+            while self._socket is not None and not self._closing:
                 if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                     self._serve(self._socket)
                 else:
                     with contextlib.suppress(ConnectionError):
                         self._socket.recv(1)
                 self._leave()
-                while not self._closing and not self._bind():
-                    if self._connect():
-                        if not self._is_own_peer():
-                            break
-                        if (file := self._received()) is not None:
-                            file.close()  # it is the same
-                            break
+                if file := self._join():
+                    file.close()  # it is the same
         self._leave()
 
     def _serve(self, listener: socket.socket) -> None:
@@ -201,13 +160,7 @@ class HostCopy:
 
 
 def local_directory() -> str:
-    """Give a directory of Spark's on a local disk, or the system's for temporary files.
-
-    Returns
-    -------
-    str
-        A directory that exists and can be written to.
-    """
+    """Return a directory of Spark's on a local disk, or the system's for temporary files."""
     for directory in os.environ.get("SPARK_LOCAL_DIRS", "").split(","):
         if directory and os.access(directory, os.W_OK | os.X_OK):
             return directory

@@ -2,23 +2,13 @@
 
 The same arrays as ``pyspark.ml.functions.predict_batch_udf`` makes by way of pandas, made from
 Arrow's buffers: numbers, and tensors without nulls, are not copied, and no row becomes a Python
-object. Only what NumPy itself holds as objects is: strings, binary values, dates, decimals.
+object. It takes more: MLlib's vectors, as ``(batch, size)`` float64; tensors without a shape, if
+all arrays of a batch have one length; arrays of arrays; shapes as tuples.
 
-What it does not take, and this does:
-
-- MLlib's vectors, dense and sparse ones, as ``(batch, size)`` float64;
-- tensor columns without ``input_tensor_shapes``, if all arrays of a batch have the same length;
-- arrays of arrays with a shape, and with None beside other inputs;
-- shapes given as tuples, and None as the only shape.
-
-Where the two differ:
-
-- a tensor column without a shape beside other inputs is an array of arrays there, and here only if
-  the arrays of the batch differ in length; else it is ``(batch, length)``. Both have the same rows;
-- a null string is None here; there it is NaN since pandas 3;
-- timestamps in arrays are datetime64 here, objects of pandas there;
-- an array with too many or too few values is refused with its row, also where those of other rows
-  make up for it.
+Where the two differ: beside other inputs, a tensor column without a shape is an array of arrays
+there, and here only if the arrays differ in length; a null string is None here, and there NaN since
+pandas 3; timestamps in arrays are datetime64 here, and pandas' objects there; an array with too
+many or too few values is refused with its row here, even where other rows make up for it.
 """
 
 from __future__ import annotations
@@ -28,7 +18,7 @@ import numbers
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +26,7 @@ import pyarrow.compute as pc
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
+from horovodrunner.inference.halving import halves
 
 __all__ = [
     "BadRows",
@@ -44,15 +35,16 @@ __all__ = [
     "Nulls",
     "UsualShape",
     "as_one_array",
+    "is_list",
     "is_vector",
     "null_rows",
     "numpy_inputs",
-    "shape_of",
     "to_numpy",
 ]
 
 Nulls = Literal["pass", "null", "raise"]
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 _VECTOR_FIELDS = ["type", "size", "indices", "values"]
 
@@ -62,17 +54,11 @@ class InputError(DataError, ValueError):
 
 
 class BadRows(Exception):  # noqa: N818 - says which rows of a batch to leave out; caught by the caller
-    """Rows of a batch that the model cannot take.
-
-    Parameters
-    ----------
-    rows
-        By the row's number in the batch: what is wrong with it.
-    """
+    """What is wrong with rows that the model cannot take, by their number in the batch."""
 
     def __init__(self, rows: Mapping[int, str]) -> None:
         super().__init__(rows)
-        self.rows = dict(rows)
+        self.rows = dict(sorted(rows.items()))
 
     def __str__(self) -> str:
         row, text = next(iter(self.rows.items()))
@@ -82,46 +68,17 @@ class BadRows(Exception):  # noqa: N818 - says which rows of a batch to leave ou
 
 @dataclass(frozen=True)
 class InputPlan:
-    """What was asked for about a model's inputs; made by :meth:`of`.
-
-    Parameters
-    ----------
-    shapes
-        Each input's shape without the batch's dimension, or None; None: nothing was said.
-    is_sparse
-        Whether inputs beyond those of `shapes` have no shape, rather than being one too many.
-    nulls
-        What becomes of rows with null inputs: "pass" gives them to the model as pandas would,
-        "null" leaves them out, "raise" refuses them.
-    """
+    """What was asked for about a model's inputs; made by :meth:`of`."""
 
     shapes: tuple[Shape | None, ...] | None = None
+    """Of each input without the batch's dimension; None: nothing was said."""
     is_sparse: bool = False
+    """Whether inputs beyond those of `shapes` have no shape, rather than being one too many."""
     nulls: Nulls = "pass"
 
     @classmethod
     def of(cls, input_tensor_shapes: Any = None, nulls: Any = "pass") -> InputPlan:
-        """Check what the user gave.
-
-        Parameters
-        ----------
-        input_tensor_shapes
-            A list of shapes and None, or a dict of shapes by the input's number, or None.
-        nulls
-            "pass", "null" or "raise".
-
-        Returns
-        -------
-        InputPlan
-            To give to :func:`numpy_inputs`.
-
-        Raises
-        ------
-        ArgumentTypeError
-            If it is something else, or a shape is.
-        ArgumentValueError
-            If a length in a shape or a key is out of range, or `nulls` is unknown.
-        """
+        """Check what the user gave."""
         nulls = checked.choice("nulls", nulls, get_args(Nulls))
         if isinstance(input_tensor_shapes, np.ndarray):
             input_tensor_shapes = input_tensor_shapes.tolist()
@@ -146,23 +103,7 @@ class InputPlan:
         return cls(tuple(_shape(shape) for shape in input_tensor_shapes) or None, nulls=nulls)
 
     def shapes_of(self, inputs: int) -> tuple[Shape | None, ...]:
-        """Give the shape of each input.
-
-        Parameters
-        ----------
-        inputs
-            How many there are.
-
-        Returns
-        -------
-        tuple
-            As many shapes, or None.
-
-        Raises
-        ------
-        InputError
-            If input_tensor_shapes speaks of another number of inputs.
-        """
+        """Return the shape of each of so many inputs."""
         if self.shapes is None:
             return (None,) * inputs
         given = len(self.shapes)
@@ -186,16 +127,17 @@ def _shape(shape: Any) -> Shape | None:
             "lengths without the batch's, or None, as in input_tensor_shapes=[[28, 28], None]"
         )
     shape = [checked.plain(length) for length in shape]
+    wrong = f"input_tensor_shapes has the shape {shape}: its lengths must be"
     for length in shape:
         if isinstance(length, bool) or not isinstance(length, numbers.Integral):
             raise ArgumentTypeError(
-                f"input_tensor_shapes has the shape {list(shape)}: its lengths must be ints, and "
-                f"{length!r} is none. The batch's dimension is not part of a shape"
+                f"{wrong} ints, and {length!r} is none. The batch's dimension is not part of a "
+                "shape"
             )
         if length < 1:
             raise ArgumentValueError(
-                f"input_tensor_shapes has the shape {list(shape)}: its lengths must be 1 or more, "
-                f"and {length} is not. The batch's dimension is not part of a shape"
+                f"{wrong} 1 or more, and {length} is not. The batch's dimension is not part of a "
+                "shape"
             )
     return tuple(int(length) for length in shape)
 
@@ -208,18 +150,17 @@ def numpy_inputs(
     expected: int | None,
     stacks_scalars: bool = False,
     grouped: bool = False,
-    lengths: UsualShape | None = None,
+    usual_shape: UsualShape | None = None,
 ) -> tuple[np.ndarray, ...]:
-    """Make the arrays a model takes from the columns of one batch.
+    """Make the arrays a model takes, one for each of its inputs, from the columns of one batch.
 
-    Structs among the columns count as their fields.
+    Structs among the columns count as their fields. Arrays that share memory with `columns` are
+    read-only.
 
     Parameters
     ----------
-    columns
-        One array per column, all of the same length.
-    names
-        What the columns are called in error texts.
+    columns, names
+        Arrays of one length, and what they are called in errors.
     plan
         What was asked for.
     expected
@@ -228,109 +169,55 @@ def numpy_inputs(
         Whether several columns of numbers are to make one input of shape ``(batch, columns)``.
     grouped
         Whether the columns were the fields of one struct, which makes one such input, too.
-    lengths
-        What arrays of which no shape is known had until now, where those that differ are bad rows;
-        None: they are an error.
-
-    Returns
-    -------
-    tuple of ndarray
-        One array per input, each ``(batch, ...)``; those that share memory with `columns` are
-        read-only.
-
-    Raises
-    ------
-    InputError
-        If the columns do not fit the model's inputs.
-    BadRows
-        If some of the rows do not.
+    usual_shape
+        Of arrays of which no shape is known: rows that differ from it are bad rows then, and an
+        `InputError` without it.
     """
     fields, paths = _fields(columns, names)
     number = len(fields)
-    may_stack = (grouped or stacks_scalars) and not any(_is_list(each.type) for each in fields)
+    may_stack = (grouped or stacks_scalars) and not any(is_list(each.type) for each in fields)
     if number > 1 and may_stack and (expected == 1 or (expected is None and stacks_scalars)):
-        try:
-            inputs = [_stacked(fields, paths, plan.shapes_of(1)[0])]
-        except pa.ArrowInvalid:
-            for field, path in zip(fields, paths, strict=True):
-                _refuse_rows(_scalars, field, path)
-            raise
-    elif expected == 1 and number > 1:
+        return (_stacked(fields, paths, plan.shapes_of(1)[0]),)
+    if expected == 1 and number > 1:
         raise InputError(
             f"the model takes one input, and there are {number} columns ({', '.join(paths)}): "
             "make them one with pyspark.sql.functions.array(), or concat() of arrays"
         )
-    elif expected is not None and expected != number:
+    if expected is not None and expected != number:
         raise InputError(
             f"the model takes {expected} inputs, and there are {number} columns "
             f"({', '.join(paths)}): give one column for each input"
         )
-    else:
-        inputs = _one_each(fields, paths, plan.shapes_of(number), lengths)
-    return tuple(inputs)
-
-
-def _one_each(
-    columns: Sequence[pa.Array],
-    names: Sequence[str],
-    shapes: Sequence[Shape | None],
-    lengths: UsualShape | None,
-) -> list[np.ndarray]:
     inputs = []
     bad: dict[int, str] = {}
-    is_alone = len(columns) == 1
-    for column, name, shape in zip(columns, names, shapes, strict=True):
+    is_alone = number == 1
+    for column, name, shape in zip(fields, paths, plan.shapes_of(number), strict=True):
         try:
             # as in predict_batch_udf, an empty shape says nothing beside other inputs
-            said = shape if is_alone else shape or None
-            if lengths is not None and is_alone and said is None and _is_list(column.type):
-                inputs.append(lengths.of_usual_shape(_tensor(column, name, None), name))
+            known = shape if is_alone else shape or None
+            if is_list(column.type):
+                inputs.append(_tensor(column, name, known, usual_shape, is_alone=is_alone))
             else:
-                inputs.append(_input(column, name, said, is_alone=is_alone))
+                inputs.append(_numbers(column, name, known))
         except BadRows as found:
             bad = {**found.rows, **bad}
-        except pa.ArrowInvalid:
-            try:
-                _refuse_rows(_arrays if _is_list(column.type) else _scalars, column, name)
-            except BadRows as found:
-                bad = {**found.rows, **bad}
     if bad:
-        raise BadRows(dict(sorted(bad.items())))
-    return inputs
+        raise BadRows(bad)
+    return tuple(inputs)
 
 
 def null_rows(
     columns: Sequence[pa.Array], names: Sequence[str], plan: InputPlan
 ) -> np.ndarray | None:
-    """Find the rows that the plan keeps from the model because an input is null.
+    """Find the rows to leave out because an input is null; None: there are none.
 
     A null among the elements of an array is not a null input; one among a struct's fields is.
-
-    Parameters
-    ----------
-    columns
-        One array per column, all of the same length.
-    names
-        What the columns are called in error texts.
-    plan
-        What was asked for.
-
-    Returns
-    -------
-    ndarray of bool or None
-        Shape ``(batch,)``: whether to leave the row out; None: there are none to leave out.
-
-    Raises
-    ------
-    BadRows
-        If there are such rows and the plan refuses them.
     """
     if plan.nulls == "pass":
         return None
-    fields, paths = _fields(columns, names)
     bad: dict[int, str] = {}
     found: np.ndarray | None = None
-    for column, name in zip(fields, paths, strict=True):
+    for column, name in zip(*_fields(columns, names), strict=True):
         if not column.null_count:
             continue
         is_null = column.is_null().to_numpy(zero_copy_only=False)
@@ -339,60 +226,42 @@ def null_rows(
             for row in np.flatnonzero(is_null).tolist():
                 bad.setdefault(row, f"column {name!r} is null, and nulls='raise' refuses that")
     if bad:
-        raise BadRows(dict(sorted(bad.items())))
+        raise BadRows(bad)
     return found
 
 
 def to_numpy(column: pa.Array, name: str) -> np.ndarray:
     """Make one array of a column of which no shape is known.
 
-    Parameters
-    ----------
-    column
-        The column's values in one batch.
-    name
-        What the column is called in error texts.
-
-    Returns
-    -------
-    ndarray
-        ``(batch,)`` of scalars; ``(batch, length, ...)`` of arrays that have the same length; of
-        others ``(batch,)`` objects which are arrays, None for a null. It may share memory with
-        `column`, and is read-only then.
-
-    Raises
-    ------
-    InputError
-        If NumPy cannot hold the values.
+    That is ``(batch,)`` of scalars; ``(batch, length, ...)`` of arrays of one length; and of others
+    ``(batch,)`` objects, which are arrays, or None for a null.
     """
     if is_vector(column.type):
         column = _vectors_as_lists(column)
+    if is_list(column.type):
+        return _named(_arrays, column, name)[0]
+    return _named(_scalars, column, name)
+
+
+def _named(convert: Callable[[pa.Array], T], column: pa.Array, name: str) -> T:
+    """Convert a column, and name the rows with values that NumPy cannot hold."""
     try:
-        return _arrays(column)[0] if _is_list(column.type) else _scalars(column)
+        return convert(column)
     except pa.ArrowInvalid:
-        _refuse_rows(_arrays if _is_list(column.type) else _scalars, column, name)
+        parts = halves(
+            len(column),
+            lambda part: convert(column.slice(part.start, part.stop - part.start)),
+            pa.ArrowInvalid,
+        )
+        bad = {
+            part.start: f"column {name!r} of type {column.type} has a value that NumPy cannot "
+            f"hold: {found}"
+            for part, found in parts
+            if isinstance(found, pa.ArrowInvalid)
+        }
+        if bad:
+            raise BadRows(bad) from None
         raise
-
-
-def _refuse_rows(convert: Callable[[pa.Array], Any], column: pa.Array, name: str) -> None:
-    """Find the rows with values that NumPy cannot hold."""
-    bad = {}
-    waiting = [(0, len(column))]
-    while waiting:
-        start, stop = waiting.pop()
-        try:
-            convert(column.slice(start, stop - start))
-        except pa.ArrowInvalid as error:
-            if stop - start > 1:
-                half = (start + stop) // 2
-                waiting += [(half, stop), (start, half)]
-            else:
-                bad[start] = (
-                    f"column {name!r} of type {column.type} has a value that NumPy cannot hold: "
-                    f"{error}"
-                )
-    if bad:
-        raise BadRows(bad)
 
 
 class UsualShape:
@@ -406,29 +275,12 @@ class UsualShape:
         self._counts: Counter[Shape] = Counter()
 
     def of_usual_shape(self, values: np.ndarray, name: str) -> np.ndarray:
-        """Refuse the rows whose arrays have an unusual shape.
-
-        Parameters
-        ----------
-        values
-            Arrays of the next rows: one array, or objects where they differ.
-        name
-            What their column is called in error texts.
-
-        Returns
-        -------
-        ndarray
-            The same, if there is no such row.
-
-        Raises
-        ------
-        BadRows
-            If there are some.
-        """
+        """Return the next rows' arrays, unless the shape of some is unusual."""
+        shapes: list[Shape | None]
         if values.dtype != object and len(values):
-            shapes: list[Shape | None] = [values.shape[1:]] * len(values)
+            shapes = [values.shape[1:]] * len(values)
         else:
-            shapes = [shape_of(each) for each in values]
+            shapes = [_shape_of(each) for each in values]
         counts = self._counts + Counter(shape for shape in shapes if shape is not None)
         most = max(counts.values(), default=0)
         usual = {shape for shape, count in counts.items() if count == most}
@@ -450,45 +302,26 @@ def _sizes(shape: Shape | None) -> str:
     return "arrays that differ" if shape is None else f"{' x '.join(map(str, shape))} values"
 
 
-def shape_of(value: Any) -> Shape | None:
-    """Return the shape that an array of a row has, or would have as one array.
+def _shape_of(value: Any) -> Shape | None:
+    """Return the shape that an array has, or would have as one array; None if arrays in it differ.
 
-    Parameters
-    ----------
-    value
-        An array, of arrays perhaps; or anything else, whose shape is ().
-
-    Returns
-    -------
-    tuple of int or None
-        None if arrays in it differ.
+    Of anything else that is ().
     """
     if not isinstance(value, np.ndarray):
         return ()
     if value.dtype != object or not any(isinstance(each, np.ndarray) for each in value):
         return tuple(value.shape)
-    inner = {shape_of(each) for each in value}
+    inner = {_shape_of(each) for each in value}
     shape = inner.pop()
     return None if inner or shape is None else (len(value), *shape)
 
 
 def as_one_array(values: np.ndarray) -> np.ndarray:
-    """Make one array of objects that are arrays of one shape; what is none stays as it is.
-
-    Parameters
-    ----------
-    values
-        Some rows.
-
-    Returns
-    -------
-    ndarray
-        ``(batch, ...)``, if that is possible.
-    """
-    is_of_arrays = values.dtype == object and len(values) and isinstance(values[0], np.ndarray)
-    if not is_of_arrays or len({shape_of(each) for each in values} | {None}) > 2:
+    """Make one array of objects that are arrays of one shape, if that is what they are."""
+    if values.dtype != object or not len(values) or not isinstance(values[0], np.ndarray):
         return values
-    if shape_of(values[0]) is None:
+    shapes = {_shape_of(each) for each in values}
+    if len(shapes) > 1 or None in shapes:
         return values
     return np.stack([as_one_array(each) for each in values])
 
@@ -498,42 +331,28 @@ def _fields(columns: Sequence[pa.Array], names: Sequence[str]) -> tuple[list[pa.
     fields: list[pa.Array] = []
     paths: list[str] = []
     for column, name in zip(columns, names, strict=True):
-        if is_vector(column.type):
-            fields.append(_vectors_as_lists(column))
-            paths.append(name)
-        elif pa.types.is_struct(column.type):
+        if pa.types.is_struct(column.type) and not is_vector(column.type):
             fields += column.flatten()
             paths += [f"{name}.{field.name}" for field in column.type]
         else:
-            fields.append(column)
+            fields.append(_vectors_as_lists(column) if is_vector(column.type) else column)
             paths.append(name)
     return fields, paths
 
 
 def is_vector(kind: pa.DataType) -> bool:
-    """Tell whether a type is what MLlib's VectorUDT is in Arrow.
-
-    Parameters
-    ----------
-    kind
-        Any type.
-
-    Returns
-    -------
-    bool
-        True for the struct of a vector's parts.
-    """
+    """Whether it is what MLlib's VectorUDT is in Arrow."""
     return (
         pa.types.is_struct(kind)
         and [field.name for field in kind] == _VECTOR_FIELDS
         and pa.types.is_int8(kind.field(0).type)
         and pa.types.is_int32(kind.field(1).type)
-        and _is_list(kind.field(2).type)
-        and _is_list(kind.field(3).type)
+        and is_list(kind.field(2).type)
+        and is_list(kind.field(3).type)
     )
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def is_list(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
@@ -563,12 +382,16 @@ def _filled(column: pa.Array, value: int) -> np.ndarray:
 
 def _stacked(columns: Sequence[pa.Array], names: Sequence[str], shape: Shape | None) -> np.ndarray:
     """Put columns of scalars side by side, as DataFrame.to_numpy() does."""
-    arrays = [_scalars(column) for column in columns]
+    arrays = [_named(_scalars, *each) for each in zip(columns, names, strict=True)]
     # NumPy would make numbers of booleans among numbers, and strings of numbers among strings
     if len({each.dtype for each in arrays}) > 1 and any(
         each.dtype.kind not in "iuf" for each in arrays
     ):
-        arrays = [_as_objects(each) for each in arrays]
+        # NumPy's objects for nanoseconds are bare integers
+        arrays = [
+            each.astype("datetime64[us]") if each.dtype.kind == "M" else each for each in arrays
+        ]
+        arrays = [each.astype(object) for each in arrays]
     stacked = np.stack(arrays, axis=1)
     if shape is None:
         return stacked
@@ -580,15 +403,8 @@ def _stacked(columns: Sequence[pa.Array], names: Sequence[str], shape: Shape | N
     return stacked.reshape(len(stacked), *shape)
 
 
-def _as_objects(values: np.ndarray) -> np.ndarray:
-    # NumPy's objects for nanoseconds are bare integers
-    return (values.astype("datetime64[us]") if values.dtype.kind == "M" else values).astype(object)
-
-
-def _input(column: pa.Array, name: str, shape: Shape | None, *, is_alone: bool) -> np.ndarray:
-    if _is_list(column.type):
-        return _tensor(column, name, shape, is_alone=is_alone)
-    values = _scalars(column)
+def _numbers(column: pa.Array, name: str, shape: Shape | None) -> np.ndarray:
+    values = _named(_scalars, column, name)
     if not shape:
         return values
     if math.prod(shape) != 1:
@@ -601,11 +417,16 @@ def _input(column: pa.Array, name: str, shape: Shape | None, *, is_alone: bool) 
 
 
 def _tensor(
-    column: pa.Array, name: str, shape: Shape | None, *, is_alone: bool = False
+    column: pa.Array,
+    name: str,
+    shape: Shape | None,
+    usual_shape: UsualShape | None,
+    *,
+    is_alone: bool,
 ) -> np.ndarray:
-    leaves, ends, nulls = _leaves(column)
-    bad = {}
+    _, ends, nulls = _leaves(column)
     lengths = ends[1:] - ends[:-1]
+    bad = {}
     if shape is not None:
         takes = math.prod(shape)
         for row in np.flatnonzero(lengths != takes).tolist():
@@ -618,9 +439,14 @@ def _tensor(
     if bad:
         raise BadRows(bad)
     if shape is not None:
-        return _scalars(leaves).reshape(len(column), *shape)
-    values, is_ragged = _arrays(column)
-    if is_ragged and is_alone:
+        flat = _named(lambda part: _scalars(_leaves(part)[0]), column, name)
+        return flat.reshape(len(column), *shape)
+    values, is_ragged = _named(_arrays, column, name)
+    if not is_alone:
+        return values
+    if usual_shape is not None:
+        return usual_shape.of_usual_shape(values, name)
+    if is_ragged:
         raise InputError(
             f"the arrays of column {name!r} differ in length within a batch (from {lengths.min()} "
             f"to {lengths.max()} values), and no shape is known: give input_tensor_shapes, one "
@@ -631,17 +457,14 @@ def _tensor(
 
 
 def _leaves(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """Give what is in arrays, and in arrays of arrays, one row after the other.
+    """Return what is in arrays, and in arrays of arrays, one row after the other.
 
-    Returns
-    -------
-    tuple
-        The values; where in them each row begins, and the last one's end, shape ``(rows + 1,)``;
-        and the numbers of the rows which have a null in the place of an array.
+    Also where in that each row begins, and the last one's end; and the rows that have a null in the
+    place of an array.
     """
     values, ends = _elements(column)
     nulls = np.flatnonzero(column.is_null()) if column.null_count else np.empty(0, np.int64)
-    if not _is_list(values.type):
+    if not is_list(values.type):
         return values, ends, nulls
     leaves, inner_ends, inner_nulls = _leaves(values)
     rows = np.searchsorted(ends, inner_nulls, side="right") - 1
@@ -649,7 +472,7 @@ def _leaves(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
 
 
 def _elements(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """Give what is in lists, where in it each of them begins, and the last one's end."""
+    """Return what is in lists, where in it each of them begins, and the last one's end."""
     rows = len(column)
     if pa.types.is_fixed_size_list(column.type):
         size = column.type.list_size
@@ -662,15 +485,9 @@ def _elements(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 
 def _arrays(column: pa.Array) -> tuple[np.ndarray, bool]:
-    """Give lists as one array if their lengths allow it, else each as an array of its own.
-
-    Returns
-    -------
-    tuple
-        ``(rows, length, ...)`` or ``(rows,)`` objects; whether there is a level of such objects.
-    """
+    """Return lists as one array if their lengths allow it, else as objects, and which it is."""
     values, ends = _elements(column)
-    inner, is_ragged = _arrays(values) if _is_list(values.type) else (_scalars(values), False)
+    inner, is_ragged = _arrays(values) if is_list(values.type) else (_scalars(values), False)
     lengths = ends[1:] - ends[:-1]
     length = int(lengths[0]) if len(lengths) else 0
     if pa.types.is_fixed_size_list(column.type):
@@ -684,7 +501,7 @@ def _arrays(column: pa.Array) -> tuple[np.ndarray, bool]:
 
 
 def _scalars(column: pa.Array) -> np.ndarray:
-    """Give what pandas would: integers with nulls as float64, dates and decimals as objects."""
+    """Return what pandas would: integers with nulls as float64, dates and decimals as objects."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         return _scalars(column.dictionary_decode())

@@ -3,107 +3,46 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from horovodrunner.errors import ConfigurationError, HorovodRunnerError
-from horovodrunner.inference import frozen
+from horovodrunner.inference.chunks import SentFile
 from horovodrunner.inference.devices import Device, current_device
-from horovodrunner.inference.host_copy import HostCopy, local_directory
-from horovodrunner.inference.parcels import Parcel
+from horovodrunner.inference.host_copy import HostCopy
+from horovodrunner.inference.weight_file import Contents, read_model
 from horovodrunner.memory_limit import memory_hint
 from horovodrunner.placement.environment import KEPT_MODELS
 
 if TYPE_CHECKING:
-    import numpy as np
+    from horovodrunner.inference.predictors import Predictor
 
-__all__ = ["ModelHandle", "Predictor", "load"]
+__all__ = ["Kind", "ModelHandle", "load"]
 
 _KEPT = 3
+
+Kind = Literal["torch", "keras", "function"]
 
 
 @dataclass(frozen=True)
 class ModelHandle:
-    """What travels of a model in the functions that Spark sends.
-
-    Parameters
-    ----------
-    identity
-        Names the model in the cache of a Python worker.
-    name
-        Names it in messages.
-    kind
-        What has to be made of it.
-    skeleton
-        The pickle of all but the weights.
-    parcel
-        Where the weights are, if it has any.
-    companions
-        Spark's own broadcast variables that the skeleton refers to.
-    make_predict_fn
-        The function that makes the one that predicts, for that kind.
-    """
+    """What travels of a model in the functions that Spark sends."""
 
     identity: str
+    """In the cache of a Python worker."""
     name: str
-    kind: Literal["torch", "keras", "function", "make_predict_fn"]
-    skeleton: bytes = b""
-    parcel: Parcel | None = None
-    companions: tuple[Any, ...] = ()
-    make_predict_fn: Callable[[], Callable[..., Any]] | None = None
+    """In messages."""
+    source: tuple[Kind, SentFile, Contents] | Callable[[], Callable[..., Any]]
+    """What has to be made of which file; or what makes the function that predicts."""
 
     @classmethod
     def of_make_predict_fn(cls, make_predict_fn: Callable[[], Callable[..., Any]]) -> ModelHandle:
-        """Describe a model of ``predict_batch_udf``'s kind.
-
-        Parameters
-        ----------
-        make_predict_fn
-            Is called once in each Python worker and returns the function that predicts.
-
-        Returns
-        -------
-        ModelHandle
-            Another one for each call of this.
-        """
+        """Describe a model of ``predict_batch_udf``'s kind, another one for each call of this."""
         name = getattr(make_predict_fn, "__qualname__", type(make_predict_fn).__qualname__)
-        return cls(uuid.uuid4().hex, name, kind="make_predict_fn", make_predict_fn=make_predict_fn)
-
-
-class Predictor(Protocol):
-    """A model that is ready to predict.
-
-    Attributes
-    ----------
-    expected_inputs : int or None
-        How many arrays it takes; None: any number.
-    stacks_scalars : bool
-        Whether several columns of scalars are one input of shape ``(batch, columns)``.
-    scalar_dtype : numpy.dtype or None
-        The type that such an input should have; None: the columns' own.
-    """
-
-    expected_inputs: int | None
-    stacks_scalars: bool
-    scalar_dtype: np.dtype[Any] | None
-
-    def __call__(self, *inputs: np.ndarray[Any, Any]) -> Any:
-        """Predict for a batch.
-
-        Parameters
-        ----------
-        *inputs
-            Arrays of shape ``(batch, ...)``.
-
-        Returns
-        -------
-        numpy.ndarray, or dict or list of dict
-            As ``predict_batch_udf`` takes them.
-        """
+        return cls(uuid.uuid4().hex, name, make_predict_fn)
 
 
 class _Slot:
@@ -127,33 +66,18 @@ _slots_lock = threading.Lock()
 
 
 def load(handle: ModelHandle) -> Predictor:
-    """Give a model of this process, loaded for the device of its current task.
+    """Return a model of this process, loaded for the device of its current task.
 
     The models that were used last stay: three, unless the variable ``HOROVODRUNNER_MODELS`` says
     otherwise.
-
-    Parameters
-    ----------
-    handle
-        The model.
-
-    Returns
-    -------
-    Predictor
-        The same one for each call, unless others took its place.
-
-    Raises
-    ------
-    ConfigurationError
-        If it cannot be loaded; the text names the model and the cause.
     """
     device = current_device()
     key = (handle.identity, device)
-    bound = _bound()
+    most = _most_kept()
     with _slots_lock:
         slot = _slots.pop(key, None) or _Slot()
         _slots[key] = slot
-        surplus = [_slots.pop(each) for each in list(_slots)[:-bound]]
+        surplus = [_slots.pop(each) for each in list(_slots)[:-most]]
     for each in surplus:
         each.release()
     with slot.lock:
@@ -168,7 +92,7 @@ def load(handle: ModelHandle) -> Predictor:
         return slot.predictor
 
 
-def _bound() -> int:
+def _most_kept() -> int:
     text = os.environ.get(KEPT_MODELS, str(_KEPT))
     if not text.isdecimal() or int(text) < 1:
         raise ConfigurationError(
@@ -180,26 +104,22 @@ def _bound() -> int:
 def _made(handle: ModelHandle, device: Device) -> tuple[Predictor, HostCopy | None]:
     from horovodrunner.inference import predictors
 
-    if handle.kind == "make_predict_fn":
+    if not isinstance(handle.source, tuple):
         # its errors are the user's own, as with predict_batch_udf
-        make = cast(Callable[[], Callable[..., Any]], handle.make_predict_fn)
-        return predictors.function_predictor(make()), None
+        return predictors.function_predictor(handle.source()), None
+    kind, file, contents = handle.source
     host_copy: HostCopy | None = None
     try:
-        host_copy = _host_copy(handle.parcel)
-        if handle.kind == "keras":
-            content = handle.parcel.content if handle.parcel else None
-            file = host_copy.path if host_copy else (content or b"")
-            return predictors.keras_predictor(handle.skeleton, file, device), host_copy
-        weights: Any = host_copy.map() if host_copy else None
-        if host_copy is None and handle.parcel is not None:
-            weights = bytearray(handle.parcel.content or b"")
-        if handle.kind == "torch":
+        if file.content is None:
+            host_copy = HostCopy(file.digest, file.size, file.open)
+        memory = bytearray(file.content or b"") if host_copy is None else host_copy.map()
+        if kind == "torch":
             device.prepare_torch()
-        thing = frozen.restore(handle.skeleton, weights, handle.companions)
-        if handle.kind == "torch":
-            net, compiled = thing
-            return predictors.torch_predictor(net, compiled, device), host_copy
+        thing = read_model(memory, contents)
+        if kind == "torch":
+            return predictors.torch_predictor(*thing, device=device), host_copy
+        if kind == "keras":
+            return predictors.keras_predictor(*thing, device=device), host_copy
         return predictors.function_predictor(thing), host_copy
     except BaseException as error:
         if host_copy is not None:
@@ -210,22 +130,3 @@ def _made(handle: ModelHandle, device: Device) -> tuple[Predictor, HostCopy | No
             f"the model {handle.name} cannot be loaded in Spark's Python worker: "
             f"{type(error).__name__}: {error}{memory_hint(error)}"
         ) from error
-
-
-def _host_copy(parcel: Parcel | None) -> HostCopy | None:
-    if parcel is None or parcel.content is not None:
-        return None
-
-    def obtain() -> BinaryIO:
-        path = parcel.artifact_path()
-        if path is not None:
-            return path.open("rb")
-        file = cast(BinaryIO, tempfile.TemporaryFile(dir=local_directory()))  # noqa: SIM115
-        try:
-            parcel.write_to(file)
-        except BaseException:
-            file.close()
-            raise
-        return file
-
-    return HostCopy(parcel.digest, parcel.size, obtain)

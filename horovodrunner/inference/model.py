@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import pickle
 import shutil
@@ -13,7 +14,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
@@ -25,18 +26,16 @@ from horovodrunner.errors import (
     PayloadError,
 )
 from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest
-from horovodrunner.inference.frozen import freeze
-from horovodrunner.inference.loading import ModelHandle
-from horovodrunner.inference.shipping import Shipment
-from horovodrunner.pickling.payload import format_bytes
-from horovodrunner.storage import LocalPlace, open_place
+from horovodrunner.formatting import format_bytes
+from horovodrunner.inference.chunks import Shipment
+from horovodrunner.inference.loading import Kind, ModelHandle
+from horovodrunner.inference.weight_file import write_model
+from horovodrunner.storage import LocalStorage, open_storage
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 __all__ = ["Model"]
-
-_FILE = "weights"
 
 
 class Model:
@@ -50,18 +49,23 @@ class Model:
     the latest when the application ends.
     """
 
-    def __init__(self, name: str, kind: Literal["torch", "keras", "function"]) -> None:
+    def __init__(self, name: str, kind: Kind, thing: object) -> None:
         self._name = name
         self._kind = kind
-        self._identity = ""
-        self._skeleton = b""
-        self._digest = ""
-        self._size = 0
-        self._companions: tuple[Any, ...] = ()
         self._shipments: list[Shipment] = []
         self._deleted = False
         self._directory = Path(tempfile.mkdtemp(prefix="horovodrunner-model-"))
+        self._file = self._directory / "weights"
         self._finalizer = weakref.finalize(self, _clean_up, self._directory, os.getpid())
+        try:
+            with self._file.open("wb") as file:
+                self._contents = write_model(thing, file)
+        except BaseException:
+            self.delete()  # whoever keeps the error keeps this object
+            raise
+        # the file does not tell one broadcast variable from another
+        unique = uuid.uuid4().hex if self._contents.broadcasts else ""
+        self._identity = f"{kind} {self._contents.digest} {unique}"
 
     @classmethod
     def from_torch(cls, net: Any, *, compile: bool = False) -> Model:  # noqa: A002
@@ -77,11 +81,6 @@ class Model:
             Whether each Python worker calls ``torch.compile`` once. That takes it half a minute,
             and a C++ compiler on the executors. It paid for a small convolutional network on a
             CPU (several times as fast), and not for a small network of linear layers (slower).
-
-        Returns
-        -------
-        Model
-            The model.
 
         Raises
         ------
@@ -103,8 +102,7 @@ class Model:
             )
         compiles = checked.boolean("compile", compile)
         net = _unwrapped(net)
-        tensors = dict(net.named_parameters()) | dict(net.named_buffers())
-        return cls(type(net).__qualname__, "torch")._frozen((net, compiles), tensors)
+        return cls(type(net).__qualname__, "torch", (net, compiles))
 
     @classmethod
     def from_keras(cls, model: Any, *, custom_objects: Mapping[str, Any] | None = None) -> Model:
@@ -117,11 +115,6 @@ class Model:
         custom_objects
             Classes and functions that loading it needs, by name. Those that are registered with
             Keras, and classes of its layers, come along anyway.
-
-        Returns
-        -------
-        Model
-            The model.
 
         Raises
         ------
@@ -136,9 +129,9 @@ class Model:
                 f"model={model!r:.100}: it must be a model of Keras 3 or tf_keras, got "
                 f"{type(model).__name__}"
             )
-        made = cls(str(model.name), "keras")
-        made._save_keras(model, packages[0], dict(custom_objects or {}))
-        return made
+        with tempfile.TemporaryDirectory(prefix="horovodrunner-model-") as directory:
+            saved = _saved_keras(model, packages[0], dict(custom_objects or {}), Path(directory))
+            return cls(str(model.name), "keras", saved)
 
     @classmethod
     def from_function(cls, function: Callable[..., Any]) -> Model:
@@ -150,11 +143,6 @@ class Model:
             Called with one NumPy array of shape ``(batch, ...)`` for each input; returns an array
             whose first dimension is the batch, a dict of them, or a list of dicts. Arrays and
             tensors that it captures travel once, as weights do.
-
-        Returns
-        -------
-        Model
-            The model.
 
         Raises
         ------
@@ -174,17 +162,12 @@ class Model:
                 f"function={function!r:.100}: it must be callable, got {type(function).__name__}"
             )
         checked.runs_at_once("function", function)
-        for package, kind, maker in (
-            ("torch.nn", "Module", "from_torch"),
-            ("keras", "Model", "from_keras"),
-            ("tf_keras", "Model", "from_keras"),
-        ):
-            if _is_instance(function, package, kind):
-                raise ArgumentTypeError(
-                    f"function={function!r:.100}: it is a model, use Model.{maker}(...)"
-                )
+        if maker := _maker_of(function):
+            raise ArgumentTypeError(
+                f"function={function!r:.100}: it is a model, use Model.{maker}(...)"
+            )
         name = getattr(function, "__qualname__", type(function).__qualname__)
-        return cls(name.rpartition(".")[2], "function")._frozen(function)
+        return cls(name.rpartition(".")[2], "function", function)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Any, build: Any) -> Model:
@@ -198,11 +181,6 @@ class Model:
             A function that is called here with the directory, a ``pathlib.Path``, and
             returns a PyTorch module, a Keras model, a function or a :class:`Model`. Or a PyTorch
             module, which gets the weights that ``checkpoint.save_torch(step, model=...)`` saved.
-
-        Returns
-        -------
-        Model
-            The model.
 
         Raises
         ------
@@ -223,19 +201,18 @@ class Model:
             made = _load_module(build, directory) if is_module else build(directory)
         if isinstance(made, cls):
             return made
-        if _is_instance(made, "torch.nn", "Module"):
-            return cls.from_torch(made)
-        if _is_instance(made, "keras", "Model") or _is_instance(made, "tf_keras", "Model"):
-            return cls.from_keras(made)
-        if callable(made):
-            return cls.from_function(made)
-        raise ArgumentTypeError(
-            f"build returned {made!r:.100} ({type(made).__name__}): it must return a "
-            "torch.nn.Module, a Keras model, a function or a Model"
-        )
+        maker = _maker_of(made)
+        if not maker and not callable(made):
+            raise ArgumentTypeError(
+                f"build returned {made!r:.100} ({type(made).__name__}): it must return a "
+                "torch.nn.Module, a Keras model, a function or a Model"
+            )
+        model: Model = getattr(cls, maker or "from_function")(made)
+        return model
 
     def __repr__(self) -> str:
-        weights = f", {format_bytes(self._size)} of weights" if self._size else ""
+        size = self._contents.weights_size
+        weights = f", {format_bytes(size)} of weights" if size else ""
         return f"Model({self._name}, {self._kind}{weights}{', deleted' if self._deleted else ''})"
 
     def __enter__(self) -> Model:
@@ -264,85 +241,46 @@ class Model:
         self._finalizer()
 
     def handle(self, spark: SparkSession) -> ModelHandle:
-        """Send the weights to an application's executors, unless they are there.
-
-        Parameters
-        ----------
-        spark
-            The session whose queries use the model.
-
-        Returns
-        -------
-        ModelHandle
-            What travels in functions.
-
-        Raises
-        ------
-        ConfigurationError
-            If the model was deleted.
-        """
+        """Send the file to an application's executors, unless it is there; for use in functions."""
         if self._deleted:
             raise ConfigurationError(f"{self!r} cannot be used any more")
-        parcel = None
-        if self._digest:
-            shipment = next((each for each in self._shipments if each.serves(spark)), None)
-            if shipment is None:
-                shipment = Shipment(spark, self._directory / _FILE, self._digest)
-                self._shipments.append(shipment)
-            parcel = shipment.parcel
-        return ModelHandle(
-            self._identity, self._name, self._kind, self._skeleton, parcel, self._companions
-        )
+        shipment = next((each for each in self._shipments if each.serves(spark)), None)
+        if shipment is None:
+            shipment = Shipment(spark, self._file, self._contents.digest)
+            self._shipments.append(shipment)
+        source = (self._kind, shipment.file, self._contents)
+        return ModelHandle(self._identity, self._name, source)
 
-    def _frozen(self, thing: object, names: Mapping[str, Any] | None = None) -> Model:
-        try:
-            with (self._directory / _FILE).open("wb") as file:
-                frozen = freeze(thing, file, names)
-        except BaseException:
-            self.delete()  # whoever keeps the error keeps this object
-            raise
-        self._take(frozen.skeleton, frozen.digest, frozen.weights_size)
-        self._companions = frozen.companions
-        if frozen.companions:
-            self._identity = uuid.uuid4().hex  # the skeleton does not tell one from another
-        return self
 
-    def _save_keras(self, model: Any, package: str, custom_objects: dict[str, Any]) -> None:
-        keras = sys.modules[package]
-        backend = keras.backend.backend() if package == "keras" else "tensorflow"
-        own = {
-            type(layer).__name__: type(layer)
-            for layer in model._flatten_layers()
-            if not type(layer).__module__.startswith(("keras.", "tf_keras."))
-        }
-        custom_objects = {**own, **keras.saving.get_custom_objects(), **custom_objects}
-        try:
-            custom = cloudpickle.dumps(custom_objects)
-        except Exception as error:
-            raise PayloadError(
-                f"the custom objects {', '.join(custom_objects)} of the model {model.name} cannot "
-                f"be sent to the executors: {type(error).__name__}: {error}"
-            ) from error
-        path = self._directory / "model.keras"
-        try:
-            model.save(str(path))
-        except Exception as error:
-            raise PayloadError(
-                f"the model {model.name} cannot be saved by {package}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        path.rename(self._directory / _FILE)
-        with (self._directory / _FILE).open("rb") as file:
-            digest = hashlib.sha256()
-            while part := file.read(2**20):
-                digest.update(part)
-            size = file.tell()
-        self._take(pickle.dumps((package, backend, custom)), digest.hexdigest(), size)
-
-    def _take(self, skeleton: bytes, digest: str, size: int) -> None:
-        self._skeleton, self._digest, self._size = skeleton, digest, size
-        everything = self._kind.encode() + digest.encode() + skeleton
-        self._identity = hashlib.sha256(everything).hexdigest()
+def _saved_keras(
+    model: Any, package: str, custom_objects: dict[str, Any], directory: Path
+) -> tuple[object, ...]:
+    """Save a Keras model; returns what the Python workers take, its archive mapped."""
+    keras = sys.modules[package]
+    backend = keras.backend.backend() if package == "keras" else "tensorflow"
+    own = {
+        type(layer).__name__: type(layer)
+        for layer in model._flatten_layers()
+        if not type(layer).__module__.startswith(("keras.", "tf_keras."))
+    }
+    custom_objects = {**own, **keras.saving.get_custom_objects(), **custom_objects}
+    try:
+        custom = cloudpickle.dumps(custom_objects)
+    except Exception as error:
+        raise PayloadError(
+            f"the custom objects {', '.join(custom_objects)} of the model {model.name} cannot "
+            f"be sent to the executors: {type(error).__name__}: {error}"
+        ) from error
+    path = directory / "model.keras"
+    try:
+        model.save(str(path))
+    except Exception as error:
+        raise PayloadError(
+            f"the model {model.name} cannot be saved by {package}: {type(error).__name__}: {error}"
+        ) from error
+    with path.open("rb") as file:
+        archive = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    return package, backend, custom, pickle.PickleBuffer(archive)
 
 
 def _clean_up(directory: Path, owner: int) -> None:
@@ -354,6 +292,14 @@ def _is_instance(thing: Any, module: str, name: str) -> bool:
     """Whether it is an instance of a class of a module that need not be installed."""
     kind = getattr(sys.modules.get(module), name, None)
     return isinstance(kind, type) and isinstance(thing, kind)
+
+
+def _maker_of(thing: Any) -> str:
+    """Name the constructor for a framework's model; empty for anything else."""
+    if _is_instance(thing, "torch.nn", "Module"):
+        return "from_torch"
+    is_keras = any(_is_instance(thing, package, "Model") for package in ("keras", "tf_keras"))
+    return "from_keras" if is_keras else ""
 
 
 def _unwrapped(net: Any) -> Any:
@@ -370,9 +316,9 @@ def _unwrapped(net: Any) -> Any:
 
 
 def _local_files(location: str, copied: Path) -> Path:
-    """Give the directory of a checkpoint's files, copied from behind a URL if they are there."""
-    place = open_place(location)
-    if isinstance(place, LocalPlace):
+    """Return the directory of a checkpoint's files, copied from behind a URL if they are there."""
+    place = open_storage(location)
+    if isinstance(place, LocalStorage):
         if not place.root.is_dir():
             raise CheckpointError(f"there is no checkpoint at {place.root}: it is no directory")
         return place.root

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
@@ -12,127 +11,87 @@ from horovodrunner.inference.inputs import InputPlan
 from horovodrunner.inference.loading import ModelHandle
 from horovodrunner.inference.model import Model
 from horovodrunner.inference.outputs import arrow_type
-from horovodrunner.inference.scoring import Scoring
+from horovodrunner.inference.scoring import Options, Scoring
 from horovodrunner.inference.transforming import Transform
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
     from pyspark.sql.types import DataType
 
-__all__ = ["Options", "Shapes", "handle_of", "spark_type"]
+__all__ = ["AnyModel", "Shapes", "checked_options", "make_scoring", "spark_type"]
 
 SAFE_CASTS = "spark.sql.execution.pandas.convertToArrowArraySafely"
 """Spark's own setting for the same question."""
 
+AnyModel = Model | Callable[[], Callable[..., Any]]
 Shapes = Sequence[Sequence[int] | None] | Mapping[int, Sequence[int]]
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options; the parameters are those of :func:`horovodrunner.inference.predict`."""
-
-    batch_size: int
-    input_tensor_shapes: Shapes | None
-    on_error: Literal["raise", "null"]
-    nulls: Literal["pass", "null", "raise"]
-    key_columns: Sequence[str]
-    batch_transform: Transform | None
-    transform_workers: int
-    prefetch: int
-
-    def __post_init__(self) -> None:
-        for name, value in (
-            ("batch_size", checked.integer("batch_size", self.batch_size, 1)),
-            ("transform_workers", checked.integer("transform_workers", self.transform_workers, 0)),
-            ("prefetch", checked.integer("prefetch", self.prefetch, 1)),
-            ("on_error", checked.choice("on_error", self.on_error, ("raise", "null"))),
-            ("nulls", checked.choice("nulls", self.nulls, ("pass", "null", "raise"))),
-            ("key_columns", tuple(checked.names("key_columns", self.key_columns))),
-        ):
-            object.__setattr__(self, name, value)
-        if self.batch_transform is not None and not callable(self.batch_transform):
-            raise ArgumentTypeError(
-                f"batch_transform={self.batch_transform!r}: give a function that takes a dict of "
-                "arrays and gives one"
-            )
-        if self.batch_transform is not None:
-            checked.runs_at_once("batch_transform", self.batch_transform)
-        if self.batch_transform is None and self.transform_workers:
+def checked_options(
+    *,
+    batch_size: int,
+    input_tensor_shapes: Shapes | None,
+    on_error: str,
+    nulls: str,
+    key_columns: Sequence[str],
+    batch_transform: Transform | None,
+    transform_workers: int,
+    prefetch: int,
+) -> Options:
+    options = Options(
+        batch_size=checked.integer("batch_size", batch_size, 1),
+        plan=InputPlan.of(input_tensor_shapes, nulls),
+        on_error=checked.choice("on_error", on_error, ("raise", "null")),
+        keys=tuple(checked.names("key_columns", key_columns)),
+        transform=batch_transform,
+        transform_workers=checked.integer("transform_workers", transform_workers, 0),
+        prefetch=checked.integer("prefetch", prefetch, 1),
+    )
+    if batch_transform is None:
+        if transform_workers:
             raise ArgumentValueError(
-                f"transform_workers={self.transform_workers}: there is no batch_transform for them"
+                f"transform_workers={transform_workers}: there is no batch_transform for them"
             )
-        if self.batch_transform is not None and self.input_tensor_shapes is not None:
-            raise ArgumentValueError(
-                "input_tensor_shapes and batch_transform: the arrays that the transform gives "
-                "are the model's inputs and have a shape; let it reshape them"
-            )
-        InputPlan.of(self.input_tensor_shapes, self.nulls)
-
-    def scoring(
-        self,
-        spark: SparkSession,
-        handle: ModelHandle,
-        return_type: DataType,
-        names: Sequence[str],
-    ) -> Scoring:
-        """Say what the Python workers are to do.
-
-        Parameters
-        ----------
-        spark
-            The session, whose settings hold for dates and for casts.
-        handle
-            The model.
-        return_type
-            Spark's type of the predictions.
-        names
-            Names of the input columns.
-
-        Returns
-        -------
-        Scoring
-            What travels to them.
-        """
-        return Scoring(
-            model=handle,
-            target=arrow_type(return_type, spark.conf.get("spark.sql.session.timeZone")),
-            safe=spark.conf.get(SAFE_CASTS) == "true",
-            batch_size=self.batch_size,
-            plan=InputPlan.of(self.input_tensor_shapes, self.nulls),
-            names=tuple(names),
-            keys=tuple(self.key_columns),
-            on_error=self.on_error,
-            transform=self.batch_transform,
-            transform_workers=self.transform_workers,
-            prefetch=self.prefetch,
+        return options
+    if not callable(batch_transform):
+        raise ArgumentTypeError(
+            f"batch_transform={batch_transform!r}: give a function that takes a dict of arrays and "
+            "gives one"
         )
+    checked.runs_at_once("batch_transform", batch_transform)
+    if input_tensor_shapes is not None:
+        raise ArgumentValueError(
+            "input_tensor_shapes and batch_transform: the arrays that the transform gives are the "
+            "model's inputs and have a shape; let it reshape them"
+        )
+    return options
 
 
-def handle_of(model: Model | Callable[[], Callable[..., Any]], spark: SparkSession) -> ModelHandle:
-    """Get a model ready for the session's executors.
+def make_scoring(
+    options: Options,
+    model: AnyModel,
+    return_type: DataType | str,
+    names: Sequence[str],
+    spark: SparkSession,
+) -> tuple[Scoring, DataType]:
+    """Send the model, and return what the Python workers are to do, and the predictions' type."""
+    kind = spark_type(return_type, spark)
+    scoring = Scoring(
+        **vars(options),
+        model=_sent(model, spark),
+        target=arrow_type(kind, spark.conf.get("spark.sql.session.timeZone")),
+        safe=spark.conf.get(SAFE_CASTS) == "true",
+        names=tuple(names),
+    )
+    return scoring, kind
 
-    Parameters
-    ----------
-    model
-        A model, or a function that loads one, as ``predict_batch_udf`` takes it.
-    spark
-        The session.
 
-    Returns
-    -------
-    ModelHandle
-        What travels to them.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is neither.
-    """
+def _sent(model: AnyModel, spark: SparkSession) -> ModelHandle:
     if isinstance(model, Model):
         return model.handle(spark)
-    kind = {base.__module__.partition(".")[0] for base in type(model).__mro__}
+    packages = {base.__module__.partition(".")[0] for base in type(model).__mro__}
     for package, name in (("torch", "torch"), ("keras", "keras"), ("tf_keras", "keras")):
-        if package in kind:
+        if package in packages:
             raise ArgumentTypeError(
                 f"model={type(model).__name__}: wrap it, Model.from_{name}(...), once for all "
                 "DataFrames it is applied to"
@@ -147,27 +106,7 @@ def handle_of(model: Model | Callable[[], Callable[..., Any]], spark: SparkSessi
 
 
 def spark_type(return_type: DataType | str, spark: SparkSession) -> DataType:
-    """Read a type that may be written as DDL.
-
-    Parameters
-    ----------
-    return_type
-        The type, or text such as ``"array<float>"`` or ``"label int, score float"``.
-    spark
-        The session, whose parser reads it.
-
-    Returns
-    -------
-    pyspark.sql.types.DataType
-        The type.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If it is neither.
-    ArgumentValueError
-        If Spark cannot read it.
-    """
+    """Return a type that may be written as DDL, such as ``"label int, score float"``."""
     from pyspark.errors import PySparkException
     from pyspark.sql.types import DataType
 

@@ -1,7 +1,5 @@
 """From predictions to Arrow arrays. Runs in: the driver and Spark's Python workers.
 
-:func:`arrow_type` is for the driver, :func:`to_arrow` for the Python workers.
-
 The values are those that ``pyspark.ml.functions.predict_batch_udf`` gives in Spark 4.1, which makes
 pandas objects of the predictions:
 
@@ -12,9 +10,8 @@ pandas objects of the predictions:
   300 becomes 44. Within arrays, 2.5 becomes 2 whatever that says;
 - Python objects become what PyArrow makes of them, None and NaN among them null.
 
-What it refuses, and this takes: tensors of PyTorch and TensorFlow, and lists; arrays that differ in
-length; arrays of arrays; boolean, binary, date, timestamp and decimal results; ``(batch, 1)`` for a
-struct's scalar field; structs in structs.
+It takes more: tensors, and lists; arrays that differ in length; arrays of arrays; boolean, binary,
+date, timestamp and decimal results; ``(batch, 1)`` for a struct's scalar field; structs in structs.
 """
 
 from __future__ import annotations
@@ -27,8 +24,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from horovodrunner.errors import ArgumentValueError, DataError
+from horovodrunner.inference.halving import halves
 
-__all__ = ["OutputError", "arrow_type", "to_arrow", "to_arrow_by_row"]
+__all__ = ["SCALARS", "OutputError", "arrow_type", "to_arrow", "to_arrow_by_row"]
+
+SCALARS = {
+    "boolean": pa.bool_(),
+    "tinyint": pa.int8(),
+    "smallint": pa.int16(),
+    "int": pa.int32(),
+    "bigint": pa.int64(),
+    "float": pa.float32(),
+    "double": pa.float64(),
+    "string": pa.string(),
+    "binary": pa.binary(),
+}
+"""The types of Spark, by name, that are the same for Arrow."""
 
 
 class OutputError(DataError, ValueError):
@@ -36,41 +47,18 @@ class OutputError(DataError, ValueError):
 
 
 def arrow_type(spark_type: Any, timezone: str = "UTC") -> pa.DataType:
-    """Give the Arrow type of a Spark type that predictions can have.
+    """Return the Arrow type of a Spark type that predictions can have, or refuse it.
 
-    Parameters
-    ----------
-    spark_type
-        A ``pyspark.sql.types.DataType``.
-    timezone
-        The session's time zone, in which predicted timestamps without one are.
-
-    Returns
-    -------
-    pyarrow.DataType
-        What :func:`to_arrow` takes.
-
-    Raises
-    ------
-    ArgumentValueError
-        If no prediction can be of that type.
+    `timezone` is the session's, in which predicted timestamps without one are.
     """
     from pyspark.sql import types
 
-    scalars = {
-        types.BooleanType: pa.bool_(),
-        types.ByteType: pa.int8(),
-        types.ShortType: pa.int16(),
-        types.IntegerType: pa.int32(),
-        types.LongType: pa.int64(),
-        types.FloatType: pa.float32(),
-        types.DoubleType: pa.float64(),
-        types.StringType: pa.string(),
-        types.BinaryType: pa.binary(),
-        types.DateType: pa.date32(),
-        types.TimestampType: pa.timestamp("us", timezone),
-        types.TimestampNTZType: pa.timestamp("us"),
+    times = {
+        "date": pa.date32(),
+        "timestamp": pa.timestamp("us", timezone),
+        "timestamp_ntz": pa.timestamp("us"),
     }
+    scalars = SCALARS | times
 
     def converted(kind: Any, *, in_array: bool = False) -> pa.DataType:
         if isinstance(kind, types.ArrayType):
@@ -87,13 +75,14 @@ def arrow_type(spark_type: Any, timezone: str = "UTC") -> pa.DataType:
             )
         if isinstance(kind, types.DecimalType):
             return pa.decimal128(kind.precision, kind.scale)
-        if type(kind) not in scalars:
+        name = "string" if type(kind) is types.StringType else kind.simpleString()  # a collation
+        if name not in scalars:
             raise ArgumentValueError(
                 f"return_type={spark_type.simpleString()!r}: predictions cannot be of the type "
                 f"{kind.simpleString()!r}. They can be numbers, booleans, strings, binary values, "
                 "dates, timestamps, decimals, arrays of these, and a struct of all of them"
             )
-        return scalars[type(kind)]
+        return scalars[name]
 
     return converted(spark_type)
 
@@ -111,14 +100,9 @@ def to_arrow(predictions: Any, rows: int, target: pa.DataType, *, safe: bool = T
     rows
         How many rows the batch has.
     target
-        What :func:`arrow_type` gave.
+        What :func:`arrow_type` returned.
     safe
         Whether to refuse numbers that `target` cannot hold.
-
-    Returns
-    -------
-    pyarrow.Array
-        Of the type `target`. It may share memory with `predictions`.
 
     Raises
     ------
@@ -131,44 +115,27 @@ def to_arrow(predictions: Any, rows: int, target: pa.DataType, *, safe: bool = T
 def to_arrow_by_row(
     predictions: Any, rows: int, target: pa.DataType, *, safe: bool = True
 ) -> tuple[pa.Array, dict[int, str]]:
-    """Do what :func:`to_arrow` does, and leave out the rows that do not fit.
+    """Put null for the rows that do not fit, and return what is wrong with each.
 
-    Parameters
-    ----------
-    predictions, rows, target, safe
-        As for :func:`to_arrow`.
-
-    Returns
-    -------
-    tuple of pyarrow.Array and dict
-        The array, with null for these rows; and what is wrong with each.
-
-    Raises
-    ------
-    OutputError
-        If all of them have another shape or type than they should: the model is wrong, not a row.
+    If all of them have another shape or type than they should, the model is wrong, not a row: that
+    is an `OutputError`.
     """
-    parts: dict[int, pa.Array] = {}
+    parts: list[pa.Array] = []
     bad: dict[int, OutputError] = {}
-    waiting = [(0, rows)]
-    while waiting:
-        start, stop = waiting.pop()
-        try:
-            part = _part(predictions, slice(start, stop))
-            parts[start] = to_arrow(part, stop - start, target, safe=safe)
-        except OutputError as error:
-            if stop - start > 1:
-                half = (start + stop) // 2
-                waiting += [(start, half), (half, stop)]
-            else:
-                bad[start] = error
-                parts[start] = pa.nulls(1, target)
+    for part, found in halves(
+        rows,
+        lambda part: to_arrow(_part(predictions, part), part.stop - part.start, target, safe=safe),
+        OutputError,
+    ):
+        if isinstance(found, OutputError):
+            bad[part.start] = found
+        parts.append(pa.nulls(1, target) if isinstance(found, OutputError) else found)
     if len(bad) == rows:
         for each in bad.values():
             if not isinstance(each.__cause__, (pa.ArrowInvalid, OverflowError)):
                 raise each
-    reasons = {row: f"{type(each).__name__}: {each}" for row, each in sorted(bad.items())}
-    return pa.concat_arrays([parts[start] for start in sorted(parts)]), reasons
+    reasons = {row: f"{type(each).__name__}: {each}" for row, each in bad.items()}
+    return pa.concat_arrays(parts), reasons
 
 
 def _part(predictions: Any, rows: slice) -> Any:
@@ -265,7 +232,7 @@ def _check_names(found: Mapping[Any, Any], names: Sequence[str], what: str) -> N
 
 
 def _as_numpy(values: Any) -> Any:
-    """Give tensors as NumPy arrays, and lists as they are."""
+    """Return tensors as NumPy arrays, and lists as they are."""
     if isinstance(values, (np.ndarray, list, tuple)):
         return values
     if hasattr(values, "detach"):
@@ -323,7 +290,7 @@ def _lists(values: Any, target: pa.DataType, what: str) -> pa.Array:
 
 
 def _row(values: Any, target: pa.DataType, what: str) -> Any:
-    """Give what stands for one row of an array column."""
+    """Return what stands for one row of an array column."""
     found = _as_numpy(values)
     if isinstance(found, np.ndarray) and found.ndim == 0:
         raise OutputError(

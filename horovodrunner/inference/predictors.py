@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,9 +25,8 @@ from horovodrunner.inference.outputs import OutputError
 
 if TYPE_CHECKING:
     from horovodrunner.inference.devices import Device
-    from horovodrunner.inference.loading import Predictor
 
-__all__ = ["function_predictor", "keras_predictor", "torch_predictor"]
+__all__ = ["Predictor", "function_predictor", "keras_predictor", "torch_predictor"]
 
 _NUMERIC_KINDS = "biufc"
 _HALVES = frozenset({"bfloat16", "float16"})
@@ -35,43 +35,24 @@ _HALVES = frozenset({"bfloat16", "float16"})
 _Array = np.ndarray[Any, Any]
 
 
-class _Predictor:
-    """A function with what the columns' side has to know about it."""
+@dataclass(frozen=True)
+class Predictor:
+    """A function of arrays of shape ``(batch, ...)``, and what its caller has to know about it."""
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        expected_inputs: int | None,
-        stacks_scalars: bool = False,
-        scalar_dtype: np.dtype[Any] | None = None,
-    ) -> None:
-        self._function = function
-        self.expected_inputs = expected_inputs
-        self.stacks_scalars = stacks_scalars
-        self.scalar_dtype = scalar_dtype
+    function: Callable[..., Any]
+    expected_inputs: int | None
+    """How many arrays it takes; None: any number."""
+    stacks_scalars: bool = False
+    """Whether several columns of scalars are one input of shape ``(batch, columns)``."""
+    scalar_dtype: np.dtype[Any] | None = None
+    """The type that such an input should have; None: the columns' own."""
 
     def __call__(self, *inputs: _Array) -> Any:
-        return self._function(*inputs)
+        return self.function(*inputs)
 
 
 def function_predictor(function: Callable[..., Any]) -> Predictor:
-    """Wrap a function of NumPy arrays; it is called as it is.
-
-    Parameters
-    ----------
-    function
-        Takes arrays of shape ``(batch, ...)``.
-
-    Returns
-    -------
-    Predictor
-        Expects as many inputs as it has parameters.
-
-    Raises
-    ------
-    ConfigurationError
-        If it is not callable.
-    """
+    """Wrap a function of NumPy arrays, which is called as it is."""
     if not callable(function):
         raise ConfigurationError(
             f"make_predict_fn returned {function!r:.100} ({type(function).__name__}): it must "
@@ -79,11 +60,7 @@ def function_predictor(function: Callable[..., Any]) -> Predictor:
         )
     parameters = _by_position(called_signature(function))
     expected = None if parameters is None else len(parameters)
-
-    def predict(*inputs: _Array) -> Any:
-        return _own(function(*inputs))
-
-    return _Predictor(predict, expected)
+    return Predictor(lambda *inputs: _own(function(*inputs)), expected)
 
 
 def _own(outputs: Any) -> Any:
@@ -93,23 +70,8 @@ def _own(outputs: Any) -> Any:
     return outputs.copy() if isinstance(outputs, np.ndarray) else outputs
 
 
-def torch_predictor(net: Any, compiled: bool, device: Device) -> Predictor:
-    """Wrap a PyTorch module.
-
-    Parameters
-    ----------
-    net
-        The module; it is put into evaluation mode.
-    compiled
-        Whether ``torch.compile`` is to translate it, at the first batch.
-    device
-        Where it computes.
-
-    Returns
-    -------
-    Predictor
-        Expects as many inputs as its ``forward`` has positional parameters without default.
-    """
+def torch_predictor(net: Any, compiled: bool, *, device: Device) -> Predictor:
+    """Wrap a PyTorch module, which is put into evaluation mode."""
     import torch
 
     name = type(net).__qualname__
@@ -146,40 +108,28 @@ def torch_predictor(net: Any, compiled: bool, device: Device) -> Predictor:
         with torch.inference_mode():
             return _named_outputs(call(*map(tensor, inputs)), f"what {name} returned", array)
 
-    return _Predictor(predict, expected, stacks, scalar_dtype)
+    return Predictor(predict, expected, stacks, scalar_dtype)
 
 
-def keras_predictor(skeleton: bytes, file: str | bytes, device: Device) -> Predictor:
-    """Load a Keras model from its archive, and wrap it.
-
-    Parameters
-    ----------
-    skeleton
-        The pickle of the package's name, the backend's, and the pickle of the custom objects.
-    file
-        The archive, or its path.
-    device
-        Where it computes.
-
-    Returns
-    -------
-    Predictor
-        Expects the model's inputs.
-
-    Raises
-    ------
-    ConfigurationError
-        If this process uses another backend of Keras.
-    """
-    package, backend, custom = pickle.loads(skeleton)  # noqa: S301 - the driver's own
+def keras_predictor(
+    package: str, backend: str, custom_objects: bytes, archive: Any, *, device: Device
+) -> Predictor:
+    """Load a Keras model from its archive, and wrap it; the custom objects are pickled."""
     keras = _import_keras(package, backend)
     if backend == "tensorflow":
         device.prepare_tensorflow()
     elif backend == "torch":
         device.prepare_torch()
-    custom_objects = pickle.loads(custom)  # noqa: S301
-    with _device_scope(keras, device):
-        model = _load_archive(keras, file, custom_objects)
+    with _device_scope(keras, device), tempfile.TemporaryDirectory(dir=local_directory()) as parent:
+        path = Path(parent, "model.keras")  # the ending tells Keras the format
+        path.write_bytes(archive)
+        # code in the archive is the driver's own, as all that Spark sends
+        model = keras.saving.load_model(
+            str(path),
+            custom_objects=pickle.loads(custom_objects),  # noqa: S301
+            compile=False,
+            safe_mode=False,
+        )
     return _wrapped_keras(keras, model, backend, device)
 
 
@@ -209,19 +159,6 @@ def _device_scope(keras: Any, device: Device) -> AbstractContextManager[Any]:
     return cast(AbstractContextManager[Any], tf.device(device.keras_name))
 
 
-def _load_archive(keras: Any, file: str | bytes, custom_objects: Mapping[str, Any]) -> Any:
-    with tempfile.TemporaryDirectory(dir=local_directory()) as directory:
-        path = Path(directory, "model.keras")  # the ending tells Keras the format
-        if isinstance(file, bytes):
-            path.write_bytes(file)
-        else:
-            path.symlink_to(file)
-        # code in the archive is the driver's own, as all that Spark sends
-        return keras.saving.load_model(
-            str(path), custom_objects=dict(custom_objects), compile=False, safe_mode=False
-        )
-
-
 def _wrapped_keras(keras: Any, model: Any, backend: str, device: Device) -> Predictor:
     # what a functional model was made of; others have no such thing
     structure = getattr(model, "input", None)
@@ -235,18 +172,15 @@ def _wrapped_keras(keras: Any, model: Any, backend: str, device: Device) -> Pred
 
     call: Callable[[tuple[Any, ...]], Any] = evaluate
     in_mode: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-    pack: Callable[[Any, list[Any]], Any]
     if backend == "tensorflow":
         import tensorflow as tf
 
         call = tf.function(evaluate, reduce_retracing=True)
-        pack = tf.nest.pack_sequence_as
-    else:
-        pack = keras.tree.pack_sequence_as
-    if backend == "torch":
+    elif backend == "torch":
         import torch
 
         in_mode = torch.inference_mode
+    pack = tf.nest.pack_sequence_as if backend == "tensorflow" else keras.tree.pack_sequence_as
 
     def predict(*inputs: _Array) -> Any:
         given = inputs if structure is None else (pack(structure, list(inputs)),)
@@ -265,7 +199,7 @@ def _wrapped_keras(keras: Any, model: Any, backend: str, device: Device) -> Pred
         return found.astype(np.float32) if found.dtype.name in _HALVES else found
 
     scalar_dtype = None if embeds else np.dtype("float32")
-    return _Predictor(predict, expected, stacks, scalar_dtype)
+    return Predictor(predict, expected, stacks, scalar_dtype)
 
 
 def _from_torch(tensor: Any) -> _Array:

@@ -7,18 +7,18 @@ transform, makes the model's batches; and this one computes.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
 from horovodrunner.errors import HorovodRunnerError, PredictionError
-from horovodrunner.inference.ahead import ReadAhead
-from horovodrunner.inference.batching import Arrays, Batch, Piece, expanded, rebatched
+from horovodrunner.inference.batching import Arrays, Batch, Piece, expanded, joined, rebatched
+from horovodrunner.inference.halving import halves
 from horovodrunner.inference.inputs import (
     BadRows,
     InputError,
@@ -30,12 +30,14 @@ from horovodrunner.inference.inputs import (
     numpy_inputs,
     to_numpy,
 )
-from horovodrunner.inference.loading import ModelHandle, Predictor, load
+from horovodrunner.inference.loading import ModelHandle, load
 from horovodrunner.inference.outputs import OutputError, to_arrow, to_arrow_by_row
-from horovodrunner.inference.transforming import Transform, transformed
+from horovodrunner.inference.predictors import Predictor
+from horovodrunner.inference.transforming import Transform, Transforming, transformed
 from horovodrunner.memory_limit import memory_hint
+from horovodrunner.prefetch import read_ahead
 
-__all__ = ["Scored", "Scoring", "score"]
+__all__ = ["Options", "Scored", "Scoring", "score"]
 
 PIECES_AHEAD = 2
 """Batches of Spark's that are converted and wait; usually 10,000 rows each."""
@@ -46,75 +48,39 @@ Scored = tuple[pa.RecordBatch, pa.Array, "pa.Array | None"]
 """Rows as they came, their predictions, and with on_error="null" what is wrong with them."""
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """What is to be done; travels in the pickled function.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asked for, checked: see :func:`horovodrunner.inference.predict_udf`."""
 
-    Parameters
-    ----------
-    model
-        The model.
-    target
-        Type of the predictions.
-    safe
-        Whether a prediction that the type cannot hold is an error, rather than cut.
-    batch_size
-        Rows that the model gets at once.
-    plan
-        How columns become the model's inputs.
-    names
-        Names of the input columns: the first ones of each batch.
-    keys
-        Names of the columns after them, which name a row in errors.
-    on_error
-        Whether a row that cannot be scored ends the job, or is null.
-    transform
-        Makes the model's inputs of a batch.
-    transform_workers
-        Processes that call it; 0: a thread of this one.
-    prefetch
-        Transformed batches that may wait for the model.
-    """
-
-    model: ModelHandle
-    target: pa.DataType
-    safe: bool
     batch_size: int
     plan: InputPlan
-    names: tuple[str, ...]
+    on_error: str = "raise"
     keys: tuple[str, ...] = ()
-    on_error: Literal["raise", "null"] = "raise"
     transform: Transform | None = None
     transform_workers: int = 0
     prefetch: int = 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scoring(Options):
+    """What is to be done; travels in the pickled function."""
+
+    model: ModelHandle
+    target: pa.DataType
+    safe: bool
+    """Whether a prediction that the type cannot hold is an error, rather than cut."""
+    names: tuple[str, ...]
+    """Names of the input columns: the first ones of each batch, before those of the keys."""
+
+
 def score(scoring: Scoring, batches: Iterator[pa.RecordBatch]) -> Iterator[Scored]:
-    """Apply the model to the rows of a partition.
-
-    Parameters
-    ----------
-    scoring
-        What is to be done.
-    batches
-        The partition's rows: input columns first, then those of the keys, then any others.
-
-    Yields
-    ------
-    tuple
-        Each batch of rows again, with as many predictions.
-
-    Raises
-    ------
-    PredictionError
-        If a row cannot be scored.
-    """
+    """Apply the model to a partition, whose columns are inputs, then keys, then any others."""
     first = next(batches, None)
     if first is None:
         return  # no rows, no model
-    _, names, _ = _inputs(first, scoring.names)
     try:
-        yield from _Partition(scoring, names).scored(itertools.chain([first], batches))
+        model = load(scoring.model)
+        yield from _Partition(scoring, model).scored(first, batches)
     except HorovodRunnerError:
         raise
     except (MemoryError, OSError, RuntimeError) as error:
@@ -126,257 +92,213 @@ def score(scoring: Scoring, batches: Iterator[pa.RecordBatch]) -> Iterator[Score
 
 
 class _Partition:
-    def __init__(self, scoring: Scoring, names: Sequence[str]) -> None:
+    def __init__(self, scoring: Scoring, model: Predictor) -> None:
         self._scoring = scoring
-        self._names = names
-        self._model: Future[Predictor] = Future()
+        self._model = model
+        self._finds_all = scoring.on_error == "null"
+        self._usual_shape = UsualShape() if self._finds_all else None
         self._open: deque[Piece] = deque()
-        self._predictions: deque[Predictions] = deque()
-        self._reasons: dict[int, str] = {}
-        self._lengths = UsualShape() if scoring.on_error == "null" else None
+        self._predictions: deque[tuple[np.ndarray, Predictions]] = deque()
 
-    def scored(self, batches: Iterable[pa.RecordBatch]) -> Iterator[Scored]:
+    def scored(self, first: pa.RecordBatch, others: Iterator[pa.RecordBatch]) -> Iterator[Scored]:
         scoring = self._scoring
-        with ReadAhead(self._stretches(batches), PIECES_AHEAD) as stretches:
-            try:
-                self._model.set_result(load(scoring.model))
-            except BaseException:
-                self._model.cancel()
-                raise
-            raw = rebatched(stretches, scoring.batch_size, may_differ=self._lengths is not None)
+        stretches = self._stretches(itertools.chain([first], others))
+        with read_ahead(stretches, PIECES_AHEAD) as ahead:
+            rows = rebatched(ahead, scoring.batch_size, may_differ=self._finds_all)
             if scoring.transform is None:
-                yield from self._results(Batch(each, len(each[0])) for each in raw)
+                yield from self._results(Batch(each[0], each[1:]) for each in rows)
                 return
             with transformed(
-                raw,
-                scoring.transform,
-                self._names,
+                rows,
+                Transforming(
+                    scoring.transform, _inputs(first, scoring.names)[1], find_all=self._finds_all
+                ),
                 workers=scoring.transform_workers,
                 prefetch=scoring.prefetch,
-                find_all=scoring.on_error == "null",
-            ) as made:
-                yield from self._results(made)
+            ) as batches:
+                yield from self._results(batches)
 
     # ---- in the thread that reads
 
     def _stretches(self, batches: Iterable[pa.RecordBatch]) -> Iterator[Arrays]:
-        before = first = 0
+        """Yield the arrays of each batch of Spark's, the rows' numbers before the inputs."""
+        start = 0
         for batch in batches:
-            piece = Piece(batch, before, first)
-            arrays = self._converted(piece)
-            before += batch.num_rows
-            first = piece.end
+            piece = Piece(batch, start)
             self._open.append(piece)
-            if piece.end > piece.first:
+            arrays = self._converted(piece)
+            start = piece.stop
+            if len(arrays[0]):
                 yield arrays
 
     def _converted(self, piece: Piece) -> Arrays:
-        scoring = self._scoring
-        columns, names, is_group = _inputs(piece.batch, scoring.names)
+        columns, names, is_group = _inputs(piece.batch, self._scoring.names)
+        numbers = np.arange(piece.start, piece.stop)
         while True:
-            rows = np.arange(piece.batch.num_rows) if piece.good is None else piece.good
             try:
-                absent = null_rows(columns, names, scoring.plan)
+                absent = null_rows(columns, names, self._scoring.plan)
                 if absent is None:
-                    return self._as_numpy(columns, names, is_group)
+                    return (numbers, *self._as_numpy(columns, names, is_group))
                 left = np.flatnonzero(~absent)
             except BadRows as bad:
-                reasons = {int(rows[row]): reason for row, reason in bad.rows.items()}
-                left = np.setdiff1d(np.arange(len(rows)), list(bad.rows))
-                if scoring.on_error == "raise":
-                    row, reason = next(iter(reasons.items()))
-                    raise PredictionError(
-                        f"{self._name(piece, row)} cannot be scored: {reason}"
-                    ) from None
-                piece.reasons.update(reasons)
-            piece.good = rows[left]
+                self._note({int(numbers[row]): reason for row, reason in bad.rows.items()})
+                left = np.setdiff1d(np.arange(len(numbers)), list(bad.rows))
+            numbers = numbers[left]
             columns = [each.take(pa.array(left)) for each in columns]
 
     def _as_numpy(self, columns: list[pa.Array], names: Sequence[str], is_group: bool) -> Arrays:
         if self._scoring.transform is not None:
             return tuple(map(to_numpy, columns, names))
-        model = self._model.result()
         inputs = numpy_inputs(
             columns,
             names,
             self._scoring.plan,
-            expected=model.expected_inputs,
-            stacks_scalars=model.stacks_scalars,
+            expected=self._model.expected_inputs,
+            stacks_scalars=self._model.stacks_scalars,
             grouped=is_group,
-            lengths=self._lengths,
+            usual_shape=self._usual_shape,
         )
-        if len(inputs) < len(columns) and model.scalar_dtype is not None:  # stacked scalars
-            return tuple(each.astype(model.scalar_dtype, copy=False) for each in inputs)
+        if len(inputs) < len(columns) and self._model.scalar_dtype is not None:  # stacked scalars
+            return tuple(each.astype(self._model.scalar_dtype, copy=False) for each in inputs)
         return inputs
 
     # ---- in the thread that computes
 
     def _results(self, batches: Iterable[Batch]) -> Iterator[Scored]:
-        done = 0
         for batch in batches:
-            self._predict(batch, done)
-            done += batch.rows
-            yield from self._complete_pieces(done)
-        yield from self._complete_pieces(done)  # those without a good row
+            self._note(batch.reasons)
+            if len(batch.numbers):
+                predictions = self._predicted(batch.numbers, batch.inputs)
+                self._predictions.append((batch.numbers, predictions))
+            yield from self._completed(batch.stop)
+        yield from self._completed(math.inf)  # those whose last rows were left out
 
-    def _predict(self, batch: Batch, first: int) -> None:
-        """Append the predictions of a batch, of which the first row has that number."""
-        if batch.reasons and self._scoring.on_error == "raise":
-            row, reason = next(iter(batch.reasons.items()))
-            raise PredictionError(f"{self._name_good(first + row)} cannot be scored: {reason}")
-        self._reasons.update({first + row: reason for row, reason in batch.reasons.items()})
-        rows = batch.rows if batch.kept is None else len(batch.kept)
-        numbers = first + (np.arange(rows) if batch.kept is None else batch.kept)
-        inputs = batch.inputs
-        if self._scoring.on_error == "null":
-            inputs = _cut(inputs, slice(None))
-        predictions = self._predicted(inputs, numbers)
-        if batch.kept is not None:
-            predictions = expanded(self._as_arrow([predictions], numbers), batch.kept, batch.rows)
-        self._predictions.append(predictions)
+    def _predicted(self, numbers: np.ndarray, inputs: Arrays) -> Predictions:
+        def attempt(part: slice) -> Predictions:
+            return self._called(numbers[part], tuple(as_one_array(each[part]) for each in inputs))
 
-    def _predicted(self, inputs: Arrays, numbers: np.ndarray) -> Predictions:
-        if not len(numbers):
-            return pa.nulls(0, self._scoring.target)
+        fatal = (OutputError, InputError)
+        if self._finds_all:
+            parts = []
+            for part, found in halves(len(numbers), attempt, fatal=fatal):
+                if isinstance(found, Exception):
+                    reason = f"{type(found).__name__}: {found}{memory_hint(found)}"
+                    self._note({int(numbers[part.start]): reason})
+                    found = pa.nulls(1, self._scoring.target)  # noqa: PLW2901
+                parts.append((numbers[part], found))
+            return parts[0][1] if len(parts) == 1 else self._as_arrow(parts)
         try:
-            return self._called(inputs, numbers)
-        except (OutputError, InputError):
+            return self._called(numbers, inputs)
+        except fatal:
             raise
         except Exception as error:
-            if self._scoring.on_error == "raise":
-                raise self._refusal(inputs, numbers, error) from error
-            if len(numbers) == 1:
-                hint = memory_hint(error)
-                self._reasons[int(numbers[0])] = f"{type(error).__name__}: {error}{hint}"
-                return pa.nulls(1, self._scoring.target)
-            half = len(numbers) // 2
-            parts = (slice(None, half), slice(half, None))
-            halves = [self._predicted(_cut(inputs, part), numbers[part]) for part in parts]
-            return pa.concat_arrays(
-                [
-                    self._as_arrow([each], numbers[part])
-                    for each, part in zip(halves, parts, strict=True)
-                ]
+            failures = (
+                (int(numbers[part.start]), found)
+                for part, found in halves(len(numbers), attempt)
+                if isinstance(found, Exception)
             )
+            for number, cause in failures:
+                raise PredictionError(
+                    f"the model failed on {self._name(number)}: "
+                    f"{type(cause).__name__}: {cause}{memory_hint(cause)}"
+                ) from error
+            raise PredictionError(
+                f"the model failed on {len(numbers)} rows at once, and with neither half of "
+                f"them: {type(error).__name__}: {error}{memory_hint(error)}"
+            ) from error
 
-    def _called(self, inputs: Arrays, numbers: np.ndarray) -> Predictions:
-        model = self._model.result()
-        if model.expected_inputs not in {None, len(inputs)}:
+    def _called(self, numbers: np.ndarray, inputs: Arrays) -> Predictions:
+        if self._model.expected_inputs not in {None, len(inputs)}:
             raise InputError(
-                f"the model takes {model.expected_inputs} inputs and was given {len(inputs)}"
+                f"the model takes {self._model.expected_inputs} inputs and was given {len(inputs)}"
             )
         # A copy: a model may write to its inputs, and they may be needed again, to find bad rows.
-        found = model(*(each.copy() for each in inputs))
-        rows = len(inputs[0])
-        if isinstance(found, np.ndarray) and found.ndim and len(found) == rows:
+        found = self._model(*(each.copy() for each in inputs))
+        if isinstance(found, np.ndarray) and found.ndim and len(found) == len(numbers):
             return found  # several batches are converted at once
-        return self._to_arrow(found, numbers)
+        return self._to_arrow(numbers, found)
 
-    def _refusal(self, inputs: Arrays, numbers: np.ndarray, error: Exception) -> PredictionError:
-        """Find the first row with which the model fails, in as many calls as the rows have bits."""
-        cause: Exception = error
-        while len(numbers) > 1:
-            half = len(numbers) // 2
-            for part in (slice(None, half), slice(half, None)):
-                try:
-                    self._called(_cut(inputs, part), numbers[part])
-                except Exception as narrower:  # noqa: BLE001 - whatever the model raises
-                    inputs, numbers, cause = _cut(inputs, part), numbers[part], narrower
-                    break
-            else:
-                return PredictionError(
-                    f"the model failed on {len(numbers)} rows at once, and with neither half of "
-                    f"them: {type(error).__name__}: {error}{memory_hint(error)}"
-                )
-        return PredictionError(
-            f"the model failed on {self._name_good(int(numbers[0]))}: "
-            f"{type(cause).__name__}: {cause}{memory_hint(cause)}"
-        )
+    def _completed(self, stop: float) -> Iterator[Scored]:
+        """Yield the pieces of which all rows before that number are scored."""
+        while self._open and self._open[0].stop <= stop:
+            piece = self._open[0]
+            rows = piece.batch.num_rows
+            numbers, predictions = self._take(piece.stop)
+            if len(numbers) < rows:
+                predictions = expanded(predictions, numbers - piece.start, rows)
+            errors = None
+            if self._finds_all:
+                bad = sorted(piece.reasons)
+                texts = pa.array([piece.reasons[number] for number in bad], pa.string())
+                errors = expanded(texts, np.array(bad, np.int64) - piece.start, rows)
+            self._open.popleft()
+            yield piece.batch, predictions, errors
 
-    def _complete_pieces(self, done: int) -> Iterator[Scored]:
-        while self._open and self._open[0].end <= done:
-            piece = self._open.popleft()
-            yield self._completed(piece)
+    def _take(self, stop: int) -> tuple[np.ndarray, pa.Array]:
+        """Take the next predictions, up to the row with that number."""
+        taken = []
+        while self._predictions and self._predictions[0][0][0] < stop:
+            numbers, values = self._predictions.popleft()
+            count = int(np.searchsorted(numbers, stop))
+            if count < len(numbers):
+                self._predictions.appendleft((numbers[count:], values[count:]))
+            taken.append((numbers[:count], values[:count]))
+        numbers = np.concatenate([np.arange(0), *(each for each, _ in taken)])
+        return numbers, self._as_arrow(taken)
 
-    def _completed(self, piece: Piece) -> Scored:
-        rows = piece.batch.num_rows
-        predictions = self._take(piece.first, piece.end)
-        if piece.good is not None:
-            predictions = expanded(predictions, piece.good, rows)
-        if self._scoring.on_error == "raise":
-            return piece.batch, predictions, None
-        reasons = dict(piece.reasons)
-        for number in [each for each in self._reasons if each < piece.end]:
-            reasons[piece.row_of(number)] = self._reasons.pop(number)
-        if not reasons:
-            return piece.batch, predictions, pa.nulls(rows, pa.string())
-        places = sorted(reasons)
-        texts = pa.array([reasons[row] for row in places], pa.string())
-        return piece.batch, predictions, expanded(texts, np.array(places), rows)
-
-    def _take(self, first: int, end: int) -> pa.Array:
-        """Take the next predictions, which are those of these good rows."""
-        taken: list[Predictions] = []
-        count = end - first
-        while count:
-            values = self._predictions.popleft()
-            if len(values) > count:
-                self._predictions.appendleft(values[count:])
-                values = values[:count]
-            count -= len(values)
-            taken.append(values)
-        return self._as_arrow(taken, np.arange(first, end))
-
-    def _as_arrow(self, parts: Sequence[Predictions], numbers: np.ndarray) -> pa.Array:
+    def _as_arrow(self, parts: Sequence[tuple[np.ndarray, Predictions]]) -> pa.Array:
         """Convert predictions, those together that the model gave as arrays of one kind."""
         found: list[pa.Array] = []
-        start = 0
-        for kind, group in itertools.groupby(parts, _kind):
-            alike = list(group)
-            stop = start + sum(map(len, alike))
+        for kind, group in itertools.groupby(parts, lambda part: _kind(part[1])):
             if kind is None:
-                found += alike
+                found += [values for _, values in group]
             else:
-                array = alike[0] if len(alike) == 1 else np.concatenate(alike)
-                found.append(self._to_arrow(array, numbers[start:stop]))
-            start = stop
+                found.append(self._to_arrow(*joined(list(group))))
         if len(found) == 1:
             return found[0]
         return pa.concat_arrays(found) if found else pa.nulls(0, self._scoring.target)
 
-    def _to_arrow(self, found: Any, numbers: np.ndarray) -> pa.Array:
+    def _to_arrow(self, numbers: np.ndarray, found: Any) -> pa.Array:
         """Convert what the model gave for some rows; those that the type cannot hold are bad."""
         target, safe = self._scoring.target, self._scoring.safe
         try:
             return to_arrow(found, len(numbers), target, safe=safe)
         except OutputError:
-            if self._scoring.on_error == "raise" or _rows_in(found) != len(numbers):
+            if not self._finds_all or _rows_in(found) != len(numbers):
                 raise
             converted, bad = to_arrow_by_row(found, len(numbers), target, safe=safe)
-            self._reasons.update({int(numbers[row]): reason for row, reason in bad.items()})
+            self._note({int(numbers[row]): reason for row, reason in bad.items()})
             return converted
 
-    # ---- naming rows
+    # ---- in both
 
-    def _name_good(self, number: int) -> str:
-        piece = next(each for each in self._open if each.first <= number < each.end)
-        return self._name(piece, piece.row_of(number))
+    def _note(self, reasons: Mapping[int, str]) -> None:
+        """Keep why rows cannot be scored, or raise that."""
+        for number, reason in reasons.items():
+            if not self._finds_all:
+                raise PredictionError(f"{self._name(number)} cannot be scored: {reason}") from None
+            self._piece_of(number).reasons[number] = reason
 
-    def _name(self, piece: Piece, row: int) -> str:
+    def _piece_of(self, number: int) -> Piece:
+        # a copy, which takes no notice of the other thread
+        return next(each for each in tuple(self._open) if each.start <= number < each.stop)
+
+    def _name(self, number: int) -> str:
         from pyspark import TaskContext
 
-        if self._scoring.keys:
-            start = len(self._scoring.names)
-            values = (piece.batch.column(start + n)[row].as_py() for n in itertools.count())
-            pairs = zip(self._scoring.keys, values)  # noqa: B905 - the values go on
+        piece = self._piece_of(number)
+        if keys := self._scoring.keys:
+            columns = piece.batch.columns[len(self._scoring.names) :]
+            values = (column[number - piece.start].as_py() for column in columns)
+            pairs = zip(keys, values, strict=False)  # columns that are no keys come after them
             return f"the row with {', '.join(f'{key}={value!r}' for key, value in pairs)}"
         context = TaskContext.get()
         where = "" if context is None else f" of partition {context.partitionId()}"
-        return f"row {piece.before + row}{where} (key_columns would name it)"
+        return f"row {number}{where} (key_columns would name it)"
 
 
 def _inputs(batch: pa.RecordBatch, names: Sequence[str]) -> tuple[list[pa.Array], list[str], bool]:
-    """Give the input columns with their names; a single struct is as many columns as fields."""
+    """Return the input columns, their names, and whether they were one struct's fields."""
     columns = batch.columns[: len(names)]
     kind = columns[0].type
     if len(columns) > 1 or not pa.types.is_struct(kind) or is_vector(kind):
@@ -397,7 +319,3 @@ def _rows_in(found: Any) -> int | None:
 def _kind(predictions: Predictions) -> tuple[Any, ...] | None:
     is_array = isinstance(predictions, np.ndarray)
     return (predictions.dtype, predictions.shape[1:]) if is_array else None
-
-
-def _cut(inputs: Arrays, part: slice) -> Arrays:
-    return tuple(as_one_array(each[part]) for each in inputs)

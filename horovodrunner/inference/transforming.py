@@ -20,105 +20,58 @@ import cloudpickle
 import numpy as np
 
 from horovodrunner.errors import PredictionError
-from horovodrunner.inference.ahead import ReadAhead
-from horovodrunner.inference.batching import Arrays, Batch
+from horovodrunner.inference.batching import Arrays, Batch, joined, row_shapes
+from horovodrunner.inference.halving import halves
 from horovodrunner.inference.inputs import InputError, as_one_array
+from horovodrunner.prefetch import read_ahead
 
-__all__ = ["Transform", "transformed"]
+__all__ = ["Transform", "Transforming", "transformed"]
 
 Transform = Callable[[dict[str, Any]], Mapping[str, Any]]
 
-_transforming: _Transforming
+_transforming: Transforming
 """What a process of the pool calls."""
 
 
-@contextlib.contextmanager
-def transformed(
-    batches: Iterable[Arrays],
-    transform: Transform,
-    names: Sequence[str],
-    *,
-    workers: int,
-    prefetch: int,
-    find_all: bool,
-) -> Iterator[Iterator[Batch]]:
-    """Call the transform for each batch, some ahead of who takes them.
-
-    Parameters
-    ----------
-    batches
-        Arrays of rows, one for each name.
-    transform
-        Takes a dict of arrays and gives another one, whose values are the model's inputs.
-    names
-        Names of the arrays.
-    workers
-        Processes that call it; 0: a thread.
-    prefetch
-        Batches that may wait.
-    find_all
-        Whether all rows on which the transform fails are to be found, or the first one only.
-
-    Yields
-    ------
-    iterator of Batch
-        The model's inputs, for as long as the context is not left.
-    """
-    calls = _Transforming(transform, tuple(names), find_all)
-    if workers:
-        pool = _pool(calls, workers)
-        made: Iterator[Batch] = _in_processes(pool, batches, workers + prefetch)
-        with ReadAhead(made, 1) as ahead:
-            yield iter(ahead)
-    else:
-        with ReadAhead(map(calls, batches), prefetch) as ahead:
-            yield iter(ahead)
-
-
-class _Transforming:
+class Transforming:
     """Calls the transform, and with parts of the batch where it fails."""
 
-    def __init__(self, transform: Transform, names: tuple[str, ...], find_all: bool) -> None:
+    def __init__(self, transform: Transform, names: Sequence[str], *, find_all: bool) -> None:
         self._transform = transform
         self._names = names
         self._find_all = find_all
+        """Whether to find all rows on which the transform fails, or the first one only."""
 
-    def __call__(self, arrays: Arrays) -> Batch:
-        rows = len(arrays[0])
-        parts: list[tuple[int, Arrays]] = []
+    def __call__(self, rows: Arrays) -> Batch:
+        numbers, *arrays = rows
+        parts: list[Arrays] = []
         reasons: dict[int, str] = {}
-        waiting = [(0, rows)]
-        while waiting:
-            start, stop = waiting.pop()
-            try:
-                cut = arrays
-                if self._find_all:
-                    cut = tuple(as_one_array(each[start:stop]) for each in arrays)
-                elif (start, stop) != (0, rows):
-                    cut = tuple(each[start:stop] for each in arrays)
-                parts.append((start, self._made(cut)))
-            except InputError:
-                raise
-            except Exception as error:  # noqa: BLE001 - whatever the user's function raises
-                if stop - start > 1:
-                    half = (start + stop) // 2
-                    waiting += [(half, stop), (start, half)]
-                    continue
-                reasons[start] = f"the transform failed: {type(error).__name__}: {error}"
-                if not self._find_all:
-                    return Batch((), rows, np.arange(0), reasons)
-        if not reasons and len(parts) == 1:
-            return Batch(parts[0][1], rows)
+
+        def attempt(part: slice) -> Arrays:
+            given = [each[part] for each in arrays]
+            return self._made(map(as_one_array, given) if self._find_all else given)
+
+        for part, found in halves(len(numbers), attempt, fatal=(InputError,)):
+            if not isinstance(found, Exception):
+                parts.append((numbers[part], *found))
+                continue
+            reason = f"the transform failed: {type(found).__name__}: {found}"
+            reasons[int(numbers[part.start])] = reason
+            if not self._find_all:
+                return Batch(numbers[:0], (), reasons)
         parts, unusual = _of_one_kind(parts)
         if unusual and not self._find_all:
             raise InputError(next(iter(unusual.values())))
-        reasons.update(unusual)
-        kept = [np.arange(start, start + len(made[0])) for start, made in parts]
-        joined = tuple(np.concatenate(each) for each in zip(*(made for _, made in parts)))  # noqa: B905
-        return Batch(joined, rows, np.concatenate(kept) if kept else np.arange(0), reasons)
+        reasons |= unusual
+        if not parts:
+            return Batch(numbers[:0], (), reasons)
+        numbers, *inputs = joined(parts)
+        return Batch(numbers, tuple(inputs), reasons)
 
-    def _made(self, arrays: Arrays) -> Arrays:
-        made = self._transform(dict(zip(self._names, arrays, strict=True)))
+    def _made(self, given: Iterable[np.ndarray]) -> Arrays:
+        batch = dict(zip(self._names, given, strict=True))
+        rows = len(next(iter(batch.values())))
+        made = self._transform(batch)
         if not isinstance(made, Mapping) or not made:
             raise InputError(
                 f"batch_transform gave {type(made).__name__}: it is to give a dict of the model's "
@@ -126,36 +79,44 @@ class _Transforming:
             )
         inputs = tuple(np.asarray(each) for each in made.values())
         for name, each in zip(made, inputs, strict=True):
-            if each.ndim == 0 or len(each) != len(arrays[0]):
+            if each.ndim == 0 or len(each) != rows:
                 raise InputError(
-                    f"batch_transform was given {len(arrays[0])} rows and gave {name!r} the shape "
+                    f"batch_transform was given {rows} rows and gave {name!r} the shape "
                     f"{each.shape}: its first dimension is to be the rows"
                 )
         return inputs
 
 
-def _of_one_kind(
-    parts: list[tuple[int, Arrays]],
-) -> tuple[list[tuple[int, Arrays]], dict[int, str]]:
+def _of_one_kind(parts: list[Arrays]) -> tuple[list[Arrays], dict[int, str]]:
     """Leave out what the transform has made of some rows, if it cannot stand beside the rest."""
     counts: Counter[tuple[tuple[int, ...], ...]] = Counter()
-    for _, made in parts:
-        counts[tuple(each.shape[1:] for each in made)] += len(made[0])
+    for part in parts:
+        counts[row_shapes(part[1:])] += len(part[0])
     if len(counts) < 2:
         return parts, {}
     ((usual, _),) = counts.most_common(1)
-    kept, unusual = [], {}
-    for start, made in parts:
-        shapes = tuple(each.shape[1:] for each in made)
-        if shapes == usual:
-            kept.append((start, made))
-            continue
-        for row in range(start, start + len(made[0])):
-            unusual[row] = (
-                f"the transform gave the shape {', '.join(map(str, shapes))} for this row, and "
-                f"{', '.join(map(str, usual))} for most rows of its batch"
-            )
-    return kept, unusual
+    unusual = {
+        number: f"the transform gave the shape {', '.join(map(str, row_shapes(part[1:])))} for "
+        f"this row, and {', '.join(map(str, usual))} for most rows of its batch"
+        for part in parts
+        for number in part[0].tolist()
+        if row_shapes(part[1:]) != usual
+    }
+    return [part for part in parts if row_shapes(part[1:]) == usual], unusual
+
+
+@contextlib.contextmanager
+def transformed(
+    batches: Iterable[Arrays], transforming: Transforming, *, workers: int, prefetch: int
+) -> Iterator[Iterator[Batch]]:
+    """Transform batches some ahead of who takes them: in processes, or with 0 in a thread."""
+    if workers:
+        made = _in_processes(_pool(transforming, workers), batches, workers + prefetch)
+        with read_ahead(made, 1) as ahead:
+            yield ahead
+    else:
+        with read_ahead(map(transforming, batches), prefetch) as ahead:
+            yield ahead
 
 
 # ---- processes
@@ -165,7 +126,7 @@ _pools: dict[tuple[bytes, int], ProcessPoolExecutor] = {}
 """Of this Python worker: the last one that was used."""
 
 
-def _pool(calls: _Transforming, workers: int) -> ProcessPoolExecutor:
+def _pool(calls: Transforming, workers: int) -> ProcessPoolExecutor:
     pickled = cloudpickle.dumps(calls)
     key = (pickled, workers)
     if key not in _pools:

@@ -17,8 +17,7 @@ import pyarrow as pa
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, PredictionError
-from horovodrunner.inference.model import Model
-from horovodrunner.inference.options import Options, Shapes, handle_of, spark_type
+from horovodrunner.inference.options import AnyModel, Shapes, checked_options, make_scoring
 from horovodrunner.inference.scoring import Scoring, score
 from horovodrunner.inference.transforming import Transform
 from horovodrunner.spark.column_names import literal
@@ -37,7 +36,7 @@ VALUE_FIELD = "prediction"
 
 
 def predict_udf(
-    model: Model | Callable[[], Callable[..., Any]],
+    model: AnyModel,
     *,
     return_type: DataType | str,
     batch_size: int,
@@ -110,21 +109,20 @@ def predict_udf(
     ...     )
     ...     return df.withColumn("probabilities", score("features"))
     """
-    options = Options(
-        batch_size,
-        input_tensor_shapes,
-        on_error,
-        nulls,
-        key_columns,
-        batch_transform,
-        transform_workers,
-        prefetch,
+    options = checked_options(
+        batch_size=batch_size,
+        input_tensor_shapes=input_tensor_shapes,
+        on_error=on_error,
+        nulls=nulls,
+        key_columns=key_columns,
+        batch_transform=batch_transform,
+        transform_workers=transform_workers,
+        prefetch=prefetch,
     )
     names = () if input_names is None else checked.names("input_names", input_names)
     spark = find_session()
     with told_as(PredictionError, "the model cannot be sent to the executors"):
-        kind = spark_type(return_type, spark)
-        scoring = options.scoring(spark, handle_of(model, spark), kind, names)
+        scoring, kind = make_scoring(options, model, return_type, names, spark)
     return PredictUdf(scoring, kind if options.on_error == "raise" else _with_error(kind))
 
 
@@ -135,7 +133,7 @@ def predict_batch_udf(
     batch_size: int,
     input_tensor_shapes: Shapes | None = None,
 ) -> PredictUdf:
-    """Do what ``pyspark.ml.functions.predict_batch_udf`` does, whose parameters these are.
+    """Return what ``pyspark.ml.functions.predict_batch_udf`` does, whose parameters these are.
 
     Parameters
     ----------
@@ -182,17 +180,12 @@ class PredictUdf:
         functools.update_wrapper(self, self._function(scoring.names))
 
     def __call__(self, *columns: Column | str) -> Column:
-        """Apply the model.
+        """Apply the model to columns, which are its inputs in their order; or to a struct of them.
 
         Parameters
         ----------
         *columns
-            The model's inputs in their order; or one struct of them.
-
-        Returns
-        -------
-        pyspark.sql.Column
-            The predictions.
+            Columns, or their names.
         """
         keys = self._scoring.keys
         names = self._scoring.names or tuple(
@@ -208,7 +201,6 @@ class PredictUdf:
         return found
 
     def _function(self, names: tuple[str, ...]) -> Any:
-        """Make Spark's own kind of function."""
         from pyspark.sql import functions
 
         scoring = replace(self._scoring, names=names)

@@ -1,11 +1,10 @@
 """Horovod for Keras 3: the optimizer, the callbacks and load_model. Runs in: the worker.
 
 Horovod's own ``horovod.tensorflow.keras`` hooks into methods that Keras 3 no longer calls, so its
-``DistributedOptimizer`` trains without averaging and says nothing. The names here are Horovod's,
-with its signatures, for Keras 3 on TensorFlow and on torch. In a worker, ``import
-horovod.tensorflow.keras as hvd`` and ``import horovod.keras as hvd`` give them already
-(:mod:`horovodrunner.processes.worker.horovod_keras`); elsewhere, under ``horovodrun`` say,
-import them from here::
+``DistributedOptimizer`` silently trains without averaging. The names here are Horovod's, with its
+signatures, for Keras 3 on TensorFlow and on torch. In a worker, ``import
+horovod.tensorflow.keras as hvd`` and ``import horovod.keras as hvd`` already have them
+(:mod:`horovodrunner.processes.worker.horovod_keras`); elsewhere, under ``horovodrun`` say::
 
     import horovod.tensorflow as hvd
     import keras

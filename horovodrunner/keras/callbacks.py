@@ -24,18 +24,7 @@ __all__ = [
 
 class _Callback(keras.callbacks.Callback):  # type: ignore[misc]
     def set_model(self, model: Any) -> None:
-        """Take the model, unless it is another Keras's.
-
-        Parameters
-        ----------
-        model
-            A Keras 3 model.
-
-        Raises
-        ------
-        ArgumentTypeError
-            If it is no Keras 3 model.
-        """
+        """Take the model; an ArgumentTypeError if it is another Keras's."""
         if not isinstance(model, keras.Model):
             raise ArgumentTypeError(
                 f"{type(self).__name__} is for models of Keras {keras.__version__}, and this is a "
@@ -46,11 +35,10 @@ class _Callback(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class BroadcastGlobalVariablesCallback(_Callback):
-    """Give every rank the root's weights and optimizer states.
+    """Set every rank's weights and optimizer states to the root's.
 
-    It happens before the first batch, and after it for what the first batch built. Every optimizer
-    that is an attribute of the model counts. Metrics and the states of random numbers
-    stay the rank's own.
+    Before the first batch, and after it for what the first batch built. Every optimizer that is an
+    attribute of the model counts. Metrics and random number states stay the rank's own.
 
     Parameters
     ----------
@@ -77,17 +65,10 @@ class BroadcastGlobalVariablesCallback(_Callback):
             self.register_local_var(variable)
 
     def register_local_var(self, variable: Any) -> None:
-        """Leave a variable as it is.
-
-        Parameters
-        ----------
-        variable
-            A variable of the model or of its optimizer.
-        """
+        """Leave a variable of the model or of its optimizer as it is."""
         self._local.add(collectives.key(variable))
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Broadcast what is built."""
         self._warn_of_a_plain_optimizer()
         if not self.model.built:
             return
@@ -97,7 +78,6 @@ class BroadcastGlobalVariablesCallback(_Callback):
         self._broadcast()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Broadcast what the first batch built."""
         if not self.broadcast_done:
             self._broadcast()
             self.broadcast_done = True
@@ -129,8 +109,8 @@ class BroadcastGlobalVariablesCallback(_Callback):
 class MetricAverageCallback(_Callback):
     """Average the metrics over the ranks at the end of each epoch.
 
-    It goes before the callbacks that are to see the averages. Every rank counts the same, however
-    many samples it had.
+    Put it before callbacks that are to see the averages. Every rank counts the same, however many
+    samples it had.
 
     Parameters
     ----------
@@ -143,7 +123,6 @@ class MetricAverageCallback(_Callback):
         self.device = device
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Replace the logs' values by their averages."""
         if not logs:
             return
         names = sorted(logs)
@@ -215,7 +194,6 @@ class LearningRateScheduleCallback(_Callback):
             self.multiplier = lambda epoch: base ** (epoch - self.start_epoch)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Find out how many batches an epoch has."""
         if self.staircase or self.steps_per_epoch:
             return
         self.steps_per_epoch = self.params.get("steps")
@@ -226,11 +204,9 @@ class LearningRateScheduleCallback(_Callback):
             )
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Remember the epoch."""
         self.current_epoch = epoch
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Set the rate."""
         if self.current_epoch < self.start_epoch:
             return
         if self.end_epoch is not None and self.current_epoch >= self.end_epoch:
@@ -241,7 +217,6 @@ class LearningRateScheduleCallback(_Callback):
             self._adjust(self.current_epoch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Log the rate."""
         if logs is not None:
             logs["lr"] = self._rate()
 
@@ -312,7 +287,6 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         self.verbose = verbose
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Log the rate, and say so when it has arrived."""
         super().on_epoch_end(epoch, logs)
         if self.verbose and self.end_epoch == epoch + 1 and hvd.rank() == 0:
             message = f"Epoch {epoch + 1}: finished learning rate warmup to {self._rate():g}."
@@ -349,13 +323,6 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc
         )
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Check that there is a path.
-
-        Raises
-        ------
-        ArgumentValueError
-            If ``filepath`` has not been set.
-        """
         if self.filepath == self._unset:
             raise ArgumentValueError(
                 "BestModelCheckpoint does not know where to save: set its filepath before fit()"

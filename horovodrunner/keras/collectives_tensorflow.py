@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 from horovodrunner.errors import ConfigurationError
-from horovodrunner.keras.options import Options, groups_of
+from horovodrunner.keras.options import Options
 
 __all__ = [
     "Passes",
@@ -29,18 +29,7 @@ __all__ = [
 
 
 def key(variable: Any) -> Hashable:
-    """Give what tells a variable from others.
-
-    Parameters
-    ----------
-    variable
-        A Keras or a TensorFlow variable.
-
-    Returns
-    -------
-    hashable
-        The same for a Keras variable and the TensorFlow variable in it.
-    """
+    """Identify a variable: a Keras variable and the TensorFlow variable in it are the same."""
     found: Hashable = _native(variable).ref()
     return found
 
@@ -50,13 +39,7 @@ def _native(variable: Any) -> Any:
 
 
 def refuse_compiled_graph() -> None:
-    """Refuse to be part of a function that XLA compiles.
-
-    Raises
-    ------
-    ConfigurationError
-        If the caller is being traced for XLA.
-    """
+    """Refuse to be part of a function that XLA compiles."""
     from tensorflow.python.ops import control_flow_util
 
     if tf.executing_eagerly():
@@ -72,54 +55,26 @@ def refuse_compiled_graph() -> None:
 def reduce(
     options: Options, grads: Sequence[Any], variables: Sequence[Any], local: Collection[Hashable]
 ) -> list[Any]:
-    """Reduce gradients over the ranks.
-
-    Parameters
-    ----------
-    options
-        How.
-    grads
-        Tensors, IndexedSlices or None.
-    variables
-        What they are the gradients of.
-    local
-        Keys of the variables whose gradients stay the rank's own.
-
-    Returns
-    -------
-    list
-        The gradients to apply.
-    """
-    process_set = options.process_set
-    if not process_set.included() or process_set.size() == 1:
-        return list(grads)
-    keys = [key(variable) for variable in variables]
+    """Reduce gradients over the ranks, but those of the variables whose keys are in `local`."""
     reduced = list(grads)
+    if options.has_no_peers():
+        return reduced
+    keys = [key(variable) for variable in variables]
     dense: list[int] = []
-    for index, grad in enumerate(grads):
-        if grad is None:
-            continue
-        if keys[index] in local:
-            if options.scales_local_gradients:
-                reduced[index] = _divided(grad, process_set.size())
-        elif isinstance(grad, tf.IndexedSlices) and not options.sparse_as_dense:
+    for index in options.without_local(reduced, keys, local, _divided):
+        grad = reduced[index]
+        if isinstance(grad, tf.IndexedSlices) and not options.sparse_as_dense:
             reduced[index] = _reduce_sparse(options, grad, f"{options.name}.gradient.{index}")
         else:
             reduced[index] = tf.convert_to_tensor(grad)
             dense.append(index)
     settings = {
+        **options.settings(),
         "device_dense": options.device_dense,
         "compression": options.compression,
-        "op": options.op,
-        "process_set": process_set,
-        "prescale_factor": 1.0 / options.gradient_predivide_factor,
-        "postscale_factor": options.gradient_predivide_factor,
         "ignore_name_scope": True,
     }
-    asked = options.groups
-    if isinstance(asked, Sequence):
-        asked = [[key(variable) for variable in group] for group in asked]
-    for group in groups_of(asked, dense, keys):
+    for group in options.grouped(dense, keys, key):
         name = f"{options.name}.gradient.{group[0]}"
         if len(group) == 1:
             reduced[group[0]] = hvd.allreduce(reduced[group[0]], name=name, **settings)
@@ -155,50 +110,20 @@ def _reduce_sparse(options: Options, grad: Any, name: str) -> Any:
 
 
 def is_finite_everywhere(options: Options, finite: Any) -> Any:
-    """Tell whether all ranks have finite gradients.
-
-    Parameters
-    ----------
-    options
-        Of the optimizer.
-    finite
-        Whether this rank has.
-
-    Returns
-    -------
-    tf.Tensor
-        A boolean.
-    """
-    process_set = options.process_set
-    if not process_set.included() or process_set.size() == 1:
+    """Return whether the gradients of all ranks are finite, as a boolean tensor."""
+    if options.has_no_peers():
         return finite
     not_finite = hvd.allreduce(
         1.0 - tf.cast(finite, tf.float32),
         op=hvd.Sum,
         name=f"{options.name}.not_finite",
-        process_set=process_set,
+        process_set=options.process_set,
         ignore_name_scope=True,
     )
     return tf.equal(not_finite, 0.0)
 
 
 def average(values: list[float], name: str, device: str) -> list[float]:
-    """Average numbers over the ranks.
-
-    Parameters
-    ----------
-    values
-        This rank's.
-    name
-        The collective's.
-    device
-        Where, as in ``tf.device``.
-
-    Returns
-    -------
-    list of float
-        The averages.
-    """
     with tf.device(device):
         tensor = tf.constant(values, dtype=tf.float64)
         averages: list[float] = hvd.allreduce(tensor, op=hvd.Average, name=name).numpy().tolist()
@@ -206,31 +131,12 @@ def average(values: list[float], name: str, device: str) -> list[float]:
 
 
 def broadcast(variables: Sequence[Any], root_rank: int, device: str) -> None:
-    """Give every rank the root's values.
-
-    Parameters
-    ----------
-    variables
-        Keras or TensorFlow variables.
-    root_rank
-        The rank that sends.
-    device
-        Where, as in ``tf.device``.
-    """
     with tf.device(device):
         hvd.broadcast_variables([_native(variable) for variable in variables], root_rank=root_rank)
 
 
 def do_if(condition: Any, action: Callable[[], None]) -> None:
-    """Do something if a condition holds when the graph runs.
-
-    Parameters
-    ----------
-    condition
-        A boolean tensor.
-    action
-        What to do.
-    """
+    """Run an action if a boolean tensor is true when the graph runs."""
     tf.cond(condition, action, lambda: None)
 
 
@@ -247,18 +153,7 @@ class Passes:
         self._totals: dict[Hashable, Any] = {}
 
     def add(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-        """Add one batch's gradients and give the sums.
-
-        Parameters
-        ----------
-        grads, variables
-            As for :func:`reduce`.
-
-        Returns
-        -------
-        list of tf.Variable or None
-            The sums.
-        """
+        """Add one batch's gradients and return the sums, None where there was none so far."""
         totals: list[Any] = []
         self._number.assign_add(1)
         for grad, variable in zip(grads, variables, strict=True):
@@ -271,22 +166,10 @@ class Passes:
         return totals
 
     def is_last_of(self, passes_per_step: int) -> Any:
-        """Tell whether the batch that was added last completes a step.
-
-        Parameters
-        ----------
-        passes_per_step
-            Number of batches in a step.
-
-        Returns
-        -------
-        tf.Tensor
-            A boolean.
-        """
+        """Return whether the batch that was added last completes a step, as a boolean tensor."""
         return tf.equal(self._number % passes_per_step, 0)
 
     def clear(self) -> None:
-        """Start the next sum."""
         for total in self._totals.values():
             total.assign(tf.zeros_like(total))
 

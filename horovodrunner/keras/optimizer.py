@@ -73,11 +73,6 @@ def DistributedOptimizer(  # noqa: N802, PLR0917 - Horovod's name and signature
     scale_local_gradients
         Divide gradients of variables given to ``register_local_var`` by the number of ranks.
 
-    Returns
-    -------
-    keras.optimizers.Optimizer
-        The optimizer that was given.
-
     Raises
     ------
     ArgumentTypeError
@@ -87,9 +82,6 @@ def DistributedOptimizer(  # noqa: N802, PLR0917 - Horovod's name and signature
 
     Examples
     --------
-    >>> import horovod.tensorflow as hvd
-    >>> import keras
-    >>> hvd.init()  # doctest: +SKIP
     >>> optimizer = DistributedOptimizer(keras.optimizers.SGD(0.1))  # doctest: +SKIP
     """
     if not isinstance(optimizer, keras.optimizers.Optimizer):
@@ -138,18 +130,7 @@ def DistributedOptimizer(  # noqa: N802, PLR0917 - Horovod's name and signature
 
 
 def is_distributed(optimizer: Any) -> bool:
-    """Tell whether an optimizer reduces its gradients over the ranks.
-
-    Parameters
-    ----------
-    optimizer
-        Any optimizer, or None.
-
-    Returns
-    -------
-    bool
-        True also for a ``LossScaleOptimizer`` around one that does.
-    """
+    """Return whether an optimizer, or the one in a ``LossScaleOptimizer``, is distributed."""
     inner = getattr(optimizer, "inner_optimizer", None)
     return isinstance(optimizer, _Distributed) or isinstance(inner, _Distributed)
 
@@ -191,17 +172,11 @@ class _Distributed:
         collectives.do_if(passes.is_last_of(options.passes_per_step), step)
 
     def register_local_var(self: Any, variable: Any) -> None:
-        """Leave a variable's gradient out of the reduction.
-
-        Parameters
-        ----------
-        variable
-            A variable of the model.
-        """
+        """Leave the gradient of a variable of the model out of the reduction."""
         self.__dict__.setdefault("_horovod_local", set()).add(collectives.key(variable))
 
     def _named_options(self: Any) -> Options:
-        """Give the options with a name that no other optimizer's collectives have.
+        """Return the options with a name that no other optimizer's collectives have.
 
         Optimizers get their number when they are first used, which all ranks do in the same order.
         """
@@ -251,7 +226,7 @@ def _distributed_class(plain: type, options: Options) -> type:
 
 
 def _teach_keras() -> None:
-    """Change two answers that Keras gives about distributed optimizers."""
+    """Change two answers that Keras gives about distributed optimizers: jit and finiteness."""
     if "taught" in _done_once:
         return
     _done_once.add("taught")
@@ -298,7 +273,7 @@ def load_model(
     compression: Any = hvd.Compression.none,
     legacy_opts: bool = False,
 ) -> Any:
-    """Load a saved model and make its optimizer a distributed one, state included.
+    """Load a saved model and make its optimizer, if it has one, distributed, state included.
 
     Parameters
     ----------
@@ -311,17 +286,7 @@ def load_model(
     compression
         One of ``hvd.Compression``.
     legacy_opts
-        Not for Keras 3.
-
-    Returns
-    -------
-    keras.Model
-        The model; its optimizer is None if it was saved without.
-
-    Raises
-    ------
-    ArgumentValueError
-        If `legacy_opts` is true.
+        Not for Keras 3: an ArgumentValueError if true.
     """
     if legacy_opts:
         raise ArgumentValueError("legacy_opts=True: Keras 3 has no legacy optimizers")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,32 +27,54 @@ class Options:
     scales_local_gradients: bool
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
-        """Give itself: a copy of a process set would be another one."""
+        """Return itself: a copy of a process set would be another one."""
         return self
+
+    def has_no_peers(self) -> bool:
+        return not self.process_set.included() or self.process_set.size() == 1
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of Horovod's allreduce that both frameworks have."""
+        return {
+            "op": self.op,
+            "process_set": self.process_set,
+            "prescale_factor": 1.0 / self.gradient_predivide_factor,
+            "postscale_factor": self.gradient_predivide_factor,
+        }
+
+    def without_local(
+        self,
+        grads: list[Any],
+        keys: Sequence[Hashable],
+        local: Collection[Hashable],
+        divide: Callable[[Any, int], Any],
+    ) -> list[int]:
+        """Return the indices of the gradients to reduce, and scale the ranks' own in place."""
+        shared = []
+        for index, grad in enumerate(grads):
+            if grad is None:
+                continue
+            if keys[index] not in local:
+                shared.append(index)
+            elif self.scales_local_gradients:
+                grads[index] = divide(grad, self.process_set.size())
+        return shared
+
+    def grouped(
+        self, indices: list[int], keys: Sequence[Hashable], key: Callable[[Any], Hashable]
+    ) -> list[list[int]]:
+        """Group the indices of what is reduced together; `key` identifies a variable."""
+        asked = self.groups
+        if isinstance(asked, Sequence):
+            asked = [[key(variable) for variable in group] for group in asked]
+        return groups_of(asked, indices, keys)
 
 
 def groups_of(
     asked: int | Sequence[Sequence[Hashable]] | None, indices: list[int], keys: Sequence[Hashable]
 ) -> list[list[int]]:
-    """Group what is reduced together.
+    """Group indices of `keys`: into so many groups, or by the keys of each group.
 
-    Parameters
-    ----------
-    asked
-        The number of groups; or the keys of each group, the others being groups of their own; or
-        None for no groups.
-    indices
-        What is to be reduced, as indices of `keys`.
-    keys
-        A key for each variable.
-
-    Returns
-    -------
-    list of list of int
-        The indices, group by group.
-
-    Examples
-    --------
     >>> groups_of(2, [0, 1, 3], "abcd")
     [[0, 1], [3]]
     >>> groups_of(["ad"], [0, 1, 3], "abcd")

@@ -13,15 +13,16 @@ import io
 import pickle
 import time
 import types
-from collections.abc import Callable, Generator, Iterable, Iterator
-from itertools import islice, takewhile
+from collections.abc import Callable, Generator, Iterable
+from itertools import takewhile
 from typing import Any, NamedTuple
 
-from horovodrunner.formatting import in_one_line
-from horovodrunner.pickling.pickled import Pickler
+from horovodrunner.flows.call.called import name_of
+from horovodrunner.formatting import full_name, in_one_line
+from horovodrunner.pickling.pickler import Pickler
 from horovodrunner.pickling.staying import Staying, staying
 
-__all__ = ["Culprit", "DeepPickler", "TooDeepError", "find_culprit", "name_of_type"]
+__all__ = ["Culprit", "DeepPickler", "TooDeepError", "find_culprit"]
 
 MAX_DEPTH = 250_000
 """Containers and objects within each other; a ``__reduce__`` that never ends fills no memory."""
@@ -34,8 +35,6 @@ _KEY_CHARS = 40
 
 _STEPS_SHOWN = 6
 """As many steps of a path are shown at each of its ends."""
-
-_BATCH = 1000
 
 _NO_UNPICKLING = frozenset({"Broadcast", "SparkSession"})
 """Spark's own pickle, and fail to unpickle in another process."""
@@ -58,19 +57,7 @@ class _OutOfTimeError(Exception):
 
 
 class DeepPickler(_PythonPickler):  # type: ignore[misc]
-    """Pickles what a :class:`~horovodrunner.pickling.pickled.Pickler` pickles, however deep it is.
-
-    Parameters
-    ----------
-    file
-        Has a ``write``.
-    buffer_callback
-        Of the pickle module.
-    deadline
-        On the monotonic clock, in seconds: when to give up. None is never.
-    reducers
-        What knows how to take objects apart.
-    """
+    """Pickles what a Pickler pickles, however deep it is."""
 
     refused = _NO_UNPICKLING
 
@@ -103,13 +90,7 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
                 self._next.pop()
 
     def path(self) -> tuple[list[tuple[Any, object]], Any]:
-        """Return where pickling failed.
-
-        Returns
-        -------
-        tuple of list and object
-            The objects on the way, each with the step to the next one, and the object itself.
-        """
+        """Return where pickling failed."""
         way = [(owner, step) for (_, owner), step in zip(self._open, self._next, strict=True)]
         if way and inspect.getgeneratorstate(self._open[-1][0]) == inspect.GEN_CLOSED:
             # it failed between two of its parts
@@ -166,17 +147,18 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         return obj.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
     def _tuple(self, obj: tuple[Any, ...]) -> _Steps:
-        if not obj:
-            self.write(pickle.EMPTY_TUPLE)
-            return
-        few = len(obj) <= 3
-        if not few:
-            self.write(pickle.MARK)
-        yield from enumerate(obj)
+        yield from self._immutable(obj, enumerate(obj), pickle.TUPLE)
+
+    def _frozenset(self, obj: frozenset[Any]) -> _Steps:
+        yield from self._immutable(obj, ((_ELEMENT, each) for each in obj), pickle.FROZENSET)
+
+    def _immutable(self, obj: Any, steps: Iterable[tuple[object, Any]], made: bytes) -> _Steps:
+        self.write(pickle.MARK)
+        yield from steps
         if (known := self.memo.get(id(obj))) is not None:  # it is within itself
-            self.write((pickle.POP * len(obj) if few else pickle.POP_MARK) + self.get(known[0]))
+            self.write(pickle.POP_MARK + self.get(known[0]))
             return
-        self.write(_TUPLE_OF[len(obj)] if few else pickle.TUPLE)
+        self.write(made)
         self.memoize(obj)
 
     def _list(self, obj: list[Any]) -> _Steps:
@@ -192,38 +174,22 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
     def _set(self, obj: set[Any]) -> _Steps:
         self.write(pickle.EMPTY_SET)
         self.memoize(obj)
-        for batch in _batches(obj):
-            self.write(pickle.MARK)
-            for element in batch:
-                yield _ELEMENT, element
-            self.write(pickle.ADDITEMS)
-
-    def _frozenset(self, obj: frozenset[Any]) -> _Steps:
         self.write(pickle.MARK)
         for element in obj:
             yield _ELEMENT, element
-        if (known := self.memo.get(id(obj))) is not None:  # it is within itself
-            self.write(pickle.POP_MARK + self.get(known[0]))
-            return
-        self.write(pickle.FROZENSET)
-        self.memoize(obj)
+        self.write(pickle.ADDITEMS)
 
     def _elements(self, elements: Iterable[Any]) -> _Steps:
-        index = 0
-        for batch in _batches(elements):
-            self.write(pickle.MARK)
-            for element in batch:
-                yield index, element
-                index += 1
-            self.write(pickle.APPENDS)
+        self.write(pickle.MARK)
+        yield from enumerate(elements)
+        self.write(pickle.APPENDS)
 
     def _pairs(self, pairs: Iterable[tuple[Any, Any]]) -> _Steps:
-        for batch in _batches(pairs):
-            self.write(pickle.MARK)
-            for key, value in batch:
-                yield _KEY, key
-                yield key, value
-            self.write(pickle.SETITEMS)
+        self.write(pickle.MARK)
+        for key, value in pairs:
+            yield _KEY, key
+            yield key, value
+        self.write(pickle.SETITEMS)
 
     def _rebuild(  # noqa: PLR0917 - as __reduce__ returns them
         self,
@@ -278,12 +244,6 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         return args[0]
 
 
-def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, _BATCH)):
-        yield batch
-
-
 _OF_PICKLE = _PythonPickler.dispatch
 _ATOMS: dict[type, Any] = {kind: _OF_PICKLE[kind] for kind in (type(None), bool, int, float)}
 _LEAVES: dict[type, Any] = {
@@ -296,26 +256,15 @@ _CONTAINERS: dict[type, Callable[[DeepPickler, Any], _Steps]] = {
     set: DeepPickler._set,
     frozenset: DeepPickler._frozenset,
 }
-_TUPLE_OF = (pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
 
 
 class _Nowhere:
     def write(self, data: object) -> None:
-        """Forget it."""
+        pass
 
 
 class Culprit(NamedTuple):
-    """What cannot be pickled.
-
-    Parameters
-    ----------
-    where
-        The path to it, and its type.
-    error
-        What pickling it raised.
-    why
-        Why it stays where it is, and what to do.
-    """
+    """What cannot be pickled."""
 
     where: str
     error: BaseException
@@ -325,23 +274,9 @@ class Culprit(NamedTuple):
 def find_culprit(
     parts: Iterable[tuple[str, Any]], seconds: float = SEARCH_SECONDS, *, by_spark: bool = False
 ) -> Culprit | None:
-    """Name what cannot be pickled.
+    """Find what cannot be pickled.
 
     Everything is visited once, in the order in which it is pickled, and nothing is kept.
-
-    Parameters
-    ----------
-    parts
-        What is pickled, with what each is called.
-    seconds
-        When to give up.
-    by_spark
-        Whether Spark sends it, with which broadcast variables arrive.
-
-    Returns
-    -------
-    Culprit or None
-        None if there is no such thing, or too much comes before it.
     """
     pickler = DeepPickler(_Nowhere(), lambda _: False, time.monotonic() + seconds)
     if by_spark:
@@ -385,7 +320,7 @@ def _where_it_failed(way: list[tuple[Any, object]], culprit: Any, called: str) -
         elif shown:
             steps.append(shown)
         begin += taken
-    return f"{_path(start, steps)} ({name_of_type(type(culprit))}){within}"
+    return f"{_path(start, steps)} ({full_name(type(culprit))}){within}"
 
 
 def _path(start: str, steps: list[str]) -> str:
@@ -405,14 +340,14 @@ def _first_step(  # noqa: PLR0911, PLR0912 - a table of what the parts of object
     if kind is types.FunctionType and step is _STATE and len(inner) >= 2:
         return _step_in_function(owner, inner)
     if kind is types.MethodType and step is _ARGUMENTS and inner[:1] == [1]:
-        return True, f"the object that the method {_qualname(owner.__func__)} belongs to", 2
+        return True, f"the object that the method {name_of(owner.__func__)} belongs to", 2
     if issubclass(kind, functools.partial) and step is _STATE and len(inner) >= 2:
         if inner[0] == 1:
             return True, f"positional argument {inner[1]} bound by functools.partial", 3
         if inner[0] == 2:
             return True, f"the argument {_text_of(inner[1])} bound by functools.partial", 3
     if issubclass(kind, type) and step is _STATE and len(inner) >= 2:
-        return True, f"the attribute {_text_of(inner[1])} of the class {name_of_type(owner)}", 3
+        return True, f"the attribute {_text_of(inner[1])} of the class {full_name(owner)}", 3
     if issubclass(kind, types.ModuleType) and step is _ARGUMENTS and inner[:1] == [1] and inner[1:]:
         return False, _attribute(inner[1]), 3
     if kind is types.CellType:
@@ -423,7 +358,7 @@ def _first_step(  # noqa: PLR0911, PLR0912 - a table of what the parts of object
         return False, _attribute(inner[1]), 3
     if step is _STATE and inner and type(way[1][0]) is list and dataclasses.is_dataclass(kind):
         return False, _attribute(dataclasses.fields(kind)[inner[0]].name), 2  # frozen, with slots
-    if step is _STATE and inner[:1] == [4] and name_of_type(kind) == "numpy.ndarray":
+    if step is _STATE and inner[:1] == [4] and full_name(kind) == "numpy.ndarray":
         return False, f"{'' if owner.ndim == 1 else '.flat'}[{_text_of(inner[1])}]", 3
     if issubclass(kind, tuple) and step is _ARGUMENTS and inner:
         return False, f"[{_text_of(inner[0])}]", 2
@@ -437,25 +372,24 @@ def _first_step(  # noqa: PLR0911, PLR0912 - a table of what the parts of object
     return False, f"[{_text_of(step)}]", 1
 
 
-def _step_in_function(  # noqa: PLR0911 - a table, too
-    function: types.FunctionType, inner: list[object]
-) -> tuple[bool, str, int]:
+def _step_in_function(function: types.FunctionType, inner: list[Any]) -> tuple[bool, str, int]:
     """Name what of a function does not pickle: `inner` goes from its state inwards."""
-    name = _qualname(function)
-    place, key = inner[1], inner[2] if len(inner) > 2 else None
+    name = name_of(function)
+    place = inner[1]
     if inner[0] == 0:
         return True, f"the attribute {_text_of(place)} of {name}", 3
-    if place == "__globals__":
-        return True, f"the global {_text_of(key)} used by {name}", 4
-    if place == "__closure__" and isinstance(key, int):
-        variable = function.__code__.co_freevars[key]
-        return True, f"the variable {variable!r} in the closure of {name}", 4
-    if place == "__defaults__":
-        return True, f"default value {_text_of(key)} of {name}", 4
-    if place == "__kwdefaults__":
-        return True, f"the default of {name}'s argument {_text_of(key)}", 4
-    if place == "__annotations__":
-        return True, f"the annotation of {name}'s {_text_of(key)}", 4
+    key = _text_of(inner[2]) if len(inner) > 2 else ""
+    if place == "__closure__" and key.isdigit():
+        key = repr(function.__code__.co_freevars[int(key)])
+    shown = {
+        "__globals__": f"the global {key} used by {name}",
+        "__closure__": f"the variable {key} in the closure of {name}",
+        "__defaults__": f"default value {key} of {name}",
+        "__kwdefaults__": f"the default of {name}'s argument {key}",
+        "__annotations__": f"the annotation of {name}'s {key}",
+    }
+    if type(place) is str and place in shown:
+        return True, shown[place], 4
     return True, f"{_text_of(place)} of {name}", 3
 
 
@@ -474,27 +408,4 @@ def _text_of(key: object) -> str:
         return repr(key)
     if type(key) is tuple and len(key) <= 4 and all(type(each) in {str, int} for each in key):
         return f"({', '.join(_text_of(each) for each in key)})"
-    return f"a {name_of_type(type(key))}"
-
-
-def name_of_type(kind: type) -> str:
-    """Return a class's full name, whatever its metaclass says.
-
-    Parameters
-    ----------
-    kind
-        The class.
-
-    Returns
-    -------
-    str
-        Its module and its name.
-    """
-    module = type.__dict__["__module__"].__get__(kind)
-    name = type.__dict__["__qualname__"].__get__(kind)
-    return f"{module}.{name}" if type(module) is str else str(name)
-
-
-def _qualname(function: object) -> str:
-    name = getattr(function, "__qualname__", None) if callable(function) else None
-    return name if type(name) is str else type(function).__name__
+    return f"a {full_name(type(key))}"

@@ -21,20 +21,7 @@ _Member = tuple[str, tuple[Any, ...], Any]
 
 
 def with_members(kind: enum.EnumMeta, reduced: Any) -> Any:
-    """Let an enumeration get its members as they are.
-
-    Parameters
-    ----------
-    kind
-        The enumeration.
-    reduced
-        What cloudpickle makes of it.
-
-    Returns
-    -------
-    tuple
-        For the pickler.
-    """
+    """Make an enumeration's members travel as they are."""
     make, args, (attributes, slots), items, pairs, set_state = reduced
     if make is not cloudpickle._make_skeleton_enum:
         return reduced

@@ -1,4 +1,4 @@
-"""Tell what is installed from what is the user's own. Runs in: every process."""
+"""What is installed, and what is the user's own. Runs in: every process."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from typing import Any
 import cloudpickle
 
 from horovodrunner.pickling.installed import is_of_a_python
-from horovodrunner.pickling.pickled import Pickler, dumps, module_travels_by_value
+from horovodrunner.pickling.pickler import Call, Pickler, dumps, module_travels_by_value
 from horovodrunner.placement.environment import MAIN_NAMES
 
 __all__ = [
@@ -58,7 +58,7 @@ class TravellingPickler(Pickler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Call] = {}
         self._globals: dict[int, Any] = {}
         self._found: list[Any] = []
         self._pickled: dict[int, Any] = {}
@@ -67,7 +67,7 @@ class TravellingPickler(Pickler):
         self._files: dict[str, Mapping[str, Any]] = {}
 
     def reducer_override(self, obj: Any) -> Any:
-        """Let functions keep their module, and note what has a name."""
+        """Keep functions in their module, and note what has a name."""
         if type(obj) is _Rest:
             return self._rest()
         if type(obj) is ModuleType and self._travels_whole(obj):
@@ -94,18 +94,25 @@ class TravellingPickler(Pickler):
         module = sys.modules.get(name)
         return module is not None and vars(module) is scope and module_travels_by_value(name)
 
-    def _place(self, name: str) -> _Place:
-        return self._places.setdefault(name, _Place(name))
+    def _place(self, name: str) -> Call:
+        """Return what pickles as a module that is empty at first, whatever the driver's holds."""
+        if name not in self._places:
+            held = vars(sys.modules[name])
+            kept = {key: held[key] for key in _KEPT if key in held}
+            if "__path__" in kept:
+                kept["__path__"] = list(kept["__path__"])
+            self._places[name] = Call(_module, name, kept)
+        return self._places[name]
 
     def _in_its_module(self, function: FunctionType, make: Any, args: Any, *rest: Any) -> Any:
-        """Let a function have its module's names for its globals, and not a copy of some."""
+        """Make the names of its module a function's globals, not a copy of some."""
         scope = function.__globals__
         self._files.setdefault(function.__code__.co_filename, scope)
         name = scope.get("__name__")
         is_function = make is cloudpickle.cloudpickle._make_function
         if not is_function or not isinstance(name, str) or not self._has_place(name, scope):
             return make, args, *rest
-        shared = self._globals.setdefault(id(scope), _Globals(self._place(name)))
+        shared = self._globals.setdefault(id(scope), Call(vars, self._place(name)))
         return make, (args[0], shared, *args[2:]), *rest
 
     def _note_mentioned(self, obj: Any) -> None:
@@ -193,74 +200,14 @@ class _Rest:
     """Stands for what is known only when all before it has been pickled."""
 
 
-class _Place:
-    """Pickles as a module that is empty at first, whatever the driver's holds."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __reduce__(self) -> Any:
-        held = vars(sys.modules[self._name])
-        kept = {name: held[name] for name in _KEPT if name in held}
-        if "__path__" in kept:
-            kept["__path__"] = list(kept["__path__"])
-        return _module, (self._name, kept)
-
-
-class _Globals:
-    """Pickles as the names of a module."""
-
-    def __init__(self, place: _Place) -> None:
-        self._place = place
-
-    def __reduce__(self) -> Any:
-        return vars, (self._place,)
-
-
 def call_in_its_modules(main: Any, kwargs: Mapping[str, Any], argv: Sequence[str] | None) -> object:
-    """Make what a :class:`TravellingPickler` pickles so that ``(main, kwargs)`` comes out.
-
-    Parameters
-    ----------
-    main
-        The training function.
-    kwargs
-        Its keyword arguments.
-    argv
-        What ``sys.argv`` is to be in the worker.
-
-    Returns
-    -------
-    object
-        To be pickled.
-    """
-    return _Call(_opened, (main, dict(kwargs), None if argv is None else [*argv], _Rest()))
+    """Make what a :class:`TravellingPickler` pickles so that ``(main, kwargs)`` comes out."""
+    return Call(_opened, main, dict(kwargs), None if argv is None else [*argv], _Rest())
 
 
 def dump_in_its_modules(value: object) -> bytes:
-    """Pickle a value so that what travels by value with it is found by name, too.
-
-    Parameters
-    ----------
-    value
-        The value.
-
-    Returns
-    -------
-    bytes
-        For ``pickle.loads``.
-    """
-    return dumps(_Call(_first, (value, _Rest())), TravellingPickler)
-
-
-class _Call:
-    """Pickles as a call."""
-
-    def __init__(self, *called: Any) -> None:
-        self._called = called
-
-    def __reduce__(self) -> Any:
-        return self._called
+    """Pickle a value so that what travels by value with it is found by name, too."""
+    return dumps(Call(_first, value, _Rest()), TravellingPickler)
 
 
 def _first(value: Any, _: None) -> Any:
@@ -286,13 +233,7 @@ _unread: dict[str, ModuleSpec] = {}
 
 
 def place_in(main: ModuleType) -> None:
-    """Have what is unpickled from now on be found in a module, and in further ones that are made.
-
-    Parameters
-    ----------
-    main
-        What is to hold the names of the driver's ``__main__``.
-    """
+    """Put what is unpickled from now on into this module, and into others that are made."""
     global _places
     _places = {"__main__": main}
 
@@ -402,18 +343,7 @@ def _add_source(compressed: bytes) -> None:
 
 
 def names_by_value(module: ModuleType) -> dict[str, Any]:
-    """Return what pickle would store as a name of ``__main__``.
-
-    Parameters
-    ----------
-    module
-        It.
-
-    Returns
-    -------
-    dict
-        Classes and functions by name.
-    """
+    """Return what pickle would store as a name of ``__main__``."""
     return {
         name: value
         for name, value in vars(module).items()
@@ -422,13 +352,7 @@ def names_by_value(module: ModuleType) -> dict[str, Any]:
 
 
 def dump_names() -> bytes:
-    """Pickle what the modules that were made here hold, as far as that is possible.
-
-    Returns
-    -------
-    bytes
-        The names of those beside ``__main__``, and all that :func:`load_names` needs.
-    """
+    """Pickle what the modules that were made here hold, as far as that is possible."""
     modules = dict(_places or {})
     names = {name: names_by_value(module) for name, module in modules.items()}
     try:
@@ -442,13 +366,7 @@ def dump_names() -> bytes:
 
 
 def load_names(main: ModuleType) -> None:
-    """Put in their places, once, the names that this process's parent holds.
-
-    Parameters
-    ----------
-    main
-        What is to hold those of ``__main__``.
-    """
+    """Put in their places, once, the names that this process's parent holds."""
     if _places is None:
         place_in(main)
         with contextlib.suppress(KeyError), Path(os.environ[MAIN_NAMES]).open("rb") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import functools
 import types
@@ -10,34 +9,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
+
 from horovodrunner.errors import PayloadError
-from horovodrunner.flows.call.context import InSurroundings
+from horovodrunner.flows.call.called import name_of
+from horovodrunner.flows.call.context import with_context
 from horovodrunner.formatting import in_one_line
+from horovodrunner.pickling.buffers import Layout, SinkError, write_pickle
 from horovodrunner.pickling.modules import (
     TravellingPickler,
     call_in_its_modules,
     dump_in_its_modules,
 )
-from horovodrunner.pickling.pickled import (
-    Layout,
-    SinkError,
-    dumps,
-    loads,
-    travels_by_reference,
-    write_pickle,
-)
+from horovodrunner.pickling.pickler import dumps, travels_by_reference
 
 if TYPE_CHECKING:
     from horovodrunner.pickling.culprit import Culprit
 
 __all__ = [
     "WARN_BYTES",
-    "companions",
+    "attach",
+    "attachments",
     "dump_call",
-    "format_bytes",
     "largest_parts",
-    "load",
-    "travels_along",
     "write_result",
 ]
 
@@ -48,99 +42,56 @@ WARN_BYTES = 10 * 1024 * 1024
 """A pickled main larger than this is warned about."""
 
 
-_companions: ContextVar[dict[str, Any] | None] = ContextVar("companions", default=None)
+_attachments: ContextVar[dict[str, Any] | None] = ContextVar("attachments", default=None)
 
 
 @contextlib.contextmanager
-def companions() -> Iterator[dict[str, Any]]:
-    """Collect what has to come along with what is pickled meanwhile.
-
-    Yields
-    ------
-    dict
-        What :func:`travels_along` was called with, by name.
-    """
+def attachments() -> Iterator[dict[str, Any]]:
+    """Collect, by name, what :func:`attach` was called with while something is pickled."""
     found: dict[str, Any] = {}
-    token = _companions.set(found)
+    token = _attachments.set(found)
     try:
         yield found
     finally:
-        _companions.reset(token)
+        _attachments.reset(token)
 
 
-def travels_along(name: str, thing: object) -> None:
-    """Declare, in a ``__reduce__``, that the pickle holds only the name of something.
-
-    Parameters
-    ----------
-    name
-        The name, which nothing else has.
-    thing
-        What it stands for, and what has to reach the ranks by another way.
-    """
-    if (found := _companions.get()) is not None:
+def attach(name: str, thing: object) -> None:
+    """Declare, in a ``__reduce__``, that the pickle holds only the name of something."""
+    if (found := _attachments.get()) is not None:
         found[name] = thing
 
 
 def dump_call(
     main: Callable[..., Any], kwargs: Mapping[str, Any], argv: Sequence[str] | None = None
 ) -> bytes:
-    """Pickle a function and its keyword arguments.
+    """Pickle a function and its arguments, and ``sys.argv`` for the worker unless it is None.
 
-    Parameters
-    ----------
-    main
-        The training function.
-    kwargs
-        Its keyword arguments.
-    argv
-        What ``sys.argv`` is to be in the worker that loads them; None leaves it alone.
-
-    Returns
-    -------
-    bytes
-        What :func:`load` opens.
-
-    Raises
-    ------
-    PayloadError
-        If something does not pickle; the text names the variable and where it comes from.
+    Raises PayloadError that names the variable that does not pickle and where it comes from.
     """
-    parts = [(f"main ({_name(main)})", main)]
+    parts = [(f"main ({name_of(main)})", main)]
     parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
     try:
         whole = call_in_its_modules(main, kwargs, argv)
-        call = dumps(InSurroundings(whole, dump_in_its_modules), TravellingPickler)
-        if any(module in call for module in _SPARKS_OWN):
-            _refuse_sparks_own(parts)
+        call = dumps(with_context(whole, dump_in_its_modules), TravellingPickler)
+        if not any(module in call for module in _SPARKS_OWN):
+            return call
+        from horovodrunner.pickling.culprit import find_culprit
+
+        found = find_culprit(parts)
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
-        found = _culprit(parts, error, f"main ({_name(main)}) or an argument")
-        raise PayloadError(
-            f"{found.where} cannot be sent to the workers: {found.why.reason}. {found.why.instead}."
-        ) from found.error
-    return call
+        found = _culprit(parts, error, f"main ({name_of(main)}) or an argument")
+    if found is None:
+        return call
+    raise PayloadError(
+        f"{found.where} cannot be sent to the workers: {found.why.reason}. {found.why.instead}."
+    ) from found.error
 
 
 def write_result(result: object, descriptor: int) -> Layout:
     """Pickle what ``main`` returned into a file.
 
-    Parameters
-    ----------
-    result
-        Any object.
-    descriptor
-        The empty file's.
-
-    Returns
-    -------
-    Layout
-        What stands in the file.
-
-    Raises
-    ------
-    PayloadError
-        If it does not pickle, and then the text names the part that does not; or if the file does
-        not take it.
+    Raises PayloadError that names the part that does not pickle, or if the file does not take it.
     """
     try:
         return write_pickle(result, descriptor)
@@ -159,74 +110,14 @@ def write_result(result: object, descriptor: int) -> Layout:
         ) from found.error
 
 
-def load(data: bytes | bytearray | memoryview) -> Any:
-    """Unpickle bytes of this run; only ever bytes whose origin proved the run's token.
-
-    Parameters
-    ----------
-    data
-        What :func:`dump_call` returned, or a pickled exception.
-
-    Returns
-    -------
-    object
-        The object.
-    """
-    return loads(data)
-
-
 def largest_parts(
     main: Callable[..., Any], kwargs: Mapping[str, Any], at_least_bytes: int
 ) -> list[tuple[str, int]]:
-    """Name what makes a pickled call large.
-
-    Parameters
-    ----------
-    main
-        The training function.
-    kwargs
-        Its keyword arguments.
-    at_least_bytes
-        Parts smaller than this are left out.
-
-    Returns
-    -------
-    list of (str, int)
-        Where each part comes from and its pickled size in bytes, largest first, at most three.
-    """
-    sizes = [(where, _pickled_size(value)) for where, value in _call_parts(main, kwargs)]
+    """Return where the three largest parts of a call come from, with their pickled bytes."""
+    parts = [(f"the argument {name!r}", value) for name, value in kwargs.items()]
+    sizes = [(where, _pickled_size(value)) for where, value in [*parts, *_parts_of(main, set())]]
     large = [part for part in sizes if part[1] >= at_least_bytes]
     return sorted(large, key=lambda part: -part[1])[:3]
-
-
-def format_bytes(count: int) -> str:
-    """Write a number of bytes for people.
-
-    Parameters
-    ----------
-    count
-        Bytes.
-
-    Returns
-    -------
-    str
-        With a binary unit.
-
-    Examples
-    --------
-    >>> format_bytes(3 * 1024 * 1024)
-    '3.0 MiB'
-    """
-    size = float(count)
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
-
-
-def _name(main: Any) -> str:
-    return getattr(main, "__qualname__", None) or type(main).__qualname__
 
 
 def _pickled_size(value: object) -> int:
@@ -236,73 +127,45 @@ def _pickled_size(value: object) -> int:
         return 0
 
 
-def _call_parts(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in kwargs.items():
-        yield f"the argument {name!r}", value
-    yield from _function_parts(main, set())
-
-
-def _function_parts(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+def _parts_of(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
     """List what a callable drags along: globals, closure, defaults, helpers, and ``self``."""
     if id(function) in seen:
         return
     seen.add(id(function))
-    where = _name(function)
+    where = name_of(function)
     if isinstance(function, types.MethodType):
         yield f"the object that the method {where} belongs to", function.__self__
-        yield from _function_parts(function.__func__, seen)
+        yield from _parts_of(function.__func__, seen)
     elif isinstance(function, functools.partial):
         for name, value in function.keywords.items():
             yield f"the argument {name!r} bound by functools.partial", value
         for index, value in enumerate(function.args):
             yield f"positional argument {index} bound by functools.partial", value
-        yield from _function_parts(function.func, seen)
-    elif isinstance(function, types.FunctionType) and not travels_by_reference(function):
-        yield from _variables_of(function, where, seen)
-    elif not isinstance(function, (type, types.FunctionType)):
+        yield from _parts_of(function.func, seen)
+    elif isinstance(function, types.FunctionType):
+        if travels_by_reference(function):
+            return
+        for part, value in _variables_of(function, where):
+            if isinstance(value, types.FunctionType):
+                yield from _parts_of(value, seen)
+            elif not isinstance(value, types.ModuleType):
+                yield part, value
+    elif not isinstance(function, type):
         for name, value in getattr(function, "__dict__", {}).items():
             yield f"the attribute {name!r} of {where}", value
 
 
-def _variables_of(
-    function: types.FunctionType, where: str, seen: set[int]
-) -> Iterator[tuple[str, Any]]:
+def _variables_of(function: types.FunctionType, where: str) -> Iterator[tuple[str, Any]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # a variable that has no value yet
-            value = cell.cell_contents
-            yield from _named_part(f"the variable {name!r} in the closure of {where}", value, seen)
-    for name in sorted(_global_names(function.__code__)):
-        if name in function.__globals__ and not hasattr(builtins, name):
-            value = function.__globals__[name]
-            yield from _named_part(f"the global {name!r} used by {where}", value, seen)
+            yield f"the variable {name!r} in the closure of {where}", cell.cell_contents
+    for name in cloudpickle.cloudpickle._extract_code_globals(function.__code__):
+        if name in function.__globals__:
+            yield f"the global {name!r} used by {where}", function.__globals__[name]
     for index, value in enumerate(function.__defaults__ or ()):
         yield f"default value {index} of {where}", value
     for name, value in (function.__kwdefaults__ or {}).items():
         yield f"the default of {where}'s argument {name!r}", value
-
-
-def _named_part(where: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, types.ModuleType):
-        return
-    if isinstance(value, types.FunctionType):
-        yield from _function_parts(value, seen)
-        return
-    yield where, value
-
-
-def _global_names(code: types.CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= _global_names(constant)
-    return names
-
-
-def _refuse_sparks_own(parts: list[tuple[str, Any]]) -> None:
-    from horovodrunner.pickling.culprit import find_culprit
-
-    if (found := find_culprit(parts)) is not None:
-        raise found.error
 
 
 def _culprit(parts: list[tuple[str, Any]], error: BaseException, otherwise: str) -> Culprit:

@@ -15,19 +15,7 @@ _PLAIN_DATA = "Return plain data (numbers, arrays, state_dict()) instead"
 
 
 class Staying(NamedTuple):
-    """Why something stays where it is.
-
-    Parameters
-    ----------
-    reason
-        Half a sentence.
-    instead
-        What to do where main uses it; without a full stop.
-    returned
-        What to do where main returns it.
-    scored
-        What to do where a model that scores rows has it, if `instead` speaks of main.
-    """
+    """Why something stays where it is."""
 
     reason: str
     instead: str = "Create it inside main, or leave it out of what main refers to"
@@ -150,18 +138,7 @@ _KINDS = {
 
 
 def staying(thing: Any) -> Staying | None:
-    """Tell whether something is known to stay in its process.
-
-    Parameters
-    ----------
-    thing
-        Anything that does not pickle, or holds what does not.
-
-    Returns
-    -------
-    Staying or None
-        Why, and what to do; None if it is not known.
-    """
+    """Return why something stays in its process, and what to do, where that is known."""
     kind = type(thing)
     if issubclass(kind, types.FunctionType) and {"func", "evalType"} <= vars(thing).keys():
         return _of("pyspark.sql.udf.UserDefinedFunction")  # its UDF in a wrapper of Spark's

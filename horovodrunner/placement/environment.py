@@ -19,6 +19,7 @@ __all__ = [
     "IMPORT_PATH",
     "KEPT_MODELS",
     "KERAS_SWITCH",
+    "LOG",
     "MAIN_NAMES",
     "TF_CONFIG",
     "forwarded_environment",
@@ -31,6 +32,9 @@ __all__ = [
 
 FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "OMP_", "CUDA_", "TF_", "MLFLOW_")
 """Driver variables with these prefixes reach the workers when they are set before ``run()``."""
+
+LOG = "HOROVODRUNNER_LOG"
+"""``debug`` turns on the log of the driver, the tasks and the workers."""
 
 KERAS_SWITCH = "HOROVODRUNNER_KERAS"
 """Set to ``horovod``: with Keras 3, too, Horovod's own code for Keras is used."""
@@ -48,22 +52,19 @@ MAIN_NAMES = "HOROVODRUNNER_MAIN_NAMES"
 """Where a process that main starts finds the names that ``__main__`` holds in the worker."""
 
 GLOO_INTERFACE = "HOROVOD_GLOO_IFACE"
-"""Names the network interface that the ranks use."""
-
 TF_CONFIG = "TF_CONFIG"
-"""Tells TensorFlow about all its workers, and which one the process is: different on every rank."""
+HASH_SEED = "PYTHONHASHSEED"
 
 _TORCH_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
-"""The same as `GLOO_INTERFACE` for ``torch.distributed``, which goes by the host's name without."""
+"""`GLOO_INTERFACE` for ``torch.distributed``, which goes by the host's name without it."""
 
-HASH_SEED = "PYTHONHASHSEED"
-"""Decides about ``hash()`` of text and the order of sets."""
-
+# They change what the same code does.
 _FORWARDED_NAMES = frozenset(
     {
         "CUBLAS_WORKSPACE_CONFIG",  # torch.use_deterministic_algorithms, which travels, needs it
         "KERAS_BACKEND",
         KERAS_SWITCH,
+        LOG,
         _TORCH_GLOO_INTERFACE,
         "PYTHONDEVMODE",
         "PYTHONINTMAXSTRDIGITS",
@@ -73,7 +74,6 @@ _FORWARDED_NAMES = frozenset(
         "PYTHONWARNINGS",
     }
 )
-"""Reach the workers as well, because they change what the same code does."""
 
 _USER_WINS = frozenset(
     {GLOO_INTERFACE, "HOROVOD_GLOO_PORTS", "NCCL_SOCKET_IFNAME", _TORCH_GLOO_INTERFACE}
@@ -81,33 +81,19 @@ _USER_WINS = frozenset(
 """Chosen for each host, unless the user set them on the driver."""
 
 _THREAD_COUNTS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
-"""What torch, MKL, OpenBLAS and NumPy read, and what TensorFlow reads. Without it every rank starts
-a thread for each core of the machine, and the ranks on one machine get in each other's way."""
+"""Without them every rank starts a thread for each core of the machine."""
 
 _MAX_HASH_SEED = 2**32 - 1
 
-_SPARK_SECRETS = frozenset({"PYTHON_WORKER_FACTORY_SECRET", "PYSPARK_GATEWAY_SECRET"})
-"""Secrets of Spark's own sockets, which user code has no business with."""
-
-_NOT_INHERITED = _SPARK_SECRETS | {TF_CONFIG, "PYSPARK_GATEWAY_PORT"}
+# Secrets of Spark's own sockets, and what describes another process.
+_NOT_INHERITED = frozenset(
+    {"PYTHON_WORKER_FACTORY_SECRET", "PYSPARK_GATEWAY_SECRET", "PYSPARK_GATEWAY_PORT", TF_CONFIG}
+)
 
 
 def forwarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Pick the driver's variables that the workers get.
 
-    Parameters
-    ----------
-    environ
-        The driver's environment.
-
-    Returns
-    -------
-    dict of str
-        The variables whose names start with one of `FORWARDED_PREFIXES`, and a few more; without
-        ``TF_CONFIG``, which describes a single process.
-
-    Examples
-    --------
     >>> forwarded_environment({"NCCL_DEBUG": "INFO", "HOME": "/root"})
     {'NCCL_DEBUG': 'INFO'}
     """
@@ -120,31 +106,12 @@ def forwarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 @functools.cache
 def _random_hash_seed() -> str:
-    """Return a number that is another one in each process of the user's."""
     return str(int.from_bytes(os.urandom(4), sys.byteorder))
 
 
 def hash_seed(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the seed of all ranks' hashes, if the user chose one.
+    """Return the driver's ``PYTHONHASHSEED``, if set; "random" is one number for all ranks.
 
-    Parameters
-    ----------
-    environ
-        The driver's environment.
-
-    Returns
-    -------
-    dict of str
-        ``PYTHONHASHSEED``, or nothing. For ``"random"`` it is a number, so that the ranks agree;
-        each driver process has another one.
-
-    Raises
-    ------
-    ValueError
-        If no Python would start with that value.
-
-    Examples
-    --------
     >>> hash_seed({"PYTHONHASHSEED": "42"}), hash_seed({})
     ({'PYTHONHASHSEED': '42'}, {})
     """
@@ -165,27 +132,8 @@ def hash_seed(environ: Mapping[str, str]) -> dict[str, str]:
 def worker_base_environment(
     environ: Mapping[str, str], forwarded: Mapping[str, str], import_path: Sequence[str], cores: int
 ) -> dict[str, str]:
-    """Build the environment a worker process is started with, before its slot is known.
+    """Return the environment a worker is started with, before its slot is known.
 
-    Parameters
-    ----------
-    environ
-        The task's own environment.
-    forwarded
-        The driver's variables.
-    import_path
-        The worker's ``sys.path``.
-    cores
-        How many cores the worker may use; the numbers of threads follow unless they were set.
-
-    Returns
-    -------
-    dict of str
-        The environment, without Spark's secrets and another process's ``TF_CONFIG``. All ranks have
-        the same ``PYTHONHASHSEED``.
-
-    Examples
-    --------
     >>> given = worker_base_environment({}, {"OMP_NUM_THREADS": "3"}, [], cores=8)
     >>> given["OMP_NUM_THREADS"], given["TF_NUM_INTRAOP_THREADS"]
     ('3', '3')
@@ -209,29 +157,10 @@ def slot_environment(
     forwarded: Mapping[str, str],
     ports: tuple[int, int] | None = None,
 ) -> dict[str, str]:
-    """Express a worker's slot in Horovod's variables and in torchrun's.
+    """Express a worker's slot in the variables of Horovod 0.28's Gloo controller and torchrun.
 
-    The names are those that Horovod 0.28's Gloo controller reads and that torchrun documents;
-    ``HOROVOD_GLOO_ADDRESS`` and ``HOROVOD_GLOO_PORTS`` are read by the Horovod that this package
-    builds (horovod_build/edits.py).
-
-    Parameters
-    ----------
-    slot
-        The worker's position.
-    rendezvous
-        Host and port of Horovod's rendezvous server.
-    master
-        Host and port reserved for ``torch.distributed``.
-    forwarded
-        The driver's variables; a network interface the user named there is kept.
-    ports
-        First and last port that Gloo may listen on, or None for any.
-
-    Returns
-    -------
-    dict of str
-        Variables to set before ``main`` runs.
+    ``HOROVOD_GLOO_ADDRESS`` and ``HOROVOD_GLOO_PORTS`` (first and last port that Gloo may listen
+    on) are read by the Horovod that this package builds. A rendezvous port of 0 means none.
     """
     variables = {
         "HOROVOD_HOSTNAME": slot.host_id,
@@ -247,8 +176,6 @@ def slot_environment(
         "HOROVOD_GLOO_ADDRESS": slot.address,
         "NCCL_SOCKET_IFNAME": slot.interface,
         _TORCH_GLOO_INTERFACE: forwarded.get(GLOO_INTERFACE, slot.interface),
-        "HOROVOD_GLOO_RENDEZVOUS_ADDR": rendezvous[0],
-        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(rendezvous[1]),
         "RANK": str(slot.rank),
         "WORLD_SIZE": str(slot.size),
         "LOCAL_RANK": str(slot.local_rank),
@@ -257,6 +184,9 @@ def slot_environment(
         "MASTER_ADDR": master[0],
         "MASTER_PORT": str(master[1]),
     }
+    if rendezvous[1]:
+        variables["HOROVOD_GLOO_RENDEZVOUS_ADDR"] = rendezvous[0]
+        variables["HOROVOD_GLOO_RENDEZVOUS_PORT"] = str(rendezvous[1])
     if ports is not None:
         variables["HOROVOD_GLOO_PORTS"] = f"{ports[0]}-{ports[1]}"
     if slot.devices is not None:
@@ -271,27 +201,10 @@ def slot_environment(
 
 
 def torchrun_environment(slot: Slot, hosts: int, run_id: str, attempt: int) -> dict[str, str]:
-    """Return what else torchrun tells its processes, so that others see that somebody started them.
+    """Return what else torchrun tells its processes (docs/adr/0010).
 
     ``TORCHELASTIC_RUN_ID`` alone makes Lightning take its ranks from the environment, whatever
-    scheduler the machine has, and check the number of devices (docs/adr/0010). The store of
-    torchrun's agent is not claimed: rank 0 makes its own.
-
-    Parameters
-    ----------
-    slot
-        The worker's position.
-    hosts
-        How many hosts the run has.
-    run_id
-        Names the run.
-    attempt
-        1 for the first launch, one more for each restart.
-
-    Returns
-    -------
-    dict of str
-        Variables to set before ``main`` runs.
+    scheduler the machine has. The store of torchrun's agent is not claimed: rank 0 makes its own.
     """
     return {
         "GROUP_WORLD_SIZE": str(hosts),
@@ -304,26 +217,10 @@ def torchrun_environment(slot: Slot, hosts: int, run_id: str, attempt: int) -> d
 
 
 def tf_config(workers: Sequence[str], rank: int) -> dict[str, str]:
-    """Express a worker's place in TensorFlow's variable.
+    """Return ``TF_CONFIG`` for a rank, or nothing without `workers` (``host:port`` by rank).
 
-    Parameters
-    ----------
-    workers
-        ``host:port`` of every rank, in rank order; empty when the run is not to have it.
-    rank
-        The worker's rank.
-
-    Returns
-    -------
-    dict of str
-        ``TF_CONFIG``, or nothing.
-
-    Examples
-    --------
     >>> tf_config(["10.0.0.1:4000"], 0)["TF_CONFIG"]
     '{"cluster": {"worker": ["10.0.0.1:4000"]}, "task": {"type": "worker", "index": 0}}'
-    >>> tf_config([], 0)
-    {}
     """
     if not workers:
         return {}

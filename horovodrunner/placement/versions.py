@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 __all__ = [
     "Difference",
     "differences",
-    "differences_in_words",
+    "format_differences",
     "installed_versions",
     "must_fail",
 ]
@@ -81,10 +81,10 @@ def must_fail(found: Sequence[Difference]) -> bool:
     return False
 
 
-def differences_in_words(found: Sequence[Difference]) -> str:
+def format_differences(found: Sequence[Difference]) -> str:
     """Return differences as a table.
 
-    >>> print(differences_in_words([("torch", "2.13.0", (("node-7", "2.12.1"),))]))
+    >>> print(format_differences([("torch", "2.13.0", (("node-7", "2.12.1"),))]))
                      driver        executors
     torch            2.13.0        2.12.1 (node-7)
     """

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from horovodrunner.formatting import cut, in_one_line
 
-__all__ = ["CANCELLED", "cause_in_words", "problem_of_executors_python", "told_as"]
+__all__ = ["CANCELLED", "describe_cause", "problem_of_executors_python", "told_as"]
 
 CANCELLED = r"Job \d+ cancelled.*|\[OPERATION_CANCELED\].*"
 """What Spark says of a job that somebody has cancelled."""
@@ -39,7 +39,7 @@ def told_as(kind: type[Exception], sentence: str, remedy: str = "") -> Iterator[
     except Exception as error:
         if not _is_of_spark(error):
             raise
-        cause = cause_in_words(error).rstrip(".")
+        cause = describe_cause(error).rstrip(".")
         if re.search(CANCELLED, str(error)):
             remedy = ""
         raise kind(f"{sentence}: {cause}{remedy and f'. {remedy}'}") from error
@@ -50,7 +50,7 @@ def _is_of_spark(error: Exception) -> bool:
     return package in {"pyspark", "py4j", "grpc"} or isinstance(error, ConnectionError)
 
 
-def cause_in_words(error: Exception) -> str:
+def describe_cause(error: Exception) -> str:
     """Extract the cause, in one line, from an error of PySpark, Py4J or Spark Connect."""
     text = str(error)
     if isinstance(error, ConnectionError) or "Py4JNetworkError" in type(error).__name__:

@@ -26,7 +26,9 @@ __all__ = [
     "decode",
     "dispatcher",
     "encode",
+    "ignore",
     "parse_prefix",
+    "refuse",
 ]
 
 MAX_HEADER_BYTES = 4 * 1024 * 1024
@@ -156,7 +158,7 @@ class Job(Event):
 
 
 @dataclass(frozen=True)
-class LatestCopy(Event):
+class Latest(Event):
     """Where the task has its copy of the latest checkpoint; "" if there is none."""
 
     directory: str = ""
@@ -271,15 +273,6 @@ class Refused(Event):
 
 
 @dataclass(frozen=True)
-class Transfer(Event):
-    """The first event of a connection that is for one bulk transfer."""
-
-    run_id: str
-    flow: str
-    request: str
-
-
-@dataclass(frozen=True)
 class Placed(Event):
     """Partition, rank and host of every rank."""
 
@@ -315,7 +308,74 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class Leave(Event):
-    """Partition 0 has told everything."""
+    """Partition 0 has sent everything."""
+
+
+# ---- bulk, each transfer on a connection of its own (wire/upload.py); the first event says what
+
+
+@dataclass(frozen=True)
+class UploadResult(Event):
+    """What rank 0's main returned is to be uploaded, in buffers of these sizes."""
+
+    run_id: str
+    layout: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UploadFile(Event):
+    """The file that a variable of Horovod's names is to be uploaded."""
+
+    run_id: str
+    variable: str
+
+
+@dataclass(frozen=True)
+class UploadCheckpoint(Event):
+    """The checkpoint of a step is to be uploaded."""
+
+    run_id: str
+    step: int
+
+
+@dataclass(frozen=True)
+class FindCheckpoint(Event):
+    """The manifest of the latest checkpoint is to be downloaded."""
+
+    run_id: str
+
+
+@dataclass(frozen=True)
+class FetchCheckpoint(Event):
+    """The checkpoint of a step is to be downloaded."""
+
+    run_id: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Go(Event):
+    """The driver is ready for the pieces."""
+
+
+@dataclass(frozen=True)
+class PieceFollows(Event):
+    """So many bytes of a piece come next, outside any frame."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class End(Event):
+    """All pieces have come, or were taken in."""
+
+
+@dataclass(frozen=True)
+class TransferFailed(Event):
+    """The driver could not take the pieces in, or not send them."""
+
+    why: str
 
 
 # ---- the codec
@@ -389,6 +449,15 @@ def _checked(name: str, hint: Any, value: Any) -> Any:
     if hint is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     raise FrameError(f"{name} is {value!r:.80}, not {getattr(hint, '__name__', hint)}")
+
+
+def refuse(event: Event) -> None:
+    """Take an event that has no business here."""
+    raise FrameError(f"{type(event).__name__} is not expected here")
+
+
+def ignore(event: Event) -> None:
+    """Take an event that nobody here needs."""
 
 
 def dispatcher(flows: Iterable[Handlers], otherwise: Sink) -> Sink:

@@ -13,17 +13,6 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 def is_our_own(connection: socket.socket) -> bool:
-    """Ask the kernel whether the peer belongs to this process's user.
-
-    Parameters
-    ----------
-    connection
-        A connected Unix socket.
-
-    Returns
-    -------
-    bool
-        False for another user, also for root.
-    """
+    """Ask the kernel whether the peer belongs to this process's user."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return int(_CREDENTIALS.unpack(credentials)[1]) == os.getuid()

@@ -125,7 +125,7 @@ class EventServer:
             await self._serve(connection)
         except FrameError as error:
             return str(error)
-        except LookupError as error:  # a rank or a partition that there is not
+        except (ValueError, LookupError) as error:  # a rank that there is not, say
             return repr(error)
         return connection.cut_off
 

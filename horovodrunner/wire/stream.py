@@ -104,7 +104,7 @@ class Connection:
             self._writer.writelines(encode(event))
 
     def detach(self) -> socket.socket:
-        """Give the socket to a thread; nothing more is read or sent here.
+        """Hand the socket to a thread; nothing more is read or sent here.
 
         The peer must be waiting for an answer, so that nothing of what it sends was read already.
         """

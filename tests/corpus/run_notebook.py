@@ -21,7 +21,7 @@ MAGIC = "# MAGIC "
 
 
 def code_cells(text: str) -> list[str]:
-    """Give the Python cells; what is a comment in the file but code in the notebook, as code."""
+    """Return the Python cells; what is a comment in the file but code in the notebook, as code."""
     first, _, rest = text.partition("\n")
     if first != HEAD:
         raise ValueError(f"the first line is {first!r}, not {HEAD!r}")

@@ -28,7 +28,7 @@ NOTEBOOKS = [
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Run the notebooks in one process; give what the cells of each show, stderr included."""
+    """Run the notebooks in one process; return what the cells of each show, stderr included."""
     scratch = tmp_path_factory.mktemp("corpus")
     notebooks = [str(FOLDER / "notebooks" / name) for name in NOTEBOOKS]
     done = processes.run(

@@ -84,7 +84,6 @@ TUTORIALS = {
         ),
     ),
 }
-SLOW = ("02_pytorch.ipynb", "04_legacy_keras.ipynb", "05_torch_ddp.ipynb")
 
 
 def read(path: Path) -> Any:
@@ -92,7 +91,7 @@ def read(path: Path) -> Any:
 
 
 def execute(path: Path, scratch: Path) -> list[Cell]:
-    """Run a notebook; give its code cells."""
+    """Run a notebook; return its code cells."""
     notebook = read(path)
     processes.execute(
         notebook,
@@ -184,6 +183,7 @@ def test_quickstart(scratch: Path) -> None:
 
 @pytest.mark.spark
 @pytest.mark.horovod
+@pytest.mark.slow
 @pytest.mark.timeout(3 * CELL_SECONDS)
 def test_spark_dataframes(scratch: Path) -> None:
     pytest.importorskip("keras")
@@ -199,6 +199,7 @@ def test_spark_dataframes(scratch: Path) -> None:
 
 @pytest.mark.spark
 @pytest.mark.horovod
+@pytest.mark.slow
 @pytest.mark.timeout(3 * CELL_SECONDS)
 def test_images(scratch: Path) -> None:
     pytest.importorskip("PIL")
@@ -223,10 +224,8 @@ def test_every_notebook_is_executed() -> None:
 @pytest.mark.spark
 @pytest.mark.horovod
 @pytest.mark.timeout(3 * CELL_SECONDS)
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TUTORIALS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TUTORIALS)
 def test_tutorial(name: str, scratch: Path) -> None:
     pytest.importorskip("matplotlib")
     if "keras" in name:

@@ -85,16 +85,29 @@ def results_of_cases(module: str, cases: dict[str, dict[str, Any]]) -> dict[str,
     objects = _object_gatherer(hvd)
     hvd.init()
     results: dict[str, Any] = {}
+    references: dict[str, list[list[float]]] = {}
     for name, case in cases.items():
         try:
             ranks = objects(weights_by_epoch(hvd, hvd.rank(), SIZE, case))
-            is_compared = hvd.rank() == 0 and case.get("alone", True)
-            alone = weights_by_epoch(hvd, 0, 1, case) if is_compared else None
+            alone = None
+            if hvd.rank() == 0 and case.get("alone", True):
+                same = reference_of(case)
+                if repr(same) not in references:
+                    references[repr(same)] = weights_by_epoch(hvd, 0, 1, same)
+                alone = references[repr(same)]
             results[name] = {"ranks": ranks, "alone": alone}
         except Exception:
             results[name] = traceback.format_exc()
             break  # the ranks may be in different places now
     return results
+
+
+def reference_of(case: dict[str, Any]) -> dict[str, Any]:
+    """Return what one process trains to compare with: several cases have the same."""
+    passes = case.get("distributed", {}).get("backward_passes_per_step", 1)
+    ignored = ("mode", "compile", "distributed", "tolerance")
+    same = {name: value for name, value in case.items() if name not in ignored}
+    return {**same, "mode": "eager", "distributed": {"backward_passes_per_step": passes}}
 
 
 def _object_gatherer(hvd: Any) -> Any:
@@ -277,7 +290,7 @@ def facts_about(module: str, directory: str) -> dict[str, Any]:
 
 
 def _model(keras: Any, hvd: Any, optimizer: Any, seed: int) -> tuple[Any, Any, Any]:
-    """Give a compiled model and this rank's 8 samples of its own."""
+    """Return a compiled model and this rank's 8 samples of its own."""
 
     keras.utils.set_random_seed(seed)
     inputs = np.random.default_rng(hvd.rank()).normal(size=(8, 3)).astype("float32")
@@ -287,7 +300,7 @@ def _model(keras: Any, hvd: Any, optimizer: Any, seed: int) -> tuple[Any, Any, A
 
 
 def averaged_metrics(hvd: Any, directory: str) -> Any:
-    """Give each rank's losses, before and after they were averaged."""
+    """Return each rank's losses, before and after they were averaged."""
     import keras
 
     before = []
@@ -308,7 +321,7 @@ def averaged_metrics(hvd: Any, directory: str) -> Any:
 
 
 def learning_rates(hvd: Any, directory: str) -> Any:
-    """Give the rates of a warmup of two epochs and a schedule after it, batch by batch."""
+    """Return the rates of a warmup of two epochs and a schedule after it, batch by batch."""
     import keras
 
     rates, velocities = [], []
@@ -379,7 +392,7 @@ def _is_distributed(optimizer: Any) -> bool:
 
 
 def state_of_two_optimizers(hvd: Any, directory: str) -> Any:
-    """Give both optimizers' states on all ranks after a broadcast."""
+    """Return both optimizers' states on all ranks after a broadcast."""
     import keras
 
     optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.05))
@@ -395,7 +408,7 @@ def state_of_two_optimizers(hvd: Any, directory: str) -> Any:
 
 
 def copies(hvd: Any, directory: str) -> Any:
-    """Tell which copies of a distributed optimizer are distributed."""
+    """Return which copies of a distributed optimizer are distributed."""
     import copy
     import pickle
 
@@ -412,7 +425,7 @@ def copies(hvd: Any, directory: str) -> Any:
 
 
 def a_local_variable(hvd: Any, directory: str) -> Any:
-    """Give all ranks' weights after a training that left the first one local."""
+    """Return all ranks' weights after a training that left the first one local."""
     import keras
 
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
@@ -425,7 +438,7 @@ def a_local_variable(hvd: Any, directory: str) -> Any:
 
 
 def a_process_set_of_one(hvd: Any, directory: str) -> Any:
-    """Give all ranks' weights after a training in which each was for itself."""
+    """Return all ranks' weights after a training in which each was for itself."""
     import keras
 
     mine = None
@@ -439,7 +452,7 @@ def a_process_set_of_one(hvd: Any, directory: str) -> Any:
 
 
 def refusals(hvd: Any, directory: str) -> Any:
-    """Give the texts of the errors for what cannot work."""
+    """Return the texts of the errors for what cannot work."""
     import keras
 
     def sgd() -> Any:

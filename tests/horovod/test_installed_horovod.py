@@ -10,7 +10,6 @@ import pytest
 from horovodrunner import doctor
 from horovodrunner.errors import HorovodBuildError
 from horovodrunner.horovod_build import build_horovod, check_horovod, verify, verify_allreduce
-from horovodrunner.horovod_build.edits import RECORD_NAME
 from horovodrunner.horovod_build.install import cached_wheel
 from horovodrunner.horovod_build.recipe import (
     cache_key,
@@ -20,6 +19,7 @@ from horovodrunner.horovod_build.recipe import (
     installed_status,
     toolchain_facts,
 )
+from horovodrunner.horovod_build.sources import RECORD_NAME
 from tests import processes
 
 pytestmark = pytest.mark.horovod

@@ -66,7 +66,7 @@ def check(result: Any, tolerance: float = 1e-5) -> None:
 
 @pytest.fixture(scope="module")
 def keras_3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Give what came out on each backend; each takes another one of Horovod's two modules."""
+    """Return what came out on each backend; each takes another one of Horovod's two modules."""
     of_tensorflow = run(
         "horovod.tensorflow.keras",
         {**CASES, **OF_TENSORFLOW},
@@ -85,7 +85,7 @@ def keras_3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 @pytest.fixture(scope="module", params=["tensorflow", "torch"])
 def facts(request: pytest.FixtureRequest, keras_3: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Give what is known of everything beside plain training, on each backend."""
+    """Return what is known of everything beside plain training, on each backend."""
     found: dict[str, Any] = keras_3[request.param]["facts"]
     errors = [value for value in found.values() if str(value).startswith("Traceback")]
     assert errors == []

@@ -12,7 +12,7 @@ from horovodrunner import ArgumentValueError, ConfigurationError, HorovodRunner
 
 pytest.importorskip("horovod")
 
-from horovodrunner.placement.horovodrun_options import REFUSED, environment_of, horovodruns_parser
+from horovodrunner.placement.rendezvous import REFUSED, environment_of, horovodruns_parser
 
 pytestmark = pytest.mark.horovod
 
@@ -174,7 +174,6 @@ def test_the_drivers_own_command_line_is_neither_read_nor_changed(
 
 
 def test_a_driver_without_horovod_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "horovodrunner.placement.horovodrun_options")
     monkeypatch.setitem(sys.modules, "horovod.runner", None)
     with pytest.raises(ConfigurationError, match=r"(?s)horovodrun_args=.*HOROVOD_\.\.\. variables"):
         HorovodRunner(np=2, horovodrun_args=["--autotune"])

@@ -28,7 +28,7 @@ def listening_ports(process: psutil.Process) -> set[int]:
 
 
 def ports_while_rank_0_waits_in_init() -> tuple[float, set[int], set[int]]:
-    """Give the sum of the ranks, and the ports of rank 0's worker and of its task."""
+    """Return the sum of the ranks, and the ports of rank 0's worker and of its task."""
     import horovod.torch as hvd
     import torch
 

@@ -18,7 +18,7 @@ RATE = 0.1
 
 
 def data() -> tuple[Any, Any]:
-    """Give inputs (8, 3) and targets (8, 1)."""
+    """Return inputs (8, 3) and targets (8, 1)."""
     import numpy as np
 
     random = np.random.default_rng(0)

@@ -40,7 +40,7 @@ def trained(rank: int, size: int, wrap: Callable[..., Any] | None, passes: int =
 
 
 def optimizers(hvd: Any) -> dict[str, Any]:
-    """Give both ranks' weights after training with several settings."""
+    """Return both ranks' weights after training with several settings."""
     settings: dict[str, dict[str, Any]] = {
         "average": {},
         "passes": {"backward_passes_per_step": 2},
@@ -80,7 +80,7 @@ def clipped(hvd: Any) -> list[float]:
 
 
 def broadcasts(hvd: Any) -> dict[str, Any]:
-    """Give every rank rank 0's model and optimizer, which alone was restored."""
+    """Hand every rank rank 0's model and optimizer, which alone was restored."""
     import torch
 
     same = {}

@@ -25,7 +25,7 @@ from horovodrunner import (
     WorkerFailedError,
     checkpoint,
 )
-from horovodrunner.flows.checkpoints.backend import StoreDepot
+from horovodrunner.flows.checkpoints.store import CheckpointStore
 from tests.process import mains
 from tests.waiting import wait_until
 
@@ -346,13 +346,13 @@ def test_the_copies_of_a_run_go_with_it(kept: Path) -> None:
 def test_what_is_saved_just_before_main_returns_arrives(
     kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put = StoreDepot.put
+    put = CheckpointStore.put
 
-    def slow_put(self: StoreDepot, step: int, directory: Path) -> None:
+    def slow_put(self: CheckpointStore, step: int, directory: Path) -> None:
         time.sleep(1)
         put(self, step, directory)
 
-    monkeypatch.setattr(StoreDepot, "put", slow_put)
+    monkeypatch.setattr(CheckpointStore, "put", slow_put)
 
     def main() -> str:
         save(1)
@@ -385,15 +385,15 @@ def test_what_is_saved_just_before_a_worker_is_killed_arrives(kept: Path, rank: 
 def test_saves_that_are_too_fast_take_bounded_space_and_the_newest_wins(
     kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put, has_saved = StoreDepot.put, kept.parent / "has saved"
+    put, has_saved = CheckpointStore.put, kept.parent / "has saved"
     is_storing = kept.parent / "is storing"
 
-    def slow_put(self: StoreDepot, step: int, directory: Path) -> None:
+    def slow_put(self: CheckpointStore, step: int, directory: Path) -> None:
         is_storing.touch()
         wait_until(has_saved.exists)
         put(self, step, directory)
 
-    monkeypatch.setattr(StoreDepot, "put", slow_put)
+    monkeypatch.setattr(CheckpointStore, "put", slow_put)
 
     def main() -> None:
         scratch = save(1).parent
@@ -412,13 +412,13 @@ def test_saves_that_are_too_fast_take_bounded_space_and_the_newest_wins(
 
 
 def test_main_does_not_wait_for_what_is_stored(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, put = threading.Event(), StoreDepot.put
+    gate, put = threading.Event(), CheckpointStore.put
 
-    def held_put(self: StoreDepot, step: int, directory: Path) -> None:
+    def held_put(self: CheckpointStore, step: int, directory: Path) -> None:
         assert gate.wait(60)
         put(self, step, directory)
 
-    monkeypatch.setattr(StoreDepot, "put", held_put)
+    monkeypatch.setattr(CheckpointStore, "put", held_put)
     marker = kept.parent / "main goes on"
 
     def main() -> None:
@@ -482,16 +482,16 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_stored(
 
     reported: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        put = StoreDepot.put
+        put = CheckpointStore.put
 
-        def watched_put(self: StoreDepot, step: int, directory: Path) -> None:
+        def watched_put(self: CheckpointStore, step: int, directory: Path) -> None:
             try:
                 put(self, step, directory)
             except OSError:
                 reported.append(step)
                 raise
 
-        patch.setattr(StoreDepot, "put", watched_put)
+        patch.setattr(CheckpointStore, "put", watched_put)
         watcher = threading.Thread(target=watch)
         watcher.start()
         runner = HorovodRunner(np=-1, checkpoint_dir=kept)

@@ -13,7 +13,7 @@ from horovodrunner.callbacks.keras import LogCallback
 
 
 def lines_of(capfd: pytest.CaptureFixture[str]) -> list[str]:
-    """Give the LogCallbacks' lines, numbers and times made equal."""
+    """Return the LogCallbacks' lines, numbers and times made equal."""
     found = re.findall(r"^(?:rank \d: )?epoch .*$", capfd.readouterr().out, re.MULTILINE)
     return [re.sub(r"(?<![\w.])\d+\.\d+(e-\d+)?(?!\w)", "N", line) for line in found]
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from horovodrunner import HorovodRunner, StallTimeoutError
-from horovodrunner.processes.task import coordinator
+from horovodrunner.flows.telemetry import task as telemetry
 from tests.process import mains
 
 
@@ -46,7 +46,7 @@ def test_a_rank_that_does_not_answer_ends_the_run_with_every_ranks_stack(
 def test_without_stall_timeout_there_is_one_warning_that_names_the_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(coordinator, "STALL_WARNING_SECONDS", 6.0)
+    monkeypatch.setattr(telemetry, "STALL_WARNING_SECONDS", 6.0)
 
     def main(on_rank: int) -> str:
         if mains.rank() == on_rank:

@@ -14,9 +14,10 @@ import pytest
 
 from horovodrunner import HorovodRunner, WorkerFailedError
 from horovodrunner.pickling import payload
-from horovodrunner.processes.task import process as process_module
-from horovodrunner.processes.task.process import WorkerProcess, describe_exit
-from horovodrunner.wire.job import WorkerSpec
+from horovodrunner.processes.task import output
+from horovodrunner.processes.task.exits import describe_exit
+from horovodrunner.processes.task.process import WorkerProcess
+from horovodrunner.wire.events import Job
 from tests.process import mains
 
 
@@ -94,10 +95,9 @@ def test_a_worker_ends_when_it_can_tell_its_task_nothing_more() -> None:
         worker = WorkerProcess([], os.environ)
         try:
             call = payload.dump_call(mains.wait_for_ever, {})
-            spec = WorkerSpec(0, "h", {}, beat_seconds=0.1)
-            await worker.send_job(call, spec.to_header())
+            await worker.send(Job(0, "h", {}, beat_seconds=0.1, call=call))
             reported = b""
-            while b"started" not in reported:
+            while b"Started" not in reported:
                 reported += await asyncio.to_thread(worker._report.read, 1000)
             worker._report.close()
             return await asyncio.wait_for(worker.wait(), 20)
@@ -127,7 +127,7 @@ def test_sending_a_job_to_a_worker_that_has_died_is_no_error() -> None:
         try:
             os.kill(worker.pid, signal.SIGKILL)
             status = await worker.wait()
-            await worker.send_job(bytes(10_000_000), WorkerSpec(0, "h", {}).to_header())
+            await worker.send(Job(0, "h", {}, call=bytes(10_000_000)))
             return status
         finally:
             worker.kill()
@@ -155,7 +155,7 @@ def test_ends_in_words(
 
 def test_lines_that_come_one_by_one_are_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is taken at once: reading each by itself costs the task fifty times as much."""
-    monkeypatch.setattr(process_module, "OUTPUT_PAUSE_SECONDS", 600)
+    monkeypatch.setattr(output, "PAUSE_SECONDS", 600)
 
     async def scenario() -> list[tuple[str, bytes]]:
         taken: list[tuple[str, bytes]] = []
@@ -180,8 +180,7 @@ def test_lines_that_come_one_by_one_are_taken_together(monkeypatch: pytest.Monke
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         reading = asyncio.create_task(worker.read_output(take))
         try:
-            spec = WorkerSpec(0, "h", {})
-            await worker.send_job(payload.dump_call(main, {}), spec.to_header())
+            await worker.send(Job(0, "h", {}, call=payload.dump_call(main, {})))
             await asyncio.wait_for(first.wait(), 20)
             os.kill(worker.pid, signal.SIGUSR1)
             assert await asyncio.wait_for(worker.wait(), 20) == 0
@@ -198,7 +197,7 @@ def test_lines_that_come_one_by_one_are_taken_together(monkeypatch: pytest.Monke
 def test_what_was_printed_before_a_message_is_shown_before_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(process_module, "OUTPUT_PAUSE_SECONDS", 600)
+    monkeypatch.setattr(output, "PAUSE_SECONDS", 600)
 
     def main() -> None:
         import time
@@ -220,7 +219,7 @@ def test_what_was_printed_before_a_message_is_shown_before_it(
 def test_of_a_bar_some_states_are_shown_and_all_lines_in_their_order(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(process_module, "STATE_SECONDS", 600)
+    monkeypatch.setattr(output, "STATE_SECONDS", 600)
 
     def main() -> None:
         import sys

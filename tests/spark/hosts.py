@@ -39,7 +39,7 @@ def ip(*arguments: str) -> str:
 
 
 def why_no_hosts() -> str:
-    """Say why this machine does not let us make hosts, or nothing."""
+    """Return why this machine does not let us make hosts, or nothing."""
     if sys.platform != "linux":
         return "network namespaces are Linux's"
     for tool in ("ip", "unshare"):
@@ -89,12 +89,12 @@ class Host:
         return ip("-n", self.namespace, *arguments)
 
     def command(self, *arguments: str) -> list[str]:
-        """Give what runs a command on the host, as seen from outside."""
+        """Return the command that runs another on the host, as seen from outside."""
         named = ["unshare", "--uts", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh"]
         return ["ip", "netns", "exec", self.namespace, *named, *arguments]
 
     def run(self, *arguments: str, **environment: str) -> str:
-        """Run a command to its end; gives its output."""
+        """Run a command to its end; return its output."""
         done = processes.run(
             self.command(*arguments),
             capture_output=True,
@@ -276,7 +276,7 @@ class Standalone:
             wait_for_line("Successfully registered with master", log)
 
     def executor_logs(self, host: str) -> list[str]:
-        """Give what the executors on one host wrote."""
+        """Return what the executors on one host wrote."""
         return [path.read_text() for path in self._directory.glob(f"work-{host}/*/*/stderr")]
 
     def _start(self, host: Host, what: str, *arguments: str) -> Path:

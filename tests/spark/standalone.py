@@ -14,7 +14,7 @@ DEPLOY = "org.apache.spark.deploy"
 
 @contextlib.contextmanager
 def standalone(directory: Path, environment: Mapping[str, str]) -> Iterator[str]:
-    """Start a cluster whose executors work below ``directory / "work"``; give the master's URL."""
+    """Start a cluster that works below ``directory / "work"``; return the master's URL."""
     import pyspark
 
     spark_class = str(Path(pyspark.__file__).parent / "bin" / "spark-class")

@@ -82,7 +82,7 @@ def test_predictions_have_columns_of_any_name(spark: Any, frame: Any) -> None:
         return_type="double",
         batch_size=2,
         output="pre.dicted`",
-        keep=[*reversed(NAMES), "v.`w"],
+        keep_columns=[*reversed(NAMES), "v.`w"],
         key_columns=["a`b"],
     )
     assert found.columns == [*reversed(NAMES), "v.`w", "pre.dicted`"]

@@ -60,7 +60,7 @@ HEAD = """
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start a Connect server of its own on two executors; gives its address."""
+    """Start a Connect server of its own on two executors; return its address."""
     import pyspark
 
     home = Path(pyspark.__file__).parent
@@ -102,7 +102,7 @@ def client(server: str, script: str, directory: Path) -> list[str]:
 
 
 def drive(server: str, script: str, tmp_path: Path) -> str:
-    """Run a script as a client; gives what it printed, after it has ended well."""
+    """Run a script as a client; return what it printed, after it has ended well."""
     directory = tmp_path / "ranks"
     directory.mkdir()
     done = processes.run(
@@ -289,7 +289,7 @@ def test_a_model_is_applied_and_its_weights_are_one_file_for_both_executors(
             options = {"return_type": "array<float>", "batch_size": 4}
             column = predict_udf(model, **options)("x").alias("prediction")
             scored = [
-                *predict(ones, model, inputs="x", keep=["id"], **options).collect(),
+                *predict(ones, model, inputs="x", keep_columns=["id"], **options).collect(),
                 *ones.select("id", column).collect(),
             ]
         print("scored:", len(scored))

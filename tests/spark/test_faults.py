@@ -39,7 +39,7 @@ def run_for_ever(directory: str) -> None:
 
 
 def pids_in(directory: Path) -> dict[int, int]:
-    """Give the workers' process ids by rank, as mains.count_run left them."""
+    """Return the workers' process ids by rank, as mains.count_run left them."""
     names = [path.name.split("-") for path in directory.glob("rank*-*")]
     return {int(name[0].removeprefix("rank")): int(name[1]) for name in names}
 

@@ -90,7 +90,7 @@ def rows_read(df: Any, scan: FileScan) -> list[Any]:
     """Read a scan as `predict` does; sorted, because Spark reads large files first."""
     kinds = df.select(*scan.schema.names).schema
     parts = parts_dataframe(df.sparkSession, scan)
-    assert parts.rdd.getNumPartitions() == scan.partitions
+    assert parts.rdd.getNumPartitions() == len(scan.partitions)
     return sorted(map(repr, parts.mapInArrow(read_parts, kinds).collect()))
 
 
@@ -102,7 +102,7 @@ def test_rows_and_types_are_those_that_spark_reads(spark: Any, folder: str) -> N
     df = spark.read.parquet(folder)
     scan = scan_of(df)
     assert (scan.rows, scan.files) == (ROWS, 3)
-    assert scan.partitions == spark.sparkContext.defaultParallelism == 2
+    assert len(scan.partitions) == spark.sparkContext.defaultParallelism == 2
     by_spark = df.collect()
     assert len(by_spark) == ROWS
     assert rows_read(df, scan) == sorted(map(repr, by_spark))

@@ -40,7 +40,7 @@ builder = (
 
 
 def drive(script: str, tmp_path: Path, **environment: str) -> str:
-    """Run a script as a driver; gives what it printed, after it has ended well."""
+    """Run a script as a driver; return what it printed, after it has ended well."""
     path = tmp_path / "driver.py"
     path.write_text(TRAIN + QUIET + textwrap.dedent(script))
     done = processes.run(
@@ -58,22 +58,15 @@ def test_without_a_session_one_is_created_that_uses_this_python(
 ) -> None:
     monkeypatch.delenv("PYSPARK_PYTHON")
     script = """
+        HorovodRunner(np=1).run(train, prefix="")
         print(HorovodRunner(np=2, driver_log_verbosity="all").run(train, prefix="I am "))
         SparkSession.getActiveSession().stop()
     """
-    shown = drive(script, tmp_path, PATH="/usr/bin:/bin").splitlines()
-    assert shown[-1] == "I am rank 0 of 2"
-    assert {"[0]<stdout>:training", "[1]<stdout>:training"} <= set(shown)
-
-
-def test_a_run_that_creates_its_session_says_so_and_where_output_goes(tmp_path: Path) -> None:
-    script = """
-        HorovodRunner(np=1).run(train, prefix="")
-        SparkSession.getActiveSession().stop()
-    """
-    first, second, *_ = drive(script, tmp_path).splitlines()
+    first, second, *shown = drive(script, tmp_path, PATH="/usr/bin:/bin").splitlines()
     assert first == "HorovodRunner: there is no SparkSession yet: creating one"
     assert "so is all output of the ranks, on standard error" in second
+    assert shown[-1] == "I am rank 0 of 2"
+    assert {"[0]<stdout>:training", "[1]<stdout>:training"} <= set(shown)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +90,10 @@ def of_local_threads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
             HorovodRunner(np=2).run(lambda: 1 / 0)
         except WorkerFailedError as error:
             print(repr(error.__cause__))
+        try:
+            HorovodRunner(np=2, resources={{"cpus": 2}}).run(train, prefix="")
+        except ConfigurationError as error:
+            print(error)
         print(spark.range(5).count())
         spark.stop()
 
@@ -131,8 +128,10 @@ def test_local_threads_behave_like_a_cluster(of_local_threads: dict[str, str]) -
     assert "np=3 needs 3 task slots, and the cluster has 2 (local[2]; " in shown
     assert "1 executor with 2 cores: 2 slots; " in shown
     assert "ZeroDivisionError('division by zero')" in shown
+    assert "resources={'cpus': 2} asks for other resources than the session's" in shown
+    assert "start the session with spark.task.cpus=2\n" in shown
     assert shown.endswith("\n5\n")
-    assert shown.count("so is all output of the ranks, on standard error") == 4
+    assert shown.count("so is all output of the ranks, on standard error") == 5
     assert "only log_to_driver messages" not in shown
 
 
@@ -206,7 +205,7 @@ def test_executors_that_end_before_they_register_are_told_with_their_last_words(
         builder = builder.config("spark.executor.extraJavaOptions", "-javaagent:/nope.jar")
         spark = builder.master("local-cluster[1,1,1024]").getOrCreate()
         try:
-            HorovodRunner(np=1, start_timeout=20).run(train, prefix="")
+            HorovodRunner(np=1, start_timeout=10).run(train, prefix="")
         except StartTimeoutError as error:
             print(error)
         spark.stop()
@@ -214,4 +213,4 @@ def test_executors_that_end_before_they_register_are_told_with_their_last_words(
     shown = drive(script, tmp_path)
     ended = r"\d+ executors? ha(s|ve) ended, the last one with: .*/nope.jar; .* why: work/app"
     assert re.search(rf"waiting for 1 slots, 0 have registered so far; {ended}", shown)
-    assert re.search(rf"after 20 s there are 0: {ended}.* raise start_timeout", shown)
+    assert re.search(rf"after 10 s there are 0: {ended}.* raise start_timeout", shown)

@@ -229,7 +229,7 @@ def test_a_model_is_applied_to_a_dataframe_and_to_a_stream(
         stream = spark.readStream.schema(read.schema).parquet(files)
         score = predict_udf(model, return_type="array<float>", batch_size=32)
         streams = {
-            "frame": predict(stream, model, **options, keep=["id"]),
+            "frame": predict(stream, model, **options, keep_columns=["id"]),
             "column": stream.select("id", score("t4").alias("scores")),
         }
         for name, rows in streams.items():
@@ -237,8 +237,8 @@ def test_a_model_is_applied_to_a_dataframe_and_to_a_stream(
             writer.start().awaitTermination(120)
         for rows in (
             all_columns.select("id", "scores"),
-            predict(read, model, **options, keep=["id"]),
-            predict(read, model, **options, keep=["id"], read_files=False),
+            predict(read, model, **options, keep_columns=["id"]),
+            predict(read, model, **options, keep_columns=["id"], read_files=False),
             *map(spark.table, streams),
         ):
             found = rows.orderBy("id").collect()
@@ -266,8 +266,11 @@ def test_files_that_are_read_past_the_jvm(
     ):
         assert switched_off.columns[-1] == "prediction"
         assert not capsys.readouterr().out
+    with pytest.warns(DeprecationWarning, match=r"^keep= .* keep_columns="):
+        renamed = predict(read, twice, **options, keep=["id"])  # type: ignore[call-arg]
+    assert renamed.columns == ["id", "prediction"]
     with pytest.raises(ArgumentValueError, match="read_files=True: df is cached"):
-        predict(frame, twice, **options, keep=["id"], read_files=True)
+        predict(frame, twice, **options, keep_columns=["id"], read_files=True)
 
 
 def failing() -> Callable[..., Any]:
@@ -299,7 +302,7 @@ def test_rows_that_cannot_be_scored(spark: Any, frame: Any) -> None:
         assert message in str(raised.value)
 
     options["on_error"] = "null"
-    one = predict(frame, failing, inputs=["d"], keep=["id"], error_column="why", **options)
+    one = predict(frame, failing, inputs=["d"], keep_columns=["id"], error_column="why", **options)
     other = frame.select("id", predict_udf(failing, **options)("d").alias("made")).select(
         "id", "made.*"
     )
@@ -340,7 +343,9 @@ def test_a_transform_knows_the_columns(spark: Any, frame: Any) -> None:
     by_name = predict_udf(lambda: lambda x: x, **options)
     named = predict_udf(lambda: lambda x: x, **options, input_names=["text", "d"])
     renamed = {**options, "batch_transform": lambda batch: {"x": batch["a.`dot"] + 6}}
-    dotted = predict(frame, lambda: lambda x: x, inputs="a.`dot", keep=["id", "a.`dot"], **renamed)
+    dotted = predict(
+        frame, lambda: lambda x: x, inputs="a.`dot", keep_columns=["id", "a.`dot"], **renamed
+    )
     assert [row.prediction - row.id for row in dotted.collect()] == [6] * 100
     for rows in (
         predict(frame, lambda: lambda x: x, inputs=["text", "d"], **options),
@@ -373,7 +378,7 @@ def test_what_cannot_work_is_refused_at_once(spark: Any, frame: Any, net: torch.
     refused = [
         ({"inputs": ["absent"]}, "the column 'absent': there is none among id, d"),
         ({"inputs": []}, "name the columns"),
-        ({"keep": "id"}, r"keep='id': give a list, \['id'\]"),
+        ({"keep_columns": "id"}, r"keep_columns='id': give a list, \['id'\]"),
         ({"output": "d"}, "two columns 'd'"),
         ({"output": "error", "on_error": "null"}, "two columns 'error'"),
         ({"read_files": "never"}, "read_files='never'"),

@@ -104,11 +104,11 @@ class Report:
     directory: Path
 
     def ended(self, section: str) -> dict[str, Any]:
-        """Give the result or the error of one run."""
+        """Return the result or the error of one run."""
         return dict(json.loads((self.directory / f"{section}.json").read_text()))
 
     def ranks(self, section: str) -> list[dict[str, Any]]:
-        """Give what the ranks of one run told, in their order."""
+        """Return what the ranks of one run told, in their order."""
         files = self.directory.glob(f"{section}-*.json")
         by_rank = {int(path.stem.rpartition("-")[2]): path for path in files}
         return [json.loads(by_rank[rank].read_text()) for rank in sorted(by_rank)]

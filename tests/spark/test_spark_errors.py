@@ -150,12 +150,15 @@ spark = SparkSession.builder.master("local[1]").getOrCreate()
 stages = spark.sparkContext.statusTracker().getActiveStageIds
 slow = functions.udf(lambda _: time.sleep(600), "long")
 threading.Thread(target=stop).start()
-data.from_dataframe(spark.range(2).select(slow("id").alias("x")))
+try:
+    data.from_dataframe(spark.range(2).select(slow("id").alias("x")))
+finally:
+    assert [spark.range(n).count() for n in range(20)] == [*range(20)]
+    assert not stages()
 """
 
 
-def test_an_interrupt_says_that_no_rows_are_kept() -> None:
-    # in a session of its own: PySpark's may give wrong answers afterwards
+def test_an_interrupt_says_that_no_rows_are_kept_and_leaves_the_session_as_it_was() -> None:
     done = processes.run([sys.executable, "-c", INTERRUPTED], capture_output=True)
     last = "KeyboardInterrupt: the rows were being stored: none of them is kept"
     assert last in done.stderr.splitlines(), done.stderr

@@ -29,7 +29,7 @@ def test_everything_taken_is_printed_in_order_by_the_thread_that_shows(
 
     def produce() -> None:
         console.lines(b"[0]<stdout>:a\n")
-        console.message(0, b"m")
+        console.message("m")
         console.wake()
 
     thread = threading.Thread(target=produce)
@@ -130,7 +130,7 @@ def test_what_the_streams_encoding_lacks_is_shown_as_escapes(
     stream = encoded(encoding)
     monkeypatch.setattr(sys, "stdout", stream)
     console = Console()
-    console.message(0, "é \u258f \ufffd".encode())
+    console.message("é \u258f \ufffd")
     console.show(timeout=0)
     log_to_driver("é \u258f \ufffd")  # outside a run: here
     written = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]

@@ -235,6 +235,7 @@ def test_a_data_loader_of_ones_own(rows: DataSet) -> None:
     assert len(loader) == 10
 
 
+@pytest.mark.heavy
 def test_tensorflow_gets_every_epoch_in_its_order(rows: DataSet) -> None:
     dataset = rows.tf(100, shuffle=True, seed=1, columns=["row", "features"])
     assert int(dataset.cardinality()) == 10

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from horovodrunner import doctor, prerequisites
-from tests import processes
 
 
 def write_program(path: Path, lines: str) -> Path:
@@ -129,15 +128,9 @@ class TestExecutorsPython:
         assert list(doctor._worker_python()) == []
 
 
-def framework(name: str, version: str, program: str) -> doctor.Finding:
-    command = [sys.executable, "-c", program]
-    with processes.started(command, stdout=processes.PIPE, stderr=processes.PIPE) as probe:
-        return doctor._framework(name, version, probe)
-
-
 class TestFramework:
     def finding(self, program: str) -> doctor.Finding:
-        return framework("torch", "2.13.0", program)
+        return doctor._framework("torch", "2.13.0", program)
 
     def test_one_that_imports_is_ok(self) -> None:
         finding = self.finding("print('noise'); print('answer:CPU build')")
@@ -150,7 +143,7 @@ class TestFramework:
 
     def test_a_broken_one_is_installed_again_by_its_name_on_the_index(self) -> None:
         [owner, *_] = importlib.metadata.packages_distributions()["pytest"]
-        finding = framework("pytest", "2.15.0+cu132", "raise ImportError")
+        finding = doctor._framework("pytest", "2.15.0+cu132", "raise ImportError")
         assert finding.remedy == f"pip install --force-reinstall {owner}==2.15.0"
 
     def test_one_that_crashes_is_a_problem(self) -> None:

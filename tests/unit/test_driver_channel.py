@@ -9,10 +9,16 @@ from collections.abc import Iterator
 import pytest
 
 from horovodrunner import ConfigurationError
+from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.outcome.outcome import Failure, Outcome
 from horovodrunner.processes.driver.channel import RETRY_REFUSED, DriverChannel
-from horovodrunner.processes.task.links import RemoteDriver, SilentDriver, register_with_driver
-from horovodrunner.wire.job import Failure, JobSpec, Outcome
+from horovodrunner.processes.task.driver_link import (
+    DriverLink,
+    StartRefusedError,
+    register_with_driver,
+)
+from horovodrunner.wire.events import Failed, Lines, Message, Note
 
 TOKEN = b"t" * 32
 
@@ -32,9 +38,7 @@ def job(port: int, token: bytes = TOKEN, run_id: str = "run-1", stream: bool = T
     return JobSpec(run_id, 2, b"", token, driver_address=("127.0.0.1", port), stream_output=stream)
 
 
-async def register(
-    spec: JobSpec, log: list[bytes] | None = None
-) -> RemoteDriver | SilentDriver | str:
+async def register(spec: JobSpec, log: list[bytes] | None = None) -> DriverLink:
     return await register_with_driver(
         spec, on_stop=lambda: None, log=(log if log is not None else []).append
     )
@@ -47,11 +51,11 @@ def test_what_the_run_tells_is_shown(
 
     async def talk() -> None:
         driver = await register(job(port))
-        assert isinstance(driver, RemoteDriver)
-        driver.note("placed")
-        driver.lines(b"[0]<stdout>:x\n")
-        driver.message(1, b"hello")
-        driver.failed(Outcome(failure=Failure(1, "h", "boom")))
+        assert driver.is_reached
+        driver.emit(Note("placed"))
+        driver.emit(Lines(0, "stdout", b"x\n"))
+        driver.emit(Message(1, "hello"))
+        driver.emit(Failed(Outcome(failure=Failure(1, "h", "boom")).to_bytes()))
         await driver.close()
 
     asyncio.run(talk())
@@ -70,9 +74,9 @@ def test_without_streaming_only_messages_travel(
 
     async def talk() -> None:
         driver = await register(job(port, stream=False))
-        assert isinstance(driver, RemoteDriver)
-        driver.lines(b"[0]<stdout>:x\n")
-        driver.message(0, b"hello")
+        assert driver.is_reached
+        driver.emit(Lines(0, "stdout", b"x\n"))
+        driver.emit(Message(0, "hello"))
         await driver.close()
 
     asyncio.run(talk())
@@ -87,19 +91,24 @@ def test_a_second_registration_of_the_run_is_refused(channel: DriverChannel) -> 
 
     async def talk() -> None:
         first = await register(job(port))
-        assert isinstance(first, RemoteDriver)
         await first.close()
-        assert await register(job(port)) == RETRY_REFUSED
+        with pytest.raises(StartRefusedError, match=RETRY_REFUSED):
+            await register(job(port))
 
     asyncio.run(talk())
     assert channel.retried
 
 
-@pytest.mark.parametrize(("token", "run_id"), [(b"wrong" * 8, "run-1"), (TOKEN, "run-2")])
-def test_other_runs_do_not_get_in(channel: DriverChannel, token: bytes, run_id: str) -> None:
+def test_a_task_with_another_token_does_not_get_in(channel: DriverChannel) -> None:
     port = channel.open("127.0.0.1", 0)
-    answer = asyncio.run(register(job(port, token, run_id)))
-    assert not isinstance(answer, RemoteDriver)
+    assert not asyncio.run(register(job(port, token=b"wrong" * 8))).is_reached
+    assert not channel.registered
+
+
+def test_a_task_of_another_run_does_not_get_in(channel: DriverChannel) -> None:
+    port = channel.open("127.0.0.1", 0)
+    with pytest.raises(StartRefusedError, match="the driver closed the channel"):
+        asyncio.run(register(job(port, run_id="run-2")))
     assert not channel.registered
 
 
@@ -108,10 +117,11 @@ def test_a_driver_out_of_reach_is_said_in_the_log_and_the_run_goes_on() -> None:
     with socket.socket() as keeper:
         keeper.bind(("127.0.0.1", 0))  # bound, not listening
         driver = asyncio.run(register(job(keeper.getsockname()[1]), log))
-    assert isinstance(driver, SilentDriver)
+    assert not driver.is_reached
     assert b"cannot be reached from here" in log[0]
-    driver.message(1, b"kept")
-    driver.note("weights\udcff cannot be stored")  # a file's name need not be UTF-8
+    driver.emit(Message(1, "kept"))
+    driver.emit(Lines(1, "stdout", b"in the log already\n"))
+    driver.emit(Note("weights\udcff cannot be stored"))  # a file's name need not be UTF-8
     assert log[1:] == [
         b"[1]<log_to_driver>:kept\n",
         b"HorovodRunner: weights\\udcff cannot be stored\n",
@@ -126,7 +136,6 @@ def test_the_driver_can_end_the_run(channel: DriverChannel) -> None:
         driver = await register_with_driver(job(port), stopped.set, lambda lines: None)
         channel.stop_run()
         await asyncio.wait_for(stopped.wait(), 5)
-        assert not isinstance(driver, str)
         await driver.close()
 
     asyncio.run(talk())

@@ -115,6 +115,11 @@ def test_gloo_listens_at_the_address_that_was_gathered_and_in_the_range() -> Non
     assert "HOROVOD_GLOO_PORTS" not in variables()
 
 
+def test_without_a_rendezvous_nothing_names_one() -> None:
+    given = slot_environment(SLOT, ("10.0.0.1", 0), ("10.0.0.1", 5000), {})
+    assert not [name for name in given if "RENDEZVOUS" in name]
+
+
 def test_the_address_goes_when_the_user_named_another_interface() -> None:
     given = variables({"HOROVOD_GLOO_IFACE": "ib0"})
     assert not {"HOROVOD_GLOO_IFACE", "HOROVOD_GLOO_ADDRESS"} & set(given)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from horovodrunner import ConfigurationError
 from horovodrunner.flows.artifacts import task as module
-from horovodrunner.flows.artifacts.task import BroughtFiles, DriverFiles, LocalFiles
+from horovodrunner.flows.artifacts.driver import BroughtFiles, copy_file
+from horovodrunner.flows.artifacts.task import upload_file
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.processes.driver.channel import DriverChannel
-from horovodrunner.wire.job import JobSpec
+from horovodrunner.wire.upload import TransferClient, chunks_of
 
 TOKEN = b"t" * 32
 EVENT = '{"ph": "B", "name": "ALLREDUCE", "ts": 1, "pid": 1}'
@@ -42,7 +45,8 @@ class Driver:
 
     def __init__(self, channel: DriverChannel, files: BroughtFiles, console: Console) -> None:
         port = channel.open("127.0.0.1", 0)
-        self.task = DriverFiles(JobSpec("run-1", 2, b"", TOKEN, driver_address=("127.0.0.1", port)))
+        client = TransferClient("run-1", TOKEN, ("127.0.0.1", port))
+        self.upload = functools.partial(upload_file, client)
         self.files = files
         self.console = console
 
@@ -57,7 +61,7 @@ def driver(kept: Path) -> Iterator[Driver]:
 def test_a_task_sends_its_file_and_the_driver_completes_it(
     driver: Driver, written: Path, kept: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    driver.task.put(TIMELINE, written)
+    driver.upload(TIMELINE, written)
     assert json.loads((kept / "t.json").read_text()) == [json.loads(EVENT)] * 2
     assert [path.name for path in kept.iterdir()] == ["t.json"]
     assert driver.files.missing() == ""
@@ -69,7 +73,7 @@ def test_a_missing_file_makes_an_empty_timeline_and_says_why(
     driver: Driver, tmp_path: Path, kept: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (kept / "t.json").write_text("of a run before")
-    driver.task.put(TIMELINE, tmp_path / "none")
+    driver.upload(TIMELINE, tmp_path / "none")
     assert json.loads((kept / "t.json").read_text()) == []
     driver.console.show(0)
     assert "t.json: hvd.init() was not called on rank 0" in capsys.readouterr().out
@@ -80,7 +84,7 @@ def test_what_the_driver_cannot_store_is_said_to_the_task(
 ) -> None:
     kept.rmdir()
     with pytest.raises(OSError, match=r"FileNotFoundError: .*kept"):
-        driver.task.put(TIMELINE, written)
+        driver.upload(TIMELINE, written)
     assert "t.json" in driver.files.missing()
 
 
@@ -88,7 +92,7 @@ def test_only_files_that_the_user_asked_for_are_taken(
     driver: Driver, written: Path, kept: Path
 ) -> None:
     with pytest.raises(OSError, match="HOROVOD_AUTOTUNE_LOG"):
-        driver.task.put(LOG, written)
+        driver.upload(LOG, written)
     assert list(kept.iterdir()) == []
 
 
@@ -110,15 +114,13 @@ def test_a_transfer_that_breaks_off_leaves_what_was_there(written: Path, kept: P
 def test_a_file_that_still_grows_is_sent_as_it_was(
     driver: Driver, written: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pieces_of = module._pieces_of
-
-    def growing(*arguments: object) -> Iterator[bytes]:
+    def growing(*arguments: Any) -> Iterator[memoryview]:
         with written.open("a") as target:
             target.write(f",{EVENT}")
-        yield from pieces_of(*arguments)  # type: ignore[arg-type]
+        yield from chunks_of(*arguments)
 
-    monkeypatch.setattr(module, "_pieces_of", growing)
-    driver.task.put(TIMELINE, written)
+    monkeypatch.setattr(module, "chunks_of", growing)
+    driver.upload(TIMELINE, written)
     assert len(json.loads((kept / "t.json").read_text())) == 2
 
 
@@ -129,11 +131,11 @@ def test_each_attempt_has_a_file_of_its_own(written: Path, kept: Path) -> None:
     files = BroughtFiles({TIMELINE: str(target)})
     files.begin(1)
     assert target.read_text() == "of a run before"
-    LocalFiles(files, notes.append).put(TIMELINE, written)
+    copy_file(files, notes.append, TIMELINE, written)
     files.begin(2)  # whose rank 0 is lost, with its file
     files.begin(3)
     written.write_text("[")
-    LocalFiles(files, notes.append).put(TIMELINE, written)
+    copy_file(files, notes.append, TIMELINE, written)
     assert len(json.loads((kept / "run.of.may.attempt-1.json").read_text())) == 2
     assert json.loads(target.read_text()) == []
     assert sorted(path.name for path in kept.iterdir()) == [
@@ -148,15 +150,14 @@ def test_the_autotune_log_comes_as_it_is(written: Path, kept: Path) -> None:
     assert files.variables == (LOG,)
     assert "HOROVOD_AUTOTUNE is not 1" in files.take(LOG, None)
     assert list(kept.iterdir()) == []
-    LocalFiles(files, lambda text: None).put(LOG, written)
+    copy_file(files, lambda text: None, LOG, written)
     assert (kept / "log.csv").read_bytes() == written.read_bytes()
 
 
 def test_a_link_stays_one(written: Path, kept: Path) -> None:
     (kept / "link").symlink_to(kept / "real.json")
-    LocalFiles(BroughtFiles({TIMELINE: str(kept / "link")}), lambda text: None).put(
-        TIMELINE, written
-    )
+    files = BroughtFiles({TIMELINE: str(kept / "link")})
+    copy_file(files, lambda text: None, TIMELINE, written)
     assert (kept / "link").is_symlink()
     assert len(json.loads((kept / "real.json").read_text())) == 2
 

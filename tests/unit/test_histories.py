@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from horovodrunner.flows.checkpoints.store import CheckpointStore
 
 
 def save(store: CheckpointStore, step: int) -> None:
-    with store.begin(step) as incoming:
-        incoming.write("state", [str(step).encode()])
-        incoming.commit()
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "state").write_text(str(step))
+        store.put(step, Path(directory))
 
 
 def steps(store: CheckpointStore) -> list[int]:

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
 import sys
-import textwrap
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from horovodrunner.errors import ConfigurationError, HorovodBuildError
 from horovodrunner.horovod_build import install, wheel
-from horovodrunner.horovod_build.edits import (
-    CXX_VARIABLES,
-    EDITS,
-    RECORD_NAME,
-    WITHOUT_CUDA,
-    Edit,
-    apply_edits,
-    fingerprint,
-)
 from horovodrunner.horovod_build.recipe import (
     Recipe,
     cache_key,
@@ -36,6 +24,16 @@ from horovodrunner.horovod_build.recipe import (
     find_cuda,
     installed_status,
     toolchain_facts,
+)
+from horovodrunner.horovod_build.sources import (
+    CXX_VARIABLES,
+    PATCHES,
+    RECORD_NAME,
+    SDIST_SHA256,
+    WITHOUT_CUDA,
+    apply_patches,
+    check_hash,
+    fingerprint,
 )
 from horovodrunner.horovod_build.verify import verify_allreduce
 from tests import processes
@@ -63,56 +61,80 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def write_source_tree(folder: Path, left_out: Edit | None = None) -> Path:
-    """Write files that hold what the edits look for, less one of them."""
-    texts: dict[str, list[str]] = {}
-    for edit in EDITS:
-        texts.setdefault(edit.file, []).append("" if edit is left_out else edit.old)
-    for name, parts in texts.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("before\n" + "\nbetween\n".join(parts) + "\nafter\n")
-    return folder
+def added_by(name: str) -> str:
+    """Return the lines that a patch adds."""
+    [patch] = [patch for patch in PATCHES if name in patch.name]
+    lines = patch.read_text().partition("--- a/")[2].splitlines()
+    return "\n".join(line[1:] for line in lines if re.match(r"\+(?!\+\+ )", line))
 
 
-class TestEdits:
-    def test_all_are_applied_and_leave_the_rest_alone(self, tmp_path: Path) -> None:
-        source = write_source_tree(tmp_path)
-        apply_edits(source)
-        for edit in EDITS:
-            text = (source / edit.file).read_text()
-            assert edit.new in text
-            assert edit.old not in text.replace(edit.new, "") or edit.old in edit.new
-            assert text.startswith("before\n")
-            assert text.endswith("\nafter\n")
+class TestPatches:
+    PATCH = "Why.\n\n--- a/file\n+++ b/file\n@@ -1,3 +1,3 @@\n before\n-old\n+new\n after\n"
 
-    @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.name)
-    def test_a_missing_target_is_an_error_that_names_the_edit(
-        self, edit: Edit, tmp_path: Path
+    @pytest.fixture
+    def patch(self, tmp_path: Path) -> Path:
+        path = tmp_path / "01-why.patch"
+        path.write_text(self.PATCH)
+        return path
+
+    @pytest.fixture(params=["git", "patch"])
+    def source(
+        self, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> Path:
+        """Make a folder for sources, on a machine with one of the tools."""
+        found = shutil.which(request.param)
+        if found is None:
+            pytest.skip(f"needs {request.param}")
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / request.param).symlink_to(found)
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+        folder = tmp_path / "horovod"
+        folder.mkdir()
+        return folder
+
+    def test_one_is_applied(self, source: Path, patch: Path) -> None:
+        (source / "file").write_text("before\nold\nafter\n")
+        apply_patches(source, [patch])
+        assert (source / "file").read_text() == "before\nnew\nafter\n"
+        assert [path.name for path in source.iterdir()] == ["file"]
+
+    @pytest.mark.parametrize("text", ["before\nother\nafter\n", "before\nold\nelse\n", None])
+    def test_sources_that_it_was_not_written_for_are_an_error_that_names_it(
+        self, text: str | None, source: Path, patch: Path
     ) -> None:
-        source = write_source_tree(tmp_path, left_out=edit)
-        with pytest.raises(HorovodBuildError, match=f"'{edit.name}'.*0 times"):
-            apply_edits(source)
+        if text is not None:
+            (source / "file").write_text(text)
+        with pytest.raises(HorovodBuildError, match=r"01-why.patch.*0\.28\.1(.|\n)*file"):
+            apply_patches(source, [patch])
 
-    def test_a_target_that_occurs_twice_is_an_error(self, tmp_path: Path) -> None:
-        source = write_source_tree(tmp_path)
-        path = source / EDITS[0].file
-        path.write_text(path.read_text() + EDITS[0].old)
-        with pytest.raises(HorovodBuildError, match=f"'{EDITS[0].name}'.*2 times"):
-            apply_edits(source)
+    @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+    def test_one_is_applied_inside_a_repository(self, tmp_path: Path, patch: Path) -> None:
+        processes.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+        source = tmp_path / "horovod"
+        source.mkdir()
+        (source / "file").write_text("before\nold\nafter\n")
+        apply_patches(source, [patch])
+        assert "new" in (source / "file").read_text()
 
-    def test_a_missing_file_is_an_error_that_names_it(self, tmp_path: Path) -> None:
-        with pytest.raises(HorovodBuildError, match=EDITS[0].file):
-            EDITS[0].apply(tmp_path)
+    @pytest.mark.parametrize("change", [("file", "other"), ("old", "odd"), ("new", "newer")])
+    def test_the_fingerprint_follows_what_one_does(
+        self, change: tuple[str, str], patch: Path
+    ) -> None:
+        before = fingerprint([patch])
+        patch.write_text(self.PATCH.replace(*change))
+        assert fingerprint([patch]) != before
 
-    @pytest.mark.parametrize("field", ["file", "old", "new"])
-    def test_the_fingerprint_follows_what_an_edit_does(self, field: str) -> None:
-        changed = dataclasses.replace(EDITS[-1], **{field: "other"})
-        assert fingerprint([*EDITS[:-1], changed]) != fingerprint(EDITS)
+    def test_the_fingerprint_ignores_how_one_is_explained(self, patch: Path) -> None:
+        before = fingerprint([patch])
+        patch.write_text(self.PATCH.replace("Why.", "In better words."))
+        assert fingerprint([patch]) == before
 
-    def test_the_fingerprint_ignores_how_an_edit_is_explained(self) -> None:
-        changed = dataclasses.replace(EDITS[0], why="better words")
-        assert fingerprint([changed, *EDITS[1:]]) == fingerprint(EDITS)
+    def test_each_begins_with_its_reason(self) -> None:
+        assert len(PATCHES) > 10
+        for patch in PATCHES:
+            reason, _, changes = patch.read_text().partition("\n\n--- a/")
+            assert reason.endswith("."), patch.name
+            assert "\n@@ " in changes, patch.name
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
@@ -123,7 +145,6 @@ def test_a_tensorflow_without_cuda_gets_no_gpu_code(is_cuda_build: bool, tmp_pat
     module += f"info = {{'is_cuda_build': {is_cuda_build}}}\n"
     module += "sysconfig = types.SimpleNamespace(get_build_info=lambda: info)\n"
     (tmp_path / "tensorflow.py").write_text(module)
-    [edit] = [edit for edit in EDITS if edit.name == "tensorflow-for-cpus"]
     folder = "/the/gpu/horovod/common/ops"
     sources = f"{folder}/gloo_operations.cc {folder}/cuda_operations.cc {folder}/nccl_operations.cc"
     (tmp_path / "CMakeLists.txt").write_text(
@@ -135,7 +156,7 @@ def test_a_tensorflow_without_cuda_gets_no_gpu_code(is_cuda_build: bool, tmp_pat
         "set(LINKER_LIBS /lib/libnccl.so.2 gloo)\n"
         "add_definitions(-DHAVE_GLOO=1 -DHAVE_CUDA=1 -DHAVE_GPU=1 -DHAVE_NCCL=1)\n"
         "add_definitions(-DHOROVOD_GPU_ALLREDUCE=78)\n"
-        f"{edit.new}"
+        f"{added_by('tensorflow-for-cpus')}\n"
         "get_directory_property(left COMPILE_DEFINITIONS)\n"
         'message(STATUS "left: ${HAVE_CUDA} ${SOURCES} ${LINKER_LIBS} ${left}")\n'
     )
@@ -152,53 +173,6 @@ def test_a_tensorflow_without_cuda_gets_no_gpu_code(is_cuda_build: bool, tmp_pat
         )
     else:
         assert left == f"-- left: FALSE {folder}/gloo_operations.cc gloo HAVE_GLOO=1"
-
-
-class Stepper:
-    """An optimizer that decays its weight when it makes its state."""
-
-    def __init__(self, weight: Weight) -> None:
-        self.param_groups = [{"params": [weight]}]
-        self.state: dict[str, float] = {}
-
-    def step(self) -> None:
-        self.param_groups[0]["params"][0].value *= 0.9
-        self.state = {"momentum": 0.0}
-
-    def state_dict(self) -> dict[str, float]:
-        return self.state
-
-
-class Weight:
-    """What the edit needs of a tensor."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def detach(self) -> Weight:
-        return self
-
-    def clone(self) -> Weight:
-        return Weight(self.value)
-
-    def copy_(self, other: Weight) -> None:
-        self.value = other.value
-
-
-def test_making_an_optimizers_state_changes_no_weight() -> None:
-    edit = next(e for e in EDITS if e.name == "broadcast-optimizer-keeps-weights")
-    values = {}
-    for code in (edit.old, edit.new):
-        optimizer = Stepper(Weight(1.0))
-        names: dict[str, object] = {
-            "optimizer": optimizer,
-            "DistributedOptimizer": int,
-            "torch": SimpleNamespace(no_grad=contextlib.nullcontext),
-        }
-        exec(textwrap.dedent(code), names)
-        assert names["state_dict"] == {"momentum": 0.0}
-        values[code] = optimizer.param_groups[0]["params"][0].value
-    assert values == {edit.old: 0.9, edit.new: 1.0}
 
 
 class TestRecipe:
@@ -405,9 +379,7 @@ class TestStandards:
         environ = wheel.build_environment(RECIPE, {"torch": 20, "tensorflow": 17})
         told = {name: environ[variable] for name, variable in CXX_VARIABLES.items()}
         assert told == {"torch": "20", "tensorflow": "17"}
-        assert {
-            name for edit in EDITS for name in CXX_VARIABLES.values() if name in edit.new
-        } == set(CXX_VARIABLES.values())
+        assert all(name in added_by("cxx-standards") for name in CXX_VARIABLES.values())
 
     def test_an_old_compiler_is_an_error_that_names_the_framework(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -538,8 +510,8 @@ class TestWheel:
     def test_another_archive_is_refused(self, tmp_path: Path) -> None:
         archive = tmp_path / "horovod-0.28.1.tar.gz"
         archive.write_bytes(b"something else")
-        with pytest.raises(HorovodBuildError, match=wheel.SDIST_SHA256):
-            wheel.check_hash(archive)
+        with pytest.raises(HorovodBuildError, match=SDIST_SHA256):
+            check_hash(archive)
 
     @pytest.mark.parametrize(
         ("given", "expected"),

@@ -12,6 +12,8 @@ import pytest
 
 from tests import processes
 
+pytestmark = pytest.mark.heavy
+
 DRIVER = """
     import importlib, sys, types
     import cloudpickle, numpy as np
@@ -45,8 +47,8 @@ DRIVER = """
         return x / (1 + x * x)
 
     class Sent:
-        def __init__(self, piece):
-            self.value = piece.__reduce__()[1][0]
+        def __init__(self, chunk):
+            self.value = chunk.__reduce__()[1][0]
 
     session = types.SimpleNamespace(sparkContext=types.SimpleNamespace(broadcast=Sent))
     one, other = keras.Input((8,), name="a"), keras.Input((3,), name="b")

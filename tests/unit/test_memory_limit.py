@@ -12,7 +12,7 @@ from horovodrunner.inference.inputs import InputPlan
 from horovodrunner.inference.loading import ModelHandle
 from horovodrunner.inference.scoring import Scoring, score
 from horovodrunner.memory_limit import memory_hint
-from horovodrunner.processes.task.process import describe_exit
+from horovodrunner.processes.task.exits import describe_exit
 
 RAN_OUT: dict[str, Exception] = {
     "Python": MemoryError(),

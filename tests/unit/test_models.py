@@ -36,11 +36,11 @@ from horovodrunner.errors import (
 )
 from horovodrunner.flows.checkpoints.manifest import Manifest, StoredFile
 from horovodrunner.inference import devices, host_copy, loading
+from horovodrunner.inference.chunks import Chunk, SentFile
 from horovodrunner.inference.devices import Device
-from horovodrunner.inference.frozen import freeze, restore
 from horovodrunner.inference.loading import ModelHandle, load
 from horovodrunner.inference.model import Model
-from horovodrunner.inference.parcels import Parcel, Piece
+from horovodrunner.inference.weight_file import Contents, read_model, write_model
 from horovodrunner.placement.environment import KEPT_MODELS
 from tests import processes
 
@@ -84,25 +84,22 @@ class Tied(torch.nn.Module):  # type: ignore[misc]
         return self.head(self.embed(tokens)) + self.table[0, 0].float()
 
 
-def thawed(thing: Any, names: Any = None) -> tuple[Any, bytes, bytes]:
-    """Freeze and restore; gives the copy, its skeleton and its file."""
+def restored(thing: Any) -> tuple[Any, Contents]:
+    """Write a model, and read it from a mapping."""
     file = io.BytesIO()
-    frozen = freeze(thing, file, names)
-    weights = file.getvalue()
-    assert frozen.size == len(weights)
-    memory = mmap.mmap(-1, len(weights)) if weights else None
-    if memory is not None:
-        memory[:] = weights
-    return restore(frozen.skeleton, memory), frozen.skeleton, weights
+    contents = write_model(thing, file)
+    content = file.getvalue()
+    assert contents.digest == hashlib.sha256(content).hexdigest()
+    memory = mmap.mmap(-1, len(content))
+    memory[:] = content
+    return read_model(memory, contents), contents
 
 
-def test_a_module_comes_back_exactly_with_what_it_shares(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
+def test_a_module_comes_back_exactly_with_what_it_shares() -> None:
     net = Tied()
     names = dict(net.named_parameters()) | dict(net.named_buffers())
-    copy, skeleton, weights = thawed(net, names)
-    assert len(skeleton) < 4000
+    copy, contents = restored(net)
+    assert contents.places[0][1] < 8000  # the pickle
     assert copy.head.weight is copy.embed.weight
     assert isinstance(copy.small, torch.nn.Parameter)
     assert (copy.small.requires_grad, copy.frozen.requires_grad) == (True, False)
@@ -123,13 +120,6 @@ def test_a_module_comes_back_exactly_with_what_it_shares(tmp_path: Path) -> None
     tokens = torch.arange(10)
     assert torch.equal(net.head(net.embed(tokens)), copy.head(copy.embed(tokens)))
 
-    # other programs read the file, and find the names that the module has
-    (tmp_path / "weights").write_bytes(weights)
-    stored = load_file(tmp_path / "weights")
-    assert torch.equal(stored["embed.weight"], net.embed.weight)
-    assert torch.equal(stored["small"], net.small)
-    assert stored["table"].shape == (33, 31)
-
 
 def test_arrays_that_a_function_captures_leave_its_pickle() -> None:
     base = np.arange(24_000, dtype=np.float32).reshape(4, 6000)
@@ -141,7 +131,7 @@ def test_arrays_that_a_function_captures_leave_its_pickle() -> None:
     def predict(x: Any) -> Any:
         return [x, base, base, words, odd, turned, tensor]
 
-    copy, skeleton, weights = thawed(predict)
+    copy, contents = restored(predict)
     _, first, second, *others, last = copy(1)
     assert first is second
     assert first.flags.writeable
@@ -150,9 +140,9 @@ def test_arrays_that_a_function_captures_leave_its_pickle() -> None:
     assert last.tolist() == [0, 1, 2]
     for ours, original in zip(others, (words, odd, turned), strict=True):
         assert np.array_equal(ours, original)
-    assert len(weights) > base.nbytes
-    assert len(skeleton) < odd.nbytes + turned.nbytes + 3000
-    assert thawed(lambda: 7)[0]() == 7
+    assert contents.places[0][1] < 3000
+    assert contents.weights_size == 2 * base.nbytes + odd.nbytes + tensor.nbytes
+    assert restored(lambda: 7)[0]() == 7
 
 
 def test_what_cannot_be_pickled_is_named() -> None:
@@ -305,8 +295,8 @@ def test_an_error_in_writing_lets_the_next_one_try(tmp_path: Path) -> None:
 class Sent:
     """A broadcast variable, as a Python worker has it."""
 
-    def __init__(self, piece: Piece) -> None:
-        self._data = pickle.dumps(piece)
+    def __init__(self, chunk: Chunk) -> None:
+        self._data = pickle.dumps(chunk)
 
     @property
     def value(self) -> Any:
@@ -315,25 +305,23 @@ class Sent:
         return self._value
 
 
-def test_pieces_are_written_where_they_arrive_every_time(tmp_path: Path) -> None:
+def test_chunks_are_written_where_they_arrive_every_time(tmp_path: Path) -> None:
+    def received(*chunks: Sent) -> bytes:
+        with SentFile("", 1000, chunks=chunks).open() as file:
+            file.seek(0)
+            return file.read()
+
     content = os.urandom(1000)
     path = tmp_path / "file"
     path.write_bytes(content)
-    pieces = tuple(Sent(Piece(path, start, 400)) for start in (0, 400, 800))
+    chunks = [Sent(Chunk(path, start, 400)) for start in (0, 400, 800)]
     for _ in range(2):
-        with (tmp_path / "received").open("w+b") as file:
-            Parcel("", 1000, pieces=pieces).write_to(file)
-        assert (tmp_path / "received").read_bytes() == content
-    encrypted = Sent(Piece(path, 0, 1000))
+        assert received(*chunks) == content
+    encrypted = Sent(Chunk(path, 0, 1000))
     assert encrypted.value == content  # Spark asks first
-    with (tmp_path / "received").open("w+b") as file:
-        Parcel("", 1000, pieces=(encrypted,)).write_to(file)
-    assert (tmp_path / "received").read_bytes() == content
-    with (
-        (tmp_path / "received").open("w+b") as file,
-        pytest.raises(ConfigurationError, match="of the model's 1000 bytes 400 arrived"),
-    ):
-        Parcel("", 1000, pieces=pieces[:1]).write_to(file)
+    assert received(encrypted) == content
+    with pytest.raises(ConfigurationError, match="of the model's 1000 bytes 400 arrived"):
+        received(chunks[0])
 
 
 class LocalSession:
@@ -342,8 +330,8 @@ class LocalSession:
     class _Context:
         _jsc = object()
 
-        def broadcast(self, piece: Piece) -> Sent:
-            return Sent(piece)
+        def broadcast(self, chunk: Chunk) -> Sent:
+            return Sent(chunk)
 
     def __init__(self) -> None:
         self.sparkContext = self._Context()
@@ -352,7 +340,7 @@ class LocalSession:
 def handle(model: Model) -> ModelHandle:
     session: Any = LocalSession()
     found = model.handle(session)
-    assert model.handle(session).parcel is found.parcel
+    assert model.handle(session) == found
     return found
 
 

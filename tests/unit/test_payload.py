@@ -26,7 +26,7 @@ import pytest
 
 from horovodrunner.errors import PayloadError
 from horovodrunner.pickling import culprit, payload
-from horovodrunner.pickling.pickled import Pickled
+from horovodrunner.pickling.buffers import BufferedPickle, loads
 from tests import processes
 
 
@@ -49,7 +49,7 @@ def test_functions_of_other_cells_and_their_globals_travel() -> None:
     main = in_a_notebook(
         "scale = 3\ndef helper(x): return x * scale\ndef main(x): return helper(x)"
     )
-    function, kwargs = payload.load(payload.dump_call(main, {"x": 14}))
+    function, kwargs = loads(payload.dump_call(main, {"x": 14}))
     assert function(**kwargs) == 42
 
 
@@ -57,7 +57,7 @@ def test_code_keeps_the_name_of_its_file() -> None:
     scope: dict[str, Any] = {"__name__": "__main__"}
     source = "def main():\n    class Net:\n        def f(self): pass\n    return Net.f"
     exec(compile(source, "/tmp/ipykernel_1/2.py", "exec"), scope)
-    function, _ = payload.load(payload.dump_call(scope["main"], {}))
+    function, _ = loads(payload.dump_call(scope["main"], {}))
     assert function.__code__.co_filename == "/tmp/ipykernel_1/2.py"
     assert function().__code__.co_filename == "/tmp/ipykernel_1/2.py"
 
@@ -343,10 +343,10 @@ def test_what_is_nested_deeply_travels_both_ways(length: int, tmp_path: Path) ->
         nested = [nested]
     for value in (nested, chain(length)):
         call = payload.dump_call(in_a_notebook("def main(x): pass"), {"x": value})
-        arrived = payload.load(call)[1]["x"]
+        arrived = loads(call)[1]["x"]
         with (tmp_path / "result").open("w+b") as file:
             layout = payload.write_result([arrived, np.zeros(100_000)], file.fileno())
-            result = Pickled(layout)
+            result = BufferedPickle(layout)
             file.seek(0)
             result.fill(file.readinto)
         arrived, array = result.load()
@@ -399,7 +399,7 @@ def test_the_pickler_without_recursion_pickles_the_same(tmp_path: Path) -> None:
     ]
     with io.BytesIO() as file:
         culprit.DeepPickler(file).dump([*value, value[3]])
-        arrived = payload.load(file.getvalue())
+        arrived = loads(file.getvalue())
     assert arrived[0](21) == 42
     assert arrived[1][1][0] is arrived[1]
     assert arrived[3] is arrived[-1]
@@ -470,7 +470,7 @@ def main(x):
     scope: dict[str, Any] = {"__name__": "__main__"}
     exec(source, scope)
     assert scope["size"](["a", [b"bc", 3]]) == 4  # what it remembers of classes is left behind
-    function, kwargs = payload.load(payload.dump_call(scope["main"], {"x": ["a", [b"bc", 3]]}))
+    function, kwargs = loads(payload.dump_call(scope["main"], {"x": ["a", [b"bc", 3]]}))
     assert function(**kwargs) == (4, "int", "anything")
     size = function.__globals__["size"]
     assert size is not scope["size"]

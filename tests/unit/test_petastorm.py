@@ -378,7 +378,7 @@ class TestTensorFlow:
         name = "_compute_tensorflow_dataset_digest"
         original = getattr(tensorflow_dataset.TensorFlowDataset, name)
         monkeypatch.setattr(tensorflow_dataset.TensorFlowDataset, name, original)
-        notices._WATCHED["mlflow.data.tensorflow_dataset"](tensorflow_dataset)
+        notices.watch(tensorflow_dataset)
         rows = tf.data.Dataset.range(8)
         source = CodeDatasetSource(tags={})
         for features, targets in (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -18,15 +17,18 @@ import pyarrow as pa
 import pytest
 
 from horovodrunner import PayloadError
+from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.driver import open_outcome
+from horovodrunner.flows.outcome.outcome import Outcome, Success, join_rows
 from horovodrunner.flows.results import task as results
-from horovodrunner.flows.results.task import DriverResult, LocalResult
-from horovodrunner.pickling import pickled as pickled_module
-from horovodrunner.pickling.pickled import Layout, Pickled, SinkError, write_pickle
+from horovodrunner.flows.results.driver import read_result
+from horovodrunner.flows.results.task import ResultUpload
+from horovodrunner.pickling import buffers as buffers_module
+from horovodrunner.pickling.buffers import BufferedPickle, Layout, SinkError, write_pickle
 from horovodrunner.processes.driver.channel import DriverChannel
-from horovodrunner.wire.bulk import BulkConnection, PeerFailedError
-from horovodrunner.wire.job import JobSpec, Outcome, Success, join_chunks, split_chunks
+from horovodrunner.wire.events import UploadResult
+from horovodrunner.wire.upload import PeerFailedError, Piece, TransferClient
 
 TOKEN = b"t" * 32
 LARGE = 8 * 1024 * 1024
@@ -36,16 +38,13 @@ class File:
     """The file of one task."""
 
     def __init__(self) -> None:
-        self.descriptor = results._file_without_a_name()
+        self.descriptor = results.file_without_a_name()
 
     def write(self, value: object) -> Layout:
         return write_pickle(value, self.descriptor)
 
-    def read(self, layout: Layout) -> Pickled:
-        taker = LocalResult()
-        taker.take(self.descriptor, layout)
-        assert taker.result is not None
-        return taker.result
+    def read(self, layout: Layout) -> BufferedPickle:
+        return read_result(self.descriptor, layout)
 
 
 @pytest.fixture
@@ -132,10 +131,29 @@ def test_large_buffers_stand_beside_the_pickle_and_small_ones_do_not(
     pickle_bytes, *beside = file.write([array, array[:10], array[:100_000], array[::2][:10]])
     assert beside == [LARGE, 800_000]
     assert pickle_bytes < 2000
-    monkeypatch.setattr(pickled_module, "MOST_BESIDE", 3)
-    with os.fdopen(results._file_without_a_name(), "wb") as other:
+    monkeypatch.setattr(buffers_module, "MOST_BESIDE", 3)
+    with os.fdopen(results.file_without_a_name(), "wb") as other:
         _, *beside = write_pickle([array[i:] for i in range(9)], other.fileno())
     assert len(beside) == 3
+
+
+def test_tensors_stand_beside_the_pickle_once_and_share_memory_as_before(file: File) -> None:
+    import torch
+
+    layer = torch.nn.Linear(512, 512)
+    layer.register_buffer("tied", layer.weight.detach()[1:])
+    bits = torch.arange(70_000).to(torch.uint16)  # torch itself does not unpickle that type
+    pickle_bytes, *beside = layout = file.write([layer, bits])
+    assert beside == [512 * 512 * 4, 140_000]
+    assert pickle_bytes < 5000
+    arrived, same_bits = file.read(layout).load()
+    assert type(arrived.weight) is torch.nn.Parameter
+    assert arrived.weight.requires_grad
+    assert arrived.weight.equal(layer.weight)
+    with torch.no_grad():
+        arrived.weight[1:] = 3
+    assert (arrived.tied == 3).all()
+    assert same_bits.equal(bits)
 
 
 def test_a_small_array_that_is_kept_keeps_no_large_one(file: File) -> None:
@@ -177,29 +195,31 @@ def test_without_files_in_memory_there_is_one_without_a_name(
 def test_a_result_survives_being_cut_into_rows(file: File, row_bytes: int) -> None:
     expected = [large_array()[: 20_000 if row_bytes < 100 else None], "text"]
     layout = file.write(expected)
-    task = DriverResult(JobSpec("run-1", 1, b"", TOKEN))
-    task.take(file.descriptor, layout)
+    task = upload_of(JobSpec("run-1", 1, b"", TOKEN))
+    task.take(file.descriptor, layout, reaches_driver=False)
     outcome = Outcome(Success(0, layout))
-    rows = [bytes(row) for row in split_chunks(outcome, row_bytes, task.rows(row_bytes))]
+    rows = [outcome.to_bytes(), *task.rows(row_bytes)]
     task.close()
     assert all(len(row) <= row_bytes for row in rows[1:])
-    assert_same(open_outcome(join_chunks(rows)), expected)
+    assert_same(open_outcome(join_rows(rows)), expected)
     with pytest.raises(EOFError, match="last"):
-        join_chunks(rows[:-1])
+        join_rows(rows[:-1])
 
 
 def test_where_only_spark_can_carry_it_its_limit_is_told_before_anything_is_tried(
     file: File,
 ) -> None:
     layout = file.write(bytes(2_000_000))
-    task = DriverResult(
-        JobSpec("r", 1, b"", TOKEN, driver_address=("db", 1), max_result_bytes=10**6)
-    )
+    task = upload_of(JobSpec("r", 1, b"", TOKEN, driver_address=("db", 1), max_result_bytes=10**6))
     expected = r"1\.9 MiB .* 976\.6 KiB .* db:1: .*driver\.port.* spark\.driver\.maxResultSize"
-    assert re.search(expected, task.problem(layout))
-    assert task.problem((1000,)) == ""
-    task.reaches_driver = True
-    assert task.problem(layout) == ""
+    with pytest.raises(PayloadError, match=expected):
+        task.take(file.descriptor, layout, reaches_driver=False)
+    task.take(file.descriptor, (1000,), reaches_driver=False)
+    task.close()
+
+
+def upload_of(job: JobSpec) -> ResultUpload:
+    return ResultUpload(job, TransferClient(job.run_id, job.token, job.driver_address))
 
 
 class Driver:
@@ -215,8 +235,8 @@ class Driver:
             driver_address=("127.0.0.1", channel.open("127.0.0.1", 0)),
             max_result_bytes=10**6,
         )
-        self.task = DriverResult(self.job)
-        self.task.reaches_driver = True
+        self.client = TransferClient(self.job.run_id, TOKEN, self.job.driver_address)
+        self.task = ResultUpload(self.job, self.client)
 
 
 @pytest.fixture
@@ -229,7 +249,7 @@ def driver() -> Iterator[Driver]:
 def test_a_result_above_sparks_limit_comes_through_the_channel(file: File, driver: Driver) -> None:
     expected = {"large": large_array(), "small": np.arange(3), "text": "x"}
     layout = file.write(expected)
-    driver.task.take(file.descriptor, layout)
+    driver.task.take(file.descriptor, layout, reaches_driver=True)
     assert list(driver.task.rows(1000)) == []
     assert driver.channel.result is not None
     assert_same(driver.channel.result.load(), expected)
@@ -240,9 +260,14 @@ def test_a_driver_without_memory_says_so_before_anything_is_sent(
 ) -> None:
     layout = (file.write("x")[0], 1 << 60)
     sent = []
-    monkeypatch.setattr(BulkConnection, "send_body", lambda *_: sent.append(1))
+
+    def noted(*_: object) -> Iterator[bytes]:
+        sent.append(1)
+        yield b""
+
+    monkeypatch.setattr(results, "_mapped_chunks", noted)
     with pytest.raises(PeerFailedError, match=r"no memory .* 1073741824\.0 GiB on the driver"):
-        driver.task.take(file.descriptor, layout)
+        driver.task.take(file.descriptor, layout, reaches_driver=True)
     assert not sent
     assert driver.channel.result is None
 
@@ -250,11 +275,11 @@ def test_a_driver_without_memory_says_so_before_anything_is_sent(
 def test_a_result_that_cannot_travel_alone_is_kept_for_the_rows(file: File, driver: Driver) -> None:
     driver.channel.close()
     layout = file.write("x" * 1000)
-    driver.task.take(file.descriptor, layout)
+    driver.task.take(file.descriptor, layout, reaches_driver=True)
     assert sum(map(len, driver.task.rows(100))) == sum(layout)
     driver.task.close()
-    with pytest.raises(OSError, match=r"cannot be reached: .*refused.* spark\.driver\.maxResult"):
-        driver.task.take(file.descriptor, file.write(bytes(2_000_000)))
+    with pytest.raises(PayloadError, match=r"cannot be reached: .*refused.*driver\.maxResult"):
+        driver.task.take(file.descriptor, file.write(bytes(2_000_000)), reaches_driver=True)
 
 
 @pytest.mark.parametrize("who", ["task", "driver"])
@@ -262,41 +287,33 @@ def test_an_abort_in_the_middle_ends_both_sides(
     who: str, file: File, driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = file.write(large_array())
-    pieces_of = results._pieces_of
+    mapped_chunks = results._mapped_chunks
 
     def aborting(descriptor: int, size: int) -> Iterator[memoryview]:
-        for piece in pieces_of(descriptor, size):
-            yield piece
+        for chunk in mapped_chunks(descriptor, size):
+            yield chunk
             if who == "task":
-                driver.task.abort()
+                driver.client.abort()
             else:
                 driver.channel.close()
 
-    monkeypatch.setattr(results, "_pieces_of", aborting)
-    with pytest.raises(OSError):  # noqa: PT011 - of several kinds
-        driver.task.take(file.descriptor, layout)
+    monkeypatch.setattr(results, "_mapped_chunks", aborting)
+    with pytest.raises((OSError, PayloadError)):
+        driver.task.take(file.descriptor, layout, reaches_driver=True)
     driver.channel.close()
     assert driver.channel.result is None
 
 
-def test_what_does_not_fit_its_announcement_is_refused(file: File, driver: Driver) -> None:
-    file.write("x")
-    host, port = driver.job.driver_address or ("", 0)
-    with BulkConnection.open(host, port, TOKEN, 5.0) as connection:
-        connection.send("result", run_id="run-1", layout=[3])
-        connection.expect("go")
-        connection.send_bytes("content", b"12345")
-        with pytest.raises(PeerFailedError, match="5 bytes where 3 were announced"):
-            connection.expect("stored")
+def test_what_does_not_fit_its_announcement_is_refused(driver: Driver) -> None:
+    with pytest.raises(PeerFailedError, match="5 bytes where 3 were announced"):
+        driver.client.upload(UploadResult("run-1", (3,)), [Piece("result", 5, [b"12345"])])
     assert driver.channel.result is None
 
 
-def test_a_result_of_another_attempt_is_not_taken(file: File, driver: Driver) -> None:
-    host, port = driver.job.driver_address or ("", 0)
-    with BulkConnection.open(host, port, TOKEN, 5.0) as connection:
-        connection.send("result", run_id="run-2", layout=[3])
-        with pytest.raises(ConnectionError):
-            connection.expect("go")
+def test_a_result_of_another_attempt_is_not_taken(driver: Driver) -> None:
+    other = TransferClient("run-2", TOKEN, driver.job.driver_address)
+    with pytest.raises(ConnectionError):
+        other.upload(UploadResult("run-2", (3,)), [Piece("result", 3, [b"123"])])
     assert driver.channel.result is None
 
 

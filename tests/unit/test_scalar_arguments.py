@@ -61,7 +61,7 @@ def scoring(**options: Any) -> Any:
         "transform_workers": 0,
         "prefetch": 2,
     }
-    return inference_options.Options(**{**defaults, **options})
+    return inference_options.checked_options(**{**defaults, **options})
 
 
 def loaded(rows: DataSet, **state: Any) -> Any:
@@ -265,7 +265,7 @@ def test_names_may_come_from_numpy_and_pandas(rows: DataSet) -> None:
     pandas = pytest.importorskip("pandas")
     for names in (np.array(["odd"]), pandas.Index(["odd"]), ("odd",), {"odd": 1}.keys()):
         assert list(next(iter(read(rows, columns=names)))) == ["odd"]
-    assert scoring(key_columns=np.array(["a"])).key_columns == ("a",)
+    assert scoring(key_columns=np.array(["a"])).keys == ("a",)
     for wrong in ("odd", np.str_("odd"), 3, [3], b"odd", [], np.array([])):
         with pytest.raises(ArgumentTypeError, match="columns"):
             read(rows, columns=wrong)

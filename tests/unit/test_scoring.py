@@ -158,7 +158,7 @@ def test_no_more_is_read_ahead_than_said() -> None:
 
 def test_leaving_early_ends_the_threads() -> None:
     def threads() -> list[str]:
-        return [t.name for t in threading.enumerate() if t.name == "horovodrunner-read-ahead"]
+        return [t.name for t in threading.enumerate() if t.name == "horovodrunner-prefetch"]
 
     found = score(of(lambda x: x, transform=dict), rows(*([[1.0] * 4] * 20)))
     next(found)

@@ -62,9 +62,9 @@ def test_gpus_limit_the_slots_of_an_executor(per_task: str, slots: int) -> None:
 
 
 def test_an_executor_without_gpus_has_no_slot_for_a_task_that_needs_one() -> None:
-    assert TaskRequest(cpus=1, gpus=1, in_words="").slots(cores=8, gpus=0) == 0
+    assert TaskRequest(cpus=1, gpus=1, description="").slots(cores=8, gpus=0) == 0
 
 
 def test_holders_are_named_in_the_order_of_their_jobs() -> None:
-    assert Holders(8, {12: 1, 3: 4}).in_words() == "3 free, 4 held by job 3, 1 held by job 12"
-    assert Holders(1, {3: 4}).in_words() == "0 free, 4 held by job 3"  # an executor has just gone
+    assert Holders(8, {12: 1, 3: 4}).describe() == "3 free, 4 held by job 3, 1 held by job 12"
+    assert Holders(1, {3: 4}).describe() == "0 free, 4 held by job 3"  # an executor has just gone

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from horovodrunner.processes.task.stall import RankState, Stall, StallWatch
+from dataclasses import replace
+
+from horovodrunner.flows.telemetry.task import Stall, StallWatch
+from horovodrunner.wire.events import Beat
+
+State = tuple[float, Beat]
 
 
-def waits(collective: str, seconds: float, at: float = 100.0, surely: bool = True) -> RankState:
-    return RankState(at, "train.py:7 in train", collective, surely, seconds)
+def waits(collective: str, seconds: float, at: float = 100.0, surely: bool = True) -> State:
+    return at, Beat(0, "train.py:7 in train", collective, surely, seconds)
 
 
-def computes(at: float = 100.0) -> RankState:
-    return RankState(at, "data.py:3 in load")
+def computes(at: float = 100.0) -> State:
+    return at, Beat(0, "data.py:3 in load")
 
 
-def watch(*states: RankState | None) -> StallWatch:
+def watch(*states: State | None) -> StallWatch:
     it = StallWatch(len(states))
     for rank, state in enumerate(states):
         if state is not None:
-            it.heard(rank, state)
+            it.heard(replace(state[1], rank=rank), now=state[0])
     return it
 
 

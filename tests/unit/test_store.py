@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -16,8 +17,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from horovodrunner.errors import ArgumentValueError, ConfigurationError
 from horovodrunner.flows.checkpoints.manifest import Manifest
-from horovodrunner.flows.checkpoints.store import CheckpointStore, IncomingCheckpoint, list_tree
+from horovodrunner.flows.checkpoints.store import CheckpointStore, pieces_of_tree
 from horovodrunner.storage import is_url
+from horovodrunner.wire.upload import Piece
 from tests import processes
 
 CONTENT = {"model.pt": b"weights" * 1000, "variables/deep/index": b"", "optimizer.pt": b"\0" * 99}
@@ -65,11 +67,27 @@ def names(directory: str | Path) -> list[str]:
     return sorted(entry.name for entry in Path(directory).iterdir())
 
 
+def pieces(*files: Piece, hashes: dict[str, str] | None = None) -> Iterator[Piece]:
+    """Files as they come from a task, with their hashes at the end."""
+    yield from files
+    known = {each.name: "0" * 64 for each in files if not each.name.endswith("/")}
+    content = json.dumps(hashes or known).encode()
+    yield Piece("manifest.json", len(content), [content])
+
+
 def save(store: CheckpointStore, step: int, content: dict[str, bytes] | None = None) -> Manifest:
-    with store.begin(step) as incoming:
-        for path, data in (content or CONTENT).items():
-            incoming.write(path, [data[:3], bytearray(data[3:7]), memoryview(data)[7:]])
-        return incoming.commit()
+    content = content or CONTENT
+    files = [
+        Piece(path, len(data), [data[:3], memoryview(data)[3:]]) for path, data in content.items()
+    ]
+    hashes = {path: hashlib.sha256(data).hexdigest() for path, data in content.items()}
+    return store.put_pieces(step, pieces(*files, hashes=hashes))
+
+
+def latest(store: CheckpointStore) -> Manifest | None:
+    found, damaged = store.find_latest()
+    assert damaged == []
+    return found
 
 
 def steps(store: CheckpointStore) -> list[int]:
@@ -77,24 +95,16 @@ def steps(store: CheckpointStore) -> list[int]:
 
 
 def read(store: CheckpointStore, manifest: Manifest) -> dict[str, bytes]:
-    content = {}
-    for file in manifest.files:
-        with store.open_file(manifest, file.path) as stream:
-            content[file.path] = stream.read()
-    return content
-
-
-def no_damage(sentence: str) -> None:
-    raise AssertionError(sentence)
+    return {piece.name: piece.read() for piece in store.pieces(manifest)}
 
 
 def test_what_was_saved_is_found_and_read_back(location: str) -> None:
     store = CheckpointStore(location, keep=3)
     assert store.manifests() == []
-    assert store.find_latest(no_damage) is None
+    assert latest(store) is None
     saved = save(store, 7)
     again = CheckpointStore(location, keep=3)
-    found = again.find_latest(no_damage)
+    found = latest(again)
     assert found == saved
     assert (saved.step, saved.sequence, saved.size) == (7, 1, 7099)
     assert read(again, saved) == CONTENT
@@ -103,16 +113,17 @@ def test_what_was_saved_is_found_and_read_back(location: str) -> None:
     assert is_url(location) == is_url(store.path_of(7))
 
 
-def test_without_a_commit_nothing_is_left(location: str) -> None:
+def test_of_what_is_interrupted_nothing_is_left(location: str) -> None:
     store = CheckpointStore(location, keep=3)
     save(store, 1)
     before = tree(location)
-    with store.begin(2) as incoming:
-        incoming.write("a/b", [b"x"])
-    incoming = store.begin(3)
-    incoming.open("a/b").write(b"x")
-    with pytest.raises(KeyboardInterrupt), incoming:
+
+    def interrupted() -> Iterator[bytes]:
+        yield b"x"
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.put_pieces(3, pieces(Piece("a/b", 1, [b"x"]), Piece("a/c", 2, interrupted())))
     assert tree(location) == before
     assert steps(store) == [1]
     if not is_url(location):
@@ -127,26 +138,22 @@ def test_content_that_fails_in_the_middle_leaves_only_older_ones(location: str) 
     store = CheckpointStore(location, keep=3)
     save(store, 1)
     before = tree(location)
-    incoming = store.begin(2)
-    incoming.write("fine", [b"x"])
     with pytest.raises(ConnectionResetError):
-        incoming.write("model.pt", chunks())
+        store.put_pieces(2, pieces(Piece("fine", 1, [b"x"]), Piece("model.pt", 9**9, chunks())))
     assert tree(location) == before
-    with pytest.raises(ValueError, match="discarded"):
-        incoming.commit()
     assert steps(store) == [1]
 
 
 FULL_DISK = """
 import resource, signal, sys
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.wire.upload import Piece
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 store = CheckpointStore(sys.argv[1], keep=3)
-incoming = store.begin(int(sys.argv[2]))
-incoming.write("small", [b"x" * 1000])
+big = Piece("big", 1_200_000, (b"y" * 300_000 for _ in range(4)))
 try:
-    incoming.write("big", (b"y" * 300_000 for _ in range(4)))
+    store.put_pieces(int(sys.argv[2]), [Piece("small", 1000, [b"x" * 1000]), big])
 except OSError as error:
     print(type(error).__name__, error.errno)
 """
@@ -165,7 +172,7 @@ def test_a_disk_that_takes_no_more_leaves_only_older_ones(location: str, step: i
     # behind a URL the step that is saved again is overwritten in place
     lost = {path for path in before if path.startswith("step-00000001") and step == 1}
     assert tree(location) == (before - lost if is_url(location) else before)
-    assert CheckpointStore(location, keep=3).find_latest(no_damage) == store.manifests()[0]
+    assert latest(CheckpointStore(location, keep=3)) == store.manifests()[0]
     if not is_url(location):
         assert names(location) == ["step-00000000", "step-00000001"]
 
@@ -175,10 +182,15 @@ def test_what_the_file_system_refuses_leaves_only_older_ones() -> None:
     store = CheckpointStore(location, keep=3)
     save(store, 1)
     before = tree(location)
-    incoming = store.begin(2)
-    tamper(location, "step-00000002/variables", b"a file where a directory must be")
+
+    def in_the_way() -> Iterator[bytes]:
+        tamper(location, "step-00000002/variables", b"a file where a directory must be")
+        yield b"x"
+
     with pytest.raises(OSError, match="variables"):
-        incoming.write("variables/index", [b"x"])
+        store.put_pieces(
+            2, pieces(Piece("a", 1, in_the_way()), Piece("variables/index", 1, [b"x"]))
+        )
     assert tree(location) == before
     fsspec.filesystem("memory").rm(location, recursive=True)
 
@@ -188,16 +200,17 @@ def test_what_the_file_system_refuses_leaves_only_older_ones() -> None:
 def test_files_lost_before_the_commit_are_noticed(tmp_path: Path, step: int, lost: str) -> None:
     store = CheckpointStore(tmp_path, keep=3)
     first = save(store, 1)
-    incoming = store.begin(step)
-    incoming.write("a", [b"x"])
-    incoming.write("b", [b"xyz"])
-    target = next(tmp_path.glob(".incoming-*/b"))
-    if lost == "all":
-        target.unlink()
-    else:
-        os.truncate(target, 1)
+
+    def losing() -> Iterator[bytes]:
+        target = next(tmp_path.glob(".incoming-*/b"))
+        if lost == "all":
+            target.unlink()
+        else:
+            os.truncate(target, 1)
+        yield b"x"
+
     with pytest.raises(OSError, match="b'"):
-        incoming.commit()
+        store.put_pieces(step, pieces(Piece("b", 3, [b"xyz"]), Piece("c", 1, losing())))
     assert names(tmp_path) == ["step-00000001"]
     assert store.verify(first) == ""
 
@@ -205,18 +218,18 @@ def test_files_lost_before_the_commit_are_noticed(tmp_path: Path, step: int, los
 def test_a_location_that_becomes_a_file_is_an_os_error(tmp_path: Path) -> None:
     location = tmp_path / "runs"
     store = CheckpointStore(location, keep=3)
-    incoming = store.begin(1)
-    stream = incoming.open("a")
-    location.rename(tmp_path / "elsewhere")
-    location.write_text("in the way")
-    stream.write(b"x")
-    stream.close()
+
+    def becoming() -> Iterator[bytes]:
+        location.rename(tmp_path / "elsewhere")
+        location.write_text("in the way")
+        yield b"x"
+
     with pytest.raises(NotADirectoryError):
-        incoming.commit()
+        store.put_pieces(1, pieces(Piece("a", 1, becoming())))
     with pytest.raises(OSError, match="runs"):
-        store.begin(1)
+        save(store, 1)
     with pytest.raises(NotADirectoryError):
-        store.find_latest(no_damage)
+        store.find_latest()
     assert "cannot be listed" in store.prune()[0]
 
 
@@ -235,7 +248,7 @@ def test_a_step_saved_again_replaces_its_own_and_is_the_newest(location: str) ->
     save(store, 2)
     again = save(store, 1, {"both": b"2"})
     assert [(m.step, m.sequence) for m in store.manifests()] == [(1, 3), (2, 2)]
-    assert store.find_latest(no_damage) == again
+    assert latest(store) == again
     assert read(store, again) == {"both": b"2"}
     assert "step-00000001/old" not in tree(location)
     if not is_url(location):
@@ -246,9 +259,9 @@ def test_what_was_there_comes_back_when_it_cannot_be_replaced(tmp_path: Path) ->
     store = CheckpointStore(tmp_path, keep=5)
     first = save(store, 1)
     with pytest.raises(FileNotFoundError):
-        store._place.finish(".incoming-gone", "step-00000001")
+        store._storage.finish(".incoming-gone", "step-00000001")
     assert names(tmp_path) == ["step-00000001"]
-    assert store.find_latest(no_damage) == first
+    assert latest(store) == first
 
 
 def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
@@ -258,7 +271,7 @@ def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / "step-00000001").rename(aside)
     os.utime(aside, (0, 0))
     assert store.prune() == []
-    assert store.find_latest(no_damage) == first
+    assert latest(store) == first
     assert not aside.exists()
 
 
@@ -273,12 +286,14 @@ def test_the_last_saved_are_kept_whatever_their_step(location: str) -> None:
 def test_what_is_held_is_not_pruned(location: str) -> None:
     store = CheckpointStore(location, keep=1)
     held = save(store, 1)
-    assert store.find_latest(no_damage) == held
+    assert latest(store) == held
     save(store, 2)
     save(store, 3)
     assert steps(store) == [3, 1]
     assert read(store, held) == CONTENT
-    store.release()
+    again = latest(store)
+    assert again is not None
+    assert again.step == 3
     assert store.prune() == []
     assert steps(store) == [3]
 
@@ -297,7 +312,7 @@ def test_other_things_in_the_location_are_left_alone(location: str) -> None:
     save(store, 2)
     assert steps(store) == [2]
     assert set(others) < tree(location)
-    assert store.find_latest(no_damage) == store.manifests()[0]
+    assert latest(store) == store.manifests()[0]
 
 
 @pytest.mark.parametrize(
@@ -316,8 +331,8 @@ def test_a_damaged_file_is_told_and_the_one_before_is_used(
     sound, damaged = save(store, 8), save(store, 5)
     tamper(location, "step-00000005/model.pt", content)
     assert "model.pt" in store.verify(damaged)
-    sentences: list[str] = []
-    assert store.find_latest(sentences.append) == sound
+    found, sentences = store.find_latest()
+    assert found == sound
     (sentence,) = sentences
     assert f"{location}/step-00000005" in sentence
     assert "model.pt" in sentence
@@ -335,8 +350,8 @@ def test_an_unreadable_manifest_is_told_and_the_one_before_is_used(
     store = CheckpointStore(location, keep=3)
     sound, _ = save(store, 8), save(store, 9)
     tamper(location, "step-00000009/manifest.json", manifest)
-    sentences: list[str] = []
-    assert store.find_latest(sentences.append) == sound
+    found, sentences = store.find_latest()
+    assert found == sound
     assert steps(store) == [8]
     assert len(sentences) == 1
     assert f"{location}/step-00000009" in sentences[0]
@@ -348,8 +363,7 @@ def test_a_copied_checkpoint_is_not_taken_for_another_step(location: str) -> Non
     save(store, 8)
     fs, root = raw(location)
     fs.copy(f"{root}/step-00000008", f"{root}/step-00000009", recursive=True)
-    sentences: list[str] = []
-    found = store.find_latest(sentences.append)
+    found, sentences = store.find_latest()
     assert found is not None
     assert found.step == 8
     assert "its step is 8" in sentences[0]
@@ -360,61 +374,37 @@ def test_when_all_are_damaged_none_is_found(location: str) -> None:
     for step in (1, 2):
         save(store, step)
         tamper(location, f"step-{step:08d}/model.pt", None)
-    sentences: list[str] = []
-    assert store.find_latest(sentences.append) is None
+    found, sentences = store.find_latest()
+    assert found is None
     assert ["00000002" in each for each in sentences] == [True, False]
 
 
 def test_empty_directories_are_kept(location: str) -> None:
     store = CheckpointStore(location, keep=1)
-    with store.begin(1) as incoming:
-        incoming.add_directory("variables")
-        incoming.write("variables/index", [])
-        incoming.add_directory("assets")
-        incoming.add_directory("assets")
-        incoming.add_directory("a/b")
-        incoming.add_directory("a")
-        manifest = incoming.commit()
-    assert manifest.directories == ("a/b", "assets")
-    assert store.find_latest(no_damage) == manifest
+    index = Piece("variables/index", 0, [])
+    saved = store.put_pieces(1, pieces(Piece("assets/", 0, []), Piece("a/b/", 0, []), index))
+    assert saved.directories == ("assets", "a/b")
+    if not is_url(location):
+        assert [each.is_dir() for each in Path(location, "step-00000001").glob("a*/*")] == [True]
+    saved = store.put_pieces(1, pieces(Piece("assets/", 0, [])))
+    assert latest(store) == saved
 
 
-@pytest.mark.parametrize("path", ["../out", "/abs", "", "a/./b", "manifest.json", "a\\b"])
-def test_unsafe_names_are_refused(location: str, path: str) -> None:
+@pytest.mark.parametrize("path", ["../out", "/abs", "", "a/./b", "manifest.json/x", "a\\b"])
+@pytest.mark.parametrize("end", ["", "/"])
+def test_unsafe_names_are_refused(location: str, path: str, end: str) -> None:
     store = CheckpointStore(location, keep=1)
-    with store.begin(1) as incoming:
-        with pytest.raises(ValueError, match="path"):
-            incoming.write(path, [b"x"])
-        with pytest.raises(ValueError, match="path"):
-            incoming.add_directory(path)
-        with pytest.raises(ValueError, match="path"):
-            store.open_file(Manifest(1, 1, "", ()), path)
+    with pytest.raises(ValueError, match="path"):
+        store.put_pieces(1, pieces(Piece(path + end, 1, [b"x"])))
+    assert tree(location) == set()
 
 
-def test_one_name_is_not_used_twice(location: str) -> None:
-    with CheckpointStore(location, keep=1).begin(1) as incoming:
-        incoming.write("a/b", [b"x"])
-        incoming.add_directory("d")
-        for path in ("a/b", "a/b/c", "a", "d"):
-            with pytest.raises(ValueError, match="taken"):
-                incoming.open(path)
-        with pytest.raises(ValueError, match="taken"):
-            incoming.add_directory("a/b")
-        assert [file.path for file in incoming.commit().files] == ["a/b"]
-
-
-def test_a_file_is_closed_before_the_commit_and_once(location: str) -> None:
-    with CheckpointStore(location, keep=1).begin(1) as incoming:
-        file = incoming.open("a")
-        file.write(memoryview(bytes(16)).cast("i"))
-        with pytest.raises(ValueError, match="not closed yet: a"):
-            incoming.commit()
-        assert file.close().size == 16
-        with pytest.raises(ValueError, match="was closed"):
-            file.close()
-        with pytest.raises(ValueError, match="was closed"):
-            file.write(b"x")
-        incoming.commit()
+@pytest.mark.parametrize("names", [("a/b", "a/b/c"), ("a/b", "a"), ("d/", "d"), ("a/b", "a/b/")])
+def test_one_name_is_not_used_twice(location: str, names: tuple[str, ...]) -> None:
+    store = CheckpointStore(location, keep=1)
+    with pytest.raises((ValueError, OSError)):
+        store.put_pieces(1, pieces(*(Piece(name, 1, [b"x"]) for name in names)))
+    assert tree(location) == set()
 
 
 def test_a_tree_is_added_with_links_and_empty_directories(location: str, tmp_path: Path) -> None:
@@ -424,11 +414,8 @@ def test_a_tree_is_added_with_links_and_empty_directories(location: str, tmp_pat
     (source / "a").write_bytes(b"")
     (source / "link").symlink_to(source / "a")
     (source / "b" / "linked").symlink_to(source / "b" / "empty")
-    assert [path for path, _ in list_tree(source)[0]] == ["a", "b/c", "link"]
     store = CheckpointStore(location, keep=1)
-    with store.begin(1) as incoming:
-        incoming.add_tree(source)
-        manifest = incoming.commit()
+    manifest = store.put_pieces(1, pieces_of_tree(source))
     assert [file.path for file in manifest.files] == ["a", "b/c", "link"]
     assert manifest.directories == ("b/empty", "b/linked")
     assert read(store, manifest)["b/c"] == b"c" * 9_000_000
@@ -437,11 +424,9 @@ def test_a_tree_is_added_with_links_and_empty_directories(location: str, tmp_pat
 
 def test_what_cannot_be_read_ends_a_tree(tmp_path: Path) -> None:
     def refused() -> str:
-        incoming: IncomingCheckpoint
-        with CheckpointStore(tmp_path / "runs", keep=1).begin(1) as incoming:
-            with pytest.raises(OSError, match="Errno") as caught:
-                incoming.add_tree(source)
-            assert not any((tmp_path / "runs").iterdir())
+        with pytest.raises(OSError, match="Errno") as caught:
+            CheckpointStore(tmp_path / "runs", keep=1).put(1, source)
+        assert not (tmp_path / "runs").exists()
         return str(caught.value)
 
     source = tmp_path / "source"
@@ -567,7 +552,7 @@ def test_errors_of_fsspec_implementations_are_os_errors() -> None:
     older = save(store, 1, {"a": b"a"})
     with pytest.raises(OSError, match=r"overquota://.*LookupError.*over quota"):
         save(store, 2)
-    assert store.find_latest(no_damage) == older
+    assert latest(store) == older
     fsspec.filesystem("overquota").rm(store.location, recursive=True)
 
 
@@ -617,7 +602,7 @@ def test_none_is_not_a_number_of_checkpoints_to_keep(tmp_path: Path) -> None:
     with pytest.raises(ArgumentValueError, match="keep is 0"):
         CheckpointStore(tmp_path, keep=0)
     with pytest.raises(ValueError, match="step is -1"):
-        CheckpointStore(tmp_path, keep=1).begin(-1)
+        save(CheckpointStore(tmp_path, keep=1), -1)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
-"""Hosts and GPUs to places."""
+"""Hosts and GPUs to slots."""
+
+from collections import Counter
+from random import Random
 
 import pytest
 
 from horovodrunner.placement.topology import (
-    HostGroup,
     Member,
+    Slot,
+    assign_slots,
     compose_devices,
-    group_by_host,
+    members_by_rank,
     tf_workers,
-    visible_devices,
 )
 
 
@@ -24,48 +27,89 @@ def member(
     )
 
 
-def places(members: list[Member]) -> list[tuple[str, list[int]]]:
-    return [(g.host_id, [m.partition for m in g.members]) for g in group_by_host(members)]
+def positions(slots: list[Slot]) -> list[tuple[int, int, str, int, int, int, int]]:
+    return [
+        (s.rank, s.partition, s.host, s.local_rank, s.local_size, s.cross_rank, s.cross_size)
+        for s in slots
+    ]
+
+
+def devices(*members: Member) -> list[str | None]:
+    return [slot.devices for slot in assign_slots(members)]
+
+
+def test_ranks_on_two_uneven_hosts() -> None:
+    gathered = [member(0, "b"), member(1, "a"), member(2, "b"), member(3, "b"), member(4, "a")]
+    slots = assign_slots(gathered)
+    assert positions(slots) == [
+        (0, 0, "b", 0, 3, 0, 2),
+        (1, 2, "b", 1, 3, 0, 2),
+        (2, 3, "b", 2, 3, 0, 1),
+        (3, 1, "a", 0, 2, 1, 2),
+        (4, 4, "a", 1, 2, 1, 2),
+    ]
+    assert [slot.host_index for slot in slots] == [0, 0, 0, 1, 1]
+    assert {slot.size for slot in slots} == {5}
 
 
 def test_ranks_of_one_host_are_contiguous_and_partition_0_comes_first() -> None:
     gathered = [member(3, "a"), member(1, "b"), member(2, "a"), member(0, "c"), member(4, "b")]
-    assert places(gathered) == [("c", [0]), ("b", [1, 4]), ("a", [2, 3])]
+    assert [slot.partition for slot in assign_slots(gathered)] == [0, 1, 4, 2, 3]
+    assert [task.partition for task in members_by_rank(gathered)] == [0, 1, 4, 2, 3]
 
 
-def test_the_order_does_not_depend_on_the_order_of_the_messages() -> None:
-    gathered = [member(i, "ab"[i % 2]) for i in range(6)]
-    assert places(gathered) == places(gathered[::-1]) == [("a", [0, 2, 4]), ("b", [1, 3, 5])]
+def test_every_task_derives_the_same_slots_from_the_same_messages() -> None:
+    gathered = [member(i, "abc"[i % 3]) for i in range(9)]
+    assert assign_slots(gathered) == assign_slots(gathered[::-1])
 
 
-def test_an_agent_with_several_workers_has_a_place_for_each() -> None:
-    assert places([member(0, "a", workers=3)]) == [("a", [0, 0, 0])]
+def test_an_agent_with_several_workers_has_a_slot_for_each() -> None:
+    slots = assign_slots([member(0, "a", workers=3)])
+    assert positions(slots) == [(i, 0, "a", i, 3, 0, 1) for i in range(3)]
 
 
-def test_every_worker_sees_its_own_gpu_at_its_local_rank() -> None:
-    group = HostGroup("a", (member(0, "a", gpus=("3",)), member(2, "a", gpus=("1",))))
-    assert [visible_devices(group, rank) for rank in (0, 1)] == ["3,1", "3,1"]
+@pytest.mark.parametrize("seed", range(20))
+def test_the_assignment_is_horovods(seed: int) -> None:
+    hosts = pytest.importorskip("horovod.runner.common.util.hosts")
+    random = Random(seed)
+    gathered = [
+        member(i, random.choice("abcdefg"), random.randint(1, 4))
+        for i in range(random.randint(1, 20))
+    ]
+    slots = assign_slots(gathered)
+    counts = Counter(slot.host_id for slot in slots)  # in the order of the ranks
+    infos = [hosts.HostInfo(host, count) for host, count in counts.items()]
+    assert [
+        (s.rank, s.size, s.host_id, s.local_rank, s.local_size, s.cross_rank, s.cross_size)
+        for s in slots
+    ] == [
+        (s.rank, s.size, s.hostname, s.local_rank, s.local_size, s.cross_rank, s.cross_size)
+        for s in hosts.get_host_assignments(infos, len(slots))
+    ]
+
+
+def test_each_host_sees_its_own_gpus_and_every_worker_its_own_at_its_local_rank() -> None:
+    gathered = (member(0, "a", gpus=("3",)), member(1, "b", gpus=("0",)))
+    assert devices(*gathered, member(2, "a", gpus=("1",))) == ["3,1", "3,1", "0"]
 
 
 def test_second_gpus_follow_after_every_workers_first() -> None:
-    group = HostGroup("a", (member(0, "a", gpus=("0", "1")), member(1, "a", gpus=("2", "3"))))
-    assert visible_devices(group, 1) == "0,2,1,3"
+    found = devices(member(0, "a", gpus=("0", "1")), member(1, "a", gpus=("2", "3")))
+    assert found == ["0,2,1,3"] * 2
 
 
 def test_without_gpus_the_variable_is_left_alone() -> None:
-    assert visible_devices(HostGroup("a", (member(0, "a"), member(1, "a"))), 0) is None
+    assert devices(member(0, "a"), member(1, "a")) == [None, None]
 
 
 def test_tasks_that_share_a_gpu_see_their_own_alone() -> None:
     """CUDA takes a list with repetitions for an empty one."""
     halves = [member(0, "a", gpus=("0",)), member(1, "a", gpus=("0",)), member(2, "a", gpus=("1",))]
-    group = HostGroup("a", tuple(halves))
-    assert [visible_devices(group, rank) for rank in range(3)] == ["0", "0", "1"]
+    assert devices(*halves) == ["0", "0", "1"]
 
 
 def test_the_workers_of_one_agent_have_their_own_gpus_in_order() -> None:
-    [group] = group_by_host([member(0, "a", workers=2, gpus=("4", "5", "6", "7"))])
-    assert [visible_devices(group, rank) for rank in (0, 1)] == ["4,5,6,7"] * 2
+    assert devices(member(0, "a", workers=2, gpus=("4", "5", "6", "7"))) == ["4,5,6,7"] * 2
 
 
 def test_indices_count_within_what_the_executor_sees() -> None:

@@ -8,25 +8,42 @@ import os
 import resource
 import shutil
 import socket
+import struct
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from horovodrunner.flows.checkpoints import backend as depot_module
-from horovodrunner.flows.checkpoints.backend import DriverDepot, serve_depot
+from horovodrunner.flows.artifacts.driver import BroughtFiles
+from horovodrunner.flows.checkpoints.driver import checkpoint_handlers
 from horovodrunner.flows.checkpoints.manifest import Manifest
-from horovodrunner.flows.checkpoints.store import CheckpointStore, IncomingCheckpoint
+from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.checkpoints.task import DriverBackend
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.processes.driver.channel import DriverChannel
-from horovodrunner.wire.bulk import BulkConnection
-from horovodrunner.wire.connection import AuthenticationError
-from horovodrunner.wire.job import JobSpec
+from horovodrunner.wire import upload
+from horovodrunner.wire.auth import AuthenticationError
+from horovodrunner.wire.events import (
+    End,
+    Event,
+    FetchCheckpoint,
+    FindCheckpoint,
+    Go,
+    PieceFollows,
+    Started,
+    TransferFailed,
+    UploadCheckpoint,
+    UploadFile,
+    UploadResult,
+    encode,
+)
+from horovodrunner.wire.upload import Piece, Transfer, TransferClient, TransferHandler
 from tests import processes
 from tests.waiting import wait_until
 
@@ -35,7 +52,7 @@ MEGABYTE = 1_000_000
 
 
 class GatedStore(CheckpointStore):
-    """A store on a slow disk: nothing begins before the gate opens."""
+    """A store on a slow disk: nothing is read or written before the gate opens."""
 
     def __init__(self, location: Path) -> None:
         super().__init__(location, keep=3)
@@ -43,10 +60,10 @@ class GatedStore(CheckpointStore):
         self.gate.set()
         self.reached = threading.Event()
 
-    def begin(self, step: int) -> IncomingCheckpoint:
+    def _write_file(self, path: str, chunks: Iterable[bytes | memoryview]) -> int:
         self.reached.set()
         self.gate.wait(30)
-        return super().begin(step)
+        return super()._write_file(path, chunks)
 
 
 @dataclass
@@ -56,15 +73,18 @@ class Driver:
     store: GatedStore
     port: int
 
-    def depot(self, token: bytes = TOKEN, run_id: str = "run-1") -> DriverDepot:
-        return DriverDepot(JobSpec(run_id, 2, b"", token, driver_address=("127.0.0.1", self.port)))
+    def client(self, token: bytes = TOKEN, run_id: str = "run-1") -> TransferClient:
+        return TransferClient(run_id, token, ("127.0.0.1", self.port))
 
-    def request(self, operation: str, step: int) -> BulkConnection:
-        """Open a connection and speak for a task by hand."""
-        connection = BulkConnection.open("127.0.0.1", self.port, TOKEN, 10)
-        connection.send("checkpoint", run_id="run-1", operation=operation, step=step)
-        connection.expect("go")
-        return connection
+    def backend(self, token: bytes = TOKEN, run_id: str = "run-1") -> DriverBackend:
+        return DriverBackend(self.client(token, run_id))
+
+    def put(self, step: int, *pieces: Piece, hashes: object = None) -> None:
+        """Upload what no task of ours would."""
+        known = {piece.name: "0" * 64 for piece in pieces} if hashes is None else hashes
+        content = json.dumps(known).encode()
+        manifest = Piece("manifest.json", len(content), [content])
+        self.client().upload(UploadCheckpoint("run-1", step), [*pieces, manifest])
 
     @property
     def location(self) -> Path:
@@ -80,7 +100,8 @@ class Driver:
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator[Driver]:
     console, store = Console(), GatedStore(tmp_path / "kept")
-    with DriverChannel("run-1", TOKEN, console, console.wake, store=store) as channel:
+    files = BroughtFiles({"HOROVOD_TIMELINE": str(tmp_path / "timeline.json")})
+    with DriverChannel("run-1", TOKEN, console, console.wake, store=store, files=files) as channel:
         yield Driver(channel, console, store, channel.open("127.0.0.1", 0))
         store.gate.set()
 
@@ -119,15 +140,15 @@ def transfer_threads() -> list[str]:
 class Putting(threading.Thread):
     """A put in a thread of its own, as the task does it."""
 
-    def __init__(self, depot: DriverDepot, step: int, directory: Path) -> None:
+    def __init__(self, backend: DriverBackend, step: int, directory: Path) -> None:
         super().__init__(daemon=True)
-        self._call = (depot, step, directory)
+        self._call = (backend, step, directory)
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        depot, step, directory = self._call
+        backend, step, directory = self._call
         try:
-            depot.put(step, directory)
+            backend.put(step, directory)
         except BaseException as error:
             self.error = error
 
@@ -157,7 +178,7 @@ def read_so_far(path: Path) -> int:
 
 
 def test_what_is_put_is_kept_with_a_manifest(driver: Driver, source: Path) -> None:
-    driver.depot().put(7, source)
+    driver.backend().put(7, source)
     (manifest,) = driver.store.manifests()
     assert manifest.step == 7
     assert {file.path: file.size for file in manifest.files} == {
@@ -173,16 +194,16 @@ def test_what_is_put_is_kept_with_a_manifest(driver: Driver, source: Path) -> No
 
 
 def test_what_is_fetched_is_what_was_put(driver: Driver, source: Path, tmp_path: Path) -> None:
-    depot = driver.depot()
-    depot.put(1, source)
+    backend = driver.backend()
+    backend.put(1, source)
     (source / "model.pt").write_bytes(b"newer")
-    depot.put(2, source)
-    manifest, damaged = depot.find_latest()
+    backend.put(2, source)
+    manifest, damaged = backend.find_latest()
     assert manifest is not None
     assert (manifest.step, damaged) == (2, [])
     copy = tmp_path / "copy"
     copy.mkdir()
-    depot.fetch(manifest, copy)
+    backend.fetch(manifest, copy)
     assert tree(copy) == tree(source)
 
 
@@ -192,30 +213,30 @@ def test_a_large_file_comes_back_whole(driver: Driver, tmp_path: Path) -> None:
     large.mkdir()
     copy.mkdir()
     (large / "model.pt").write_bytes(content)
-    depot = driver.depot()
-    depot.put(3, large)
-    manifest, _ = depot.find_latest()
+    backend = driver.backend()
+    backend.put(3, large)
+    manifest, _ = backend.find_latest()
     assert manifest is not None
-    depot.fetch(manifest, copy)
+    backend.fetch(manifest, copy)
     assert (copy / "model.pt").read_bytes() == content
 
 
 def test_an_empty_checkpoint_is_one(driver: Driver, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
-    driver.depot().put(0, tmp_path / "nothing")
+    driver.backend().put(0, tmp_path / "nothing")
     assert driver.steps() == [0]
 
 
 def test_without_a_checkpoint_there_is_no_latest(driver: Driver) -> None:
-    assert driver.depot().find_latest() == (None, [])
+    assert driver.backend().find_latest() == (None, [])
 
 
 def test_the_damaged_ones_on_the_driver_are_told_to_the_task(driver: Driver, source: Path) -> None:
-    depot = driver.depot()
-    depot.put(1, source)
-    depot.put(2, source)
+    backend = driver.backend()
+    backend.put(1, source)
+    backend.put(2, source)
     flip_a_byte(Path(driver.store.path_of(2), "model.pt"))
-    manifest, damaged = depot.find_latest()
+    manifest, damaged = backend.find_latest()
     assert manifest is not None
     assert manifest.step == 1
     (sentence,) = damaged
@@ -231,44 +252,41 @@ def flip_a_byte(path: Path) -> None:
 def test_a_file_that_is_damaged_on_the_way_is_not_taken(
     driver: Driver, source: Path, tmp_path: Path
 ) -> None:
-    depot = driver.depot()
-    depot.put(1, source)
-    manifest, _ = depot.find_latest()
+    backend = driver.backend()
+    backend.put(1, source)
+    manifest, _ = backend.find_latest()
     assert manifest is not None
     flip_a_byte(Path(driver.store.path_of(1), "model.pt"))
     copy = tmp_path / "copy"
     copy.mkdir()
     with pytest.raises(OSError, match=r"model\.pt of the checkpoint of step 1 .* another SHA-256"):
-        depot.fetch(manifest, copy)
+        backend.fetch(manifest, copy)
 
 
 def test_a_checkpoint_that_is_gone_cannot_be_fetched(
     driver: Driver, source: Path, tmp_path: Path
 ) -> None:
-    depot = driver.depot()
-    depot.put(1, source)
-    manifest, _ = depot.find_latest()
+    backend = driver.backend()
+    backend.put(1, source)
+    manifest, _ = backend.find_latest()
     assert manifest is not None
     shutil.rmtree(driver.store.path_of(1))
     copy = tmp_path / "copy"
     copy.mkdir()
     with pytest.raises(OSError, match="no checkpoint of step 1 any more"):
-        depot.fetch(manifest, copy)
+        backend.fetch(manifest, copy)
 
 
-def test_a_file_that_is_gone_breaks_the_fetch_off(
-    driver: Driver, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    depot = driver.depot()
-    depot.put(1, source)
-    manifest, _ = depot.find_latest()
+def test_a_file_that_is_gone_is_told(driver: Driver, source: Path, tmp_path: Path) -> None:
+    backend = driver.backend()
+    backend.put(1, source)
+    manifest, _ = backend.find_latest()
     assert manifest is not None
     Path(driver.store.path_of(1), "variables/deep/index").unlink()
     copy = tmp_path / "copy"
     copy.mkdir()
-    with pytest.raises(OSError, match="closed the connection"):
-        depot.fetch(manifest, copy)
-    assert "transfer (fetch) broke off" in what_is_shown(driver, capsys, "broke off")
+    with pytest.raises(OSError, match=r"FileNotFoundError: .*variables/deep/index"):
+        backend.fetch(manifest, copy)
 
 
 def what_is_shown(driver: Driver, capsys: pytest.CaptureFixture[str], until: str) -> str:
@@ -285,8 +303,8 @@ def what_is_shown(driver: Driver, capsys: pytest.CaptureFixture[str], until: str
 
 
 def test_a_peer_without_the_token_gets_nothing(driver: Driver, source: Path) -> None:
-    driver.depot().put(1, source)
-    stranger = driver.depot(token=b"w" * 32)
+    driver.backend().put(1, source)
+    stranger = driver.backend(token=b"w" * 32)
     for call in (lambda: stranger.put(2, source), stranger.find_latest):
         with pytest.raises(OSError, match=f"127.0.0.1:{driver.port} cannot be reached"):
             call()
@@ -295,8 +313,8 @@ def test_a_peer_without_the_token_gets_nothing(driver: Driver, source: Path) -> 
 
 
 def test_another_run_gets_nothing(driver: Driver, source: Path) -> None:
-    driver.depot().put(1, source)
-    other = driver.depot(run_id="run-0")
+    driver.backend().put(1, source)
+    other = driver.backend(run_id="run-0")
     for call in (lambda: other.put(2, source), other.find_latest):
         with pytest.raises(ConnectionError):
             call()
@@ -308,25 +326,23 @@ def test_a_driver_that_keeps_no_checkpoints_takes_none(source: Path) -> None:
     console = Console()
     with DriverChannel("run-1", TOKEN, console, console.wake) as channel:
         address = ("127.0.0.1", channel.open("127.0.0.1", 0))
-        depot = DriverDepot(JobSpec("run-1", 2, b"", TOKEN, driver_address=address))
+        backend = DriverBackend(TransferClient("run-1", TOKEN, address))
         with pytest.raises(ConnectionError):
-            depot.put(1, source)
+            backend.put(1, source)
 
 
 def test_a_task_that_dies_in_the_middle_of_a_file_leaves_nothing(
     driver: Driver, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    driver.depot().put(1, source)
-    connection = driver.request("put", 2)
+    driver.backend().put(1, source)
 
-    def one_piece_then_death() -> Iterator[bytes]:
+    def one_chunk_then_death() -> Iterator[bytes]:
         yield bytes(MEGABYTE)
         wait_until(driver.incoming)
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        connection.send_body("file", 10 * MEGABYTE, one_piece_then_death(), path="model.pt")
-    connection.close()
+        driver.put(2, Piece("model.pt", 10 * MEGABYTE, one_chunk_then_death()))
     assert "transfer (put) broke off" in what_is_shown(driver, capsys, "broke off")
     wait_until(lambda: not transfer_threads())
     assert driver.incoming() == []
@@ -334,43 +350,37 @@ def test_a_task_that_dies_in_the_middle_of_a_file_leaves_nothing(
     assert stored_tree(driver, 1) == tree(source)
 
 
+def abc(name: str) -> Piece:
+    return Piece(name, 3, [b"abc"])
+
+
 MANY = {"model.pt": "0" * 64, "more.pt": "0" * 64}
 
 
-@pytest.mark.parametrize("digests", [MANY, {}, {"model.pt": None}, {"model.pt": "0"}])
-def test_every_file_that_arrived_needs_its_hash(driver: Driver, digests: dict[str, str]) -> None:
-    with driver.request("put", 1) as connection:
-        connection.send_body("file", 3, [b"abc"], path="model.pt")
-        connection.send_bytes("end", json.dumps(digests).encode())
-        with pytest.raises(OSError, match="hashes that came are not those of the files"):
-            connection.expect("stored")
+@pytest.mark.parametrize("hashes", [MANY, {}, [], 3, {"model.pt": None}, {"model.pt": "0"}])
+def test_every_file_that_arrived_needs_its_hash(driver: Driver, hashes: object) -> None:
+    with pytest.raises(OSError, match=r"hashes that came are not those|'sha256' of 'model\.pt'"):
+        driver.put(1, abc("model.pt"), hashes=hashes)
     assert driver.steps() == []
     assert driver.incoming() == []
 
 
 def test_what_arrived_and_is_not_what_was_hashed_is_damaged(driver: Driver) -> None:
-    with driver.request("put", 1) as connection:
-        connection.send_body("file", 3, [b"abc"], path="model.pt")
-        connection.send_bytes("end", json.dumps({"model.pt": "0" * 64}).encode())
-        connection.expect("stored")
-    found, damaged = driver.depot().find_latest()
+    driver.put(1, abc("model.pt"))
+    found, damaged = driver.backend().find_latest()
     assert found is None
     assert "model.pt does not have the content that was saved" in damaged[0]
 
 
-UNSAFE = ["../x", "a/../../x", "/tmp/horovodrunner-outside", "manifest.json", "", "a//b"]
+UNSAFE = ["../x", "a/../../x", "/tmp/horovodrunner-outside", "manifest.json/x", "", "a//b"]
 
 
 @pytest.mark.parametrize("path", UNSAFE)
 @pytest.mark.parametrize("kind", ["file", "directory"])
 def test_nothing_is_written_outside(driver: Driver, kind: str, path: str, tmp_path: Path) -> None:
-    with driver.request("put", 1) as connection:
-        if kind == "file":
-            connection.send_body("file", 3, [b"abc"], path=path)
-        else:
-            connection.send("directory", path=path)
-        with pytest.raises(OSError, match="ValueError: the path"):
-            connection.expect("stored")
+    piece = abc(path) if kind == "file" else Piece(f"{path}/", 0, [])
+    with pytest.raises(OSError, match="ValueError: the path"):
+        driver.put(1, piece)
     assert [each.name for each in tmp_path.rglob("*")] == ["kept"]
     assert not Path("/tmp/horovodrunner-outside").exists()
 
@@ -397,33 +407,32 @@ def test_a_full_disk_on_the_driver_is_told_at_once_in_its_own_words(
         assert driver.stdin is not None
         assert driver.stdout is not None
         address = ("127.0.0.1", int(driver.stdout.readline()))
-        depot = DriverDepot(JobSpec("run-1", 2, b"", TOKEN, driver_address=address))
-        depot.put(1, source)
+        backend = DriverBackend(TransferClient("run-1", TOKEN, address))
+        backend.put(1, source)
         with pytest.raises(OSError, match="File too large") as caught:
-            depot.put(2, large_directory(tmp_path, 500 * MEGABYTE))
+            backend.put(2, large_directory(tmp_path, 500 * MEGABYTE))
         assert not isinstance(caught.value, ConnectionError)  # trying again would not help
-        depot.put(3, source)
+        backend.put(3, source)
         driver.stdin.close()
         assert driver.wait() == 0
     assert sorted(path.name for path in location.iterdir()) == ["step-00000001", "step-00000003"]
 
 
 def test_a_location_that_vanishes_in_the_middle_is_told(driver: Driver) -> None:
-    connection = driver.request("put", 1)
-    with connection:
-        connection.send_body("file", 3, [b"abc"], path="first")
+    def vanished() -> Iterator[bytes]:
         wait_until(lambda: list(driver.location.glob(".incoming-*/first")))
         shutil.rmtree(driver.location)
         driver.location.write_text("a file in its place")
-        connection.send_body("file", 3, [b"abc"], path="second")
-        with pytest.raises(OSError, match="NotADirectoryError: .*" + str(driver.location)):
-            connection.expect("stored")
+        yield b"abc"
+
+    with pytest.raises(OSError, match="NotADirectoryError: .*" + str(driver.location)):
+        driver.put(1, abc("first"), Piece("second", 3, vanished()))
     assert driver.location.read_text() == "a file in its place"
 
 
 def test_a_source_that_cannot_be_read_leaves_nothing(driver: Driver, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        driver.depot().put(1, tmp_path / "never written")
+        driver.backend().put(1, tmp_path / "never written")
     assert driver.steps() == []
     assert driver.incoming() == []
 
@@ -431,10 +440,10 @@ def test_a_source_that_cannot_be_read_leaves_nothing(driver: Driver, tmp_path: P
 def test_a_file_that_shrinks_while_it_is_sent_is_told_at_once(
     driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(depot_module, "SILENCE_SECONDS", 3.0)
+    monkeypatch.setattr(upload, "SILENCE_SECONDS", 3.0)
     large = large_directory(tmp_path, 100 * MEGABYTE)
     driver.store.gate.clear()
-    putting = Putting(driver.depot(), 1, large)
+    putting = Putting(driver.backend(), 1, large)
     putting.start()
     assert driver.store.reached.wait(10)
     wait_until(lambda: read_so_far(large / "zeros"))
@@ -448,12 +457,12 @@ def test_a_file_that_shrinks_while_it_is_sent_is_told_at_once(
 
 def test_abort_makes_a_put_that_waits_raise_soon(driver: Driver, tmp_path: Path) -> None:
     driver.store.gate.clear()
-    depot = driver.depot()
+    client = driver.client()
     large = large_directory(tmp_path, 100 * MEGABYTE)
-    putting = Putting(depot, 1, large)
+    putting = Putting(DriverBackend(client), 1, large)
     putting.start()
     wait_until(lambda: waits_in_the_middle_of(large / "zeros"))
-    depot.abort()
+    client.abort()
     assert isinstance(putting.wait_for_error(3), OSError)
     driver.store.gate.set()
     wait_until(lambda: not transfer_threads())
@@ -468,12 +477,12 @@ def waits_in_the_middle_of(path: Path) -> bool:
 
 
 def test_abort_makes_a_put_that_runs_raise_soon(driver: Driver, tmp_path: Path) -> None:
-    depot = driver.depot()
+    client = driver.client()
     large = large_directory(tmp_path, 100_000 * MEGABYTE)
-    putting = Putting(depot, 1, large)
+    putting = Putting(DriverBackend(client), 1, large)
     putting.start()
     wait_until(lambda: read_so_far(large / "zeros"))
-    depot.abort()
+    client.abort()
     error = putting.wait_for_error(3)
     wait_until(lambda: not transfer_threads())
     assert isinstance(error, OSError), repr(error)
@@ -482,27 +491,31 @@ def test_abort_makes_a_put_that_runs_raise_soon(driver: Driver, tmp_path: Path) 
 
 
 def test_after_abort_nothing_begins(driver: Driver, source: Path) -> None:
-    depot = driver.depot()
-    depot.abort()
+    client = driver.client()
+    client.abort()
     with pytest.raises(ConnectionAbortedError, match="the run has ended"):
-        depot.put(1, source)
+        DriverBackend(client).put(1, source)
 
 
 def test_closing_the_channel_ends_a_transfer_that_waits(driver: Driver) -> None:
-    with driver.request("put", 1) as connection:
-        connection.send_body("file", 3, [b"abc"], path="first")
+    threads: list[list[str]] = []
+
+    def closed() -> Iterator[bytes]:
+        yield b"abc"
         wait_until(lambda: list(driver.location.glob(".incoming-*/first")))
-        assert transfer_threads()
+        threads.append(transfer_threads())
         driver.channel.close()
-        assert transfer_threads() == []
-        with pytest.raises(ConnectionError):
-            connection.expect("stored")
+        threads.append(transfer_threads())
+
+    with pytest.raises(ConnectionError):
+        driver.put(1, Piece("first", 3, closed()), abc("second"))
+    assert threads == [["horovodrunner-transfer"], []]
     assert driver.incoming() == []
     assert driver.steps() == []
 
 
 def test_closing_the_channel_ends_a_transfer_that_runs(driver: Driver, tmp_path: Path) -> None:
-    putting = Putting(driver.depot(), 1, large_directory(tmp_path, 100_000 * MEGABYTE))
+    putting = Putting(driver.backend(), 1, large_directory(tmp_path, 100_000 * MEGABYTE))
     putting.start()
     wait_until(lambda: list(driver.location.glob(".incoming-*/zeros")))
     driver.channel.close()
@@ -514,21 +527,21 @@ def test_closing_the_channel_ends_a_transfer_that_runs(driver: Driver, tmp_path:
 
 def test_checkpoints_travel_beside_each_other(driver: Driver, source: Path, tmp_path: Path) -> None:
     """Every host fetches at the start, and a put may be under way."""
-    driver.depot().put(1, source)
-    manifest, _ = driver.depot().find_latest()
+    driver.backend().put(1, source)
+    manifest, _ = driver.backend().find_latest()
     assert manifest is not None
     errors: list[BaseException] = []
 
     def fetch(directory: Path, manifest: Manifest) -> None:
         directory.mkdir()
         try:
-            driver.depot().fetch(manifest, directory)
+            driver.backend().fetch(manifest, directory)
         except BaseException as error:
             errors.append(error)
 
     copies = [tmp_path / f"copy-{number}" for number in range(4)]
     threads = [threading.Thread(target=fetch, args=(copy, manifest)) for copy in copies]
-    putting = Putting(driver.depot(), 2, source)
+    putting = Putting(driver.backend(), 2, source)
     for thread in (*threads, putting):
         thread.start()
     for thread in (*threads, putting):
@@ -551,11 +564,11 @@ def test_a_process_with_thousands_of_open_files_sends_and_serves(
         files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         for _ in range(1100):
             files.enter_context(open(os.devnull))  # noqa: PTH123 - just a descriptor
-        depot = driver.depot()
-        depot.put(1, source)
-        manifest, _ = depot.find_latest()
+        backend = driver.backend()
+        backend.put(1, source)
+        manifest, _ = backend.find_latest()
         assert manifest is not None
-        depot.fetch(manifest, copy)
+        backend.fetch(manifest, copy)
     assert tree(copy) == tree(source)
 
 
@@ -563,9 +576,9 @@ def test_a_driver_that_is_gone_is_named(source: Path) -> None:
     with socket.socket() as keeper:
         keeper.bind(("127.0.0.1", 0))  # bound, not listening
         port = keeper.getsockname()[1]
-        depot = DriverDepot(JobSpec("run-1", 2, b"", TOKEN, driver_address=("127.0.0.1", port)))
+        backend = DriverBackend(TransferClient("run-1", TOKEN, ("127.0.0.1", port)))
         with pytest.raises(ConnectionError, match=f"the driver at 127.0.0.1:{port} cannot be"):
-            depot.put(1, source)
+            backend.put(1, source)
 
 
 @pytest.mark.parametrize(
@@ -583,79 +596,209 @@ def test_what_is_no_channel_is_refused(greeting: bytes, kind: type[OSError]) -> 
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(kind):
-            BulkConnection.open("127.0.0.1", server.getsockname()[1], TOKEN, 5)
+            Transfer.open("127.0.0.1", server.getsockname()[1], TOKEN)
         thread.join()
 
 
-def test_a_server_that_says_nothing_is_given_up() -> None:
+def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload, "SILENCE_SECONDS", 0.2)
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         pytest.raises(TimeoutError),
     ):
-        BulkConnection.open("127.0.0.1", server.getsockname()[1], TOKEN, 0.2)
+        Transfer.open("127.0.0.1", server.getsockname()[1], TOKEN)
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[BulkConnection, BulkConnection]]:
-    one, other = (BulkConnection(end, 5) for end in socket.socketpair())
-    with one, other:
+def pair() -> Iterator[tuple[Transfer, Transfer]]:
+    """A task's end and the driver's."""
+    one, other = (Transfer(end) for end in socket.socketpair())
+    with contextlib.closing(one), contextlib.closing(other):
         yield one, other
 
 
-def test_frames_and_bodies_follow_each_other(pair: tuple[BulkConnection, BulkConnection]) -> None:
-    one, other = pair
-    one.send("first", number=3)
-    one.send_body("second", 5, [b"ab", b"", b"cde"], path="x")
-    one.send("third")
-    assert other.receive() == ({"kind": "first", "number": 3}, 0)
-    header, size = other.receive()
-    assert header == {"kind": "second", "path": "x"}
-    assert b"".join(bytes(piece) for piece in other.body(size)) == b"abcde"
-    assert other.expect("third") == ({"kind": "third"}, 0)
+Incoming = Iterator[upload.IncomingPiece]
 
 
-@pytest.mark.parametrize("pieces", [[b"abcd"], [b"abc", b"d"], [b"ab"], []])
-def test_a_body_of_another_size_than_announced_is_an_error(
-    pair: tuple[BulkConnection, BulkConnection], pieces: list[bytes]
-) -> None:
-    with pytest.raises(OSError, match="announced"):
-        pair[0].send_body("file", 3, pieces)
+class Serving(threading.Thread):
+    """The driver's end of a transfer, served with a handler."""
 
+    def __init__(self, driver: Transfer, handle: Callable[[Event, Incoming], Any]) -> None:
+        super().__init__(daemon=True)
+        self._serve = (driver, TransferHandler("a test's transfer", handle))
+        self.notes: list[str] = []
+        self.errors: list[BaseException] = []
 
-def test_the_sender_stops_when_the_peer_has_something_to_say(
-    pair: tuple[BulkConnection, BulkConnection],
-) -> None:
-    one, other = pair
-    other.send("failed", why="the disk is full")
-    with pytest.raises(ConnectionError, match="does not want the rest"):
-        one.send_body("file", 3, [b"abc"])
-    with pytest.raises(OSError, match="the disk is full"):
-        one.expect("stored")
-
-
-@pytest.mark.parametrize("listens_until", ["never", "go"])
-def test_serving_a_task_that_is_gone_ends_without_an_error(
-    pair: tuple[BulkConnection, BulkConnection], tmp_path: Path, listens_until: str
-) -> None:
-    """An error would be a traceback of a thread's in the user's notebook."""
-    task, driver = pair
-    store = CheckpointStore(tmp_path, keep=3)
-    errors: list[BaseException] = []
-
-    def serve() -> None:
+    def run(self) -> None:
+        driver, handler = self._serve
         try:
-            serve_depot(driver, {"operation": "put", "step": 1}, store, lambda text: None)
+            driver.serve(handler, UploadCheckpoint("run-1", 1), self.notes.append)
         except BaseException as error:
-            errors.append(error)
+            self.errors.append(error)
 
-    if listens_until == "never":
+    def end(self) -> None:
+        """An error would be a traceback of a thread's in the user's notebook."""
+        self.join(30)
+        assert not self.is_alive()
+        assert self.errors == []
+
+
+def test_pieces_come_as_they_were_sent_also_where_nobody_reads_them_to_the_end(
+    pair: tuple[Transfer, Transfer],
+) -> None:
+    came: list[tuple[str, int, bytes]] = []
+
+    def handle(request: Event, pieces: Incoming) -> None:
+        for piece in pieces:
+            view = memoryview(bytearray(2))
+            if piece.name == "in part":
+                piece.read_into(view)
+            came.append((piece.name, piece.size, bytes(view) + piece.read()[: 10 * piece.size]))
+
+    serving = Serving(pair[1], handle)
+    serving.start()
+    large = os.urandom(3 * upload.CHUNK_BYTES + 1)
+    pair[0].upload(
+        [
+            Piece("empty", 0, []),
+            Piece("in part", 5, [b"ab", b"", b"cde"]),
+            Piece("large", len(large), [large[:7], large[7:]]),
+        ]
+    )
+    serving.end()
+    assert came == [
+        ("empty", 0, b"\0\0"),
+        ("in part", 5, b"abcde"),
+        ("large", len(large), b"\0\0" + large),
+    ]
+
+
+@pytest.mark.parametrize("chunks", [[b"abcd"], [b"abc", b"d"], [b"ab"], []])
+def test_a_piece_of_another_size_than_announced_is_an_error(
+    pair: tuple[Transfer, Transfer], chunks: list[bytes]
+) -> None:
+    serving = Serving(pair[1], lambda request, pieces: [piece.read() for piece in pieces] and None)
+    serving.start()
+    with pytest.raises(OSError, match="announced"):
+        pair[0].upload([Piece("file", 3, chunks)])
+    pair[0].close()
+    serving.end()
+    assert "a test's transfer broke off" in serving.notes[0]
+
+
+def test_the_sender_stops_when_the_driver_does_not_want_the_rest(
+    pair: tuple[Transfer, Transfer],
+) -> None:
+    def handle(request: Event, pieces: Incoming) -> None:
+        next(pieces)
+        raise OSError("the disk is full")
+
+    serving = Serving(pair[1], handle)
+    serving.start()
+    sent: list[int] = []
+
+    def endless() -> Iterator[bytes]:
+        while True:
+            sent.append(upload.CHUNK_BYTES)
+            yield bytes(upload.CHUNK_BYTES)
+
+    with pytest.raises(OSError, match="the disk is full"):
+        pair[0].upload([Piece("file", 1 << 60, endless())])
+    pair[0].close()
+    serving.end()
+
+
+@pytest.mark.parametrize("ready", ["never", "go"])
+def test_serving_a_task_that_is_gone_ends_without_an_error(
+    pair: tuple[Transfer, Transfer], tmp_path: Path, ready: str
+) -> None:
+    task, driver = pair
+    handler = checkpoint_handlers(CheckpointStore(tmp_path, keep=3))[UploadCheckpoint]
+    serving = Serving(driver, handler.handle)
+    if ready == "never":
         task._socket.shutdown(socket.SHUT_RD)
-    thread = threading.Thread(target=serve)
-    thread.start()
-    if listens_until == "go":
-        task.expect("go")
+    serving.start()
+    if ready == "go":
+        task._expect(Go)
         task._socket.shutdown(socket.SHUT_RD)
-        task.send("directory", path="../x")
+        task._send(PieceFollows("../x/", 0))
     task.close()
-    thread.join(10)
-    assert errors == []
+    serving.end()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_that_breaks_within_a_piece_breaks_off(pair: tuple[Transfer, Transfer]) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"ab"
+        raise OSError("the disk is broken")
+
+    serving = Serving(pair[1], lambda request, pieces: [Piece("file", 3, chunks())])
+    serving.start()
+    (piece, *_) = [next(pair[0].download())]
+    serving.end()
+    pair[1].close()
+    with pytest.raises(ConnectionError):
+        piece.read()
+    assert serving.notes == ["a test's transfer broke off: the disk is broken"]
+
+
+REQUESTS = [
+    UploadResult("run-1", (3,)),
+    UploadResult("run-1", ()),
+    UploadFile("run-1", "HOROVOD_TIMELINE"),
+    UploadCheckpoint("run-1", 1),
+    FindCheckpoint("run-1"),
+    FetchCheckpoint("run-1", 0),
+]
+"""One of each kind of transfer that there is."""
+
+
+def encoded(event: Event) -> bytes:
+    return b"".join(encode(event))
+
+
+def piece(size: Any, name: str = "x", body_bytes: int = 0) -> bytes:
+    """Announce a piece, whatever may be wrong with it."""
+    header = json.dumps({"kind": "PieceFollows", "name": name, "size": size}).encode()
+    return struct.pack(">IQ", len(header), body_bytes) + header
+
+
+HOSTILE = {
+    "noise": os.urandom(64),
+    "zeros": bytes(64),
+    "a large header": b"\xff" * 12,
+    "a body": piece(1, body_bytes=1 << 40),
+    "no JSON": struct.pack(">IQ", 3, 0) + b"{{{",
+    "a list": struct.pack(">IQ", 2, 0) + b"[]",
+    "deep": struct.pack(">IQ", 200_000, 0) + b"[" * 200_000,
+    "another kind": encoded(Started(0)),
+    "no name": struct.pack(">IQ", 24, 0) + b'{"kind": "PieceFollows"}',
+    "a negative size": piece(-1),
+    "a size that is text": piece("many"),
+    "too large": piece(1 << 62),
+    "a surrogate": piece(0, name="\udcff/\0"),
+    "cut off": piece(3) + b"ab",
+    "many": (piece(3) + b"abc") * 3 + encoded(End()),
+    "the end": encoded(End()),
+    "a failure": encoded(TransferFailed("x" * 1000)),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.parametrize("asked", REQUESTS, ids=str)
+def test_whatever_a_peer_sends_the_driver_goes_on_and_keeps_nothing(
+    driver: Driver, source: Path, asked: Event, content: bytes
+) -> None:
+    driver.backend().put(1, source)
+    transfer = Transfer.open("127.0.0.1", driver.port, TOKEN)
+    with contextlib.closing(transfer):
+        transfer.request(asked)
+        with contextlib.suppress(OSError):
+            transfer._socket.sendall(content)
+            transfer._socket.shutdown(socket.SHUT_WR)
+            while transfer._socket.recv(1 << 20):
+                pass
+    wait_until(lambda: not transfer_threads())
+    assert driver.incoming() == []
+    assert stored_tree(driver, 1) == tree(source)
+    assert driver.backend().find_latest()[1] == []

@@ -26,14 +26,15 @@ from horovodrunner.data.distribution import (
 from horovodrunner.data.steps import OwnRowsSteps, Remainder
 from horovodrunner.data.unshared import UnsharedDataSet
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
-from horovodrunner.flows.artifacts.task import BroughtFiles
+from horovodrunner.flows.artifacts.driver import BroughtFiles
+from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.rows.task import TaskRows, Travelling
 from horovodrunner.pickling import payload
+from horovodrunner.pickling.buffers import loads
 from horovodrunner.placement.environment import DATA_DIRECTORY
 from horovodrunner.processes.driver import cluster
 from horovodrunner.processes.driver.resources import TaskRequest
-from horovodrunner.wire.job import JobSpec
 
 COLUMNS = (
     Column(("x",), "number", "int64"),
@@ -256,10 +257,10 @@ def test_the_handle_comes_along_with_the_call_and_is_of_no_use_elsewhere() -> No
     def main(valid: Any) -> Any:
         return handles[0], valid
 
-    with payload.companions() as found:
+    with payload.attachments() as found:
         call = payload.dump_call(main, {"valid": handles[1]})
     assert list(found.values()) == [handles[1], handles[0]] or list(found.values()) == handles
-    function, kwargs = payload.load(call)
+    function, kwargs = loads(call)
     assert kwargs["valid"].source is None
     payload.dump_call(main, {"valid": None})  # nobody collects: nothing happens
     for use in (lambda: function(**kwargs)[0].numpy(batch_size=1), lambda: len(handles[0])):

@@ -8,7 +8,7 @@ import cloudpickle
 
 from horovodrunner.placement.versions import (
     differences,
-    differences_in_words,
+    format_differences,
     installed_versions,
     must_fail,
 )
@@ -36,7 +36,7 @@ def test_other_versions_are_named_with_their_hosts_once() -> None:
     found = differences(DRIVER, [("a", dict(DRIVER)), ("b", other), ("b", other), ("c", other)])
     assert found == [("torch", "2.13.0", (("b", "2.12.1"), ("c", "2.12.1")))]
     assert not must_fail(found)
-    assert differences_in_words(found).splitlines()[1].split() == [
+    assert format_differences(found).splitlines()[1].split() == [
         "torch",
         "2.13.0",
         "2.12.1",
@@ -50,7 +50,7 @@ def test_executors_that_differ_from_each_other_are_named_when_the_driver_has_non
     tasks = [(host, {**DRIVER, "keras": keras}) for host, keras in (("a", "3.14"), ("b", "3.15"))]
     found = differences(DRIVER, tasks)
     assert found == [("keras", "", (("a", "3.14"), ("b", "3.15")))]
-    assert "keras            -             3.14 (a), 3.15 (b)" in differences_in_words(found)
+    assert "keras            -             3.14 (a), 3.15 (b)" in format_differences(found)
 
 
 def test_another_python_or_another_release_of_ours_cannot_work() -> None:

@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from horovodrunner.flows.artifacts.task import BroughtFiles
+from horovodrunner.flows.artifacts.driver import BroughtFiles
+from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.processes.driver import addresses, cluster
 from horovodrunner.processes.driver.resources import TaskRequest
 from horovodrunner.processes.driver.slots import Holders
-from horovodrunner.wire.job import JobSpec
 
 
 class Job:

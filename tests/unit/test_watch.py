@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from horovodrunner.processes.worker.watch import MainThreadWatch
+from horovodrunner.wire.events import Beat
 
 
 def module(name: str, source: str, **names: Any) -> Any:
@@ -33,15 +34,15 @@ def of_horovod(function: str) -> Any:
     return getattr(ops, function)
 
 
-def sampled_in(call: Callable[[Callable[[], None]], None], samples: int = 2) -> dict[str, Any]:
+def sampled_in(call: Callable[[Callable[[], None]], None], samples: int = 2) -> Beat:
     """Give the last sample taken while the innermost frames are a library's."""
     watch = MainThreadWatch()
     wait, go = threading.Event(), threading.Event()
-    found: list[dict[str, Any]] = []
+    found: list[Beat] = []
 
     def sampler() -> None:
         go.wait(10)
-        found.extend(watch.sample() for _ in range(samples))
+        found.extend(watch.sample(0) for _ in range(samples))
         wait.set()
 
     thread = threading.Thread(target=sampler)
@@ -58,10 +59,10 @@ def test_the_collective_is_the_function_the_user_called() -> None:
         of_horovod("allreduce")(then)
 
     sample = sampled_in(train)
-    assert sample["waits_in"] == "allreduce"
-    assert sample["surely"]
-    assert sample["where"].endswith("in train")
-    assert __file__ in sample["where"]
+    assert sample.waits_in == "allreduce"
+    assert sample.surely
+    assert sample.where.endswith("in train")
+    assert __file__ in sample.where
 
 
 def test_a_collective_through_an_autograd_function_keeps_its_name() -> None:
@@ -70,7 +71,7 @@ def test_a_collective_through_an_autograd_function_keeps_its_name() -> None:
     source = "def allreduce(then):\n    apply(synchronize, then)\n"
     names = {"apply": through.apply, "synchronize": of_horovod("synchronize")}
     outer = module("horovod.torch.mpi_ops", source, **names)
-    assert sampled_in(outer.allreduce)["waits_in"] == "allreduce"
+    assert sampled_in(outer.allreduce).waits_in == "allreduce"
 
 
 def test_the_users_code_under_a_frame_of_horovods_is_no_collective() -> None:
@@ -83,7 +84,7 @@ def test_the_users_code_under_a_frame_of_horovods_is_no_collective() -> None:
 
         wrapper(user_code)
 
-    assert sampled_in(train)["waits_in"] == ""
+    assert sampled_in(train).waits_in == ""
 
 
 def test_a_call_that_goes_on_is_timed_and_a_new_one_starts_at_zero() -> None:
@@ -94,7 +95,7 @@ def test_a_call_that_goes_on_is_timed_and_a_new_one_starts_at_zero() -> None:
         def from_elsewhere() -> None:
             go.wait(10)
             for _ in range(samples):
-                seconds.append(watch.sample()["seconds"])
+                seconds.append(watch.sample(0).seconds)
                 pause.wait(0.05)
             done.set()
 
@@ -123,7 +124,7 @@ def test_a_tensorflow_step_may_be_computing() -> None:
         step.quick_execute()
 
     sample = sampled_in(call)
-    assert (sample["waits_in"], sample["surely"]) == ("a TensorFlow step", False)
+    assert (sample.waits_in, sample.surely) == ("a TensorFlow step", False)
 
 
 def test_frames_are_not_kept_after_the_call() -> None:
@@ -137,10 +138,10 @@ def test_frames_are_not_kept_after_the_call() -> None:
     def call() -> None:
         large = Large()
         references.append(weakref.ref(large))
-        thread = threading.Thread(target=watch.sample)
+        thread = threading.Thread(target=watch.sample, args=[0])
         thread.start()
         thread.join()
 
     call()
-    watch.sample()
+    watch.sample(0)
     assert references[0]() is None

@@ -22,28 +22,18 @@ _EVENT_BEGINS = re.compile(r',\s*(?=\{"(?:ph|name)": ")')
 
 
 class TimelineRepair:
-    """Copies a timeline and leaves out what is torn; memory is bounded, whatever its size."""
+    """Copies a timeline and leaves out what is torn; memory is bounded, whatever its size.
+
+    `collectives` counts the events of tensors, `dropped` those in the middle that are no JSON.
+    """
 
     def __init__(self) -> None:
         self.collectives = 0
-        """Events of tensors, that is of collective operations."""
         self.dropped = 0
-        """Events in the middle that are no JSON."""
         self._has_written = False
 
     def repair(self, pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-        """Give a whole JSON array, one event a line.
-
-        Parameters
-        ----------
-        pieces
-            What Horovod wrote.
-
-        Yields
-        ------
-        bytes
-            The array in pieces.
-        """
+        """Make of what Horovod wrote a whole JSON array, one event a line."""
         yield b"["
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         text = ""
@@ -59,10 +49,10 @@ class TimelineRepair:
         yield b"\n]\n"
 
     def _events(self, text: str, stop: int) -> tuple[bytes, int]:
-        """Give the events that begin before `stop`, and where the first one after it begins."""
+        """Return the events that begin before `stop`, and where the first one after it begins."""
         scan = json.JSONDecoder().raw_decode
         lines: list[str] = []
-        position = self._skip(text, 0)
+        position = _skip(text, 0)
         while position < stop:
             try:
                 event, end = scan(text, position)
@@ -80,13 +70,8 @@ class TimelineRepair:
             lines.append(text[position:end])
             if event["ph"] != "M" and "pid" in event:
                 self.collectives += 1
-            position = self._skip(text, end)
+            position = _skip(text, end)
         return self._lines(lines), position
-
-    @staticmethod
-    def _skip(text: str, position: int) -> int:
-        between = _BETWEEN.match(text, position)
-        return between.end() if between is not None else position
 
     def _lines(self, events: list[str]) -> bytes:
         if not events:
@@ -94,3 +79,8 @@ class TimelineRepair:
         start = ",\n" if self._has_written else "\n"
         self._has_written = True
         return (start + ",\n".join(events)).encode()
+
+
+def _skip(text: str, position: int) -> int:
+    between = _BETWEEN.match(text, position)
+    return between.end() if between is not None else position

@@ -20,18 +20,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def called_signature(called: Callable[..., Any]) -> inspect.Signature | None:
-    """Return the parameters that a call takes.
-
-    Parameters
-    ----------
-    called
-        Anything that can be called.
-
-    Returns
-    -------
-    inspect.Signature or None
-        Without annotations; None if it does not tell, as some builtins.
-    """
+    """Return the parameters that a call takes, without annotations; None if it does not tell."""
     try:
         bare = _bare(called)
         return bare and inspect.signature(bare, follow_wrapped=False)
@@ -40,20 +29,7 @@ def called_signature(called: Callable[..., Any]) -> inspect.Signature | None:
 
 
 def misfit(called: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
-    """Explain why something cannot be called with these arguments.
-
-    Parameters
-    ----------
-    called
-        Anything that can be called.
-    arguments
-        Its keyword arguments.
-
-    Returns
-    -------
-    str
-        Its name with its parameters, and what is wrong; "" if nothing is, as far as it tells.
-    """
+    """Return why something cannot be called with these arguments; "" if it can, or may."""
     function: Any = called
     positional: list[Any] = []
     keywords = dict(arguments)
@@ -82,18 +58,7 @@ def misfit(called: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
 
 
 def what_runs_later(called: Callable[..., Any]) -> str:
-    """Name what a call makes instead of running the function.
-
-    Parameters
-    ----------
-    called
-        Anything that can be called.
-
-    Returns
-    -------
-    str
-        ``"a coroutine"``, ``"a generator"``, ``"an async generator"``; "" if the call runs it.
-    """
+    """Return what a call makes instead of running the function, such as "a coroutine", or ""."""
     try:
         function = _bare(called)
     except Exception:  # noqa: BLE001 - it may be anybody's object
@@ -109,18 +74,7 @@ def what_runs_later(called: Callable[..., Any]) -> str:
 
 
 def name_of(called: Callable[..., Any]) -> str:
-    """Return what something that can be called is known as.
-
-    Parameters
-    ----------
-    called
-        Anything that can be called.
-
-    Returns
-    -------
-    str
-        Its qualified name, or that of its class.
-    """
+    """Return the qualified name of something that can be called, or of its class."""
     while isinstance(called, functools.partial):
         called = called.func
     name = getattr(called, "__qualname__", None)

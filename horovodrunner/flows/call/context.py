@@ -15,44 +15,41 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from horovodrunner.flows.call.import_hook import after_import
-from horovodrunner.pickling.pickled import loads
+from horovodrunner.pickling.buffers import loads
+from horovodrunner.pickling.pickler import Call
 
-__all__ = ["InSurroundings"]
+__all__ = ["with_context"]
 
 Part = tuple[str, bytes]
 """A library, and the pickle of a function and arguments to call it with once it is imported. It is
-in Base64: a pickle within main's would be taken for code that main runs (driver/early_imports)."""
-
-_Dumps = Callable[[object], bytes]
+in Base64: a pickle within main's would be taken for code that main runs (early_imports)."""
 
 
-class InSurroundings:
-    """Pickles as a value that is unpickled where this process's settings are in force.
-
-    Parameters
-    ----------
-    value
-        The value, which is all that is there afterwards.
-    dumps
-        Pickles settings and registrations.
-    """
-
-    def __init__(self, value: object, dumps: _Dumps) -> None:
-        self._value = value
-        self._parts = _Parts([*_settings_here(dumps), *_registered_here(dumps)])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _value_of, (self._parts, self._value)  # in this order
+def with_context(value: object, dumps: Callable[[object], bytes]) -> Call:
+    """Pickle as a value that is unpickled where this process's settings are in force."""
+    parts = []
+    for library, call in [*_settings_here(), *_registered_here()]:
+        with contextlib.suppress(Exception):  # main may do without
+            parts.append((library, b2a_base64(dumps(call), newline=False)))
+    return Call(_value_of, Call(_restore, parts), value)  # in this order
 
 
-class _Parts:
-    """Pickles as their restoration."""
+def _settings_here() -> Iterable[tuple[str, object]]:
+    from horovodrunner.flows.call import settings  # where it is not needed it costs a worker time
 
-    def __init__(self, parts: Iterable[Part]) -> None:
-        self._parts = tuple(parts)
+    for library, changed in settings.changed_settings():
+        for name, value in changed.items():
+            yield library, (settings.take_over, (library, {name: value}))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self._parts,)
+
+def _registered_here() -> Iterable[tuple[str, object]]:
+    """Yield what was registered from cells, whether or not main refers to it."""
+    from horovodrunner.flows.call import registries
+
+    for entries in registries.of_this_process().values():
+        for each in entries:
+            if each.is_from_a_cell:
+                yield each.registry.partition(".")[0], (registries.repeat, each)
 
 
 def _value_of(_: object, value: Any) -> Any:
@@ -76,40 +73,3 @@ def _restore_part(library: str, data: bytes, _: object) -> None:
         )
     else:
         function(*arguments)
-
-
-def _settings_here(dumps: _Dumps) -> list[Part]:
-    """Pickle the settings that were changed in this process."""
-    from horovodrunner.flows.call import settings  # where it is not needed it costs a worker time
-
-    return _pickled(
-        dumps,
-        [
-            (library, (settings.take_over, (library, {name: value})))
-            for library, changed in settings.changed_settings()
-            for name, value in changed.items()
-        ],
-    )
-
-
-def _registered_here(dumps: _Dumps) -> list[Part]:
-    """Pickle what was registered from cells, whether or not main refers to it."""
-    from horovodrunner.flows.call import registries
-
-    return _pickled(
-        dumps,
-        [
-            (each.registry.partition(".")[0], (registries.repeat, each))
-            for entries in registries.of_this_process().values()
-            for each in entries
-            if each.is_from_a_cell
-        ],
-    )
-
-
-def _pickled(dumps: _Dumps, calls: Iterable[tuple[str, object]]) -> list[Part]:
-    parts = []
-    for library, call in calls:
-        with contextlib.suppress(Exception):  # main may do without
-            parts.append((library, b2a_base64(dumps(call), newline=False)))
-    return parts

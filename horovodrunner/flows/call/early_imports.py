@@ -1,6 +1,6 @@
 """Which frameworks main will import, found without running any of its code. Runs in: the driver.
 
-What is looked at is bytecode: that in the pickle, and that of the user's own modules that it names.
+What is read is bytecode: that in the pickle, and that of the user's own modules that it names.
 Installed packages are not followed; a table says what the well-known ones import.
 """
 
@@ -10,6 +10,8 @@ import contextlib
 import dis
 import functools
 import importlib
+import importlib.util
+import inspect
 import io
 import os
 import pickle
@@ -18,7 +20,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,7 @@ _IN_ORDER = (
     "horovod.tensorflow",
     "horovod.tensorflow.keras",
 )
-"""Modules that take long to import and that a worker may import before it knows its rank.
-
-Lightning is none: it notes its rank from the environment when it is imported.
-"""
+"""Slow modules that a worker may import before it knows its rank; not Lightning, which notes it."""
 
 _FRAMEWORKS = ("numpy", "torch", "tensorflow", "horovod")
 
@@ -48,19 +47,8 @@ _OURS = frozenset({"horovodrunner", "sparkdl", "petastorm", "pyspark", "py4j"})
 _MEAN_TENSORFLOW = frozenset({"tf_keras", "tensorflow_datasets", "tensorflow_hub"})
 _MEAN_TORCH = frozenset(
     {
-        "accelerate",
-        "diffusers",
-        "fastai",
-        "ignite",
-        "monai",
-        "peft",
-        "sentence_transformers",
-        "timm",
-        "torch_geometric",
-        "torchaudio",
-        "torchmetrics",
-        "torchvision",
-        "transformers",
+        *("accelerate", "diffusers", "fastai", "ignite", "monai", "peft", "sentence_transformers"),
+        *("timm", "torch_geometric", "torchaudio", "torchmetrics", "torchvision", "transformers"),
     }
 )
 _IMPORT_DYNAMO = frozenset({"lightning", "pytorch_lightning"})
@@ -109,31 +97,16 @@ _NO_OBSTACLES = frozenset({"benchmarks", "conftest", "docs", "examples", "setup"
 
 _NESTED_PICKLE = re.compile(rb"\x80[\x02-\x05]")
 
-_MAX_INSTRUCTIONS = 400_000
-"""So much bytecode is looked at; it takes half a second the first time."""
-
 _MAX_SOURCE_BYTES = 1024 * 1024
-"""A larger module is data, and takes long to compile."""
+"""So much source is read; it takes half a second the first time."""
 
 
 def early_imports(main: Callable[..., Any], payload: bytes) -> tuple[str, ...]:
-    """Find the slow modules that a worker may import while its peers are being gathered.
+    """Return the slow modules that a worker may import while its peers are being gathered.
 
-    Nothing is imported early when something says that the way of importing matters to main: it
-    or a module that it imports changes the environment or the import path, its code cannot be
-    read, or a module of the user's hides an installed one.
-
-    Parameters
-    ----------
-    main
-        The training function.
-    payload
-        The pickled call.
-
-    Returns
-    -------
-    tuple of str
-        Module names, in the order in which they are safe to import; often empty.
+    They come in an order in which it is safe to import them. There are none when the way of
+    importing may matter to main: it or a module that it imports changes the environment or the
+    import path, its code cannot be read, or a module of the user's hides an installed one.
     """
     try:
         importlib.invalidate_caches()  # a module may be new, or an archive another one
@@ -149,14 +122,23 @@ class _UnknownError(Exception):
     """What main does before it imports a framework is not known, or changes what it gets."""
 
 
-class _Search:
-    """Follows a pickled call through the user's own modules.
+@dataclass
+class _Facts:
+    """What a piece of code imports and names, with what is in it and runs with it."""
 
-    Parameters
-    ----------
-    own
-        Packages that are followed although they are installed.
-    """
+    imports: list[tuple[int, str, tuple[str, ...]]] = field(default_factory=list)
+    """Level, module and names of each import statement."""
+
+    names: set[str] = field(default_factory=set)
+    later: list[tuple[str, _Facts]] = field(default_factory=list)
+    """Functions, and methods of classes, that run only where their name is used."""
+
+    changes_imports: bool = False
+    """Whether it, or anything in it, changes what an import gives."""
+
+
+class _Search:
+    """Follows a pickled call through the user's own modules, and packages of `own`."""
 
     def __init__(self, own: frozenset[str]) -> None:
         self._own = own
@@ -165,10 +147,10 @@ class _Search:
         self._of_optimizers = set(_OF_OPTIMIZERS)
         self._later: dict[str, list[tuple[_Facts, str]]] = {}
         self._todo: list[tuple[_Facts, str]] = []
-        self._instructions = 0
+        self._bytes_left = _MAX_SOURCE_BYTES
 
     def follow(self, payload: bytes) -> None:
-        """Look at all that unpickling imports, and that the code in the pickle names."""
+        """Read all that unpickling imports, and that the code in the pickle names."""
         nested = _NESTED_PICKLE.search(payload, 2)
         if nested is not None and payload.find(b"environ", nested.start()) >= 0:
             raise _UnknownError
@@ -186,8 +168,7 @@ class _Search:
     def frameworks(self) -> tuple[str, ...]:
         """Return what is worth importing early of all that was found."""
         tops = {name.partition(".")[0] for name in self._imported}
-        found = {name for name in tops if name in ("numpy", "torch", "tensorflow")}
-        found |= self._imported.intersection(_IN_ORDER)
+        found = tops & {"numpy", "torch", "tensorflow"} | self._imported.intersection(_IN_ORDER)
         if tops & _MEAN_TENSORFLOW:
             found.add("tensorflow")
         if "tensorflow" not in found and tops & (_MEAN_TORCH | _IMPORT_DYNAMO):
@@ -198,14 +179,13 @@ class _Search:
         return tuple(name for name in _IN_ORDER if name in found)
 
     def _take(self, facts: _Facts, package: str) -> None:
-        self._instructions += facts.instructions
-        if facts.changes_imports or self._instructions > _MAX_INSTRUCTIONS:
+        if facts.changes_imports:
             raise _UnknownError
         for name, function in facts.later:
             waiting = self._todo if name in self._named else self._later.setdefault(name, [])
             waiting.append((function, package))
         for level, module, names in facts.imports:
-            base = _absolute(level, module, package)
+            base = importlib.util.resolve_name("." * level + module, package)
             self._import(base)
             for name in names:
                 self._import(f"{base}.{name}")
@@ -216,7 +196,7 @@ class _Search:
         self._name(facts.names)
 
     def _name(self, names: Iterable[str]) -> None:
-        """Look at the functions and classes of these names, in whatever module they are."""
+        """Read the functions and classes of these names, in whatever module they are."""
         for name in set(names) - self._named:
             self._named.add(name)
             self._todo += self._later.pop(name, [])
@@ -231,13 +211,30 @@ class _Search:
             self._imported.add(name)
             if parts[0] in _COME_FIRST:
                 raise _UnknownError
-            if parts[0] in sys.stdlib_module_names or parts[0] in _INSTALLED | {"__main__", ""}:
+            if parts[0] in _INSTALLED | sys.stdlib_module_names | {"__main__", ""}:
                 continue
             spec = _spec_of(name)
             if spec is not None and (parts[0] in self._own or not _is_installed(parts[0], spec)):
                 is_package = spec.submodule_search_locations is not None
                 package = name if is_package else name.rpartition(".")[0]
-                self._todo.append((_facts_of_module(spec), package))
+                self._todo.append((self._facts_of_module(spec), package))
+
+    def _facts_of_module(self, spec: ModuleSpec) -> _Facts:
+        if spec.origin is None:  # a directory without __init__.py
+            return _Facts()
+        loader: Any = spec.loader
+        if spec.origin.endswith(".py") and (path := Path(spec.origin)).is_file():
+            source = path.read_bytes()
+        elif (text := loader.get_source(spec.name)) is not None:
+            source = text.encode()
+        elif (code := loader.get_code(spec.name)) is not None:
+            return _facts_of(code, whole=False)
+        else:
+            raise _UnknownError
+        self._bytes_left -= len(source)
+        if self._bytes_left < 0:
+            raise _UnknownError
+        return _facts_of_source(source)
 
 
 class _Inert(type):
@@ -273,7 +270,7 @@ class _PickleReader(pickle.Unpickler):
         if name == "subimport":
             return self._note_module
         if name == "_builtin_type":
-            return self._builtin_type
+            return lambda builtin: self._code if builtin == "CodeType" else _Nothing
         if (module, name) == ("types", "CodeType"):
             return self._code
         self.named.add((module, name))
@@ -283,53 +280,10 @@ class _PickleReader(pickle.Unpickler):
         self.named.add((module, ""))
         return _Nothing
 
-    def _builtin_type(self, name: str) -> Any:
-        return self._code if name == "CodeType" else _Nothing
-
     def _code(self, *fields: Any) -> types.CodeType:
         code = types.CodeType(*fields)
         self.codes.append(code)
         return code
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What is to be known of a piece of code.
-
-    Parameters
-    ----------
-    imports
-        Level, module and names of each import statement.
-    names
-        The names that it uses.
-    later
-        Functions, and methods of classes, that run only where their name is used.
-    changes_imports
-        Whether it, or anything in it, changes what an import gives.
-    instructions
-        How much was looked at.
-    """
-
-    imports: tuple[tuple[int, str, tuple[str, ...]], ...]
-    names: frozenset[str]
-    later: tuple[tuple[str, _Facts], ...]
-    changes_imports: bool
-    instructions: int
-
-
-def _facts_of_module(spec: ModuleSpec) -> _Facts:
-    if spec.origin is None:  # a directory without __init__.py
-        return _facts_of_source(b"")
-    if spec.origin.endswith(".py") and (path := Path(spec.origin)).is_file():
-        if path.stat().st_size > _MAX_SOURCE_BYTES:
-            raise _UnknownError
-        return _facts_of_source(path.read_bytes())
-    loader: Any = spec.loader
-    if (source := loader.get_source(spec.name)) is not None:
-        return _facts_of_source(source.encode())
-    if (code := loader.get_code(spec.name)) is not None:
-        return _facts_of(code, whole=False)
-    raise _UnknownError
 
 
 @functools.lru_cache(maxsize=1024)
@@ -340,26 +294,24 @@ def _facts_of_source(source: bytes) -> _Facts:
 
 
 def _facts_of(code: types.CodeType, *, whole: bool) -> _Facts:
-    """Look at code and all code in it.
+    """Read code and all code in it.
 
     Functions in a function count as a part of it; functions of a module, unless it is wanted
     whole, as what may be called later.
     """
-    look = _Look(code)
-    imports, names, later = list(look.imports), set(look.names), []
-    changes, instructions = look.changes_imports, look.instructions
-    for inner in look.codes:
-        is_function = bool(inner.co_flags & _OF_FUNCTIONS)
-        facts = _facts_of(inner, whole=whole or is_function)
-        changes |= facts.changes_imports
-        instructions += facts.instructions
+    reader = _CodeReader(code)
+    facts = reader.facts
+    for inner in reader.codes:
+        is_function = bool(inner.co_flags & inspect.CO_OPTIMIZED)
+        of_inner = _facts_of(inner, whole=whole or is_function)
+        facts.changes_imports |= of_inner.changes_imports
         if is_function and not whole:
-            later.append((inner.co_name, facts))
+            facts.later.append((inner.co_name, of_inner))
             continue
-        imports += facts.imports
-        names |= facts.names
-        later += [(inner.co_name, method) for _, method in facts.later]
-    return _Facts(tuple(imports), frozenset(names), tuple(later), changes, instructions)
+        facts.imports += of_inner.imports
+        facts.names |= of_inner.names
+        facts.later += [(inner.co_name, method) for _, method in of_inner.later]
+    return facts
 
 
 def _instructions_of(code: types.CodeType) -> Iterator[dis.Instruction]:
@@ -372,31 +324,20 @@ def _instructions_of(code: types.CodeType) -> Iterator[dis.Instruction]:
                 (first, each.opname.startswith("STORE")),
                 (second, each.opname.endswith("STORE_FAST")),
             ):
-                opname = "STORE_FAST" if is_stored else "LOAD_FAST"
-                yield each._replace(opname=opname, argval=name)
+                yield each._replace(opname="STORE_FAST" if is_stored else "LOAD_FAST", argval=name)
             continue
         yield each
 
 
-class _Look:
-    """One code object, without the code in it.
-
-    Parameters
-    ----------
-    code
-        The code object.
-    """
+class _CodeReader:
+    """Reads one code object; `codes` are those in it."""
 
     def __init__(self, code: types.CodeType) -> None:
-        self.imports: list[tuple[int, str, tuple[str, ...]]] = []
-        self.names: set[str] = set()
+        self.facts = _Facts(changes_imports=any(map(_VARIABLES.match, code.co_varnames)))
         self.codes: list[types.CodeType] = []
-        self.changes_imports = any(map(_VARIABLES.match, code.co_varnames))
-        found = list(_instructions_of(code))
-        self.instructions = len(found)
-        self._found = found
+        self._found = list(_instructions_of(code))
         skipped_until = -1
-        for index, each in enumerate(found):
+        for index, each in enumerate(self._found):
             if each.offset < skipped_until:
                 continue
             if "IF_FALSE" in each.opname and self._is_never_true_in_a_worker(index):
@@ -408,36 +349,36 @@ class _Look:
             elif each.opname in ("LOAD_CONST", "KW_NAMES"):
                 assert each.arg is not None  # noqa: S101 - the constant's number
                 self._take_constant(index, code.co_consts[each.arg])
-            elif each.opname.startswith("LOAD_"):
-                self._take_name(index)
+            elif each.opname.startswith("LOAD_") and isinstance(each.argval, str):
+                self._take_name(index, each.argval)
 
     def _is_never_true_in_a_worker(self, index: int) -> bool:
         """Whether a jump is that of ``if TYPE_CHECKING`` or of ``if __name__ == "__main__"``."""
-        before = [each.argval for each in self._found[max(0, index - 3) : index]]
-        if before[-1:] == ["TYPE_CHECKING"]:
-            return True
-        return {"__name__", "__main__"} <= {word for word in before if isinstance(word, str)}
+        before = [self._value(each) for each in range(max(0, index - 3), index)]
+        return before[-1:] == ["TYPE_CHECKING"] or all(
+            each in before for each in ("__name__", "__main__")
+        )
 
     def _take_import(self, index: int) -> None:
-        module = self._found[index].argval
-        level, names = (each.argval for each in self._found[index - 2 : index])
-        self.imports.append((level, module, tuple(names or ())))
-        if module.partition(".")[0] in _COME_FIRST:
-            self.changes_imports = True
-        stored = self._argument(index + 1)
-        if module in ("os", "sys") and not names and stored != module:
-            self.changes_imports = True  # by a name that is not looked for
+        module, level, names = (self._value(index - back) for back in (0, 2, 1))
+        self.facts.imports.append((level, module, tuple(names or ())))
+        # by another name it is not looked for
+        is_renamed = not names and self._value(index + 1) != module
+        if module.partition(".")[0] in _COME_FIRST or (module in ("os", "sys") and is_renamed):
+            self.facts.changes_imports = True
 
     def _take_imported_name(self, index: int) -> None:
-        name = self._found[index].argval
-        module = self.imports[-1][1] if self.imports else ""
-        renamed = self._argument(index + 1) != name
-        if renamed:  # or else it counts where it is used
-            self.names.add(name)
-        if name in _CHANGE_IMPORTS or (module == "sys" and name in ("path", "modules")):
-            self.changes_imports = True
-        if module == "os" and name in ("environ", "environb") and renamed:
-            self.changes_imports = True
+        name = self._value(index)
+        module = self.facts.imports[-1][1] if self.facts.imports else ""
+        is_renamed = self._value(index + 1) != name
+        if is_renamed:  # or else it counts where it is used
+            self.facts.names.add(name)
+        if (
+            name in _CHANGE_IMPORTS
+            or (module == "sys" and name in ("path", "modules"))
+            or (module == "os" and name in ("environ", "environb") and is_renamed)
+        ):
+            self.facts.changes_imports = True
 
     def _take_constant(self, index: int, value: object) -> None:
         if isinstance(value, types.CodeType):
@@ -445,20 +386,17 @@ class _Look:
             return
         words = value if isinstance(value, (tuple, frozenset)) else (value,)
         if any(isinstance(word, str) and _VARIABLES.match(word) for word in words):
-            before = {each.argval for each in self._found[max(0, index - 3) : index] if each.argval}
-            self.changes_imports |= not before & {"environ", "getenv"}
-        self.changes_imports |= value == "environ"
+            before = [self._value(each) for each in range(max(0, index - 3), index)]
+            self.facts.changes_imports |= "environ" not in before and "getenv" not in before
+        self.facts.changes_imports |= value == "environ"
 
-    def _take_name(self, index: int) -> None:
-        name = self._found[index].argval
-        if not isinstance(name, str):
-            return
-        self.names.add(name)
-        if name in _CHANGE_IMPORTS:
-            self.changes_imports = True
-        of_sys = name in ("path", "modules") and index and self._argument(index - 1) == "sys"
-        if (of_sys or name in ("environ", "environb")) and not self._is_only_read(index):
-            self.changes_imports = True
+    def _take_name(self, index: int, name: str) -> None:
+        self.facts.names.add(name)
+        of_sys = name in ("path", "modules") and index and self._value(index - 1) == "sys"
+        if name in _CHANGE_IMPORTS or (
+            (of_sys or name in ("environ", "environb")) and not self._is_only_read(index)
+        ):
+            self.facts.changes_imports = True
 
     def _is_only_read(self, index: int) -> bool:
         """Whether what an instruction loads is a mapping or list of which one item is read."""
@@ -473,16 +411,12 @@ class _Look:
             after[-1].opname == "BINARY_SUBSCR" or after[-1].argrepr == "[]"
         )
 
-    def _argument(self, index: int) -> Any:
+    def _value(self, index: int) -> Any:
         return self._found[index].argval if index < len(self._found) else None
 
 
-_OF_FUNCTIONS = 1
-"""CO_OPTIMIZED: a function's code has it, a module's and a class's have not."""
-
-
 def _packages_of(main: Any) -> frozenset[str]:
-    """Name the packages that main itself comes from, whatever is wrapped around it."""
+    """Return the packages that main itself comes from, whatever is wrapped around it."""
     found = set()
     wrapped: list[Any] = [main]
     for thing in wrapped:
@@ -495,10 +429,7 @@ def _packages_of(main: Any) -> frozenset[str]:
 
 
 def _spec_of(name: str) -> ModuleSpec | None:
-    """Find a module without importing it, nor the package that it is in."""
-    spec = getattr(sys.modules.get(name), "__spec__", None)
-    if isinstance(spec, ModuleSpec):
-        return spec
+    """Find a module without importing it, or the package that it is in."""
     path: Sequence[str] | None = None
     if parent := name.rpartition(".")[0]:
         parent_spec = _spec_of(parent)
@@ -524,37 +455,31 @@ def _is_installed(top: str, spec: ModuleSpec) -> bool:
 
 
 def _an_installed_module_is_hidden() -> bool:
-    """Whether a module of the user's would be imported instead of an installed one.
+    """Return whether a module of the user's would be imported instead of an installed one.
 
     Frameworks may import it, too; and a worker may learn only later where it is.
     """
-    installed = set(sys.stdlib_module_names).union(_FRAMEWORKS)
-    users: dict[str, set[str]] = {}
+    installed = {*sys.stdlib_module_names, *_FRAMEWORKS}
     for entry in reversed([entry or os.getcwd() for entry in sys.path]):  # noqa: PTH109
-        with contextlib.suppress(OSError):  # an archive, or not there
-            names = {name.split(".")[0] for name in os.listdir(entry) if _may_be_module(name)}  # noqa: PTH208
-            if holds_installed_packages(entry):
-                installed |= names
-            else:
-                users[entry] = names & installed
-    for entry, names in users.items():
-        for name in names - _NO_OBSTACLES - _OURS:
-            if not Path(entry, name).is_dir() or Path(entry, name, "__init__.py").exists():
-                return True
+        try:
+            files = os.listdir(entry)  # noqa: PTH208
+        except OSError:  # an archive, or not there
+            continue
+        names = {
+            file.partition(".")[0]
+            for file in files
+            if "." not in file or file.endswith((".py", ".pyc", ".so"))
+        }
+        if holds_installed_packages(entry):
+            installed |= names
+        elif any(_is_module(entry, name) for name in names & installed - _NO_OBSTACLES - _OURS):
+            return True
     return False
 
 
-def _may_be_module(name: str) -> bool:
-    return "." not in name or name.endswith((".py", ".pyc", ".so"))
-
-
-def _absolute(level: int, module: str, package: str) -> str:
-    """Resolve a relative import."""
-    if not level:
-        return module
-    parts = package.split(".")
-    base = parts[: len(parts) - level + 1]
-    return ".".join([*base, module] if module else base)
+def _is_module(entry: str, name: str) -> bool:
+    path = Path(entry, name)
+    return not path.is_dir() or (path / "__init__.py").exists()
 
 
 def _is_below(name: str, package: str) -> bool:

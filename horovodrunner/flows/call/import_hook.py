@@ -20,31 +20,16 @@ _hooks: dict[str, Callable[[ModuleType, Execute], None]] = {}
 
 
 def instead_of_import(name: str, hook: Callable[[ModuleType, Execute], None]) -> None:
-    """Be called instead of a module's own code.
-
-    Parameters
-    ----------
-    name
-        The module, which must not have been imported yet.
-    hook
-        Gets the new module, and the function that executes the module's own code in it.
-    """
+    """Call `hook` instead of a module's own code."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     _hooks[name] = hook
 
 
 def after_import(name: str, act: Callable[[Any], None]) -> None:
-    """Be called with a module once it has been imported; at once if that is already so.
+    """Call `act` with a module once it has been imported; at once if that is already so.
 
-    Several callers may wait for the same module; they are called in turn.
-
-    Parameters
-    ----------
-    name
-        The module.
-    act
-        Gets it.
+    Several may wait for the same module; they are called in turn.
     """
     if name in sys.modules:
         act(sys.modules[name])

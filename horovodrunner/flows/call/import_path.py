@@ -5,6 +5,9 @@ installed packages is in front of them in the worker, too, while the packages th
 of the worker's own Python.
 """
 
+# Entries of sys.path are text, and need not be paths.
+# ruff: noqa: PTH100, PTH109, PTH110, PTH113, PTH117, PTH119, PTH120
+
 from __future__ import annotations
 
 import contextlib
@@ -25,23 +28,13 @@ _ADDED_FILES = re.compile(r"/userFiles-[0-9a-f]{8}-[0-9a-f-]{27}(?=/|$)")
 """Where Spark's driver keeps what is added to a session (addPyFile); an executor's are in its own
 working directory."""
 
-_STDLIB = os.path.dirname(os.__file__)  # noqa: PTH120
+_STDLIB = os.path.dirname(os.__file__)
 _STDLIB_ZIP = f"python{sys.version_info.major}{sys.version_info.minor}.zip"
 
 
 @dataclass(frozen=True)
 class ImportPath:
-    """A process's import path without the directories of its Python itself.
-
-    Parameters
-    ----------
-    first
-        What comes before the standard library.
-    before_packages
-        What comes after it and before the installed packages: the notebook's directory in IPython.
-    last
-        What comes after them.
-    """
+    """A process's import path without the directories of its Python itself."""
 
     first: tuple[str, ...] = ()
     before_packages: tuple[str, ...] = ()
@@ -49,13 +42,7 @@ class ImportPath:
 
     @classmethod
     def of_this_process(cls) -> ImportPath:
-        """Split this process's ``sys.path``.
-
-        Returns
-        -------
-        ImportPath
-            Absolute entries.
-        """
+        """Split this process's ``sys.path``."""
         entries = _absolute(_with_earlier_directories(sys.path))
         stdlib, packages = _boundaries(entries)
         middle, last = entries[stdlib:packages], entries[packages:]
@@ -68,32 +55,19 @@ class ImportPath:
 
 
 def of_worker(users: ImportPath, own: Iterable[object]) -> list[str]:
-    """Put the user's directories in their places in a worker's import path.
-
-    Parameters
-    ----------
-    users
-        The driver's, of which this machine may lack some.
-    own
-        The ``sys.path`` of the task.
-
-    Returns
-    -------
-    list of str
-        What ``sys.path`` is to be in the worker.
-    """
+    """Put the user's directories in their places in a worker's import path."""
     entries = _absolute(own)
     stdlib, _ = _boundaries(entries)
-    added = {os.path.basename(e): e for e in entries[:stdlib] if os.path.isfile(e)}  # noqa: PTH113, PTH119
+    added = {os.path.basename(e): e for e in entries[:stdlib] if os.path.isfile(e)}
 
     def place_of(entry: str) -> str | None:
         if entry in entries:
             return entry
         is_added = _ADDED_FILES.search(entry)
         if is_added and is_added.end() == len(entry):
-            return os.getcwd() if os.getcwd() in entries else None  # noqa: PTH109
+            return os.getcwd() if os.getcwd() in entries else None
         if is_added or not _exists(entry):
-            return added.get(os.path.basename(entry))  # noqa: PTH119
+            return added.get(os.path.basename(entry))
         return entry
 
     def here(lent: Sequence[str]) -> list[str]:
@@ -109,18 +83,7 @@ def of_worker(users: ImportPath, own: Iterable[object]) -> list[str]:
 
 
 def before_stdlib(path: Sequence[str]) -> list[str]:
-    """Return what a child's ``PYTHONPATH`` has to be: the rest its own Python adds.
-
-    Parameters
-    ----------
-    path
-        An import path.
-
-    Returns
-    -------
-    list of str
-        Its entries before the standard library.
-    """
+    """Return what a child's ``PYTHONPATH`` has to be: the rest its own Python adds."""
     return list(path[: _boundaries(path)[0]])
 
 
@@ -129,20 +92,10 @@ def start_command(module: str) -> list[str]:
 
     The directories of the user must not get in the way of a start: a ``queue.py`` among them, or
     in the working directory, would be taken for the standard library's.
-
-    Parameters
-    ----------
-    module
-        Its name.
-
-    Returns
-    -------
-    list of str
-        To be followed by the module's arguments.
     """
     entries = _absolute(sys.path)
     loaded = [sys.modules.get(name) for name in (module.partition(".")[0], "cloudpickle")]
-    roots = [os.path.dirname(os.path.dirname(m.__file__)) for m in loaded if m and m.__file__]  # noqa: PTH120
+    roots = [os.path.dirname(os.path.dirname(m.__file__)) for m in loaded if m and m.__file__]
     path = list(dict.fromkeys([*filter(_is_stdlib, entries), *roots, *entries]))
     source = (
         f"import sys; sys.path[:] = {path!a}; import runpy; "
@@ -154,19 +107,13 @@ def start_command(module: str) -> list[str]:
 def _absolute(path: Iterable[object]) -> list[str]:
     """Return a path's entries once each, those that mean a directory in full."""
     entries = (entry for entry in path if isinstance(entry, str))  # Python ignores others, too
-    if not _has_working_directory():  # what is relative to it is nowhere
-        entries = (e for e in entries if e and (os.path.isabs(e) or not os.path.exists(e)))  # noqa: PTH110, PTH117
-    # What names no file belongs to a hook (sys.path_hooks), which knows what it means.
-    full = (os.path.abspath(e) if not e or os.path.exists(e) else e for e in entries)  # noqa: PTH100, PTH110
-    return list(dict.fromkeys(full))
-
-
-def _has_working_directory() -> bool:
     try:
-        os.getcwd()  # noqa: PTH109
-    except OSError:  # somebody has deleted it
-        return False
-    return True
+        os.getcwd()
+    except OSError:  # somebody has deleted it: what is relative to it is nowhere
+        entries = (e for e in entries if e and (os.path.isabs(e) or not os.path.exists(e)))
+    # What names no file belongs to a hook (sys.path_hooks), which knows what it means.
+    full = (os.path.abspath(e) if not e or os.path.exists(e) else e for e in entries)
+    return list(dict.fromkeys(full))
 
 
 def _with_earlier_directories(path: Sequence[object]) -> list[object]:
@@ -174,11 +121,11 @@ def _with_earlier_directories(path: Sequence[object]) -> list[object]:
 
     Modules that were imported from there are those that the notebook goes on using.
     """
-    relative = [e for e in path if isinstance(e, str) and not os.path.isabs(e)]  # noqa: PTH117
-    first = next((e for e in relative if not e or os.path.exists(e)), None)  # noqa: PTH110
+    relative = [e for e in path if isinstance(e, str) and not os.path.isabs(e)]
+    first = next((e for e in relative if not e or os.path.exists(e)), None)
     if first is None:
         return [*path]
-    known = {os.path.realpath(e) for e in _absolute(path) if os.path.isabs(e)}  # noqa: PTH117
+    known = {os.path.realpath(e) for e in _absolute(path) if os.path.isabs(e)}
     earlier = dict[str, None]()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
@@ -186,9 +133,9 @@ def _with_earlier_directories(path: Sequence[object]) -> list[object]:
             continue
         directory, base = os.path.split(file)
         if base == "__init__.py":
-            directory = os.path.dirname(directory)  # noqa: PTH120
+            directory = os.path.dirname(directory)
         is_known = os.path.realpath(directory) in known or is_of_a_python(directory)
-        if not is_known and os.path.isabs(file) and not _is_found(name, file):  # noqa: PTH117
+        if not is_known and os.path.isabs(file) and not _is_found(name, file):
             earlier[directory] = None
     return [*path[: path.index(first)], *earlier, *path[path.index(first) :]]
 
@@ -212,7 +159,7 @@ def _boundaries(entries: Sequence[str]) -> tuple[int, int]:
 
 
 def _is_stdlib(entry: str) -> bool:
-    name = os.path.basename(entry)  # noqa: PTH119
+    name = os.path.basename(entry)
     is_inside = entry == _STDLIB or entry.startswith(_STDLIB + os.sep)
     return (is_inside and not name.endswith("-packages")) or name == _STDLIB_ZIP
 

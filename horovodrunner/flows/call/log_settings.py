@@ -23,18 +23,7 @@ _OF_TORCH = ("torch.__", "strobelight_", "c10d-")
 
 
 def changed(module: Any) -> dict[str, Any]:
-    """Describe how logging is set up in this process, as far as it is not the default.
-
-    Parameters
-    ----------
-    module
-        ``logging``.
-
-    Returns
-    -------
-    dict
-        For :func:`take_over`.
-    """
+    """Describe how logging is set up in this process, as far as it is not the default."""
     root, manager = module.root, module.Logger.manager
     loggers = {"": root, **manager.loggerDict}
     levels = {
@@ -92,15 +81,7 @@ def _described(handler: logging.Handler) -> tuple[bool, int, Any, list[Any]] | N
 
 
 def take_over(module: Any, settings: dict[str, Any]) -> None:
-    """Set logging up as another process has it.
-
-    Parameters
-    ----------
-    module
-        ``logging``.
-    settings
-        What :func:`changed` found there.
-    """
+    """Set logging up as another process has it."""
     for level, name in settings.get("names", {}).items():
         module.addLevelName(level, name)
     module.disable(settings.get("disabled", 0))

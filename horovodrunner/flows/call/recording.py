@@ -1,4 +1,4 @@
-"""Write down what a run is called with, for those that go on from it. Runs in: the driver.
+"""Records what a run is called with, for those that go on from it. Runs in: the driver.
 
 The same cell in a fresh kernel has the same record: no addresses, no line numbers, no order of
 sets, and of arrays, models and DataFrames the type and the shape alone.
@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import decimal
 import dis
 import enum
-import fractions
 import functools
 import hashlib
 import inspect
@@ -20,7 +17,6 @@ import os
 import re
 import sys
 import types
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
@@ -50,15 +46,9 @@ _LOOKS_RANDOM = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9+_=-]{32,}")
 
 _HAVE_SHAPES = frozenset({"numpy", "pandas", "polars", "scipy", "tensorflow", "torch"})
 _SCALARS = (bool, int, float, complex, str, bytes, bytearray, enum.Enum, PurePath)
-_SHOWN_AS_THEY_ARE = (
-    datetime.date,
-    datetime.time,
-    datetime.timedelta,
-    decimal.Decimal,
-    fractions.Fraction,
-    range,
-    uuid.UUID,
-)
+_REPRESENTED = frozenset({"datetime", "decimal", "fractions", "uuid"})
+"""Modules whose objects are shown as they represent themselves."""
+
 _OURS = frozenset({"horovodrunner", "petastorm", "sparkdl"})
 _PLAIN_BASES = frozenset({"abc", "builtins", "typing"})
 _NOT_CODE = frozenset({"__doc__", "__firstlineno__"})
@@ -221,18 +211,21 @@ class _Writer:
         for base in cls.__bases__:
             self._visit_what_is_the_users(base)
         for name, held in sorted(vars(cls).items()):
-            value = held
-            if isinstance(held, (staticmethod, classmethod)):
-                value = held.__func__
-            elif isinstance(held, property):
-                value = held.fget
-            elif isinstance(held, functools.cached_property):
-                value = held.func
+            value = _function_in(held)
             if isinstance(value, types.FunctionType):
                 if not (name.startswith("__") and _is_generated(cls, value)):
                     self._visit_what_is_the_users(value)
             elif not name.startswith("_") and _is_plain(value):
                 self.describe(self.variables, f"{cls.__qualname__}.{name}", value)
+
+
+def _function_in(held: Any) -> Any:
+    """Return the function that a class holds as a method or property; else what it holds."""
+    if isinstance(held, (staticmethod, classmethod)):
+        return held.__func__
+    if isinstance(held, property):
+        return held.fget
+    return held.func if isinstance(held, functools.cached_property) else held
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:  # noqa: PLR0911 - a list of kinds
@@ -265,25 +258,30 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
     )
     if not (is_namespace or is_model or is_plain_class):
         return []
-    held = dict(getattr(value, "__dict__", {}))
-    for name in (name for each in kind.mro() for name in _slots(each)):
-        with contextlib.suppress(AttributeError):  # it has no value yet
-            held[name] = getattr(value, name)
-    public = [(name, item) for name, item in held.items() if not name.startswith("_")]
+    slots = [
+        name
+        for each in kind.mro()
+        for name, held in vars(each).items()
+        if isinstance(held, types.MemberDescriptorType)
+    ]
+    names = [*getattr(value, "__dict__", {}), *(name for name in slots if hasattr(value, name))]
+    public = [(name, getattr(value, name)) for name in names if not name.startswith("_")]
     return [(n, item) for n, item in public if is_namespace or is_model or _is_plain(item)]
 
 
-def _slots(kind: type) -> list[str]:
-    held = vars(kind).items()
-    return [name for name, each in held if isinstance(each, types.MemberDescriptorType)]
-
-
 def _is_scalar(value: Any) -> bool:
+    is_singleton = value is None or value is ...
     return (
-        value is None
-        or value is ...
-        or isinstance(value, (*_SCALARS, *_SHOWN_AS_THEY_ARE))
+        is_singleton
+        or isinstance(value, _SCALARS)
+        or _is_represented(value)
         or _is_numpy_scalar(value)
+    )
+
+
+def _is_represented(value: Any) -> bool:
+    return isinstance(value, range) or any(
+        each.__module__ in _REPRESENTED for each in type(value).__mro__
     )
 
 
@@ -311,15 +309,13 @@ def _text(value: Any) -> str:  # noqa: PLR0911 - a list of kinds
     if isinstance(value, int):
         # Python refuses to write long integers in decimal digits
         return int.__repr__(value) if value.bit_length() < 1000 else _bounded(hex(value))
-    if isinstance(value, float):
-        return float.__repr__(value)
-    if isinstance(value, complex):
-        return complex.__repr__(value)
+    if isinstance(value, (float, complex)):
+        return (float if isinstance(value, float) else complex).__repr__(value)
     if isinstance(value, (str, PurePath)):
         return _quoted(str.__str__(value) if isinstance(value, str) else str(value))
     if isinstance(value, (bytes, bytearray)):
         return _quoted(bytes(value[:_HASHED_CHARACTERS]).decode("latin-1"), len(value), "bytes")
-    if isinstance(value, _SHOWN_AS_THEY_ARE):
+    if _is_represented(value):
         return _bounded(repr(value))
     if isinstance(value, (list, tuple, set, frozenset)):
         return _bounded(_collection_text(value))
@@ -388,11 +384,9 @@ def _may_be_secret(name: str, value: Any) -> bool:
     if value is None or isinstance(value, bool):
         return False
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name.partition(" of ")[0]).lower()
-    found = set(re.findall(r"[a-z]+", words))
     # max_tokens=512 is none
-    return not found.isdisjoint(
-        _SURELY_SECRET if isinstance(value, (int, float)) else _SECRET_WORDS
-    )
+    secret = _SURELY_SECRET if isinstance(value, (int, float)) else _SECRET_WORDS
+    return not secret.isdisjoint(re.findall(r"[a-z]+", words))
 
 
 def _looks_secret(text: str) -> bool:
@@ -433,16 +427,16 @@ def _is_generated(cls: type, method: types.FunctionType) -> bool:
     return dataclasses.is_dataclass(cls) and (file == "<string>" or _is_installed(file))
 
 
-def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
-    """List code without what only says where it is written and what for."""
-    waiting: dis.Instruction | None = None
-    for each in dis.get_instructions(code):
-        is_stored = each.opname == "STORE_NAME" and each.argval in _NOT_CODE
-        if waiting is not None and not is_stored:
-            yield waiting
-        waiting = None if is_stored else each
-    if waiting is not None:
-        yield waiting
+def _instructions(code: types.CodeType) -> list[dis.Instruction]:
+    """Return code without what only says where it is written and what for."""
+    found = [*dis.get_instructions(code)]
+    stores_note = [each.opname == "STORE_NAME" and each.argval in _NOT_CODE for each in found]
+    loads_note = [*stores_note[1:], False]
+    return [
+        each
+        for each, stores, loads in zip(found, stores_note, loads_note, strict=True)
+        if not (stores or loads)
+    ]
 
 
 def _code_text(code: types.CodeType) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import collections.abc
 import contextlib
-import copyreg
+import functools
 import numbers
 import sys
 import warnings
@@ -31,17 +31,7 @@ __all__ = [
 
 
 class Registered(NamedTuple):
-    """One entry of a registry.
-
-    Parameters
-    ----------
-    registry
-        The module that it is kept in.
-    thing
-        The class or function.
-    how
-        What :func:`repeat` needs to register it again.
-    """
+    """A class or function in the registry of a module, and what :func:`repeat` needs besides."""
 
     registry: str
     thing: Any
@@ -67,13 +57,7 @@ _SAFE_GLOBALS = "torch.serialization"
 
 
 def of_this_process() -> dict[int, list[Registered]]:
-    """Look up what is registered with the libraries that are imported.
-
-    Returns
-    -------
-    dict
-        The entries of each class or function, by its id.
-    """
+    """Return what is registered with the libraries that are imported, by its id."""
     found: dict[int, list[Registered]] = {}
     for name, (entries, _) in _REGISTRIES.items():
         module = sys.modules.get(name)
@@ -86,22 +70,7 @@ def of_this_process() -> dict[int, list[Registered]]:
 
 
 def with_registrations(thing: Any, reduced: Any, entries: list[Registered]) -> Any:
-    """Let a class or function that travels by value be registered where it is unpickled.
-
-    Parameters
-    ----------
-    thing
-        The class or function.
-    reduced
-        What cloudpickle makes of it.
-    entries
-        Its registrations.
-
-    Returns
-    -------
-    tuple
-        For the pickler.
-    """
+    """Register a class or function that travels by value where it is unpickled."""
     make, args, state, items, pairs, set_state = reduced
     again = [(each.registry, each.how) for each in entries]
     return make, args, (set_state, state, again), items, pairs, _set_state
@@ -115,19 +84,7 @@ def _set_state(thing: Any, state: Any) -> None:
 
 
 def repeat(registry: str, thing: Any, how: Any) -> None:
-    """Register something as it was where it was pickled, once the library is imported.
-
-    What this process has registered itself under the same name stays.
-
-    Parameters
-    ----------
-    registry
-        The module that it is kept in.
-    thing
-        The class or function.
-    how
-        As in :class:`Registered`.
-    """
+    """Register something as it was where it was pickled, once the library is imported."""
     library = registry.partition(".")[0]
 
     def register(_: Any) -> None:
@@ -149,8 +106,14 @@ _repeated: dict[tuple[str, Any], Any] = {}
 """What this module registered, by registry and name: a newer one may take its place."""
 
 
-def _may_register(registry: str, name: Any, present: Any) -> bool:
-    return present is None or _repeated.get((registry, name)) is present
+def _under_name(
+    module: Any, name: Any, thing: Any, present: Any, register: Callable[[], object]
+) -> None:
+    """Register something unless this process has registered something itself by that name."""
+    key = module.__name__, name
+    if present is None or _repeated.get(key) is present:
+        register()
+        _repeated[key] = thing
 
 
 def _keras_tables(module: Any) -> tuple[dict[str, Any], dict[Any, str]]:
@@ -174,18 +137,17 @@ def _to_keras(module: Any, thing: Any, how: Any) -> None:
     if name is not None:
         names[thing] = name
     for key in keys:
-        if _may_register(module.__name__, key, objects.get(key)):
-            objects[key] = _repeated[module.__name__, key] = thing
+        add = functools.partial(objects.__setitem__, key, thing)
+        _under_name(module, key, thing, objects.get(key), add)
 
 
 def _of_copyreg(module: Any) -> Iterator[tuple[Any, Any]]:
-    yield from copyreg.dispatch_table.items()
+    yield from module.dispatch_table.items()
 
 
 def _to_copyreg(module: Any, thing: Any, how: Any) -> None:
-    if _may_register(module.__name__, thing, copyreg.dispatch_table.get(thing)):
-        copyreg.pickle(thing, how)
-        _repeated[module.__name__, thing] = how
+    present = module.dispatch_table.get(thing)
+    _under_name(module, thing, how, present, lambda: module.pickle(thing, how))
 
 
 _ABSTRACT = tuple(
@@ -224,15 +186,9 @@ _NO_NAME = "NO_SERIALIZED_TYPE_NAME_FOUND"
 def _of_pytrees(module: Any) -> Iterator[tuple[Any, Any]]:
     for kind, node in module.SUPPORTED_NODES.items():
         names = module.SUPPORTED_SERIALIZED_TYPES.get(kind)
-        yield (
-            kind,
-            (
-                node.flatten_fn,
-                node.unflatten_fn,
-                getattr(node, "flatten_with_keys_fn", None),
-                *(names[1:] if names is not None and names[1] != _NO_NAME else ()),
-            ),
-        )
+        serialized = names[1:] if names is not None and names[1] != _NO_NAME else ()
+        with_keys = getattr(node, "flatten_with_keys_fn", None)
+        yield kind, (node.flatten_fn, node.unflatten_fn, with_keys, *serialized)
 
 
 def _to_pytrees(module: Any, thing: Any, how: Any) -> None:
@@ -257,13 +213,17 @@ def _of_pandas_dtypes(module: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _to_pandas_dtypes(module: Any, thing: Any, _: Any) -> None:
-    if thing not in module._registry.dtypes:
-        others = [each for each in module._registry.dtypes if each.__name__ == thing.__name__]
-        if all(_repeated.get((module.__name__, thing.__name__)) is each for each in others):
-            for each in others:
-                module._registry.dtypes.remove(each)
-            module._registry.register(thing)
-            _repeated[module.__name__, thing.__name__] = thing
+    dtypes = module._registry.dtypes
+    name = thing.__name__
+    present = next((each for each in dtypes if each.__name__ == name and each is not thing), None)
+
+    def register() -> None:
+        if present is not None:
+            dtypes.remove(present)
+        module._registry.register(thing)
+
+    if thing not in dtypes:
+        _under_name(module, name, thing, present, register)
 
 
 def _of_accessors(module: Any) -> Iterator[tuple[Any, Any]]:
@@ -278,14 +238,15 @@ def _of_accessors(module: Any) -> Iterator[tuple[Any, Any]]:
 
 def _to_accessors(module: Any, thing: Any, how: Any) -> None:
     owner, name = how
-    present = vars(getattr(sys.modules["pandas"], owner)).get(name)
-    accessor = getattr(present, "_accessor", present)
-    if _may_register(module.__name__, how, accessor):
+    pandas: Any = sys.modules["pandas"]
+    present = vars(getattr(pandas, owner)).get(name)
+
+    def register() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it takes an earlier one's place
-            extensions = sys.modules["pandas"].api.extensions
-            getattr(extensions, f"register_{owner.lower()}_accessor")(name)(thing)
-        _repeated[module.__name__, how] = thing
+            getattr(pandas.api.extensions, f"register_{owner.lower()}_accessor")(name)(thing)
+
+    _under_name(module, how, thing, getattr(present, "_accessor", present), register)
 
 
 def _of_conversions(module: Any) -> Iterator[tuple[Any, Any]]:
@@ -309,11 +270,12 @@ def _of_gradients(module: Any) -> Iterator[tuple[Any, Any]]:
 
 def _to_gradients(module: Any, thing: Any, how: Any) -> None:
     entries = module.gradient_registry._registry
-    present = entries[how]["type"] if how in entries else None
-    if _may_register(module.__name__, how, present):
+
+    def register() -> None:
         entries.pop(how, None)
         module.RegisterGradient(how)(thing)
-        _repeated[module.__name__, how] = thing
+
+    _under_name(module, how, thing, entries.get(how, {}).get("type"), register)
 
 
 _REGISTRIES: dict[

@@ -11,6 +11,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from horovodrunner.flows.call import log_settings
@@ -21,15 +22,7 @@ _DEFAULT_RECURSION_LIMIT = 1000
 
 
 class _Setting(NamedTuple):
-    """One setting of a library, whose module `read` and `write` get.
-
-    Parameters
-    ----------
-    default
-        What it is unless it was changed.
-    read, write
-        `write` sets what `read` returned.
-    """
+    """`read` returns a setting of the library whose module it gets, and `write` sets it."""
 
     default: Any
     read: Callable[[Any], Any]
@@ -37,26 +30,35 @@ class _Setting(NamedTuple):
 
 
 def _attribute(path: str, default: Any) -> _Setting:
-    *owners, name = path.split(".")
-
-    def owner(module: Any) -> Any:
-        for each in owners:
-            module = getattr(module, each)
-        return module
-
+    owner, _, name = path.rpartition(".")
     return _Setting(
         default,
-        lambda module: getattr(owner(module), name),
-        lambda module, value: setattr(owner(module), name, value),
+        attrgetter(path),
+        lambda module, value: setattr(attrgetter(owner)(module), name, value),
     )
 
 
-def _print_options_of_numpy(numpy: Any) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in numpy.get_printoptions().items()
-        if value != _NUMPY_PRINTS.get(name, value)
-    }
+def _functions(default: Any, read: str, write: str) -> _Setting:
+    """Return a setting that two functions of the library read and write."""
+    return _Setting(
+        default,
+        lambda module: attrgetter(read)(module)(),
+        lambda module, value: attrgetter(write)(module)(value),
+    )
+
+
+def _keras_switch(name: str) -> _Setting:
+    def write(keras: Any, value: bool) -> None:
+        getattr(keras.config, f"{'enable' if value else 'disable'}_{name}")()
+
+    return _Setting(True, lambda keras: getattr(keras.config, f"is_{name}_enabled")(), write)
+
+
+def _decimal_context(decimal: Any) -> Any:
+    context, default = decimal.getcontext().copy(), decimal.DefaultContext.copy()
+    context.clear_flags()
+    default.clear_flags()
+    return None if repr(context) == repr(default) else context
 
 
 _NUMPY_PRINTS = {
@@ -73,16 +75,13 @@ _NUMPY_PRINTS = {
     "legacy": False,
 }
 
-_TORCH_PRINTS = {
-    "precision": 4,
-    "threshold": 1000,
-    "edgeitems": 3,
-    "linewidth": 80,
-    "sci_mode": None,
-}
+
+def _numpy_print_options(numpy: Any) -> dict[str, Any]:
+    options = numpy.get_printoptions().items()
+    return {name: value for name, value in options if value != _NUMPY_PRINTS.get(name, value)}
 
 
-def _options_of_pandas(pandas: Any) -> dict[str, Any]:
+def _pandas_options(pandas: Any) -> dict[str, Any]:
     options = sys.modules["pandas._config.config"]
     changed = {}
     for name, option in options._registered_options.items():
@@ -94,67 +93,27 @@ def _options_of_pandas(pandas: Any) -> dict[str, Any]:
     return changed
 
 
-def _set_options_of_pandas(pandas: Any, changed: dict[str, Any]) -> None:
+def _set_pandas_options(pandas: Any, changed: dict[str, Any]) -> None:
     for name, value in changed.items():
         with contextlib.suppress(pandas.errors.OptionError):  # of another version
             pandas.set_option(name, value)
 
 
-def _decimal_context(module: Any) -> dict[str, Any] | None:
-    now, default = module.getcontext(), module.DefaultContext
-    names = ("prec", "rounding", "Emin", "Emax", "capitals", "clamp", "traps")
-    if all(getattr(now, name) == getattr(default, name) for name in names):
-        return None
-    return {**{name: getattr(now, name) for name in names}, "traps": dict(now.traps)}
-
-
-def _set_decimal_context(module: Any, changed: dict[str, Any]) -> None:
-    for name, value in changed.items():
-        setattr(module.getcontext(), name, value)
-
-
-def _keras_policy(module: Any) -> str | None:
+def _keras_policy(keras: Any) -> str | None:
     """Name the policy of all layers, unless it follows from the type of floating-point numbers."""
-    if hasattr(module, "config") and hasattr(module.config, "dtype_policy"):
-        name = module.config.dtype_policy().name
-    else:
-        name = module.mixed_precision.global_policy().name
-    return None if name in {"_infer", _floats(module).floatx()} else str(name)
-
-
-def _set_keras_policy(module: Any, name: str) -> None:
-    if hasattr(module, "config") and hasattr(module.config, "set_dtype_policy"):
-        module.config.set_dtype_policy(name)
-    else:
-        module.mixed_precision.set_global_policy(name)
-
-
-def _floats(module: Any) -> Any:
-    """Return where a Keras keeps these settings: 3 in ``config``, 2 in ``backend``."""
-    config = getattr(module, "config", None)
-    return config if hasattr(config, "floatx") else module.backend
-
-
-def _switch(default: bool, read: str, on: str, off: str) -> _Setting:
-    def write(module: Any, value: bool) -> None:
-        getattr(module.config, on if value else off)()
-
-    return _Setting(default, lambda module: getattr(module.config, read)(), write)
+    name = keras.mixed_precision.global_policy().name
+    return None if name in {"_infer", keras.backend.floatx()} else str(name)
 
 
 _KERAS: dict[str, _Setting] = {
-    "floatx": _Setting(
-        "float32", lambda k: _floats(k).floatx(), lambda k, v: _floats(k).set_floatx(v)
+    "floatx": _functions("float32", "backend.floatx", "backend.set_floatx"),
+    "epsilon": _functions(1e-7, "backend.epsilon", "backend.set_epsilon"),
+    "image_data_format": _functions(
+        "channels_last", "backend.image_data_format", "backend.set_image_data_format"
     ),
-    "epsilon": _Setting(
-        1e-7, lambda k: _floats(k).epsilon(), lambda k, v: _floats(k).set_epsilon(v)
+    "dtype_policy": _Setting(
+        None, _keras_policy, lambda keras, name: keras.mixed_precision.set_global_policy(name)
     ),
-    "image_data_format": _Setting(
-        "channels_last",
-        lambda k: _floats(k).image_data_format(),
-        lambda k, v: _floats(k).set_image_data_format(v),
-    ),
-    "dtype_policy": _Setting(None, _keras_policy, _set_keras_policy),
 }
 
 
@@ -175,11 +134,7 @@ _SETTINGS: dict[str, dict[str, _Setting]] = {
     },
     "logging": {"logging": _Setting({}, log_settings.changed, log_settings.take_over)},
     "decimal": {
-        "context": _Setting(
-            None,
-            _decimal_context,
-            _set_decimal_context,
-        ),
+        "context": _Setting(None, _decimal_context, lambda module, value: module.setcontext(value))
     },
     "numpy": {
         "seterr": _Setting(
@@ -187,22 +142,20 @@ _SETTINGS: dict[str, dict[str, _Setting]] = {
             lambda np: np.geterr(),
             lambda np, value: np.seterr(**value),
         ),
-        "seterrcall": _Setting(None, lambda np: np.geterrcall(), lambda np, v: np.seterrcall(v)),
+        "seterrcall": _functions(None, "geterrcall", "seterrcall"),
         "printoptions": _Setting(
-            {}, _print_options_of_numpy, lambda np, value: np.set_printoptions(**value)
+            {}, _numpy_print_options, lambda np, value: np.set_printoptions(**value)
         ),
     },
-    "pandas": {"options": _Setting({}, _options_of_pandas, _set_options_of_pandas)},
+    "pandas": {"options": _Setting({}, _pandas_options, _set_pandas_options)},
     "torch": {
         "default_dtype": _Setting(
             "float32",
             lambda torch: str(torch.get_default_dtype()).removeprefix("torch."),
             lambda torch, name: torch.set_default_dtype(getattr(torch, name)),
         ),
-        "float32_matmul_precision": _Setting(
-            "highest",
-            lambda torch: torch.get_float32_matmul_precision(),
-            lambda torch, value: torch.set_float32_matmul_precision(value),
+        "float32_matmul_precision": _functions(
+            "highest", "get_float32_matmul_precision", "set_float32_matmul_precision"
         ),
         "deterministic_algorithms": _Setting(
             (False, False),
@@ -217,51 +170,41 @@ _SETTINGS: dict[str, dict[str, _Setting]] = {
         "cudnn.enabled": _attribute("backends.cudnn.enabled", True),
         "cudnn.allow_tf32": _attribute("backends.cudnn.allow_tf32", True),
         "cuda.matmul.allow_tf32": _attribute("backends.cuda.matmul.allow_tf32", False),
-        "detect_anomaly": _Setting(
-            False,
-            lambda torch: torch.is_anomaly_enabled(),
-            lambda torch, value: torch.autograd.set_detect_anomaly(value),
-        ),
+        "detect_anomaly": _functions(False, "is_anomaly_enabled", "autograd.set_detect_anomaly"),
         "printoptions": _Setting(
-            _TORCH_PRINTS,
+            {
+                "precision": 4,
+                "threshold": 1000,
+                "edgeitems": 3,
+                "linewidth": 80,
+                "sci_mode": None,
+            },
             lambda torch: dict(vars(torch._tensor_str.PRINT_OPTS)),
             lambda torch, value: torch.set_printoptions(**value),
         ),
-        "sharing_strategy": _Setting(
+        "sharing_strategy": _functions(
             "file_descriptor",
-            lambda torch: torch.multiprocessing.get_sharing_strategy(),
-            lambda torch, value: torch.multiprocessing.set_sharing_strategy(value),
+            "multiprocessing.get_sharing_strategy",
+            "multiprocessing.set_sharing_strategy",
         ),
     },
     "keras": {
         **_KERAS,
-        "traceback_filtering": _switch(
-            True,
-            "is_traceback_filtering_enabled",
-            "enable_traceback_filtering",
-            "disable_traceback_filtering",
-        ),
-        "interactive_logging": _switch(
-            True,
-            "is_interactive_logging_enabled",
-            "enable_interactive_logging",
-            "disable_interactive_logging",
-        ),
+        "traceback_filtering": _keras_switch("traceback_filtering"),
+        "interactive_logging": _keras_switch("interactive_logging"),
     },
     "tf_keras": _KERAS,
     "tensorflow": {
         "TensorFlow 1": _Setting(
             "", _legacy_tensorflow, lambda tf, name: getattr(tf.compat.v1, name)()
         ),
-        "run_functions_eagerly": _Setting(
-            False,
-            lambda tf: tf.config.functions_run_eagerly(),
-            lambda tf, value: tf.config.run_functions_eagerly(value),
+        "run_functions_eagerly": _functions(
+            False, "config.functions_run_eagerly", "config.run_functions_eagerly"
         ),
-        "tensor_float_32_execution": _Setting(
+        "tensor_float_32_execution": _functions(
             True,
-            lambda tf: tf.config.experimental.tensor_float_32_execution_enabled(),
-            lambda tf, value: tf.config.experimental.enable_tensor_float_32_execution(value),
+            "config.experimental.tensor_float_32_execution_enabled",
+            "config.experimental.enable_tensor_float_32_execution",
         ),
     },
 }
@@ -269,13 +212,7 @@ _SETTINGS: dict[str, dict[str, _Setting]] = {
 
 
 def changed_settings() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Look which settings were changed in this process.
-
-    Yields
-    ------
-    tuple of str and dict
-        A library that is imported, and its settings for :func:`take_over`.
-    """
+    """Yield the libraries that are imported with their settings that were changed here."""
     for library, settings in _SETTINGS.items():
         module = sys.modules.get(library)
         if module is None:
@@ -291,23 +228,13 @@ def changed_settings() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def take_over(library: str, changed: dict[str, Any]) -> None:
-    """Set what :func:`changed_settings` found in another process.
-
-    Parameters
-    ----------
-    library
-        The library, which is imported here.
-    changed
-        Its settings.
-    """
-    for name, setting in _SETTINGS.get(library, {}).items():
-        if name not in changed:
-            continue
+    """Set what :func:`changed_settings` found in another process."""
+    for name, value in changed.items():
         try:
-            setting.write(sys.modules[library], changed[name])
+            _SETTINGS[library][name].write(sys.modules[library], value)
         except Exception as error:  # noqa: BLE001 - another version of the library
             warnings.warn(
-                f"the driver's setting of {library}, {name}={changed[name]!r:.100}, does not work "
+                f"the driver's setting of {library}, {name}={value!r:.100}, does not work "
                 f"here: {type(error).__name__}: {error}",
                 RuntimeWarning,
                 stacklevel=2,

@@ -1,4 +1,6 @@
-"""Runs that start anew beside older checkpoints. Runs in: the driver.
+"""Checkpoints as they reach the driver, and runs that start anew beside older ones.
+
+Runs in: the driver.
 
 ::
 
@@ -12,73 +14,73 @@ Nothing of an older history is moved, replaced or deleted, and it does not count
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
+from collections.abc import Iterable, Iterator
 
 from horovodrunner.flows.checkpoints.store import CheckpointStore
-from horovodrunner.storage import LocalPlace, RemotePlace, open_place
+from horovodrunner.wire.events import (
+    Event,
+    FetchCheckpoint,
+    FindCheckpoint,
+    UploadCheckpoint,
+)
+from horovodrunner.wire.upload import Piece, TransferHandler
 
-__all__ = ["new_history", "newest_history"]
+__all__ = ["checkpoint_handlers", "new_history", "newest_history"]
 
 _NAME = re.compile(r"run-([0-9]{4,})-[0-9a-f]+")
 
 
 def newest_history(root: CheckpointStore, *, recover: bool = False) -> CheckpointStore:
-    """Find the history that a run goes on from.
+    """Find the newest history that has a checkpoint; `root` if none has.
 
-    Parameters
-    ----------
-    root
-        The run's ``checkpoint_dir``.
-    recover
-        Whether to put back what a crash left aside; not while another run may write.
-
-    Returns
-    -------
-    CheckpointStore
-        The newest one that has a checkpoint; `root` if none has.
-
-    Raises
-    ------
-    OSError
-        When the directory exists and cannot be listed.
+    `recover` puts back what a crash left aside; not while another run may write.
     """
-    place = open_place(root.location)
-    numbers = _numbers(place)
+    numbers = _numbers(root)
     for name in sorted(numbers, key=lambda each: (numbers[each], each), reverse=True):
-        history = CheckpointStore(place.url(name), root.keep)
+        history = root.below(name)
         if history.has_any(recover=recover):
             return history
     return root
 
 
 def new_history(root: CheckpointStore) -> CheckpointStore:
-    """Choose the place of a run that starts anew.
-
-    Parameters
-    ----------
-    root
-        The run's ``checkpoint_dir``.
-
-    Returns
-    -------
-    CheckpointStore
-        `root` if there is no checkpoint at all, else one that nothing is in yet.
-
-    Raises
-    ------
-    OSError
-        When the directory exists and cannot be listed.
-    """
-    place = open_place(root.location)
-    numbers = _numbers(place)
+    """Choose the place of a run that starts anew: `root` if there is no checkpoint at all."""
+    numbers = _numbers(root)
     if not numbers and not root.has_any(recover=True):
         return root
     number = max(numbers.values(), default=1) + 1
     # the digits at the end keep two drivers apart that start anew at once
-    return CheckpointStore(place.url(f"run-{number:04d}-{secrets.token_hex(2)}"), root.keep)
+    return root.below(f"run-{number:04d}-{secrets.token_hex(2)}")
 
 
-def _numbers(place: LocalPlace | RemotePlace) -> dict[str, int]:
-    matches = [(name, _NAME.fullmatch(name)) for name in place.directories()]
+def _numbers(root: CheckpointStore) -> dict[str, int]:
+    matches = [(name, _NAME.fullmatch(name)) for name in root.directories()]
     return {name: int(match[1]) for name, match in matches if match is not None}
+
+
+def checkpoint_handlers(store: CheckpointStore) -> dict[type[Event], TransferHandler]:
+    """Make what serves tasks that upload checkpoints and download the latest one."""
+
+    def put(request: UploadCheckpoint, pieces: Iterator[Piece]) -> None:
+        store.put_pieces(request.step, pieces)
+
+    def latest(request: FindCheckpoint, pieces: Iterator[Piece]) -> Iterable[Piece]:
+        manifest, damaged = store.find_latest()
+        text = "" if manifest is None else manifest.to_json()
+        content = json.dumps({"manifest": text, "damaged": damaged}).encode()
+        return [Piece("latest", len(content), [content])]
+
+    def fetch(request: FetchCheckpoint, pieces: Iterator[Piece]) -> Iterable[Piece]:
+        for manifest in store.manifests():
+            if manifest.step == request.step:
+                return store.pieces(manifest)
+        raise FileNotFoundError(f"there is no checkpoint of step {request.step} any more")
+
+    return {
+        UploadCheckpoint: TransferHandler("a checkpoint's transfer (put)", put),
+        FindCheckpoint: TransferHandler("a checkpoint's transfer (latest)", latest),
+        FetchCheckpoint: TransferHandler("a checkpoint's transfer (fetch)", fetch),
+    }

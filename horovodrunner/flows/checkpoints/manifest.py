@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import PurePosixPath
@@ -28,50 +28,45 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One file of a checkpoint.
-
-    Parameters
-    ----------
-    path
-        Where it is below the checkpoint's root, with ``/`` between the parts.
-    size
-        Number of bytes.
-    sha256
-        The content's SHA-256 in 64 lower-case hexadecimal digits.
-    """
+    """One file of a checkpoint, below its root, with ``/`` between the parts of its path."""
 
     path: str
     size: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        safe_path(self.path)
+        if not _SHA256.fullmatch(self.sha256):
+            raise ValueError(
+                f"the 'sha256' of {self.path!r} is {self.sha256!r:.100}, not 64 hexadecimal digits"
+            )
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that belongs to one checkpoint.
-
-    Parameters
-    ----------
-    step
-        The training step it was saved at; it names the checkpoint.
-    sequence
-        The highest is the newest, because a run that starts over may save lower steps later.
-    saved_at
-        ISO 8601 time in UTC.
-    files
-        The files with their hashes.
-    directories
-        The empty directories, which some formats need (TensorFlow's SavedModel has ``assets/``).
-    run
-        What the run was called with that saved it; None where that is not known, as in checkpoints
-        of earlier releases.
-    """
+    """All that belongs to one checkpoint."""
 
     step: int
     sequence: int
+    """The highest is the newest, because a run that starts over may save lower steps later."""
     saved_at: str
+    """ISO 8601, in UTC."""
     files: tuple[StoredFile, ...]
     directories: tuple[str, ...] = ()
+    """The empty ones, which some formats need (TensorFlow's SavedModel has ``assets/``)."""
     run: RunRecord | None = None
+    """What the run was called with that saved it; None in checkpoints of earlier releases."""
+
+    def __post_init__(self) -> None:
+        files = [file.path for file in self.files]
+        paths = [*files, *map(safe_path, self.directories)]
+        for path, count in Counter(paths).items():
+            if count > 1:
+                raise ValueError(f"the path {path!r} is in it twice")
+        parents = {str(parent) for path in paths for parent in PurePosixPath(path).parents}
+        for path in files:
+            if path in parents:
+                raise ValueError(f"the path {path!r} is a file and a directory at once")
 
     @property
     def size(self) -> int:
@@ -79,74 +74,33 @@ class Manifest:
         return sum(file.size for file in self.files)
 
     def to_json(self) -> str:
-        """Give the fields as JSON text that people can read.
-
-        Returns
-        -------
-        str
-            What :meth:`from_json` takes.
-        """
+        """Return JSON text that people can read."""
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Read what :meth:`to_json` gave, and trust nothing in it.
-
-        Parameters
-        ----------
-        text
-            JSON text.
-
-        Returns
-        -------
-        Manifest
-            An equal object.
-
-        Raises
-        ------
-        ValueError
-            When anything is not as :meth:`to_json` writes it; the text says what.
-        """
+        """Read what :meth:`to_json` wrote; raise a ValueError for anything else."""
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"not JSON: {error}") from error
-        fields = _checked("the manifest", fields, dict)
+        _check("the manifest", fields, dict)
         if type(fields.get("format")) is not int or fields["format"] != _FORMAT:
             raise ValueError(f"its format is {fields.get('format')!r}; known is {_FORMAT}")
-        manifest = cls(
+        return cls(
             step=_number(fields, "step"),
             sequence=_number(fields, "sequence"),
             saved_at=_time(fields, "saved_at"),
-            files=tuple(_stored_file(each) for each in _field(fields, "files", list)),
+            files=tuple(map(_stored_file, _field(fields, "files", list))),
             directories=tuple(
-                safe_path(_checked("a directory", each, str))
-                for each in _field(fields, "directories", list)
+                _check("a directory", each, str) for each in _field(fields, "directories", list)
             ),
             run=RunRecord.from_fields(fields.get("run")),
         )
-        _refuse_conflicts([file.path for file in manifest.files], manifest.directories)
-        return manifest
 
 
 def safe_path(path: str) -> str:
     """Refuse a path that could lead out of a checkpoint or into its manifest.
-
-    Parameters
-    ----------
-    path
-        A path below the checkpoint's root, with ``/`` between the parts.
-
-    Returns
-    -------
-    str
-        The same path.
-
-    Raises
-    ------
-    ValueError
-        When the path is empty or absolute, has an empty part, ``.`` or ``..``, a backslash or a
-        NUL, or is ``manifest.json`` at the root.
 
     Examples
     --------
@@ -164,9 +118,8 @@ def safe_path(path: str) -> str:
     return path
 
 
-def _checked(what: str, value: Any, kind: type[_T]) -> _T:
-    # bool is an int to isinstance, and true is no number of bytes
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+def _check(what: str, value: Any, kind: type[_T]) -> _T:
+    if type(value) is not kind:  # to isinstance, true is a number of bytes
         raise ValueError(f"{what} is {value!r:.100}, not of type {kind.__name__}")
     return value
 
@@ -174,7 +127,7 @@ def _checked(what: str, value: Any, kind: type[_T]) -> _T:
 def _field(fields: dict[str, Any], name: str, kind: type[_T]) -> _T:
     if name not in fields:
         raise ValueError(f"{name!r} is not in it")
-    return _checked(repr(name), fields[name], kind)
+    return _check(repr(name), fields[name], kind)
 
 
 def _number(fields: dict[str, Any], name: str) -> int:
@@ -196,23 +149,6 @@ def _time(fields: dict[str, Any], name: str) -> str:
 
 
 def _stored_file(fields: Any) -> StoredFile:
-    fields = _checked("a file", fields, dict)
-    path = safe_path(_field(fields, "path", str))
-    sha256 = _field(fields, "sha256", str)
-    if not _SHA256.fullmatch(sha256):
-        raise ValueError(f"the 'sha256' of {path!r} is {sha256!r:.100}, not 64 hexadecimal digits")
+    _check("a file", fields, dict)
+    path, sha256 = _field(fields, "path", str), _field(fields, "sha256", str)
     return StoredFile(path, _number(fields, "size"), sha256)
-
-
-def _refuse_conflicts(files: Iterable[str], directories: Iterable[str]) -> None:
-    seen: set[str] = set()
-    parents: set[str] = set()
-    files = list(files)
-    for path in [*files, *directories]:
-        if path in seen:
-            raise ValueError(f"the path {path!r} is in it twice")
-        seen.add(path)
-        parents.update(str(parent) for parent in PurePosixPath(path).parents)
-    for path in files:
-        if path in parents:
-            raise ValueError(f"the path {path!r} is a file and a directory at once")

@@ -16,54 +16,34 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import datetime, timezone
-from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import BinaryIO
+from pathlib import Path
+from typing import Any
 
 from horovodrunner.errors import ArgumentValueError, ConfigurationError
 from horovodrunner.flows.call.record import RunRecord
 from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest, StoredFile, safe_path
-from horovodrunner.storage import as_os_error, open_place
+from horovodrunner.storage import as_os_error, open_storage
+from horovodrunner.wire.upload import Piece, chunks_of
 
-__all__ = [
-    "CheckpointStore",
-    "IncomingCheckpoint",
-    "IncomingFile",
-    "list_tree",
-]
+__all__ = ["CheckpointStore", "pieces_of_tree", "restore"]
 
-_CHUNK_BYTES = 4 * 2**20
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _STEP = re.compile(r"step-([0-9]{8,})")
+
+Chunks = Iterable[bytes | memoryview]
 
 
 class CheckpointStore:
-    """The checkpoints in one place.
+    """The checkpoints in one directory or behind one URL, of which `keep` are kept.
 
-    One process writes at a time; any number may read.
-
-    Parameters
-    ----------
-    location
-        A directory, or a URL that fsspec knows. It need not exist yet.
-    keep
-        How many checkpoints to keep, at least 1.
-    run
-        What the run is called with whose checkpoints are written.
-
-    Raises
-    ------
-    ConfigurationError
-        When `location` is a URL and fsspec, or what it needs for the scheme, is missing, or
-        when `keep` is less than 1.
+    One process writes at a time; any number may read. `run` is the run that writes.
     """
 
     def __init__(
@@ -73,28 +53,34 @@ class CheckpointStore:
             raise ArgumentValueError(f"keep is {keep}; at least 1 checkpoint must be kept.")
         self.keep = keep
         self.run = run
-        self._place = open_place(location)
+        self._storage = open_storage(location)
         self._held: str | None = None
 
     @property
     def location(self) -> str:
         """The absolute path or the URL, as it was understood."""
-        return self._place.url("")
+        return self._storage.url("")
+
+    def path_of(self, step: int) -> str:
+        """Return the path or URL where a step's checkpoint is, or would be."""
+        return self._storage.url(_name(step))
+
+    def directories(self) -> list[str]:
+        """List the names of all directories there."""
+        return self._storage.directories()
+
+    def below(self, name: str) -> CheckpointStore:
+        """Return the store in a directory of this one."""
+        return CheckpointStore(self._storage.url(name), self.keep)
 
     def check(self) -> None:
-        """Create the location if it is not there and prove that files can be written to it.
-
-        Raises
-        ------
-        ConfigurationError
-            When that fails; the text has the location and the reason.
-        """
+        """Prove that files can be written, or raise a ConfigurationError that has the reason."""
         probe = f".probe-{secrets.token_hex(4)}"
         try:
-            self._place.make("")
-            with as_os_error(self._place.url(probe)):
-                self._place.close(self._place.create(probe))
-            self._place.remove_file(probe)
+            self._storage.make("")
+            with as_os_error(self._storage.url(probe)):
+                self._storage.create(probe).close()
+            self._storage.remove_file(probe)
         except OSError as error:
             raise ConfigurationError(
                 f"checkpoints cannot be written to {self.location}: {error}. "
@@ -102,98 +88,69 @@ class CheckpointStore:
                 "(for a URL, check its credentials too)."
             ) from error
 
-    def begin(self, step: int) -> IncomingCheckpoint:
-        """Start to write a checkpoint.
+    def put(self, step: int, directory: Path) -> None:
+        """Store the files below a local directory as the checkpoint of a step."""
+        self.put_pieces(step, pieces_of_tree(directory))
 
-        Parameters
-        ----------
-        step
-            Its training step, 0 or more. A checkpoint of the same step is replaced: on a local
-            path at commit, behind a URL now.
+    def put_pieces(self, step: int, pieces: Iterable[Piece]) -> Manifest:
+        """Store what :func:`pieces_of_tree` yields as the checkpoint of a step, all or nothing.
 
-        Returns
-        -------
-        IncomingCheckpoint
-            Takes the files. Nothing counts before its ``commit()``.
-
-        Raises
-        ------
-        OSError
-            When the place cannot be written to.
+        A checkpoint of the same step is replaced: on a local path at the end, behind a URL at once.
+        Then those that are too old to keep are deleted.
         """
         if step < 0:
             raise ValueError(f"step is {step}; it must be 0 or more")
-        return IncomingCheckpoint(self, step)
+        incoming = self._storage.begin(_name(step))
+        try:
+            manifest = self._write(step, incoming, pieces)
+            content = manifest.to_json().encode()
+            self._write_file(f"{incoming}/{MANIFEST_NAME}", [content])
+            self._storage.finish(incoming, _name(step))
+        except BaseException:
+            with suppress(OSError):
+                self._storage.remove(incoming)
+            raise
+        self.prune()
+        return manifest
 
     def manifests(self) -> list[Manifest]:
-        """List the complete checkpoints, without reading their files.
-
-        Returns
-        -------
-        list of Manifest
-            The newest, which is what was saved last, first.
-
-        Raises
-        ------
-        OSError
-            When the location exists and cannot be listed.
-        """
+        """List the complete checkpoints, what was saved last first, without reading their files."""
         return self._read_manifests()[0]
 
     def has_any(self, *, recover: bool = False) -> bool:
         """Return whether there is a checkpoint, even a damaged one.
 
-        Parameters
-        ----------
-        recover
-            Whether to put back first what a crash left aside; not while another run may write.
-
-        Returns
-        -------
-        bool
-            True if there is.
-
-        Raises
-        ------
-        OSError
-            When the location exists and cannot be listed.
+        `recover` puts back first what a crash left aside; not while another run may write.
         """
         if recover:
-            self._place.recover()
+            self._storage.recover()
         return any(self._read_manifests())
 
-    def path_of(self, step: int) -> str:
-        """Say where a step's checkpoint is, or would be.
+    def find_latest(self) -> tuple[Manifest | None, list[str]]:
+        """Find the newest sound checkpoint, and write a sentence about each damaged newer one.
 
-        Parameters
-        ----------
-        step
-            The training step.
-
-        Returns
-        -------
-        str
-            An absolute path, or a URL with its scheme.
+        :meth:`prune` leaves it alone until the next one is asked for.
         """
-        return self._place.url(_name(step))
+        self._held = None
+        self._storage.recover()
+        manifests, unreadable = self._read_manifests()
+        damaged = [
+            self._damage(name, f"its {MANIFEST_NAME} cannot be used: {problem}")
+            for name, problem in unreadable
+        ]
+        for manifest in manifests:
+            problem = self.verify(manifest)
+            if not problem:
+                self._held = _name(manifest.step)
+                return manifest, damaged
+            damaged.append(self._damage(_name(manifest.step), problem))
+        return None, damaged
 
     def verify(self, manifest: Manifest) -> str:
-        """Read a checkpoint's files and compare them with its manifest.
-
-        Parameters
-        ----------
-        manifest
-            What should be there.
-
-        Returns
-        -------
-        str
-            "" when all is there, else one sentence about the first thing that is wrong.
-        """
+        """Write what is wrong first when a checkpoint's files are compared with its manifest."""
         for file in manifest.files:
-            path = f"{_name(manifest.step)}/{file.path}"
             try:
-                problem = self._verify_file(path, file)
+                problem = self._problem_of(f"{_name(manifest.step)}/{file.path}", file)
             except FileNotFoundError:
                 problem = "is missing"
             except OSError as error:
@@ -202,482 +159,159 @@ class CheckpointStore:
                 return f"{file.path} {problem}"
         return ""
 
-    def find_latest(self, on_damaged: Callable[[str], None]) -> Manifest | None:
-        """Find the newest checkpoint whose files are all sound, and hold it.
+    def fetch(self, manifest: Manifest, directory: Path) -> None:
+        """Copy a checkpoint's files into an empty directory and check their hashes."""
+        restore(manifest, directory, self.pieces(manifest))
 
-        :meth:`prune` leaves it alone until :meth:`release`.
-
-        Parameters
-        ----------
-        on_damaged
-            Called with a sentence for each damaged checkpoint on the way.
-
-        Returns
-        -------
-        Manifest or None
-            The checkpoint, or None when there is no sound one.
-
-        Raises
-        ------
-        OSError
-            When the location exists and cannot be listed.
-        """
-        self.release()
-        self._place.recover()
-        manifests, unreadable = self._read_manifests()
-        for name, problem in unreadable:
-            on_damaged(self._damage(name, f"its {MANIFEST_NAME} cannot be used: {problem}"))
-        for manifest in manifests:
-            problem = self.verify(manifest)
-            if not problem:
-                self._held = _name(manifest.step)
-                return manifest
-            on_damaged(self._damage(_name(manifest.step), problem))
-        return None
-
-    def release(self) -> None:
-        """Let :meth:`prune` delete the checkpoint that :meth:`find_latest` gave."""
-        self._held = None
-
-    def open_file(self, manifest: Manifest, path: str) -> BinaryIO:
-        """Open one file of a checkpoint for reading.
-
-        Parameters
-        ----------
-        manifest
-            The checkpoint.
-        path
-            The file's path in it.
-
-        Returns
-        -------
-        BinaryIO
-            The open file; the caller closes it.
-
-        Raises
-        ------
-        OSError
-            When it is not there or cannot be opened.
-        """
-        return self._place.open(f"{_name(manifest.step)}/{safe_path(path)}")
+    def pieces(self, manifest: Manifest) -> Iterator[Piece]:
+        """Read a checkpoint's files, in the manifest's order."""
+        for file in manifest.files:
+            path = f"{_name(manifest.step)}/{file.path}"
+            with self._storage.open(path) as stream:
+                yield Piece(file.path, file.size, chunks_of(stream))
 
     def prune(self) -> list[str]:
         """Delete all but the newest checkpoints, and what interrupted writes left long ago.
 
-        Returns
-        -------
-        list of str
-            A sentence for each thing that could not be deleted.
+        Return a sentence for each thing that could not be deleted.
         """
         problems = []
         try:
             old = [_name(manifest.step) for manifest in self.manifests()[self.keep :]]
-            leftovers = self._place.leftovers()
+            leftovers = self._storage.leftovers()
         except OSError as error:
             return [f"{self.location} cannot be listed: {error}"]
         for name in [*old, *leftovers]:
             if name == self._held:
                 continue
             try:
-                self._place.remove(name)
+                self._storage.remove(name)
             except OSError as error:
-                problems.append(f"{self._place.url(name)} cannot be deleted: {error}")
+                problems.append(f"{self._storage.url(name)} cannot be deleted: {error}")
         return problems
 
+    def _write(self, step: int, root: str, pieces: Iterable[Piece]) -> Manifest:
+        sizes: dict[str, int] = {}
+        hashes: Any = {}
+        directories = []
+        for piece in pieces:
+            if piece.name == MANIFEST_NAME:
+                hashes = json.loads(piece.read())
+            elif piece.name.endswith("/"):
+                directories.append(safe_path(piece.name[:-1]))
+                self._storage.make(f"{root}/{directories[-1]}")
+            else:
+                path = safe_path(piece.name)
+                sizes[path] = self._write_file(f"{root}/{path}", piece.chunks)
+        if not isinstance(hashes, dict) or hashes.keys() != sizes.keys():
+            raise ValueError("the hashes that came are not those of the files that came")
+        self._refuse_torn(root, sizes)
+        return Manifest(
+            step=step,
+            sequence=1 + max((each.sequence for each in self.manifests()), default=0),
+            saved_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            files=tuple(StoredFile(path, sizes[path], str(hashes[path])) for path in sizes),
+            directories=tuple(directories),
+            run=self.run,
+        )
+
+    def _write_file(self, path: str, chunks: Chunks) -> int:
+        size = 0
+        with as_os_error(self._storage.url(path)), self._storage.create(path) as stream:
+            for chunk in chunks:
+                stream.write(chunk)
+                size += len(chunk)
+        return size
+
+    def _refuse_torn(self, root: str, sizes: dict[str, int]) -> None:
+        self._storage.refresh()
+        for path, size in sizes.items():
+            found = self._storage.size(f"{root}/{path}")
+            if found != size:
+                where = self._storage.url(f"{root}/{path}")
+                raise OSError(errno.EIO, f"{found} of {size} bytes are there", where)
+
     def _damage(self, name: str, problem: str) -> str:
-        where = self._place.url(name)
+        where = self._storage.url(name)
         return f"the checkpoint {where} is damaged and skipped: {problem}"
 
     def _read_manifests(self) -> tuple[list[Manifest], list[tuple[str, str]]]:
         found: list[Manifest] = []
         unreadable: list[tuple[str, str]] = []
-        for name in sorted(self._place.directories(), reverse=True):
+        for name in sorted(self._storage.directories(), reverse=True):
             if not _STEP.fullmatch(name):
                 continue
             try:
-                manifest = self._read_manifest(name)
+                found.append(self._read_manifest(name))
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as error:
                 unreadable.append((name, str(error)))
-            else:
-                found.append(manifest)
         return sorted(found, key=lambda each: each.sequence, reverse=True), unreadable
 
     def _read_manifest(self, name: str) -> Manifest:
         path = f"{name}/{MANIFEST_NAME}"
-        with as_os_error(self._place.url(path)), self._place.open(path) as stream:
+        with as_os_error(self._storage.url(path)), self._storage.open(path) as stream:
             content = stream.read()
         manifest = Manifest.from_json(content.decode())
         if _name(manifest.step) != name:
             raise ValueError(f"its step is {manifest.step}, which is not the directory's")
         return manifest
 
-    def _verify_file(self, path: str, file: StoredFile) -> str:
-        size = self._place.size(path)
+    def _problem_of(self, path: str, file: StoredFile) -> str:
+        size = self._storage.size(path)
         if size != file.size:
             return f"has {size} bytes instead of {file.size}"
         digest = hashlib.sha256()
-        with as_os_error(self._place.url(path)), self._place.open(path) as stream:
-            for chunk in _chunks(stream):
+        with as_os_error(self._storage.url(path)), self._storage.open(path) as stream:
+            for chunk in chunks_of(stream):
                 digest.update(chunk)
         if digest.hexdigest() != file.sha256:
             return "does not have the content that was saved (its SHA-256 differs)"
         return ""
 
 
-class IncomingCheckpoint:
-    """A checkpoint that is being written; it counts once :meth:`commit` has returned.
+def pieces_of_tree(directory: Path) -> Iterator[Piece]:
+    """Read what is below a local directory; symbolic links are followed.
 
-    As a context manager it is discarded when the block is left without a commit. When anything
-    fails, it discards itself and the error goes on to the caller.
-
-    Parameters
-    ----------
-    store
-        Where it goes.
-    step
-        Its training step.
-    """
-
-    def __init__(self, store: CheckpointStore, step: int) -> None:
-        self.step = step
-        self._store = store
-        self._place = store._place
-        self._over = False
-        self._open: set[IncomingFile] = set()
-        self._files: dict[str, StoredFile | None] = {}
-        self._directories: set[str] = set()
-        self._inhabited: set[str] = set()
-        self._root = self._place.begin(_name(step))
-
-    def __enter__(self) -> IncomingCheckpoint:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.discard()
-
-    def add_directory(self, path: str) -> None:
-        """Add a directory, so that it is there even when it stays empty.
-
-        Parameters
-        ----------
-        path
-            Where it is below the checkpoint's root.
-
-        Raises
-        ------
-        ValueError
-            When `path` is not safe or is taken by a file.
-        OSError
-            When it cannot be created; the checkpoint is discarded then.
-        """
-        self._claim(path, for_directory=True)
-        with self._discarded_on_error():
-            self._place.make(f"{self._root}/{path}")
-        self._directories.add(path)
-
-    def open(self, path: str, *, hashed: bool = True) -> IncomingFile:
-        """Add a file that is written piece by piece.
-
-        Parameters
-        ----------
-        path
-            Where it is below the checkpoint's root.
-        hashed
-            False when its hash is given to :meth:`commit`.
-
-        Returns
-        -------
-        IncomingFile
-            Takes the content; it must be closed before the commit.
-
-        Raises
-        ------
-        ValueError
-            When `path` is not safe or is taken.
-        OSError
-            When it cannot be created; the checkpoint is discarded then.
-        """
-        self._claim(path, for_directory=False)
-        with self._discarded_on_error():
-            stream = self._place.create(f"{self._root}/{path}")
-            file = IncomingFile(self, path, stream, hashed=hashed)
-        self._files[path] = None
-        self._open.add(file)
-        return file
-
-    def write(
-        self,
-        path: str,
-        chunks: Iterable[bytes | bytearray | memoryview],
-        *,
-        hashed: bool = True,
-    ) -> StoredFile:
-        """Add a whole file.
-
-        Parameters
-        ----------
-        path
-            Where it is below the checkpoint's root.
-        chunks
-            Its content in pieces; no more than one is held in memory.
-        hashed
-            False when its hash is given to :meth:`commit`.
-
-        Returns
-        -------
-        StoredFile
-            The file's size and hash.
-
-        Raises
-        ------
-        ValueError
-            When `path` is not safe or is taken.
-        OSError
-            When it cannot be written; the checkpoint is discarded then.
-        """
-        file = self.open(path, hashed=hashed)
-        with self._discarded_on_error():
-            for chunk in chunks:
-                file.write(chunk)
-        return file.close()
-
-    def add_tree(self, directory: str | os.PathLike[str]) -> None:
-        """Add every file below a local directory, and the empty directories.
-
-        Parameters
-        ----------
-        directory
-            The directory, which becomes the checkpoint's root. Symbolic links are followed.
-
-        Raises
-        ------
-        ValueError
-            When a file has a name that is not safe.
-        OSError
-            When something cannot be read or written; the checkpoint is discarded then.
-        """
-        with self._discarded_on_error():
-            files, directories = list_tree(Path(directory))
-            for path, source in files:
-                with source.open("rb") as stream:
-                    self.write(path, _chunks(stream))
-            for path in directories:
-                self.add_directory(path)
-
-    def commit(self, digests: Mapping[str, str] | None = None) -> Manifest:
-        """Make it count, then delete the checkpoints that are too old to keep.
-
-        Parameters
-        ----------
-        digests
-            SHA-256 of the files that were not hashed here, by path.
-
-        Returns
-        -------
-        Manifest
-            What was stored.
-
-        Raises
-        ------
-        ValueError
-            When a file is still open, or the checkpoint is over already, or `digests` does not
-            name just the files that were not hashed.
-        OSError
-            When it cannot be put in its place; it is discarded then.
-        """
-        self._refuse_when_over()
-        if self._open:
-            paths = ", ".join(sorted(file.path for file in self._open))
-            raise ValueError(f"not closed yet: {paths}")
-        with self._discarded_on_error():
-            self._take_digests(digests or {})
-            manifest = self._manifest()
-            path = f"{self._root}/{MANIFEST_NAME}"
-            with as_os_error(self._place.url(path)):
-                stream = self._place.create(path)
-                try:
-                    stream.write(manifest.to_json().encode())
-                finally:
-                    self._place.close(stream)
-            self._place.finish(self._root, _name(self.step))
-        self._over = True
-        self._store.prune()
-        return manifest
-
-    def discard(self) -> None:
-        """Delete what was written, as far as that can be done; nothing happens after a commit."""
-        if self._over:
-            return
-        self._over = True
-        for file in self._open:
-            with suppress(OSError), as_os_error(file.path):
-                file._stream.close()
-        self._open.clear()
-        with suppress(OSError):
-            self._place.remove(self._root)
-
-    def _take_digests(self, digests: Mapping[str, str]) -> None:
-        unhashed = {
-            path: file for path, file in self._files.items() if file is not None and not file.sha256
-        }
-        well_formed = all(_SHA256.fullmatch(str(digest)) for digest in digests.values())
-        if set(digests) != set(unhashed) or not well_formed:
-            raise ValueError("the hashes that came are not those of the files that came")
-        for path, file in unhashed.items():
-            self._files[path] = replace(file, sha256=digests[path])
-
-    def _manifest(self) -> Manifest:
-        files = tuple(file for file in self._files.values() if file is not None)
-        self._place.refresh()
-        for file in files:
-            path = f"{self._root}/{file.path}"
-            size = self._place.size(path)
-            if size != file.size:
-                raise OSError(
-                    errno.EIO, f"{size} of {file.size} bytes are there", self._place.url(path)
-                )
-        return Manifest(
-            step=self.step,
-            sequence=1 + max((each.sequence for each in self._store.manifests()), default=0),
-            saved_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            files=files,
-            directories=tuple(sorted(self._directories - self._inhabited)),
-            run=self._store.run,
-        )
-
-    def _claim(self, path: str, *, for_directory: bool) -> None:
-        # an object store would take a file and a directory of one name; no disk could hold them
-        self._refuse_when_over()
-        parents = _parents(safe_path(path))
-        blocking = [each for each in (path, *parents) if each in self._files]
-        if not for_directory and path in self._inhabited | self._directories:
-            blocking.append(path)
-        if blocking:
-            raise ValueError(f"the path {path!r} is taken: {blocking[0]!r} was added already")
-        self._inhabited.update(parents)
-
-    def _refuse_when_over(self) -> None:
-        if self._over:
-            raise ValueError(f"the checkpoint of step {self.step} was committed or discarded")
-
-    def _closed(self, file: IncomingFile, stored: StoredFile) -> None:
-        self._open.discard(file)
-        self._files[stored.path] = stored
-
-    @contextmanager
-    def _discarded_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.discard()
-            raise
-
-
-class IncomingFile:
-    """One file of an :class:`IncomingCheckpoint` while it is written.
-
-    Parameters
-    ----------
-    checkpoint
-        What it belongs to.
-    path
-        Where it is below the checkpoint's root.
-    stream
-        The file itself, open for writing.
-    hashed
-        Whether to compute its hash.
-    """
-
-    def __init__(
-        self, checkpoint: IncomingCheckpoint, path: str, stream: BinaryIO, *, hashed: bool = True
-    ) -> None:
-        self.path = path
-        self._checkpoint = checkpoint
-        self._stream = stream
-        self._digest = hashlib.sha256() if hashed else None
-        self._size = 0
-
-    def write(self, chunk: bytes | bytearray | memoryview) -> None:
-        """Append to the file.
-
-        Parameters
-        ----------
-        chunk
-            The next bytes.
-
-        Raises
-        ------
-        ValueError
-            When the file was closed, or its checkpoint is over.
-        OSError
-            When it cannot be written; the checkpoint is discarded then.
-        """
-        self._refuse_when_closed()
-        view = memoryview(chunk).cast("B")
-        with self._checkpoint._discarded_on_error(), as_os_error(self.path):
-            self._stream.write(view)
-        if self._digest is not None:
-            self._digest.update(view)
-        self._size += len(view)
-
-    def close(self) -> StoredFile:
-        """Finish the file.
-
-        Returns
-        -------
-        StoredFile
-            Its size and hash.
-
-        Raises
-        ------
-        ValueError
-            When the file was closed, or its checkpoint is over.
-        OSError
-            When it cannot be written in full; the checkpoint is discarded then.
-        """
-        self._refuse_when_closed()
-        with self._checkpoint._discarded_on_error(), as_os_error(self.path):
-            self._checkpoint._place.close(self._stream)
-        digest = self._digest.hexdigest() if self._digest is not None else ""
-        stored = StoredFile(self.path, self._size, digest)
-        self._checkpoint._closed(self, stored)
-        return stored
-
-    def _refuse_when_closed(self) -> None:
-        if self not in self._checkpoint._open:
-            raise ValueError(f"the file {self.path!r} was closed, or its checkpoint is over")
-
-
-def list_tree(directory: Path) -> tuple[list[tuple[str, Path]], list[str]]:
-    """List what is below a local directory, following symbolic links.
-
-    Parameters
-    ----------
-    directory
-        The directory.
-
-    Returns
-    -------
-    tuple of list and list
-        The files as (path relative to `directory`, local path), and the relative paths of the
-        empty directories; both sorted, with ``/`` between the parts of relative paths.
-
-    Raises
-    ------
-    OSError
-        When something cannot be listed, is neither a file nor a directory, or links in a circle.
+    Empty directories, whose names end with ``/``, come first, then the files, and under the
+    manifest's name the files' SHA-256: the sender hashes, whoever reads the checkpoint compares.
     """
     files: list[tuple[str, Path]] = []
     directories: list[str] = []
     _walk(directory, "", frozenset(), files, directories)
-    return sorted(files), sorted(directories)
+
+    def read() -> Iterator[Piece]:
+        for name in sorted(directories):
+            yield Piece(f"{name}/", 0, ())
+        hashes = {}
+        for name, path in sorted(files):
+            digest = hashlib.sha256()
+            with path.open("rb") as source:
+                yield Piece(name, path.stat().st_size, _hashed(chunks_of(source), digest))
+            hashes[name] = digest.hexdigest()
+        content = json.dumps(hashes).encode()
+        yield Piece(MANIFEST_NAME, len(content), [content])
+
+    return read()
+
+
+def restore(manifest: Manifest, directory: Path, pieces: Iterable[Piece]) -> None:
+    """Write a checkpoint's files, which come in the manifest's order, and check their hashes."""
+    for file, piece in zip(manifest.files, pieces, strict=True):
+        target = directory / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        with target.open("wb") as sink:
+            for chunk in _hashed(piece.chunks, digest):
+                sink.write(chunk)
+        if digest.hexdigest() != file.sha256:
+            raise OSError(
+                f"{file.path} of the checkpoint of step {manifest.step} arrived with another "
+                "SHA-256 than its manifest has"
+            )
+    for name in manifest.directories:
+        (directory / name).mkdir(parents=True, exist_ok=True)
 
 
 def _walk(
@@ -706,14 +340,11 @@ def _walk(
             raise OSError(errno.EINVAL, "Neither a file nor a directory", str(entry))
 
 
+def _hashed(chunks: Chunks, digest: Any) -> Iterator[bytes | memoryview]:
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+
+
 def _name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _parents(path: str) -> list[str]:
-    return [str(parent) for parent in PurePosixPath(path).parents][:-1]
-
-
-def _chunks(stream: BinaryIO) -> Iterator[bytes]:
-    while chunk := stream.read(_CHUNK_BYTES):
-        yield chunk

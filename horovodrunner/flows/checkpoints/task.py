@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
-import threading
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Protocol
 
 from horovodrunner.flows.call.record import RunRecord
-from horovodrunner.flows.checkpoints.backend import Depot
 from horovodrunner.flows.checkpoints.manifest import Manifest
+from horovodrunner.flows.checkpoints.store import pieces_of_tree, restore
 from horovodrunner.placement.topology import Member
+from horovodrunner.wire.events import (
+    FetchCheckpoint,
+    FindCheckpoint,
+    Latest,
+    LatestDecided,
+    UploadCheckpoint,
+)
+from horovodrunner.wire.upload import TransferClient, in_thread
 
 __all__ = [
-    "Courier",
-    "LatestAnswer",
+    "CheckpointBackend",
+    "CheckpointUploader",
+    "DriverBackend",
     "LatestCopy",
     "LatestDecision",
-    "in_thread",
     "is_of_run",
     "nothing_saved_in_words",
     "resumption_in_words",
@@ -31,70 +40,53 @@ __all__ = [
 PUT_ATTEMPTS = 3
 RETRY_SECONDS = 2.0
 
-LatestAnswer = dict[str, Any]
-"""JSON-compatible: ``manifest`` (text, or ""), ``copy_from`` (a directory, or ""), ``error``, and
-``differs``: whether the checkpoint is of a run that was called with something else."""
 
-_Result = TypeVar("_Result")
+class CheckpointBackend(Protocol):
+    """Keeps checkpoints; every method blocks, and raises an exception when it fails."""
 
+    def put(self, step: int, directory: Path) -> None:
+        """Store the files below a directory as the checkpoint of a step, all or nothing."""
 
-async def in_thread(function: Callable[..., _Result], *arguments: Any) -> _Result:
-    """Call a blocking function; a thread that never returns does not keep the process.
+    def find_latest(self) -> tuple[Manifest | None, Sequence[str]]:
+        """Find the newest sound checkpoint, and write a sentence about each damaged one."""
 
-    Parameters
-    ----------
-    function
-        The function.
-    *arguments
-        Its arguments.
-
-    Returns
-    -------
-    object
-        What it returns.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[_Result] = loop.create_future()
-
-    def deliver(result: _Result | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def work() -> None:
-        result: _Result | None = None
-        problem: BaseException | None = None
-        try:
-            result = function(*arguments)
-        except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
-            problem = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(deliver, result, problem)
-
-    threading.Thread(target=work, name="horovodrunner-transfer", daemon=True).start()
-    return await future
+    def fetch(self, manifest: Manifest, directory: Path) -> None:
+        """Copy a checkpoint's files into an empty directory and check their hashes."""
 
 
-class Courier:
-    """Brings rank 0's checkpoints to the depot: one at a time, and the newest one wins.
+class DriverBackend:
+    """A directory on the driver; a store that the task reaches itself is a backend, too."""
 
-    Parameters
-    ----------
-    depot
-        Where they are kept.
-    note
-        Takes a line for the user.
-    on_error
-        Takes a sentence about a checkpoint that could not be stored.
+    def __init__(self, client: TransferClient) -> None:
+        self._client = client
+
+    def put(self, step: int, directory: Path) -> None:
+        self._client.upload(UploadCheckpoint(self._client.run_id, step), pieces_of_tree(directory))
+
+    def find_latest(self) -> tuple[Manifest | None, Sequence[str]]:
+        with self._client.download(FindCheckpoint(self._client.run_id)) as pieces:
+            (answer,) = (json.loads(piece.read()) for piece in pieces)
+        text = answer["manifest"]
+        return (Manifest.from_json(text) if text else None), answer["damaged"]
+
+    def fetch(self, manifest: Manifest, directory: Path) -> None:
+        with self._client.download(FetchCheckpoint(self._client.run_id, manifest.step)) as pieces:
+            restore(manifest, directory, pieces)
+
+
+class CheckpointUploader:
+    """Stores rank 0's checkpoints: one at a time, and the newest one wins.
+
+    `note` takes a line for the user, `on_error` one about a checkpoint that could not be stored.
     """
 
     def __init__(
-        self, depot: Depot, note: Callable[[str], None], on_error: Callable[[str], None]
+        self,
+        backend: CheckpointBackend,
+        note: Callable[[str], None],
+        on_error: Callable[[str], None],
     ) -> None:
-        self._depot = depot
+        self._backend = backend
         self._note = note
         self._on_error = on_error
         self._waiting: tuple[int, Path] | None = None
@@ -110,15 +102,7 @@ class Courier:
         return self._idle.is_set()
 
     def saved(self, step: int, directory: Path) -> None:
-        """Take over a directory that main has filled; it is deleted when it is not needed.
-
-        Parameters
-        ----------
-        step
-            The checkpoint's step.
-        directory
-            Its files.
-        """
+        """Take over a directory that main has filled; it is deleted when it is not needed."""
         if self._waiting is not None:
             skipped, stale = self._waiting
             self._delete(stale)
@@ -144,18 +128,7 @@ class Courier:
             self._idle.set()
 
     async def drain(self, timeout: float) -> bool:
-        """Wait until nothing is on its way.
-
-        Parameters
-        ----------
-        timeout
-            Most seconds to wait.
-
-        Returns
-        -------
-        bool
-            Whether that is so.
-        """
+        """Wait at most so many seconds until nothing is on its way; return whether that is so."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout)
         return self.is_idle
@@ -169,7 +142,7 @@ class Courier:
     async def _put(self, step: int, directory: Path) -> None:
         for attempt in range(1, PUT_ATTEMPTS + 1):
             try:
-                await in_thread(self._depot.put, step, directory)
+                await in_thread(self._backend.put, step, directory)
             except (ConnectionError, TimeoutError) as error:
                 if attempt < PUT_ATTEMPTS and self._waiting is None:
                     await asyncio.sleep(RETRY_SECONDS)  # the network may come back
@@ -193,152 +166,99 @@ def _delete_tree(directory: Path) -> None:
 class LatestDecision:
     """Decides once per attempt which checkpoint all ranks start from. On partition 0.
 
-    Tasks of one host share one copy: the first that asks fetches, the others copy from it.
-
-    Parameters
-    ----------
-    depot
-        Where checkpoints are kept, or None when the run keeps none.
-    members
-        The run's tasks.
-    note
-        Takes a line for the user.
-    on_found
-        Called with the checkpoint that the ranks start from, if there is one; whether it is of a
-        run that was called with something else.
+    Tasks of one host share one copy: the first that asks fetches, the others link to it. `on_found`
+    returns whether the checkpoint found is of a run that was called with something else.
     """
 
     def __init__(
         self,
-        depot: Depot | None,
+        backend: CheckpointBackend | None,
         members: Sequence[Member],
         note: Callable[[str], None],
         on_found: Callable[[Manifest], bool] = lambda manifest: False,
     ) -> None:
-        self._depot = depot
+        self._backend = backend
         self._on_found = on_found
         self._hosts = {member.partition: member.host_id for member in members}
         self._note = note
-        self._decision: asyncio.Task[LatestAnswer] | None = None
+        self._decision: asyncio.Task[LatestDecided] | None = None
         self._copies: dict[str, asyncio.Future[str]] = {}
         self._fetching: dict[int, asyncio.Future[str]] = {}
 
-    async def answer(self, partition: int) -> LatestAnswer:
-        """Tell a task which checkpoint is the latest and how to get it.
-
-        Parameters
-        ----------
-        partition
-            The task.
-
-        Returns
-        -------
-        LatestAnswer
-            The same checkpoint for every task.
-        """
+    async def answer(self, partition: int) -> LatestDecided:
+        """Return the latest checkpoint, the same for every task, and how this task gets it."""
         if self._decision is None:
             self._decision = asyncio.create_task(self._decide())
         decision = await asyncio.shield(self._decision)
-        if not decision["manifest"]:
+        if not decision.manifest:
             return decision
         host = self._hosts[partition]
         if host in self._copies:
-            return {**decision, "copy_from": await asyncio.shield(self._copies[host])}
+            return replace(decision, copy_from=await asyncio.shield(self._copies[host]))
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._copies[host] = self._fetching[partition] = future
         return decision
 
     def fetched(self, partition: int, directory: str) -> None:
-        """Note where a task has put its copy.
-
-        Parameters
-        ----------
-        partition
-            The task.
-        directory
-            Its copy; "" if it has none, also when the task is gone.
-        """
+        """Note where a task has put its copy; "" if it has none, also when the task is gone."""
         future = self._fetching.get(partition)
         if future is not None and not future.done():
             future.set_result(directory)
 
-    async def _decide(self) -> LatestAnswer:
-        answer: LatestAnswer = {"manifest": "", "copy_from": "", "error": "", "differs": False}
-        if self._depot is None:
-            return answer
+    async def _decide(self) -> LatestDecided:
+        if self._backend is None:
+            return LatestDecided()
         try:
-            manifest, damaged = await in_thread(self._depot.find_latest)
+            manifest, damaged = await in_thread(self._backend.find_latest)
             for sentence in damaged:
                 self._note(sentence)
             differs = manifest is not None and self._on_found(manifest)
         except Exception as error:  # noqa: BLE001 - starting anew would lose work: main must know
-            return {**answer, "error": f"{type(error).__name__}: {error}"}
+            return LatestDecided(error=f"{type(error).__name__}: {error}")
         text = manifest.to_json() if manifest is not None else ""
-        return {**answer, "manifest": text, "differs": differs}
+        return LatestDecided(text.encode(), differs=differs)
 
 
 class LatestCopy:
     """Fetches the latest checkpoint once for all workers of a task.
 
-    Parameters
-    ----------
-    depot
-        Where checkpoints are kept, or None when the run keeps none.
-    scratch
-        This task's own directory.
-    ask
-        Asks partition 0 for the decision.
-    tell
-        Tells partition 0 where the copy is.
+    `ask` asks partition 0 for the decision; `tell` tells it where the copy is.
     """
 
     def __init__(
         self,
-        depot: Depot | None,
+        backend: CheckpointBackend | None,
         scratch: Path,
-        ask: Callable[[], Awaitable[LatestAnswer]],
+        ask: Callable[[], Awaitable[LatestDecided]],
         tell: Callable[[str], None],
     ) -> None:
-        self._depot = depot
+        self._backend = backend
         self._scratch = scratch
         self._ask = ask
         self._tell = tell
-        self._answer: asyncio.Task[dict[str, Any]] | None = None
+        self._answer: asyncio.Task[Latest] | None = None
 
-    async def get(self) -> dict[str, Any]:
-        """Give the latest checkpoint's copy on this machine.
-
-        Returns
-        -------
-        dict
-            JSON-compatible: ``step``, ``directory`` ("" when there is no checkpoint) and
-            ``differs``, or ``error``.
-        """
+    async def get(self) -> Latest:
+        """Return where the copy is."""
         if self._answer is None:
             self._answer = asyncio.create_task(self._fetch())
         return await asyncio.shield(self._answer)
 
-    async def _fetch(self) -> dict[str, Any]:
+    async def _fetch(self) -> Latest:
         answer = await self._ask()
-        if answer["error"]:
-            return {"error": answer["error"]}
-        if not answer["manifest"] or self._depot is None:
-            return {"directory": "", "step": -1, "differs": False}
-        manifest = Manifest.from_json(answer["manifest"])
+        if answer.error or not answer.manifest or self._backend is None:
+            return Latest(error=answer.error)
+        manifest = Manifest.from_json(answer.manifest.decode())
         directory = self._scratch / f"latest-{manifest.step}"
         try:
-            if not await in_thread(_link_copy, manifest, answer["copy_from"], directory):
+            if not await in_thread(_link_copy, manifest, answer.copy_from, directory):
                 directory.mkdir()
-                await in_thread(self._depot.fetch, manifest, directory)
+                await in_thread(self._backend.fetch, manifest, directory)
         except Exception as error:  # noqa: BLE001 - starting anew would lose work: main must know
             self._tell("")
-            return {"error": f"{type(error).__name__}: {error}"}
+            return Latest(error=f"{type(error).__name__}: {error}")
         self._tell(str(directory))
-        return {
-            "directory": str(directory),
-            "step": manifest.step,
-            "differs": answer["differs"],
-        }
+        return Latest(str(directory), manifest.step, answer.differs)
 
 
 def is_of_run(manifest: Manifest, record: RunRecord) -> bool:
@@ -347,22 +267,7 @@ def is_of_run(manifest: Manifest, record: RunRecord) -> bool:
 
 
 def resumption_in_words(manifest: Manifest, path: str, differences: Sequence[str]) -> list[str]:
-    """Write that a run goes on from an earlier one's checkpoint, and what differs.
-
-    Parameters
-    ----------
-    manifest
-        The checkpoint.
-    path
-        Where it is.
-    differences
-        What this run is called with that the other one was not, in words.
-
-    Returns
-    -------
-    list of str
-        One line, and a second one where something differs.
-    """
+    """Write that a run goes on from an earlier one's checkpoint, and what differs."""
     saved_at = datetime.fromisoformat(manifest.saved_at)
     age = _age_in_words((datetime.now(timezone.utc) - saved_at).total_seconds())
     unknown = " (what that was called with is not recorded)" if manifest.run is None else ""

@@ -12,14 +12,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 
-from horovodrunner.flows.logs.lines import count_lines, missing_mark
+from horovodrunner.flows.logs.lines import count_lines, missing_mark, prefix_lines
 from horovodrunner.flows.logs.showing import show_text
 from horovodrunner.flows.telemetry.phases import Phase
-from horovodrunner.placement.topology import Slot
-from horovodrunner.processes.driver.interrupt import main_thread_was_interrupted
-from horovodrunner.wire.job import Outcome
+from horovodrunner.spark.interrupt import LOOK_UP_SECONDS, main_thread_was_interrupted
+from horovodrunner.wire.events import Handlers, Lines, Message, Note, Phases
 
 __all__ = ["Console"]
 
@@ -28,9 +26,6 @@ MAX_WAITING_BYTES = 16 * 1024 * 1024
 
 QUIET = "HOROVODRUNNER_QUIET"
 """Leaves out what a run says of itself as long as all is well, unless it is empty or 0."""
-
-LOOK_UP_SECONDS = 0.2
-"""How often the waiting thread looks whether it was interrupted."""
 
 
 class Console:
@@ -57,6 +52,12 @@ class Console:
         self._leaves_routine_out = os.environ.get(QUIET, "0") not in ("", "0")
         self.run_phases: tuple[Phase, ...] = ()
         """What the run told of its phases."""
+        self.handlers: Handlers = {
+            Lines: lambda event: self.lines(prefix_lines(event.lines, event.rank, event.stream)),
+            Message: lambda event: self.message(event.text),
+            Note: lambda event: self.note(event.text, routine=event.routine),
+            Phases: self._take_phases,
+        }
 
     def lines(self, lines: bytes) -> None:
         """Take whole, prefixed lines of the workers; never blocks.
@@ -73,18 +74,10 @@ class Console:
             self._report_dropped_lines()
             self._put(lines.decode("utf-8", errors="replace"))
 
-    def message(self, rank: int, message: bytes) -> None:
-        """Take a ``log_to_driver`` message.
-
-        Parameters
-        ----------
-        rank
-            Whose it is; the message is shown as it was given.
-        message
-            UTF-8 without a newline at its end.
-        """
+    def message(self, text: str) -> None:
+        """Take a ``log_to_driver`` message, which is shown as it was given."""
         with self._lock:
-            self._put(message.decode("utf-8", errors="replace") + "\n")
+            self._put(text + "\n")
 
     def note(self, text: str, *, routine: bool = False) -> None:
         """Take a line of the run's own.
@@ -101,21 +94,8 @@ class Console:
         with self._lock:
             self._put(f"HorovodRunner: {text}\n")
 
-    def placed(self, slots: Sequence[Slot]) -> None:
-        """Do nothing: all ranks are here."""
-
-    def failed(self, outcome: Outcome) -> None:
-        """Do nothing: the run's failure is raised, not printed."""
-
-    def phases(self, phases: Sequence[Phase]) -> None:
-        """Keep when the phases of the run began and ended."""
-        self.run_phases = tuple(phases)
-
-    def storing(self) -> None:
-        """Do nothing: whoever waits here waits for the agent itself."""
-
-    async def close(self) -> None:
-        """Do nothing: what was taken is printed by :meth:`show`."""
+    def _take_phases(self, event: Phases) -> None:
+        self.run_phases = tuple(Phase(*fields) for fields in event.phases)
 
     def wake(self) -> None:
         """Make :meth:`show` return after it has printed everything."""
@@ -153,12 +133,7 @@ class Console:
                 return False
 
     def _wait_for_change(self, deadline: float | None) -> None:
-        """Wait for something to print.
-
-        It has to look up once in a while. Signals reach the main thread only, and not a wait that
-        was just about to begin; and an exception that was sent to another thread waits for it.
-        """
-        in_main_thread = threading.current_thread() is threading.main_thread()
+        """Wait for something to print, or for an interrupt."""
         while True:
             with self._lock:
                 if self._waiting or self._woken:
@@ -168,7 +143,7 @@ class Console:
                 return
             left = LOOK_UP_SECONDS if left is None else min(left, LOOK_UP_SECONDS)
             self._nothing_new.acquire(timeout=left)
-            if not in_main_thread and main_thread_was_interrupted():
+            if main_thread_was_interrupted():
                 raise KeyboardInterrupt
 
     def _tell_that_nothing_is_shown(self, why: str) -> None:

@@ -33,25 +33,6 @@ class LineAssembler:
     inside a UTF-8 character. All other bytes pass as they are, whatever they encode, but for those
     that move a terminal's cursor: what they overwrite, such as a progress bar's earlier states, is
     left out. What a line shows that has been overwritten, and has not ended yet, is its state.
-
-    Parameters
-    ----------
-    max_line_bytes
-        Longest line, in bytes, that is kept while waiting for its end.
-
-    Examples
-    --------
-    >>> lines = LineAssembler()
-    >>> lines.feed(b"one\ntw")
-    b'one\n'
-    >>> lines.feed(b"o\r\n 10%\r 20%")
-    b'two\n'
-    >>> lines.take_states()
-    b' 20%\n'
-    >>> lines.feed(b"\r 30%\r100%\nthree")
-    b'100%\n'
-    >>> lines.close()
-    b'three\n'
     """
 
     def __init__(self, max_line_bytes: int = 256 * 1024) -> None:
@@ -66,18 +47,7 @@ class LineAssembler:
         self._steps_back = 0
 
     def feed(self, data: bytes) -> bytes:
-        r"""Take the next bytes of the stream.
-
-        Parameters
-        ----------
-        data
-            Any bytes.
-
-        Returns
-        -------
-        bytes
-            The lines that are now complete, each ending in ``\n``; empty when there are none.
-        """
+        r"""Take the next bytes of the stream, and return the lines that are now complete."""
         # Only the new bytes are searched and copied: the rest may be long, and data one byte.
         data = self._half_end + data
         self._half_end = b""
@@ -86,10 +56,7 @@ class LineAssembler:
         if b"\r\n" in data:
             data = data.replace(b"\r\n", b"\n")
         pieces: list[bytes | bytearray] = []
-        if self._is_moved or _MOVE.search(data):
-            self._draw(data, pieces)
-        else:
-            self._append(data, pieces)
+        self._draw(data, pieces)
         if len(self._rest) > self._max_line_bytes:
             pieces += self._cut()
         return b"".join(pieces)
@@ -100,13 +67,7 @@ class LineAssembler:
         return any(row.state for row in self._rows) or bool(self._state_of_rest())
 
     def take_states(self) -> bytes:
-        r"""Return what unfinished lines show now, unless it was returned before.
-
-        Returns
-        -------
-        bytes
-            Lines, each ending in ``\n``.
-        """
+        r"""Return what unfinished lines show now, unless it was returned before."""
         if state := self._state_of_rest():
             self._rows[self._row].state = state
         states = []
@@ -117,13 +78,7 @@ class LineAssembler:
         return b"".join(states)
 
     def close(self) -> bytes:
-        r"""Give out what is left when the stream ends.
-
-        Returns
-        -------
-        bytes
-            The last, unfinished lines with a ``\n`` added, or nothing.
-        """
+        r"""Return what is left when the stream ends, with a ``\n`` added."""
         self._write(self._half_end)
         self._half_end = b""
         if self._is_moved:
@@ -145,22 +100,20 @@ class LineAssembler:
         """Do what a terminal does with text and moves of its cursor."""
         position = 0
         while position < len(data):
+            found = (_CONTROL if self._is_moved else _MOVE).search(data, position)
+            end = len(data) if found is None else found.start()
+            text, position = data[position:end], end
             if not self._is_moved:  # up to the first move all passes as it is
-                move = _MOVE.search(data, position)
-                end = len(data) if move is None else move.start()
-                self._append(data[position:end], pieces)
-                self._is_moved = move is not None
-            else:
-                control = _CONTROL.search(data, position)
-                end = len(data) if control is None else control.start()
-                self._write(data[position:end])
-                if control is not None:
-                    end = control.end()
-                    if control[0] == b"\n":
-                        self._end_row(pieces)
-                    else:
-                        self._move(control[0])
-            position = end
+                self._append(text, pieces)
+                self._is_moved = found is not None
+                continue
+            self._write(text)
+            if found is not None:
+                position = found.end()
+                if found[0] == b"\n":
+                    self._end_row(pieces)
+                else:
+                    self._move(found[0])
 
     def _write(self, text: bytes) -> None:
         """Write over the cursor's row, from its beginning after each return."""
@@ -269,29 +222,17 @@ class LineAssembler:
 
 @dataclass
 class _Row:
-    """A line of a terminal that may still be overwritten.
-
-    Parameters
-    ----------
-    text
-        What it shows.
-    state
-        What it showed last, unless that was given out.
-    shown
-        What of it was given out.
-    is_erased, is_wiped
-        Whether it was erased since; whether by the terminal rather than by blanks.
-    """
+    """A line of a terminal that may still be overwritten."""
 
     text: bytes = b""
-    state: bytes = b""
-    shown: bytes = b""
-    is_erased: bool = False
-    is_wiped: bool = False
+    state: bytes = b""  # what it showed last, unless that was returned
+    shown: bytes = b""  # what of it was returned
+    is_erased: bool = False  # since
+    is_wiped: bool = False  # by the terminal rather than by blanks
 
 
 def _is_blank(text: bytes | bytearray) -> bool:
-    """Tell whether text overwrites others and shows nothing; no text does not overwrite any."""
+    """Whether text overwrites others and shows nothing; no text does not overwrite any."""
     return bool(text) and not _UNSEEN.sub(b"", text)
 
 
@@ -307,43 +248,20 @@ def _before_characters(text: bytearray, count: int) -> int:
 def _character_start(text: bytearray, start: int, end: int) -> int:
     """Find where to cut `text` at or up to 3 bytes before `end`, but after `start`."""
     for lead in range(end - 1, max(end - 4, start), -1):
-        if text[lead] & 0xC0 == 0x80:
+        if (first := text[lead]) & 0xC0 == 0x80:
             continue  # not a character's first byte
-        decoder = codecs.getincrementaldecoder("utf-8")()
+        size = 2 + (first >= 0xE0) + (first >= 0xF0)
         try:
-            if decoder.decode(text[lead:end]):
-                return end  # it is complete
-            for position in range(end, min(end + 3, len(text))):
-                if decoder.decode(text[position : position + 1]):
-                    break
+            _, complete = codecs.utf_8_decode(text[lead:end])
+            codecs.utf_8_decode(text[lead : max(end, lead + size)])
         except UnicodeDecodeError:
             return end
-        return lead
+        return end if complete else lead
     return end
 
 
 def prefix_lines(lines: bytes, rank: int, stream: str) -> bytes:
-    r"""Put ``[rank]<stream>:`` before every line, as horovodrun does.
-
-    Parameters
-    ----------
-    lines
-        Whole lines, each ending in ``\n``.
-    rank
-        The rank that printed them.
-    stream
-        ``"stdout"`` or ``"stderr"``.
-
-    Returns
-    -------
-    bytes
-        The same lines, prefixed.
-
-    Examples
-    --------
-    >>> prefix_lines(b"a\nb\n", 1, "stdout")
-    b'[1]<stdout>:a\n[1]<stdout>:b\n'
-    """
+    r"""Put ``[rank]<stream>:`` before every line, as horovodrun does."""
     if not lines:
         return b""
     prefix = f"[{rank}]<{stream}>:".encode()
@@ -351,41 +269,12 @@ def prefix_lines(lines: bytes, rank: int, stream: str) -> bytes:
 
 
 def missing_mark(count: int, why: str) -> bytes:
-    r"""Give the line that stands for lines which were dropped.
-
-    Parameters
-    ----------
-    count
-        How many.
-    why
-        What dropped them, and where they are.
-
-    Returns
-    -------
-    bytes
-        One line.
-    """
+    """Return the line that stands for lines which were dropped, with what dropped them."""
     return b"HorovodRunner: %d%b: %b\n" % (count, _MISSING, why.encode())
 
 
 def count_lines(lines: bytes) -> int:
-    r"""Count the lines that would be missing without these: a mark stands for those it counts.
-
-    Parameters
-    ----------
-    lines
-        Whole lines.
-
-    Returns
-    -------
-    int
-        How many.
-
-    Examples
-    --------
-    >>> count_lines(b"a\nb\n" + missing_mark(40, "too fast"))
-    42
-    """
+    r"""Count the lines that would be missing without these: a mark stands for those it counts."""
     count = lines.count(b"\n")
     if _MISSING in lines:
         marks = _MISSING_MARK.findall(lines)

@@ -16,18 +16,7 @@ _CLEAR_LINE = "\r\x1b[K"
 
 
 def show_text(text: str) -> str:
-    """Write to standard output, whatever the user has put there.
-
-    Parameters
-    ----------
-    text
-        Whole lines; characters that the stream's encoding lacks are shown as escapes.
-
-    Returns
-    -------
-    str
-        Why it cannot be shown: there is no stream, its disk is full, and the like. Else "".
-    """
+    """Write to standard output, whatever the user has put there."""
     try:
         stream: Any = sys.stdout
         with contextlib.suppress(Exception):  # what stands in for it may have none
@@ -53,22 +42,7 @@ def _write(stream: Any, text: str) -> None:
 
 
 def warn(text: str, category: type[Warning] = UserWarning, stacklevel: int = 1) -> None:
-    """Warn, unless that cannot be shown.
-
-    Parameters
-    ----------
-    text
-        What to warn of.
-    category
-        The warning's class.
-    stacklevel
-        As for :func:`warnings.warn`, from the caller.
-
-    Raises
-    ------
-    Warning
-        If the user's filters make it an error.
-    """
+    """Warn, unless that cannot be shown."""
     try:
         warnings.warn(text, category, stacklevel=stacklevel + 1)
     except Warning:

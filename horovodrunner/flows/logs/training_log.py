@@ -28,63 +28,25 @@ class TrainingLog:
         self._began = time.monotonic()
 
     def epoch_begins(self, epoch: int, epochs: int | None = None) -> None:
-        """Say that an epoch begins.
-
-        Parameters
-        ----------
-        epoch
-            Its number, from 0.
-        epochs
-            How many there will be; None if that is not known.
-        """
         self._epoch = _numbered("epoch", epoch, epochs)
         self._began = time.monotonic()
-        self._say(f"{self._epoch} begins")
+        self._log(f"{self._epoch} begins")
 
     def batch_ends(self, batch: int, batches: int | None, logs: Mapping[str, Any] | None) -> None:
-        """Say how a batch went.
-
-        Parameters
-        ----------
-        batch
-            Its number, from 0.
-        batches
-            How many there are in the epoch; None if that is not known.
-        logs
-            Values by name.
-        """
         values = format_logs(logs)
-        self._say(f"{self._epoch}, {_numbered('batch', batch, batches)}: {values or 'done'}")
+        self._log(f"{self._epoch}, {_numbered('batch', batch, batches)}: {values or 'done'}")
 
     def epoch_ends(self, logs: Mapping[str, Any] | None) -> None:
-        """Say how the epoch went and how long it took.
-
-        Parameters
-        ----------
-        logs
-            Values by name.
-        """
         took = f"({time.monotonic() - self._began:.1f} s)"
-        self._say(f"{self._epoch}: {format_logs(logs) or 'done'} {took}")
+        self._log(f"{self._epoch}: {format_logs(logs) or 'done'} {took}")
 
     @staticmethod
-    def _say(text: str) -> None:
+    def _log(text: str) -> None:
         log_to_driver(f"{_rank_prefix()}{text}")
 
 
 def count_or_none(number: Any) -> int | None:
-    """Return how many epochs or batches a framework says there are, if that is known.
-
-    Parameters
-    ----------
-    number
-        What it says; Lightning has -1 and infinity, too.
-
-    Returns
-    -------
-    int or None
-        None for what is no positive number.
-    """
+    """Return how many epochs or batches a framework says there are, if that is known."""
     try:
         return max(0, checked.integer("number", number)) or None
     except ArgumentTypeError:
@@ -102,44 +64,12 @@ def _rank_prefix() -> str:
 
 
 def format_logs(logs: Mapping[str, Any] | None) -> str:
-    """Write named values in one line.
-
-    Parameters
-    ----------
-    logs
-        Values by name, of whatever type.
-
-    Returns
-    -------
-    str
-        Empty if there are none.
-
-    Examples
-    --------
-    >>> format_logs({"loss": 0.25121, "accuracy": 0.91, "learning_rate": 6e-05})
-    'loss 0.2512, accuracy 0.9100, learning_rate 6e-05'
-    """
+    """Write named values in one line."""
     return ", ".join(f"{name} {format_value(value)}" for name, value in (logs or {}).items())
 
 
 def format_value(value: Any) -> str:
-    """Write one value for people; a number of any framework, or anything else, without failing.
-
-    Parameters
-    ----------
-    value
-        A number, an array or tensor, a list, None, ...
-
-    Returns
-    -------
-    str
-        One short line.
-
-    Examples
-    --------
-    >>> [format_value(value) for value in (0.5, 12, 12345.678, [0.1, 2], None)]
-    ['0.5000', '12', '12345.7', '[0.1000, 2]', 'None']
-    """
+    """Write one value for people; a number of any framework, or anything else, without failing."""
     try:
         text = _format(value)
     except Exception:  # noqa: BLE001 - a line of the log must not end the training

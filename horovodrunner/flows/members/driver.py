@@ -11,8 +11,8 @@ import asyncio
 import json
 import zlib
 
-from horovodrunner.wire.connection import Connection
-from horovodrunner.wire.frames import Frame
+from horovodrunner.wire.events import Gather, Gathered, GatherWithSpark
+from horovodrunner.wire.stream import Connection
 
 __all__ = ["GatherPoint"]
 
@@ -21,49 +21,29 @@ PATIENCE_SECONDS = 15.0
 
 
 class GatherPoint:
-    """Takes a text from every task and gives each of them all texts.
-
-    Parameters
-    ----------
-    size
-        Number of tasks.
-    """
+    """Takes a text from every task and gives each of them all texts."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._texts: dict[int, str] = {}
         self._seen: set[int] = set()
         self._decided = asyncio.Event()
-        self._body: bytes | None = None
+        self._answer: Gathered | GatherWithSpark = GatherWithSpark()
 
-    async def serve(self, connection: Connection, frame: Frame) -> bool:
-        """Take one task's text, wait for the others', and answer.
-
-        Parameters
-        ----------
-        connection
-            To the task.
-        frame
-            Its ``gather`` frame.
-
-        Returns
-        -------
-        bool
-            False if the task has gathered before: Spark is trying the stage a second time.
-        """
-        partition = int(frame.header["partition"])
-        if partition in self._seen:
+    async def serve(self, connection: Connection, event: Gather) -> bool:
+        """Answer a task once all have come; False if it came before: Spark tries a second time."""
+        if event.partition in self._seen:
             return False
         if not self._seen:
             asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._decided.set)
-        self._seen.add(partition)
+        self._seen.add(event.partition)
         if self._decided.is_set():  # too late
-            connection.send("gather-with-spark")
+            connection.send(GatherWithSpark())
             return True
-        self._texts[partition] = bytes(frame.body).decode()
+        self._texts[event.partition] = bytes(event.text).decode()
         if len(self._texts) == self._size:
             ordered = [self._texts[number] for number in sorted(self._texts)]
-            self._body = zlib.compress(json.dumps(ordered).encode(), 1)
+            self._answer = Gathered(zlib.compress(json.dumps(ordered).encode(), 1))
             self._decided.set()
         decided = asyncio.ensure_future(self._decided.wait())
         gone = asyncio.ensure_future(connection.receive())
@@ -73,10 +53,8 @@ class GatherPoint:
             decided.cancel()
             gone.cancel()
             await asyncio.gather(decided, gone, return_exceptions=True)
-        if not self._decided.is_set():
-            del self._texts[partition]
-        elif self._body is None:
-            connection.send("gather-with-spark")
+        if self._decided.is_set():
+            connection.send(self._answer)
         else:
-            connection.send("gathered", self._body)
+            del self._texts[event.partition]
         return True

@@ -4,85 +4,61 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import zlib
 from collections.abc import Callable
 
-from horovodrunner.wire.connection import Connection, connect
-from horovodrunner.wire.job import JobSpec
+from horovodrunner.flows.call.job import JobSpec
+from horovodrunner.wire.events import Gather, Gathered, Refused
+from horovodrunner.wire.stream import connect
 
-__all__ = ["CONNECT_SECONDS", "Gathering"]
+__all__ = ["gather"]
 
 CONNECT_SECONDS = 10.0
 """How long a task tries to reach the driver before it takes Spark's way."""
 
+_logger = logging.getLogger(__name__)
 
-class Gathering:
-    """Exchanges a text through the driver; through Spark where not all tasks reach the driver.
 
-    Parameters
-    ----------
-    job
-        The run.
-    partition
-        This task's partition.
-    all_gather
-        Spark's: blocks until all tasks have called it, and gives all texts.
+async def gather(
+    job: JobSpec,
+    partition: int,
+    text: str,
+    all_gather: Callable[[str], list[str]],
+    *,
+    reaches_driver: bool,
+) -> list[str]:
+    """Return the texts of all tasks, by partition: through the driver if all of them reach it.
+
+    `all_gather` is Spark's way; ConnectionError if the connection to the driver breaks meanwhile,
+    or if Spark tries the stage again.
     """
+    if reaches_driver and (texts := await _gather_at_driver(job, partition, text)) is not None:
+        _logger.debug("gathered %d tasks at the driver", len(texts))
+        return texts
+    texts = await asyncio.to_thread(all_gather, text)
+    _logger.debug("gathered %d tasks through Spark", len(texts))
+    return texts
 
-    def __init__(
-        self, job: JobSpec, partition: int, all_gather: Callable[[str], list[str]]
-    ) -> None:
-        self._job = job
-        self._partition = partition
-        self._all_gather = all_gather
-        self.driver_is_out_of_reach = job.driver_address is None
-        """Whether it is known already, so that nobody needs to try."""
 
-    async def gather(self, text: str) -> list[str]:
-        """Exchange the texts.
-
-        Parameters
-        ----------
-        text
-            This task's.
-
-        Returns
-        -------
-        list of str
-            All tasks', in the order of their partitions.
-
-        Raises
-        ------
-        ConnectionError
-            If the connection to the driver breaks meanwhile, or if Spark tries the stage again.
-        """
-        connection = await self._connect()
-        if connection is not None:
-            try:
-                if (texts := await self._gather_at_driver(connection, text)) is not None:
-                    return texts
-            finally:
-                await connection.close()
-        return await asyncio.to_thread(self._all_gather, text)
-
-    async def _connect(self) -> Connection | None:
-        address = self._job.driver_address
-        if address is None or self.driver_is_out_of_reach:
-            return None
-        try:
-            return await connect(*address, self._job.token, CONNECT_SECONDS)
-        except OSError:
-            return None
-
-    async def _gather_at_driver(self, connection: Connection, text: str) -> list[str] | None:
-        connection.send("gather", text.encode(), run_id=self._job.run_id, partition=self._partition)
-        answer = await connection.receive()
-        if answer is None:
-            # The driver may have told the others already, so Spark's way could wait for ever.
-            raise ConnectionError("the connection to the driver broke while the tasks met")
-        if answer.kind == "gathered":
-            texts: list[str] = json.loads(zlib.decompress(answer.body))
-            return texts
-        if answer.kind == "refused":
-            raise ConnectionError(str(answer.header.get("why")))
+async def _gather_at_driver(job: JobSpec, partition: int, text: str) -> list[str] | None:
+    if job.driver_address is None:
         return None
+    try:
+        connection = await connect(*job.driver_address, job.token, CONNECT_SECONDS)
+    except OSError:
+        return None
+    try:
+        connection.send(Gather(job.run_id, partition, text.encode()))
+        answer = await connection.receive()
+    finally:
+        await connection.close()
+    if answer is None:
+        # The driver may have told the others already, so Spark's way could wait for ever.
+        raise ConnectionError("the connection to the driver broke while the tasks met")
+    if isinstance(answer, Refused):
+        raise ConnectionError(answer.why)
+    if isinstance(answer, Gathered):
+        texts: list[str] = json.loads(zlib.decompress(answer.texts))
+        return texts
+    return None

@@ -15,10 +15,9 @@ from horovodrunner.errors import (
     StallTimeoutError,
     WorkerFailedError,
 )
-from horovodrunner.formatting import in_one_line
-from horovodrunner.pickling import payload
-from horovodrunner.pickling.pickled import Pickled
-from horovodrunner.wire.job import Failure, FailureKind, Outcome
+from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
+from horovodrunner.formatting import format_bytes, in_one_line
+from horovodrunner.pickling.buffers import BufferedPickle, loads
 
 __all__ = ["open_outcome"]
 
@@ -68,7 +67,7 @@ def _worker_failure(failure: Failure, consequences: tuple[Failure, ...]) -> Work
     return WorkerFailedError(failure.summary, **facts)
 
 
-def _open_result(result: Pickled) -> Any:
+def _open_result(result: BufferedPickle) -> Any:
     try:
         return result.load()
     except KeyboardInterrupt:
@@ -85,9 +84,9 @@ def _open_result(result: Pickled) -> Any:
         raise PayloadError(f"{text}{_keep(result, remedy)}, or return plain data") from error
 
 
-def _keep(result: Pickled, remedy: str) -> str:
+def _keep(result: BufferedPickle, remedy: str) -> str:
     """Write bytes that may have taken days to compute to a file, and name it in a sentence."""
-    size = payload.format_bytes(result.size)
+    size = format_bytes(result.size)
     try:
         descriptor, path = tempfile.mkstemp(prefix="horovodrunner-result-", suffix=".pkl")
         with os.fdopen(descriptor, "wb") as file:
@@ -103,7 +102,7 @@ def _unpickled_exception(failure: Failure) -> BaseException | None:
     if not failure.exception:
         return None
     try:
-        error = payload.load(failure.exception)
+        error = loads(failure.exception)
     except KeyboardInterrupt:
         raise
     except BaseException:  # noqa: BLE001 - its text and traceback are in the failure

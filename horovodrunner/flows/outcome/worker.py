@@ -14,10 +14,10 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from horovodrunner.formatting import class_names, cut, short_name
-from horovodrunner.pickling.pickled import Pickler
+from horovodrunner.pickling.pickler import Pickler
 
 __all__ = ["Description", "describe", "exit_code_of", "show_source_of_threads"]
 
@@ -38,56 +38,23 @@ _OF_ITSELF: Callable[[BaseException], TracebackType | None] = vars(BaseException
 ].__get__
 
 
-class Description:
-    """What can be told of an exception.
+class Description(NamedTuple):
+    """What can be told of an exception."""
 
-    Parameters
-    ----------
-    name
-        Its class's name without the module.
-    types
-        Qualified names of its class and that one's bases.
-    text
-        What it says, or why that cannot be shown.
-    traceback
-        As the interpreter would print it.
-    frames
-        Where it was raised, innermost first.
-    pickled
-        The exception itself, or b"" where it does not pickle or is too large.
-    """
-
-    def __init__(  # written out: a dataclass takes every worker time to make
-        self,
-        *,
-        name: str,
-        types: tuple[str, ...],
-        text: str,
-        traceback: str,
-        frames: list[FrameType],
-        pickled: bytes,
-    ) -> None:
-        self.name = name
-        self.types = types
-        self.text = text
-        self.traceback = traceback
-        self.frames = frames
-        self.pickled = pickled
+    name: str
+    """Its class's name without the module."""
+    types: tuple[str, ...]
+    """Qualified names of its class and that one's bases."""
+    text: str
+    traceback: str
+    frames: list[FrameType]
+    """Where it was raised, innermost first."""
+    pickled: bytes
+    """b"" where it does not pickle or is too large."""
 
 
 def describe(error: BaseException) -> Description:
-    """Describe an exception; raises nothing itself.
-
-    Parameters
-    ----------
-    error
-        What main raised; the outermost frame of its traceback is the one that called main.
-
-    Returns
-    -------
-    Description
-        Plain text and bytes, all bounded.
-    """
+    """Describe an exception; raises nothing itself."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(RECURSION_LIMIT)
     try:
@@ -117,7 +84,7 @@ def describe(error: BaseException) -> Description:
 
 
 def show_source_of_threads() -> None:
-    """Have tracebacks of threads show their source, too: Python has files read only before 3.13."""
+    """Show source in tracebacks of threads, too: before 3.13 Python reads only files for them."""
     if sys.version_info < (3, 13):
         threading.excepthook = _show_thread
 
@@ -132,19 +99,7 @@ def _show_thread(args: threading.ExceptHookArgs) -> None:
 
 
 def exit_code_of(leaving: BaseException) -> int:
-    """Return the exit code that an interpreter would leave with.
-
-    Parameters
-    ----------
-    leaving
-        A SystemExit.
-
-    Returns
-    -------
-    int
-        0 to 255; 1 for what is no number, as in ``sys.exit("no data")``, and for a number that
-        is not 0 and that the system would take for 0.
-    """
+    """Return the exit code that an interpreter would leave with."""
     try:
         code: Any = leaving.code  # type: ignore[attr-defined]
         number = 0 if code is None else operator.index(code)

@@ -31,27 +31,7 @@ CANDIDATES = 64
 
 
 def stage_input(spark: SparkSession, size: int, data: Sequence[UnsharedDataSet]) -> DataFrame:
-    """Give what the barrier stage's tasks read: the rows of the data sets, dealt out to them.
-
-    Parameters
-    ----------
-    spark
-        The session.
-    size
-        Number of tasks.
-    data
-        The data sets that travel with the run; often none.
-
-    Returns
-    -------
-    DataFrame
-        Partition p of as many as there are tasks has exactly the rows for task p.
-
-    Raises
-    ------
-    ConfigurationError
-        If Spark is set to hand over whole partitions at once.
-    """
+    """Return what the barrier stage's tasks read: partition p has exactly the rows of task p."""
     if not data:
         return spark.range(0, size, 1, size)
     from horovodrunner.data.distribution import (
@@ -73,8 +53,8 @@ def stage_input(spark: SparkSession, size: int, data: Sequence[UnsharedDataSet])
     for number, each in enumerate(data):
         job = Distribution(number, each.columns, places, piece_bytes, each.nulls)
         source: Any = each.source
-        dealt = map_by_name(source, functools.partial(distribute_rows, job), PIECE_SCHEMA)
-        rows = rows.union(dealt)
+        distributed = map_by_name(source, functools.partial(distribute_rows, job), PIECE_SCHEMA)
+        rows = rows.union(distributed)
     return rows.repartition(size, "place").sortWithinPartitions("dataset", "part", "number")
 
 
@@ -106,29 +86,7 @@ def _piece_bytes(spark: SparkSession) -> int:
 def stored_here(
     data: Sequence[UnsharedDataSet], run_id: str, console: Console
 ) -> Iterator[StoredRows | None]:
-    """Store data sets in a temporary directory of this machine, for a run with np < 0.
-
-    Parameters
-    ----------
-    data
-        The data sets.
-    run_id
-        Part of the directory's name.
-    console
-        Is told what is going on.
-
-    Yields
-    ------
-    StoredRows or None
-        What the agent takes; None when there are none.
-
-    Raises
-    ------
-    ConfigurationError
-        If the session's executors are on other machines.
-    DataError
-        If they cannot be stored.
-    """
+    """Store data sets in a temporary directory of this machine, for a run with np < 0."""
     if not data:
         yield None
         return
@@ -145,21 +103,13 @@ def stored_here(
 
 
 class StoredRows:
-    """Data sets that are on this machine already.
-
-    Parameters
-    ----------
-    directory
-        Where.
-    """
+    """Data sets that are on this machine already."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def take(self, scratch: Path) -> str:
-        """Do nothing."""
         return ""
 
     def finish(self, told: Sequence[str]) -> Path:
-        """Give the directory."""
         return self._directory

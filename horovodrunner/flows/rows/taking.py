@@ -1,4 +1,4 @@
-"""When a task takes in rows that travel with the run. Runs in: the task (np < 0: the driver)."""
+"""When a task takes in the rows that travel with a run. Runs in: the task (np < 0: the driver)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from horovodrunner.errors import DataError
-from horovodrunner.flows.checkpoints.task import in_thread
-from horovodrunner.placement.topology import Member, group_by_host
-from horovodrunner.wire.job import FailureKind
+from horovodrunner.flows.outcome.outcome import FailureKind
+from horovodrunner.placement.topology import Member, members_by_rank
+from horovodrunner.wire.upload import in_thread
 
 __all__ = ["RowsTaker", "data_directory", "with_rows"]
 
@@ -19,29 +19,14 @@ class RowsTaker(Protocol):
     """Takes in this task's rows of the data sets that travel with the run."""
 
     def take(self, scratch: Path) -> str:
-        """Write them below a directory, and give what the peers have to know of them."""
+        """Write them below a directory, and return what the peers have to know of them."""
 
     def finish(self, told: Sequence[str]) -> Path:
-        """Give the directory of the data sets, once all tasks, by rank, have told what they got."""
+        """Return the directory of the data sets, given what :meth:`take` returned, by rank."""
 
 
 async def with_rows(taker: RowsTaker | None, member: Member, scratch: Path) -> Member:
-    """Take the rows in, unless the task has a problem already.
-
-    Parameters
-    ----------
-    taker
-        Takes them; None when there are none.
-    member
-        What the task tells its peers.
-    scratch
-        The task's directory.
-
-    Returns
-    -------
-    Member
-        With what the peers have to know of the rows, or with what is wrong with them.
-    """
+    """Take the rows in, and add to what the task tells its peers what they have to know of them."""
     if taker is None or member.problem:
         return member
     try:
@@ -51,19 +36,5 @@ async def with_rows(taker: RowsTaker | None, member: Member, scratch: Path) -> M
 
 
 def data_directory(taker: RowsTaker, members: Sequence[Member]) -> str:
-    """Finish the data sets with what all tasks have told.
-
-    Parameters
-    ----------
-    taker
-        Has taken this task's rows.
-    members
-        All tasks.
-
-    Returns
-    -------
-    str
-        Where the worker finds them.
-    """
-    by_rank = [member for group in group_by_host(members) for member in group.members]
-    return str(taker.finish([member.rows for member in by_rank]))
+    """Return where the worker finds the data sets, now that all tasks' rows are known."""
+    return str(taker.finish([member.rows for member in members_by_rank(members)]))

@@ -33,32 +33,14 @@ _FILE = "rows.arrow"
 
 @dataclass(frozen=True)
 class Travelling:
-    """A data set whose rows come with the barrier stage.
-
-    Parameters
-    ----------
-    identity
-        Names it among all there are.
-    columns
-        What is stored of it.
-    """
+    """A data set whose rows come with the barrier stage: its name among all, and its columns."""
 
     identity: str
     columns: tuple[Column, ...]
 
 
 class TaskRows:
-    """Takes in the rows that Spark brings to one task of the barrier stage.
-
-    Parameters
-    ----------
-    data
-        The run's data sets, by their number.
-    partition
-        The task's partition.
-    batches
-        Its rows, see ``PIECE_SCHEMA``, in their order.
-    """
+    """Takes in the rows of all data sets that Spark brings to one task, see ``PIECE_SCHEMA``."""
 
     def __init__(
         self, data: Sequence[Travelling], partition: int, batches: Iterator[pa.RecordBatch]
@@ -72,22 +54,9 @@ class TaskRows:
         self._meant_for: list[int] = []
 
     def take(self, scratch: Path) -> str:
-        """Write the rows to files.
+        """Write the rows to files below the task's directory; return what the peers have to know.
 
-        Parameters
-        ----------
-        scratch
-            The task's directory.
-
-        Returns
-        -------
-        str
-            What the other tasks have to know, as JSON.
-
-        Raises
-        ------
-        DataError
-            If the rows could not be stored, by the task that dealt them out or by this one.
+        Raises a DataError if they could not be stored, by the task that computed them or this one.
         """
         self._directory = scratch / "data"
         try:
@@ -115,18 +84,7 @@ class TaskRows:
         return json.dumps(told)
 
     def finish(self, told: Sequence[str]) -> Path:
-        """Make data sets of the files, once everybody's rows are known.
-
-        Parameters
-        ----------
-        told
-            What :meth:`take` gave on every task, in the order of their ranks.
-
-        Returns
-        -------
-        Path
-            The directory they are in.
-        """
+        """Complete the data sets with what :meth:`take` returned on every task, by rank."""
         of_ranks = [json.loads(text) for text in told]
         for number, (each, file) in enumerate(zip(self._data, self._files, strict=True)):
             rows_per_rank = tuple(of_rank[number]["rows"] for of_rank in of_ranks)

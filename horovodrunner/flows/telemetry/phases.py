@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Phase", "Spans", "in_words"]
+__all__ = ["Phase", "Spans", "format_phases"]
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Spans:
         return tuple(sorted(self._phases.values(), key=lambda phase: phase.began))
 
 
-def in_words(phases: Iterable[Phase], since: float) -> str:
+def format_phases(phases: Iterable[Phase], since: float) -> str:
     """Return phases as a table that counts from `since`.
 
-    >>> print(in_words([Phase("pickle", 10.0, 10.25), Phase("main", 10.5, 13.0, 1)], since=10.0))
+    >>> print(format_phases([Phase("pickle", 10.0, 10.25), Phase("main", 10.5, 13.0, 1)], 10.0))
     phase            from      to    took
     pickle           0.00    0.25    0.25 s
     main             0.50    3.00    2.50 s, rank 1 last

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from horovodrunner.flows.logs.driver import Console
-from horovodrunner.pickling.payload import format_bytes
+from horovodrunner.formatting import format_bytes
 from horovodrunner.placement.environment import TF_CONFIG
 
 __all__ = ["announce"]

@@ -10,11 +10,11 @@ from horovodrunner.flows.call.record import changes
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.driver import open_outcome
+from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.formatting import class_names, cut, short_name
-from horovodrunner.pickling.pickled import travels_by_reference
-from horovodrunner.wire.job import Outcome
+from horovodrunner.pickling.pickler import travels_by_reference
 
-__all__ = ["run_attempts", "stopped_in_words"]
+__all__ = ["describe_stopped", "run_attempts"]
 
 _CAUSE_CHARACTERS = 1000
 
@@ -41,7 +41,7 @@ def run_attempts(
                 if len(causes) > 1:
                     error.attempts = tuple(causes)
                 if isinstance(error, BarrierStageError) and error.was_cancelled:
-                    error.args = (f"{error.args[0]}; {_latest_in_words(store)}",)
+                    error.args = (f"{error.args[0]}; {_describe_latest(store)}",)
                 raise
             console.note(
                 f"attempt {len(causes) + 1} of {max_restarts + 1}, because {causes[-1]}; "
@@ -73,14 +73,14 @@ def _in_one_line(error: HorovodRunnerError) -> str:
     return cut((str(error).splitlines() or [type(error).__name__])[0], _CAUSE_CHARACTERS)
 
 
-def stopped_in_words(interrupt: KeyboardInterrupt, size: int, store: CheckpointStore | None) -> str:
+def describe_stopped(interrupt: KeyboardInterrupt, size: int, store: CheckpointStore | None) -> str:
     """Describe what an interrupt has stopped, and what is left; `size` is 0 for all slots."""
     ranks = " of 1 rank" if size == 1 else f" of {size} ranks" if size else ""
     reason = f"{interrupt}: " if interrupt.args else ""
-    return f"{reason}the run{ranks} was stopped; {_latest_in_words(store)}"
+    return f"{reason}the run{ranks} was stopped; {_describe_latest(store)}"
 
 
-def _latest_in_words(store: CheckpointStore | None) -> str:
+def _describe_latest(store: CheckpointStore | None) -> str:
     if store is None:
         return "there is no checkpoint, because the run has no checkpoint_dir"
     try:

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 from horovodrunner.errors import ConfigurationError
-from horovodrunner.flows.artifacts.task import BroughtFiles, serve_files
-from horovodrunner.flows.checkpoints.backend import SILENCE_SECONDS, serve_depot
+from horovodrunner.flows.artifacts.driver import BroughtFiles, file_handler
+from horovodrunner.flows.checkpoints.driver import checkpoint_handlers
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.members.driver import GatherPoint
-from horovodrunner.flows.results.task import receive_result
-from horovodrunner.flows.telemetry.phases import Phase
-from horovodrunner.pickling.pickled import Pickled
-from horovodrunner.wire.bulk import BulkConnection
-from horovodrunner.wire.connection import Connection, FrameServer
-from horovodrunner.wire.job import Outcome
+from horovodrunner.flows.outcome.outcome import Outcome
+from horovodrunner.flows.results.driver import result_handler
+from horovodrunner.pickling.buffers import BufferedPickle
+from horovodrunner.wire.events import (
+    Accepted,
+    Event,
+    Failed,
+    Gather,
+    Leave,
+    Placed,
+    Refused,
+    Register,
+    Stop,
+    Storing,
+    UploadFile,
+    UploadResult,
+    dispatcher,
+    refuse,
+)
+from horovodrunner.wire.server import EventServer
+from horovodrunner.wire.stream import Connection
+from horovodrunner.wire.upload import Transfer, TransferHandler
 
 __all__ = ["RETRY_REFUSED", "DriverChannel"]
 
@@ -34,26 +50,11 @@ STORING_SECONDS = 10.0
 """How long the word that a file is still on its way holds good."""
 
 
-class DriverChannel:
-    """Listens for partition 0 of one run, in a thread of its own.
+_logger = logging.getLogger(__name__)
 
-    Parameters
-    ----------
-    run_id
-        The run that may register, once.
-    token
-        The run's secret.
-    console
-        Takes what the run wants to show.
-    on_event
-        Called, in the channel's thread, when the run registered or reported its failure.
-    store
-        Where checkpoints that come through the channel are kept, if they do.
-    files
-        Where the files go that Horovod writes, if any are wanted.
-    size
-        Number of the run's tasks.
-    """
+
+class DriverChannel:
+    """Listens for partition 0 of one run, in a thread of its own."""
 
     def __init__(
         self,
@@ -73,10 +74,15 @@ class DriverChannel:
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="horovodrunner-channel", daemon=True
         )
-        self._server = FrameServer(token, self._serve, console.note, peers=size)
-        self._store = store
-        self._files = files
-        self._transfers: dict[BulkConnection, threading.Thread] = {}
+        self._server = EventServer(token, self._serve, console.note, peers=size)
+        self._transfer_handlers: dict[type[Event], TransferHandler] = {
+            UploadResult: result_handler(self._keep_result)
+        }
+        if store is not None:
+            self._transfer_handlers |= checkpoint_handlers(store)
+        if files is not None:
+            self._transfer_handlers[UploadFile] = file_handler(files, console.note)
+        self._transfers: dict[Transfer, threading.Thread] = {}
         self._gather_point = GatherPoint(size)
         self._leader: Connection | None = None
         self._left = threading.Event()
@@ -89,35 +95,29 @@ class DriverChannel:
         """Whether Spark tried the stage again."""
         self.failure: Outcome | None = None
         """The run's failure, when it was reported ahead of the stage's end."""
-        self.result: Pickled | None = None
+        self.result: BufferedPickle | None = None
         """What rank 0's main returned; the run may fail all the same."""
-        self.placement: list[tuple[int, int, str]] = []
+        self.placement: tuple[tuple[int, int, str], ...] = ()
         """Partition, rank and host of every rank, once they are placed."""
         self.storing_until = 0.0
         """Until then (monotonic clock) a file may be on its way after the ranks' end."""
         self.has_taken_leave = False
-        """Whether partition 0 came to its end, and so has told about everything."""
+        """Whether partition 0 came to its end, and so has sent everything."""
+        self._emit = dispatcher(
+            [
+                console.handlers,
+                {
+                    Failed: self._take_failure,
+                    Placed: self._take_placement,
+                    Storing: self._take_storing,
+                    Leave: self._take_leave,
+                },
+            ],
+            otherwise=refuse,
+        )
 
     def open(self, host: str, port: int) -> int:
-        """Start to listen.
-
-        Parameters
-        ----------
-        host
-            Address to bind.
-        port
-            Port to bind, 0 for any free one.
-
-        Returns
-        -------
-        int
-            The port.
-
-        Raises
-        ------
-        ConfigurationError
-            If the port cannot be bound.
-        """
+        """Start to listen."""
         self._thread.start()
         opening = asyncio.run_coroutine_threadsafe(self._server.start(host, port), self._loop)
         try:
@@ -135,18 +135,12 @@ class DriverChannel:
 
         def send() -> None:
             if self._leader is not None:
-                self._leader.send("stop")
+                self._leader.send(Stop())
 
         self._loop.call_soon_threadsafe(send)
 
     def wait_for_leaving(self, timeout: float) -> None:
-        """Wait until partition 0 has ended its part of the run and closed the connection.
-
-        Parameters
-        ----------
-        timeout
-            Most seconds to wait.
-        """
+        """Wait until partition 0 has ended its part of the run and closed the connection."""
         self._left.wait(timeout)
 
     def close(self) -> None:
@@ -175,31 +169,31 @@ class DriverChannel:
         self.close()
 
     async def _serve(self, connection: Connection) -> None:
-        frame = await connection.receive()
-        if frame is None or frame.header.get("run_id") != self._run_id:
+        event = await connection.receive()
+        if event is None or getattr(event, "run_id", None) != self._run_id:
             return
+        _logger.debug("%s begins with %s", connection.peer, type(event).__name__)
         self.has_heard = True
-        note, header = self._console.note, frame.header
-        if frame.kind == "checkpoint" and (store := self._store) is not None:
-            await self._serve_transfer(connection, lambda t: serve_depot(t, header, store, note))
-        if frame.kind == "file" and (files := self._files) is not None:
-            await self._serve_transfer(connection, lambda t: serve_files(t, header, files, note))
-        if frame.kind == "gather" and not await self._gather_point.serve(connection, frame):
-            self._refuse_retry(connection)
-        if frame.kind == "result":
-            await self._serve_transfer(connection, lambda t: self._receive_result(t, header))
-        if frame.kind != "register":
-            return
+        if (handler := self._transfer_handlers.get(type(event))) is not None:
+            await self._serve_transfer(connection, handler, event)
+        elif isinstance(event, Gather):
+            if not await self._gather_point.serve(connection, event):
+                self._refuse_retry(connection)
+        elif isinstance(event, Register):
+            await self._serve_leader(connection)
+
+    async def _serve_leader(self, connection: Connection) -> None:
         if self.registered:
             self._refuse_retry(connection)
             return
         self.registered = True
         self._leader = connection
         self._left.clear()
-        connection.send("accepted")
+        connection.send(Accepted())
         self._on_event()
         try:
-            self.has_taken_leave = await self._show(connection)
+            while (event := await connection.receive()) is not None:
+                self._emit(event)
         finally:
             self._leader = None
             self._left.set()
@@ -211,23 +205,17 @@ class DriverChannel:
 
     def _refuse_retry(self, connection: Connection) -> None:
         self.retried = True
-        connection.send("refused", why=RETRY_REFUSED)
-
-    def _receive_result(self, transfer: BulkConnection, header: dict[str, Any]) -> None:
-        def keep(result: Pickled) -> None:
-            self.result = result
-
-        receive_result(transfer, header, self._console.note, keep)
+        connection.send(Refused(RETRY_REFUSED))
 
     async def _serve_transfer(
-        self, connection: Connection, serve_peer: Callable[[BulkConnection], None]
+        self, connection: Connection, handler: TransferHandler, request: Event
     ) -> None:
-        transfer = BulkConnection(connection.detach(), SILENCE_SECONDS)
+        transfer = Transfer(connection.detach())
         ended = asyncio.Event()
 
         def serve() -> None:
             try:
-                serve_peer(transfer)
+                transfer.serve(handler, request, self._console.note)
             finally:
                 transfer.close()
                 with contextlib.suppress(RuntimeError):  # the channel is closed
@@ -240,25 +228,18 @@ class DriverChannel:
         thread.join()
         del self._transfers[transfer]
 
-    async def _show(self, connection: Connection) -> bool:
-        """Show what the run tells; True when it took its leave at the end."""
-        while (frame := await connection.receive()) is not None:
-            if frame.kind == "lines":
-                self._console.lines(bytes(frame.body))
-            elif frame.kind == "message":
-                self._console.message(int(frame.header["rank"]), bytes(frame.body))
-            elif frame.kind == "note":
-                text = bytes(frame.body).decode(errors="replace")
-                self._console.note(text, routine=bool(frame.header.get("routine")))
-            elif frame.kind == "failed":
-                self.failure = Outcome.from_frame(frame.header["outcome"], frame.body)
-                self._on_event()
-            elif frame.kind == "placed":
-                self.placement = [(int(p), int(r), str(h)) for p, r, h in frame.header["ranks"]]
-            elif frame.kind == "phases":
-                self._console.phases([Phase(*fields) for fields in frame.header["phases"]])
-            elif frame.kind == "storing":
-                self.storing_until = time.monotonic() + STORING_SECONDS
-            elif frame.kind == "leave":
-                return True
-        return False
+    def _keep_result(self, result: BufferedPickle) -> None:
+        self.result = result
+
+    def _take_failure(self, event: Failed) -> None:
+        self.failure = Outcome.from_bytes(event.outcome)
+        self._on_event()
+
+    def _take_placement(self, event: Placed) -> None:
+        self.placement = event.ranks
+
+    def _take_storing(self, event: Storing) -> None:
+        self.storing_until = time.monotonic() + STORING_SECONDS
+
+    def _take_leave(self, event: Leave) -> None:
+        self.has_taken_leave = True

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.errors import BarrierStageError, DataError, StartTimeoutError
-from horovodrunner.flows.artifacts.task import BroughtFiles
+from horovodrunner.flows.artifacts.driver import BroughtFiles
+from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.logs.debug import turn_on_if_wanted
 from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.outcome.outcome import FailureKind, Outcome, join_rows, with_result
 from horovodrunner.flows.rows.driver import stage_input
 from horovodrunner.processes.driver import addresses
 from horovodrunner.processes.driver.channel import RETRY_REFUSED, DriverChannel
-from horovodrunner.processes.driver.jobs import spark_job
 from horovodrunner.processes.driver.resources import TaskRequest
 from horovodrunner.processes.driver.slots import NOTE_SECONDS, slot_holders
 from horovodrunner.processes.driver.stage_end import StageEnd, data_problem, stage_end
 from horovodrunner.processes.task.barrier import ROW_SCHEMA, barrier_task
 from horovodrunner.spark.arrow import map_in_arrow
-from horovodrunner.wire.job import FailureKind, JobSpec, Outcome, join_chunks, with_result
+from horovodrunner.spark.jobs import spark_job, start_thread
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -46,30 +48,11 @@ AFTER_FAILURE_SECONDS = 10.0
 """How long the stage may take to end once partition 0 has reported the run's failure."""
 
 
-class BarrierRun:
-    """One run as a barrier stage of a Spark session.
+_logger = logging.getLogger(__name__)
 
-    Parameters
-    ----------
-    spark
-        The session.
-    job
-        The run.
-    request
-        What each of its tasks takes.
-    console
-        Shows what the run prints.
-    files
-        Where the files go that Horovod writes.
-    start_timeout
-        Seconds the stage's tasks may take to start.
-    waiting_since
-        When (monotonic clock) that time began.
-    store
-        Where checkpoints that come through the driver channel are kept, if they do.
-    data
-        The data sets that travel with the run.
-    """
+
+class BarrierRun:
+    """One run as a barrier stage of a Spark session."""
 
     def __init__(
         self,
@@ -103,29 +86,11 @@ class BarrierRun:
         self._next_note = time.monotonic() + FIRST_LOOK_SECONDS
         self._all_running_since: float | None = None
         self._free_since: float | None = None
-        self._told = ""
+        self._last_note = ""
 
     def run(self) -> Outcome:
-        """Launch the stage and wait for its end.
-
-        Returns
-        -------
-        Outcome
-            Rank 0's success or the run's failure.
-
-        Raises
-        ------
-        ConfigurationError
-            If a setting of this package's has no valid value.
-        StartTimeoutError
-            If the tasks do not start in time.
-        DataError
-            If the data sets that travel with the run could not be computed.
-        BarrierStageError
-            If Spark lost or cancelled the stage.
-        KeyboardInterrupt
-            If the user interrupts; the stage is cancelled then.
-        """
+        """Launch the stage and wait for its end."""
+        turn_on_if_wanted("the driver", "its standard error")
         job, spark, console = self._job, self._spark, self._console
         with DriverChannel(
             job.run_id,
@@ -142,7 +107,8 @@ class BarrierRun:
                 driver_address=(addresses.advertised_host(spark), port),
                 ports=addresses.task_ports(spark),
             )
-            thread = self._start_stage(job)
+            _logger.debug("run %s: listening at %s", job.run_id, job.driver_address)
+            thread = start_thread(spark, self._tag, functools.partial(self._run_stage, job))
             try:
                 self._wait(channel)
             except BaseException:
@@ -150,30 +116,19 @@ class BarrierRun:
                 self._spark_job.cancel()
                 thread.join(CANCEL_SECONDS)
                 channel.wait_for_leaving(CANCEL_SECONDS)
-                self._tell_of_lost_files(channel)
+                self._note_lost_files(channel)
                 raise
             thread.join()
             if self._error is not None:
                 # Spark has given the stage up, but its tasks may not have noticed yet.
                 channel.stop_run()
             channel.wait_for_leaving(CANCEL_SECONDS)  # the last lines may still be on their way
-            self._tell_of_lost_files(channel)
+            self._note_lost_files(channel)
             outcome = self._outcome(channel)
             has_run = outcome.success is not None or _rank_of(outcome) is not None
             if has_run and not channel.registered:
-                self._tell_of_no_contact()
+                self._note_no_contact()
             return outcome
-
-    def _start_stage(self, job: JobSpec) -> Any:
-        from pyspark import InheritableThread
-
-        takes_session = "session" in inspect.signature(InheritableThread).parameters
-        session = {"session": self._spark} if takes_session else {}  # not before pyspark 4.0
-        thread = InheritableThread(target=self._run_stage, args=(job,), **session)
-        thread.name = self._tag
-        thread.daemon = True
-        thread.start()
-        return thread
 
     def _run_stage(self, job: JobSpec) -> None:
         profile = {} if self._request.profile is None else {"profile": self._request.profile}
@@ -189,10 +144,11 @@ class BarrierRun:
             chunks: dict[int, list[bytes]] = {}
             for partition, chunk in _collect(rows):
                 chunks.setdefault(partition, []).append(chunk)
-            self._outcomes = {partition: join_chunks(c) for partition, c in chunks.items()}
+            self._outcomes = {partition: join_rows(c) for partition, c in chunks.items()}
         except Exception as error:  # noqa: BLE001 - judged and raised in the caller's thread
             self._error = error
         finally:
+            _logger.debug("the stage has ended: %s", self._error or sorted(self._outcomes or {}))
             self._spark_job.end()
             self._ended = True
             self._console.wake()
@@ -224,18 +180,18 @@ class BarrierRun:
         self._console.show(0)
 
     def _look_whether_it_starts(self, *, has_heard: bool = False) -> None:
-        """Tell what a stage waits for of which nothing was heard yet; give up when it is late."""
+        """Note what a stage that has not been heard of waits for; give up when it is late."""
         now = time.monotonic()
         if self._data and (computing := self._spark_job.computing_tasks()):
             self._start_by = now + self._start_timeout
             tasks = f"{computing} task{'s run' if computing > 1 else ' runs'}"
-            self._tell(f"computing the data sets that travel with the run: {tasks}", routine=True)
+            self._note(f"computing the data sets that travel with the run: {tasks}", routine=True)
             return
         running = self._spark_job.running_tasks()
         if running == self._job.size:
             self._all_running_since = self._all_running_since or now
             if now - self._all_running_since >= SILENT_SECONDS and not has_heard:
-                self._tell(
+                self._note(
                     "nothing was heard of the run's tasks, which run for "
                     f"{SILENT_SECONDS:g} s now: executors are unpacking archives, or cannot reach "
                     f"this process at {addresses.advertised_host(self._spark)} (then the result "
@@ -246,7 +202,7 @@ class BarrierRun:
             return  # some have ended
         holders = slot_holders(self._spark, self._request, self._spark_job)
         if now >= self._start_by and running is not None:
-            facts = f" ({holders.in_words()})" if holders is not None else ""
+            facts = f" ({holders.describe()})" if holders is not None else ""
             raise StartTimeoutError(
                 f"the run's {self._job.size} tasks did not all start within "
                 f"{self._start_timeout:g} s{facts}; other jobs may hold the slots, or "
@@ -255,22 +211,22 @@ class BarrierRun:
             )
         if holders is None or holders.free < self._job.size:
             self._free_since = None
-            facts = f", {holders.in_words()}" if holders is not None else ""
-            self._tell(f"waiting for {self._job.size} slots{facts}")
+            facts = f", {holders.describe()}" if holders is not None else ""
+            self._note(f"waiting for {self._job.size} slots{facts}")
             return
         self._free_since = self._free_since or now
         if now - self._free_since >= SILENT_SECONDS:
-            self._tell(f"{holders.in_words()}; waiting for Spark to start the tasks")
+            self._note(f"{holders.describe()}; waiting for Spark to start the tasks")
 
-    def _tell(self, text: str, *, routine: bool = False) -> None:
-        """Tell what is waited for, now and then, if it is something else than before."""
+    def _note(self, text: str, *, routine: bool = False) -> None:
+        """Note what is waited for, now and then, if it is something else than before."""
         now = time.monotonic()
-        if now >= self._next_note and text != self._told:
-            self._next_note, self._told = now + NOTE_SECONDS, text
+        if now >= self._next_note and text != self._last_note:
+            self._next_note, self._last_note = now + NOTE_SECONDS, text
             self._console.note(text, routine=routine)
 
-    def _tell_of_lost_files(self, channel: DriverChannel) -> None:
-        """Say which files will not come, when nobody could say it who has them."""
+    def _note_lost_files(self, channel: DriverChannel) -> None:
+        """Note which files will not come, when whoever has them could not."""
         if not (channel.placement and self._files.missing()):
             return
         channel.wait_for_leaving(CANCEL_SECONDS)
@@ -280,8 +236,8 @@ class BarrierRun:
                 f"{missing}: nothing came, because rank 0's task ended before it could send it"
             )
 
-    def _tell_of_no_contact(self) -> None:
-        """Say what was missed by a driver that the tasks could not reach."""
+    def _note_no_contact(self) -> None:
+        """Note what was missed by a driver that the tasks could not reach."""
         lost = ", and checkpoints were not kept" if self._store is not None else ""
         if missing := self._files.missing():
             lost += f"; nothing came of {missing}"
@@ -314,7 +270,7 @@ class BarrierRun:
         )
 
     def _stage_end(self, channel: DriverChannel) -> StageEnd:
-        """Tell how the stage ended, and what bounds the memory of a task that was lost."""
+        """Return how the stage ended, and what bounds the memory of a task that was lost."""
         end = stage_end(self._error, channel.placement)
         limit = None
         with contextlib.suppress(Exception):  # the session may have gone
@@ -338,7 +294,7 @@ class BarrierRun:
 
 
 def _rank_of(outcome: Outcome) -> int | None:
-    """Give the rank that failed; None where the tasks refused to start."""
+    """Return the rank that failed; None where the tasks refused to start."""
     return None if outcome.failure is None else outcome.failure.rank
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-__all__ = ["ended_in_words", "logs_in_words"]
+__all__ = ["describe_ended", "describe_log_location"]
 
 _MOST_CHARS = 300
 
 
-def ended_in_words(spark: SparkSession, waited_for: int) -> str:
+def describe_ended(spark: SparkSession, waited_for: int) -> str:
     """Describe how many executors have ended, and why the last one did; "" if none has.
 
     `waited_for` executors may be starting right now.
@@ -31,7 +31,7 @@ def ended_in_words(spark: SparkSession, waited_for: int) -> str:
     return f"{count} ended" + (f", the last one with: {reason}" if reason else "")
 
 
-def logs_in_words(spark: SparkSession) -> str:
+def describe_log_location(spark: SparkSession) -> str:
     """Return half a sentence: where the logs of executors are that cannot be started."""
     application = spark.sparkContext.applicationId
     master = str(spark.conf.get("spark.master", ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
 import sys
@@ -11,17 +12,21 @@ import threading
 from collections.abc import Callable
 
 from horovodrunner.errors import ConfigurationError
-from horovodrunner.flows.artifacts.task import BroughtFiles, LocalFiles
-from horovodrunner.flows.checkpoints.backend import StoreDepot
+from horovodrunner.flows.artifacts.driver import BroughtFiles, copy_file
+from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.logs.debug import turn_on_if_wanted
 from horovodrunner.flows.logs.driver import Console
-from horovodrunner.flows.results.task import LocalResult
+from horovodrunner.flows.outcome.outcome import Outcome, with_result
+from horovodrunner.flows.results.driver import read_result
 from horovodrunner.flows.rows.taking import RowsTaker
+from horovodrunner.pickling.buffers import BufferedPickle, Layout
 from horovodrunner.placement.topology import Member, compose_devices
-from horovodrunner.processes.task.agent import Agent, Surroundings
-from horovodrunner.processes.task.coordinator import DriverLink
+from horovodrunner.processes.task.agent import run_task
+from horovodrunner.processes.task.context import TaskContext
+from horovodrunner.processes.task.driver_link import DriverLink
 from horovodrunner.processes.task.network import host_id, loopback_address
-from horovodrunner.wire.job import JobSpec, Outcome, with_result
+from horovodrunner.wire.events import dispatcher, ignore
 
 __all__ = ["run_locally"]
 
@@ -29,29 +34,7 @@ __all__ = ["run_locally"]
 def run_locally(
     job: JobSpec, console: Console, files: BroughtFiles, rows: RowsTaker | None = None
 ) -> Outcome:
-    """Run all ranks as processes of this machine.
-
-    Parameters
-    ----------
-    job
-        The run.
-    console
-        Shows what the ranks print.
-    files
-        Where the files go that Horovod writes.
-    rows
-        The data sets that travel with the run, or None when there are none.
-
-    Returns
-    -------
-    Outcome
-        Rank 0's success or the run's failure.
-
-    Raises
-    ------
-    KeyboardInterrupt
-        If the user interrupts; the workers are gone then.
-    """
+    """Run all ranks as processes of this machine."""
     address, interface = loopback_address()
     member = Member(
         partition=0,
@@ -64,39 +47,44 @@ def run_locally(
     )
     stop: list[Callable[[], object]] = []
     interrupted = threading.Event()
+    results: list[BufferedPickle] = []
 
-    async def open_driver(on_stop: Callable[[], None]) -> DriverLink | str:
+    async def open_driver(on_stop: Callable[[], None]) -> DriverLink:
         loop = asyncio.get_running_loop()
         stop.append(lambda: loop.call_soon_threadsafe(on_stop))
         if interrupted.is_set():
             on_stop()
-        return console
+        # ignored: what matters to a driver that only hears of the run
+        return DriverLink(dispatcher([console.handlers], ignore))
 
-    async def gather(text: str) -> list[str]:
+    async def gather(text: str, *, reaches_driver: bool) -> list[str]:
         return [text]
 
-    result = LocalResult()
-    surroundings = Surroundings(
+    def take_result(descriptor: int, layout: Layout, *, reaches_driver: bool) -> None:
+        results.append(read_result(descriptor, layout))
+
+    context = TaskContext(
         member=member,
         gather=gather,
         open_driver=open_driver,
         log=lambda lines: None,  # the console shows them
-        result=result,
-        depot=(
-            StoreDepot(CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record))
+        take_result=take_result,
+        take_file=functools.partial(copy_file, files, console.note),
+        checkpoints=(
+            CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
             if job.checkpoint_location is not None
             else None
         ),
-        files=LocalFiles(files, console.note),
         rows=rows,
         cores_per_worker=len(os.sched_getaffinity(0)) // job.size,
     )
+    turn_on_if_wanted("the driver and its task", "its standard error")
     outcomes: list[Outcome] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            outcomes.append(asyncio.run(Agent(job, surroundings).run()))
+            outcomes.append(asyncio.run(run_task(job, context)))
         except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
             errors.append(error)
         finally:
@@ -116,11 +104,11 @@ def run_locally(
     thread.join()
     if errors:
         raise errors[0]
-    return with_result(outcomes[0], result.result)
+    return with_result(outcomes[0], next(iter(results), None))
 
 
 def _gpus_of_the_driver() -> tuple[str, ...]:
-    """Give the GPUs that Spark gave the driver, if there is a session and it asked for some.
+    """Return the GPUs that Spark gave the driver, if there is a session and it asked for some.
 
     Without any, the workers see what this process sees.
     """

@@ -22,13 +22,13 @@ class TaskRequest:
 
     cpus: int
     gpus: float
-    in_words: str
+    description: str
     profile: Any = None
 
     def slots(self, cores: int, gpus: float) -> int:
         """Return how many tasks an executor can run at once.
 
-        >>> TaskRequest(cpus=2, gpus=1, in_words="").slots(cores=8, gpus=3)
+        >>> TaskRequest(cpus=2, gpus=1, description="").slots(cores=8, gpus=3)
         3
         """
         slots = cores // self.cpus
@@ -42,7 +42,7 @@ def task_request(spark: SparkSession, resources: Mapping[str, float] | None) -> 
         return TaskRequest(
             cpus=int(resources.get("cpus", cpus)),
             gpus=float(resources.get("gpu", 0)),
-            in_words=f"resources={dict(resources)!r}",
+            description=f"resources={dict(resources)!r}",
             profile=_profile(spark, resources),
         )
     gpus = spark.conf.get("spark.task.resource.gpu.amount", None)

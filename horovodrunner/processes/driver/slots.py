@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from horovodrunner.errors import ClusterCapacityError, ConfigurationError, StartTimeoutError
 from horovodrunner.flows.logs.driver import Console
-from horovodrunner.processes.driver.executors import ended_in_words, logs_in_words
-from horovodrunner.processes.driver.jobs import SparkJob
+from horovodrunner.processes.driver.executors import describe_ended, describe_log_location
 from horovodrunner.processes.driver.resources import TaskRequest
+from horovodrunner.spark.jobs import SparkJob
 from horovodrunner.spark.session import is_connect
 
 if TYPE_CHECKING:
@@ -21,12 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["Holders", "require_slots", "slot_holders", "total_slots"]
 
 QUIET_SECONDS = 30.0
-"""Where Spark does not say how many executors will come: none that has not registered after so
-long without any other is waited for."""
+"""How long to wait for one more executor where Spark does not say how many will come."""
 
 CHECK_SECONDS = 0.1
 NOTE_SECONDS = 15.0
-"""How often the user is told what is waited for, at most: it is not repeated."""
+"""How often, at most, the user is told what is waited for."""
 
 _DECIDING_CONFS = (
     "spark.executor.instances",
@@ -47,10 +46,10 @@ class Holders:
     def free(self) -> int:
         return max(0, self.total - sum(self.by_job.values()))
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """Describe how many are free, and which jobs hold the others.
 
-        >>> Holders(4, {17: 2}).in_words()
+        >>> Holders(4, {17: 2}).describe()
         '2 free, 2 held by job 17'
         """
         held = [f"{count} held by job {job}" for job, count in sorted(self.by_job.items())]
@@ -92,34 +91,31 @@ def require_slots(
             "dynamic allocation (SPARK-24942): start the session with "
             "spark.dynamicAllocation.enabled=false and a fixed number of executors"
         )
-    slots = total_slots(spark, request)
-    expected = _expected_slots(spark, request)
-    if slots is None:
-        if np == 0 and expected is None:
-            raise ConfigurationError(
-                "np=0 (all slots): this Spark Connect server does not tell how many slots its "
-                "cluster has. Give the number of ranks"
-            )
-        if expected is not None and expected < max(np, 1):
-            raise _too_few_slots(spark, np, expected, request)
-        return np or expected or 1
+    slots, expected = total_slots(spark, request), _expected_slots(spark, request)
+    if np == 0 and slots is None and expected is None:
+        raise ConfigurationError(
+            "np=0 (all slots): this Spark Connect server does not tell how many slots its "
+            "cluster has. Give the number of ranks"
+        )
     wanted = np or expected or 1
-    if slots < wanted and expected is not None and wanted > expected:
+    if expected is not None and wanted > expected and (slots is None or slots < wanted):
         raise _too_few_slots(spark, np, expected, request)
+    if slots is None:
+        return wanted
     if slots < wanted:
         slots = _wait_for_slots(
             spark, wanted, request, expected=expected, start_timeout=start_timeout, console=console
         )
-    if slots < wanted and expected is not None:
-        raise StartTimeoutError(
-            f"{wanted} task slots were asked for, {expected} are to come "
-            f"({_facts(spark, request)}), and after {start_timeout:g} s there are {slots}: "
-            f"{ended_in_words(spark, wanted) or 'executors cannot be started'}; "
-            f"{logs_in_words(spark)}; if they are only slow, raise start_timeout"
-        )
-    if slots < wanted:
+    if slots >= wanted:
+        return np or slots
+    if expected is None:
         raise _too_few_slots(spark, np, slots, request)
-    return np or slots
+    raise StartTimeoutError(
+        f"{wanted} task slots were asked for, {expected} are to come "
+        f"({_facts(spark, request)}), and after {start_timeout:g} s there are {slots}: "
+        f"{describe_ended(spark, wanted) or 'executors cannot be started'}; "
+        f"{describe_log_location(spark)}; if they are only slow, raise start_timeout"
+    )
 
 
 def _wait_for_slots(
@@ -143,12 +139,12 @@ def _wait_for_slots(
         if expected is None and now - changed >= QUIET_SECONDS:
             break
         if now - noted >= NOTE_SECONDS:
-            noted, ended = now, ended_in_words(spark, wanted)
+            noted, ended = now, describe_ended(spark, wanted)
             if (slots, ended) != told:
                 told = slots, ended
                 console.note(
                     f"waiting for {wanted} slots, {slots} have registered so far"
-                    + (f"; {ended}; {logs_in_words(spark)}" if ended else "")
+                    + (f"; {ended}; {describe_log_location(spark)}" if ended else "")
                 )
         console.show(0)
         time.sleep(CHECK_SECONDS)
@@ -184,12 +180,12 @@ def _facts(spark: SparkSession, request: TaskRequest) -> str:
         for name in _DECIDING_CONFS
         if (value := spark.conf.get(name, None)) is not None
     ]
-    facts = [_master(spark), ", ".join(confs), _executors_in_words(spark, request)]
-    facts.append(f"a task takes {request.in_words}")
+    facts = [_master(spark), ", ".join(confs), _describe_executors(spark, request)]
+    facts.append(f"a task takes {request.description}")
     return "; ".join(fact for fact in facts if fact)
 
 
-def _executors_in_words(spark: SparkSession, request: TaskRequest) -> str:
+def _describe_executors(spark: SparkSession, request: TaskRequest) -> str:
     """Describe the registered executors: "2 executors with 4 cores and 1 GPU: 1 slot each"."""
     if is_connect(spark):
         return ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from horovodrunner.formatting import ranks_in_words
 from horovodrunner.spark.errors import (
     CANCELLED,
-    cause_in_words,
+    describe_cause,
     problem_of_executors_python,
 )
 
@@ -46,7 +46,7 @@ def stage_end(error: Exception | None, placement: Sequence[tuple[int, int, str]]
             task_was_lost=True,
         )
     if error is not None and text:
-        return StageEnd(f"Spark ended the run's stage: {cause_in_words(error)}")
+        return StageEnd(f"Spark ended the run's stage: {describe_cause(error)}")
     return StageEnd("the run's tasks ended without an outcome; the executors' logs tell more")
 
 
@@ -59,7 +59,7 @@ def data_problem(error: Exception | None) -> str:
     lies_elsewhere = rf"{CANCELLED}|Most recent failure reason: "
     if error is None or problem_of_executors_python(text) or re.search(lies_elsewhere, text):
         return ""
-    return cause_in_words(error)
+    return describe_cause(error)
 
 
 def _what(reasons: str, placement: Sequence[tuple[int, int, str]]) -> str:

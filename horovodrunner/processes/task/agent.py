@@ -1,42 +1,31 @@
-"""One task of a run, from the gather step to the outcome. Runs in: the task (np < 0: the driver).
-
-Knows nothing of Spark: :class:`Surroundings` says where it runs and how to reach its peers.
-"""
+"""One task of a run, from gathering to its outcome. Runs in: the task (np < 0: the driver)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
+import logging
 import math
 import os
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from horovodrunner.flows.artifacts.task import FileTaker
 from horovodrunner.flows.call.import_path import of_worker
-from horovodrunner.flows.call.record import calls_another_main, changes
-from horovodrunner.flows.checkpoints.backend import Depot
-from horovodrunner.flows.checkpoints.manifest import Manifest
-from horovodrunner.flows.checkpoints.store import CheckpointStore
-from horovodrunner.flows.checkpoints.task import (
-    Courier,
-    LatestCopy,
-    LatestDecision,
-    in_thread,
-    is_of_run,
-    nothing_saved_in_words,
-    resumption_in_words,
-)
-from horovodrunner.flows.results.task import ResultCourier, ResultTaker
-from horovodrunner.flows.rows.taking import RowsTaker, data_directory, with_rows
+from horovodrunner.flows.call.job import JobSpec
+from horovodrunner.flows.checkpoints.task import LatestCopy
+from horovodrunner.flows.logs.lines import prefix_lines
+from horovodrunner.flows.logs.task import own_line
+from horovodrunner.flows.outcome.outcome import Failure, Outcome
+from horovodrunner.flows.results.task import file_without_a_name
+from horovodrunner.flows.rows.taking import data_directory, with_rows
 from horovodrunner.flows.telemetry.phases import Spans
-from horovodrunner.pickling.pickled import Layout
+from horovodrunner.pickling.buffers import Layout
 from horovodrunner.placement.environment import (
     DATA_DIRECTORY,
     slot_environment,
@@ -44,347 +33,264 @@ from horovodrunner.placement.environment import (
     torchrun_environment,
     worker_base_environment,
 )
-from horovodrunner.placement.topology import Member, Slot, tf_workers
+from horovodrunner.placement.topology import Member, Slot, assign_slots, tf_workers
 from horovodrunner.placement.versions import (
     Difference,
     differences,
-    differences_in_words,
+    format_differences,
     must_fail,
 )
-from horovodrunner.processes.task.coordinator import Coordinator, DriverLink, RankEvents
-from horovodrunner.processes.task.links import HubLink
+from horovodrunner.processes.task.context import TaskContext
+from horovodrunner.processes.task.driver_link import DriverLink, StartRefusedError
+from horovodrunner.processes.task.leader import Leader, written_file
 from horovodrunner.processes.task.network import LOOPBACK, REACH_EACH_OTHER, on_free_port
-from horovodrunner.processes.task.peer_server import Hub
-from horovodrunner.processes.task.process import GRACE_SECONDS, WorkerProcess
+from horovodrunner.processes.task.peers import PeerLink
+from horovodrunner.processes.task.process import WorkerProcess
 from horovodrunner.processes.task.scratch import Scratch
-from horovodrunner.processes.task.supervisor import TEARDOWN_SECONDS, Supervisor
-from horovodrunner.wire.job import Failure, FailureKind, JobSpec, Outcome, WorkerSpec
+from horovodrunner.processes.task.supervisor import Supervisor
+from horovodrunner.wire.events import (
+    Job,
+    Lines,
+    Note,
+    Phases,
+    ShowStacks,
+    Sink,
+    Stop,
+    dispatcher,
+)
 
-__all__ = ["Agent", "Surroundings"]
+if TYPE_CHECKING:
+    from horovodrunner.placement.rendezvous import Rendezvous
+
+__all__ = ["run_task"]
 
 BEAT_SECONDS = 5.0
 """How often a worker tells where its main is."""
 
-STORING_SECONDS = 2.0
-"""How often the driver is told that a checkpoint is still on its way."""
+_BACKLOG = 1024
+"""So many peers may connect before the leader serves them."""
 
-STOP_SECONDS = GRACE_SECONDS + 2.0
-"""How long partition 0 waits, once everything is to end, to hear that it has ended."""
+_NO_ADDRESS = (
+    f"has no IPv4 address but {LOOPBACK}, and the run has other hosts: Horovod's rendezvous speaks "
+    "no IPv6, so every host needs an IPv4 address that the others reach; it may stand beside the "
+    "IPv6 address that Spark uses"
+)
+
+_logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """Where an agent runs.
+async def run_task(job: JobSpec, context: TaskContext) -> Outcome:
+    """Run one task from start to end; whatever happens, no worker outlives it.
 
-    Parameters
-    ----------
-    member
-        What this task tells its peers; the ports are filled in by the agent.
-    gather
-        Exchanges one text between all tasks: waits until all have called it, and gives all texts.
-    open_driver
-        Called by partition 0: registers the run and gives the way to the driver, or says why the
-        run must not start. The argument ends the run.
-    log
-        Takes whole lines for this task's own log.
-    result
-        Takes what rank 0's main returned.
-    depot
-        Where checkpoints are kept, or None when the run keeps none.
-    files
-        Takes the files that Horovod writes on rank 0's host, or None when nobody wants any.
-    rows
-        Takes the rows that travel with the run, or None when there are none.
-    scratch_base
-        Directory below which this task may have one of its own.
-    cores_per_worker
-        How many cores each worker may use.
-    session_process
-        A process here that lasts as long as the user's session.
-    environ
-        The environment variables that workers inherit.
+    Partition 0 returns rank 0's success or the run's failure; the others their rank's success, a
+    failure that partition 0 may not know of, or nothing of the two.
     """
-
-    member: Member
-    gather: Callable[[str], Awaitable[list[str]]]
-    open_driver: Callable[[Callable[[], None]], Awaitable[DriverLink | str]]
-    log: Callable[[bytes], None]
-    result: ResultTaker
-    depot: Depot | None = None
-    files: FileTaker | None = None
-    rows: RowsTaker | None = None
-    scratch_base: str | None = None
-    cores_per_worker: int = 1
-    session_process: int = field(default_factory=os.getpid)
-    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
+    async with contextlib.AsyncExitStack() as resources:
+        return await _Agent(job, context, resources).run()
 
 
-class Agent:
-    """Runs one task's workers and, on partition 0, coordinates the run.
+class _Agent:
+    """Runs one task's workers and, on partition 0, lets a leader coordinate the run."""
 
-    Parameters
-    ----------
-    job
-        The run.
-    surroundings
-        Where this agent runs.
-    """
-
-    def __init__(self, job: JobSpec, surroundings: Surroundings) -> None:
+    def __init__(
+        self, job: JobSpec, context: TaskContext, resources: contextlib.AsyncExitStack
+    ) -> None:
         self._job = job
-        self._surroundings = surroundings
-        self._leads = surroundings.member.partition == 0
-        self._workers: list[WorkerProcess] = []
-        self._result = ResultCourier(surroundings.result)
+        self._context = context
+        self._resources = resources
         self._stop_requested = asyncio.Event()
         self._has_gathered = False
-        self._scratch = Path()
-        self._stack_tasks: set[asyncio.Task[None]] = set()
-        self._courier: Courier | None = None
-        self._latest: LatestCopy | None = None
-        self._went_on_from: Manifest | None = None
-        self._has_saved = False
         self._spans = Spans()
-
-    async def run(self) -> Outcome:
-        """Run this task from start to end; whatever happens, no worker outlives it.
-
-        Returns
-        -------
-        Outcome
-            Partition 0: rank 0's success or the run's failure. Others: their rank's success, a
-            failure that partition 0 may not know of, or nothing of the two.
-        """
         now = time.time()
         self._spans.add("stage start", now, now)  # when it began, the driver knows
-        scratch = Scratch(self._job.run_id, self._surroundings.scratch_base)
+        scratch = Scratch(job.run_id, context.scratch_base)
+        resources.callback(scratch.delete)
         self._scratch = scratch.path
+        self._result_fd = file_without_a_name()
+        resources.callback(os.close, self._result_fd)
+        resources.callback(context.abort_transfers)
+
+    async def run(self) -> Outcome:
         try:
             # The workers import what main needs while the tasks find each other.
-            self._workers = [self._spawn() for _ in range(self._surroundings.member.workers)]
-            async with contextlib.AsyncExitStack() as resources:
-                if problem := _launcher_problem():
-                    member = replace(self._surroundings.member, problem=problem)
-                    return _refused(await self._gather(member))
-                if self._leads:
-                    return await self._lead(resources)
-                return await self._follow(resources)
+            workers = [self._spawn() for _ in range(self._context.member.workers)]
+            if problem := _launcher_problem():
+                return await self._refuse(problem)
+            if self._context.member.partition == 0:
+                return await self._lead(workers)
+            return await self._follow(workers)
         except Exception as error:  # noqa: BLE001 - the run must end everywhere, and say why
             return await self._give_up(error)
-        finally:
-            for worker in self._workers:
-                worker.kill()
-            await self._result.close()
-            for taker in (self._surroundings.depot, self._surroundings.files):
-                if taker is not None:
-                    taker.abort()
-            scratch.delete()
 
     def _spawn(self) -> WorkerProcess:
         environment = worker_base_environment(
-            self._surroundings.environ,
+            self._context.environ,
             self._job.environment,
             of_worker(self._job.import_path, sys.path),
-            self._surroundings.cores_per_worker,
+            self._context.cores_per_worker,
         )
-        return WorkerProcess(
+        worker = WorkerProcess(
             self._job.early_imports,
             environment,
-            self._result.descriptor,
-            self._surroundings.session_process if self._job.keep_warm else None,
+            self._result_fd,
+            self._context.session_process if self._job.keep_warm else None,
         )
+        self._resources.callback(worker.kill)
+        return worker
 
-    async def _lead(self, resources: contextlib.AsyncExitStack) -> Outcome:
-        from horovodrunner.placement.rendezvous import Rendezvous, assign_slots
-
-        member = self._member(resources)
-        ports = self._job.ports
-        rendezvous = on_free_port(ports, lambda port: Rendezvous(member.address, port))
-        resources.callback(rendezvous.close)
-        hub = Hub(self._job.token, self._surroundings.log, self._job.size)
-        resources.push_async_callback(hub.close)
+    async def _lead(self, workers: Sequence[WorkerProcess]) -> Outcome:
+        member, ports = self._member(), self._job.ports
+        rendezvous = self._open_rendezvous(member.address)
+        listening = on_free_port(
+            ports, lambda port: socket.create_server((member.address, port), backlog=_BACKLOG)
+        )
+        self._resources.callback(listening.close)
         member = replace(
             member,
-            hub_port=await hub.open(member.address, ports),
-            rendezvous_port=rendezvous.port,
-            master_port=_reserve_port(resources, ports),
+            peer_port=listening.getsockname()[1],
+            rendezvous_port=rendezvous.port if rendezvous is not None else 0,
+            master_port=self._reserve_port(),
         )
-        driver = await self._surroundings.open_driver(self._stop_requested.set)
-        if isinstance(driver, str):
-            members = await self._gather(replace(member, problem=driver))
-            return _refused(members)
-        resources.push_async_callback(driver.close)
-        members = await self._gather(member)
-        if (refusal := self._refusal(members)).failure is not None:
-            return refusal
+        try:
+            driver = await self._context.open_driver(self._stop_requested.set)
+        except StartRefusedError as error:
+            return await self._refuse(str(error))
+        self._resources.push_async_callback(driver.close)
+        members = await self._gather(member, reaches_driver=driver.is_reached)
+        if (refusal := self._refusal(members)) is not None:
+            return Outcome(failure=refusal)
         if found := self._differences(members):
-            driver.note(f"what is installed differs:\n{differences_in_words(found)}")
+            driver.emit(Note(f"what is installed differs:\n{format_differences(found)}"))
 
         began = time.time()
         slots = assign_slots(members)
-        rendezvous.set_plan(slots)
+        if rendezvous is not None:
+            rendezvous.set_plan(slots)
         self._spans.add("rendezvous", began, time.time())
         try:
-            return await self._coordinate(resources, members, slots, hub, driver)
+            return await self._coordinate(workers, members, slots, driver, listening)
         finally:
-            if (times := rendezvous.times_of_requests()) is not None:
+            if rendezvous is not None and (times := rendezvous.times_of_requests()) is not None:
                 self._spans.add("init", *times)
-            driver.phases(self._spans.phases())
+            phases = self._spans.phases()
+            driver.emit(Phases(tuple((p.name, p.began, p.ended, p.last_rank) for p in phases)))
 
     async def _coordinate(
         self,
-        resources: contextlib.AsyncExitStack,
+        workers: Sequence[WorkerProcess],
         members: Sequence[Member],
         slots: Sequence[Slot],
-        hub: Hub,
         driver: DriverLink,
+        listening: socket.socket,
     ) -> Outcome:
-        own = [slot for slot in slots if slot.partition == 0]
-        coordinator = Coordinator(slots, driver, self._surroundings.log, self._spans)
-        coordinator.on_stop(self._stop_workers)
-        coordinator.on_stack_request(lambda: self._show_stacks(own, coordinator))
-        latest = LatestDecision(
-            self._surroundings.depot,
+        leader = Leader(
+            self._job,
+            self._context,
+            driver,
             members,
-            driver.note,
-            lambda manifest: self._goes_on_from(manifest, driver),
+            slots,
+            listening=listening,
+            result_fd=self._result_fd,
+            scratch=self._scratch,
+            spans=self._spans,
+            stop_requested=self._stop_requested,
         )
-        self._latest = LatestCopy(
-            self._surroundings.depot,
-            self._scratch,
-            ask=lambda: latest.answer(0),
-            tell=lambda directory: latest.fetched(0, directory),
-        )
-        self._result.on_error = lambda text: coordinator.failed(
-            Failure(slots[0].rank, slots[0].host, text, kind=FailureKind.RESULT)
-        )
-        hub.begin(coordinator, slots, latest)
-        driver.placed(slots)
-        driver.note(_placement_in_words(slots), routine=True)
-        watchers = [
-            asyncio.create_task(hub.watch_joining()),
-            asyncio.create_task(self._stop_on_request(coordinator)),
-            asyncio.create_task(coordinator.watch_for_stalls(self._job.stall_timeout)),
-        ]
-        if self._surroundings.depot is not None:
-            self._courier = Courier(
-                self._surroundings.depot,
-                note=driver.note,
-                on_error=lambda text: self._checkpoint_failed(text, slots[0], driver, coordinator),
+        own = [slot for slot in slots if slot.partition == 0]
+        return await leader.run(
+            self._supervisors(
+                workers,
+                members,
+                own,
+                leader.emit,
+                latest=leader.latest,
+                on_result=leader.result.written,
             )
-            watchers.append(asyncio.create_task(self._courier.run()))
-        run = asyncio.create_task(self._run_workers(own, members, coordinator))
-        resources.push_async_callback(_cancel, [*watchers, run])
+        )
 
-        await coordinator.wait_for_end(STOP_SECONDS)
-        if (verdict := coordinator.verdict()) is not None:
-            driver.failed(verdict)
-            await asyncio.wait([run], timeout=STOP_SECONDS)
-            await hub.wait_for_leaving(STOP_SECONDS)
-            await self._finish_storing(driver)
-            await self._bring_files(driver)
-            return verdict
-        outcomes = await run
-        await hub.wait_for_leaving(TEARDOWN_SECONDS + STOP_SECONDS)
-        await self._finish_storing(driver)
-        await self._bring_files(driver)
-        has_result = await self._result.finish(self._stop_requested)
-        if (verdict := coordinator.verdict()) is not None:
-            return verdict  # the last checkpoint could not be stored, or the result not sent
-        if self._went_on_from is not None and not self._has_saved:
-            driver.note(nothing_saved_in_words(self._went_on_from))
-        return outcomes[0] if has_result and coordinator.all_ended.is_set() else Outcome()
-
-    async def _finish_storing(self, driver: DriverLink) -> None:
-        """Let the last checkpoint arrive, unless the user wants the run to end now."""
-        courier = self._courier
-        if courier is None or courier.is_idle:
-            return
-        driver.note("the ranks have ended; the last checkpoint is still being stored", routine=True)
-        while not self._stop_requested.is_set() and not await courier.drain(STORING_SECONDS):
-            driver.storing()
-
-    async def _bring_files(self, driver: DriverLink) -> None:
-        """Hand over what Horovod wrote, as far as it got."""
-        taker = self._surroundings.files
-        for variable, path in self._written_files().items():
-            if taker is None:
-                continue
-            bringing = asyncio.create_task(in_thread(taker.put, variable, path))
-            while not bringing.done():
-                await asyncio.wait([bringing], timeout=STORING_SECONDS)
-                driver.storing()
-            if (error := bringing.exception()) is not None:
-                text = f"{variable}: the file is lost: {type(error).__name__}: {error}"
-                driver.note(text)
-                self._surroundings.log(f"HorovodRunner: {text}\n".encode(errors="backslashreplace"))
-
-    def _written_files(self) -> dict[str, Path]:
-        """Say where Horovod writes, by variable, what the driver wants."""
-        return {variable: self._scratch / variable.lower() for variable in self._job.brought_files}
-
-    def _checkpoint_failed(
-        self, text: str, slot: Slot, driver: DriverLink, coordinator: Coordinator
-    ) -> None:
-        driver.note(text)
-        self._surroundings.log(f"HorovodRunner: {text}\n".encode(errors="backslashreplace"))
-        if self._job.fail_on_checkpoint_error:
-            coordinator.failed(Failure(slot.rank, slot.host, text, kind=FailureKind.STORAGE))
-
-    def _show_stacks(self, slots: Sequence[Slot], events: RankEvents) -> None:
-        async def show(worker: WorkerProcess, rank: int) -> None:
-            events.stack(rank, await worker.stack())
-
-        for worker, slot in zip(self._workers, slots, strict=True):
-            task = asyncio.create_task(show(worker, slot.rank))
-            self._stack_tasks.add(task)
-            task.add_done_callback(self._stack_tasks.discard)
-
-    async def _follow(self, resources: contextlib.AsyncExitStack) -> Outcome:
-        from horovodrunner.placement.rendezvous import assign_slots
-
-        member = self._member(resources)
-        partition = member.partition
+    async def _follow(self, workers: Sequence[WorkerProcess]) -> Outcome:
+        member = self._member()
         members = await self._gather(member)
-        if (refusal := self._refusal(members)).failure is not None:
-            return refusal
-        leader = members[0]
-        own = [slot for slot in assign_slots(members) if slot.partition == partition]
+        if (refusal := self._refusal(members)) is not None:
+            return Outcome(failure=refusal)
+        leader, log = members[0], self._context.log
+        own = [slot for slot in assign_slots(members) if slot.partition == member.partition]
         try:
-            link = await HubLink.open(leader.address, leader.hub_port, self._job.token, partition)
+            link = await PeerLink.open(
+                leader.address, leader.peer_port, self._job.token, member.partition
+            )
         except OSError as error:
             text = (
                 f"{own[0].host} ({own[0].address}) cannot reach rank 0's task on {leader.host} "
-                f"({leader.address}:{leader.hub_port}): {error}; {REACH_EACH_OTHER}"
+                f"({leader.address}:{leader.peer_port}): {error}; {REACH_EACH_OTHER}"
             )
-            self._surroundings.log(f"HorovodRunner: {text}\n".encode(errors="backslashreplace"))
+            log(own_line(text))
             return Outcome(failure=Failure(own[0].rank, own[0].host, text))
-        resources.push_async_callback(link.close)
-        self._latest = LatestCopy(
-            self._surroundings.depot, self._scratch, ask=link.ask_latest, tell=link.fetched
+        self._resources.push_async_callback(link.close)
+
+        def take_lines(event: Lines) -> None:
+            link.emit(event)
+            log(prefix_lines(event.lines, event.rank, event.stream))
+
+        emit = dispatcher([{Lines: take_lines}], otherwise=link.emit)
+        latest = LatestCopy(
+            self._context.checkpoints, self._scratch, ask=link.ask_latest, tell=link.fetched
         )
-        run = asyncio.create_task(self._run_workers(own, members, link))
-        stop = asyncio.create_task(link.listen(lambda: self._show_stacks(own, link)))
-        resources.push_async_callback(_cancel, [run, stop])
-        await asyncio.wait([run, stop], return_when=asyncio.FIRST_COMPLETED)
-        if not run.done():
-            self._stop_workers()
-        outcomes = await run
+        supervisors = self._supervisors(workers, members, own, emit, latest=latest)
+
+        def stop(_: object) -> None:
+            for supervisor in supervisors:
+                supervisor.stop()
+
+        def show(_: object) -> None:
+            for supervisor in supervisors:
+                supervisor.show_stack()
+
+        listening = asyncio.create_task(link.listen({Stop: stop, ShowStacks: show}))
+        listening.add_done_callback(stop)  # without partition 0 there is no run
+        try:
+            outcomes = await asyncio.gather(*(each.run() for each in supervisors))
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
         return outcomes[0]
 
-    def _refusal(self, members: Sequence[Member]) -> Outcome:
-        """Say why nobody must run main; every task comes to the same answer."""
-        for refusal in (_refused(members), _beyond_reach(members)):
-            if refusal.failure is not None:
-                return refusal
+    def _supervisors(
+        self,
+        workers: Sequence[WorkerProcess],
+        members: Sequence[Member],
+        slots: Sequence[Slot],
+        emit: Sink,
+        *,
+        latest: LatestCopy,
+        on_result: Callable[[Layout], None] = lambda layout: None,
+    ) -> list[Supervisor]:
+        return [
+            Supervisor(worker, self._job_of(slot, members), emit, latest.get, on_result)
+            for worker, slot in zip(workers, slots, strict=True)
+        ]
+
+    async def _refuse(self, problem: str) -> Outcome:
+        """Let no task go on; what the peers found first may be another problem."""
+        members = await self._gather(replace(self._context.member, problem=problem))
+        return Outcome(failure=self._refusal(members))
+
+    def _refusal(self, members: Sequence[Member]) -> Failure | None:
+        """Return why nobody must run main; every task comes to the same answer."""
+        for member in members:
+            if member.problem:
+                return Failure(None, member.host, member.problem, member.problem_kind)
+        if len({member.host_id for member in members}) > 1:
+            for member in members:
+                if member.address == LOOPBACK:
+                    return Failure(None, member.host, f"{member.host} {_NO_ADDRESS}")
         found = self._differences(members)
         if not must_fail(found):
-            return Outcome()
+            return None
         text = (
             "the driver and the executors must have the same Python (3.11, say) and the same "
-            f"release of horovodrunner:\n{differences_in_words(found)}"
+            f"release of horovodrunner:\n{format_differences(found)}"
         )
-        return Outcome(failure=Failure(None, members[0].host, text))
+        return Failure(None, members[0].host, text)
 
     def _differences(self, members: Sequence[Member]) -> list[Difference]:
         executors = [(member.host, member.versions) for member in members if member.versions]
@@ -392,90 +298,30 @@ class Agent:
 
     async def _give_up(self, error: Exception) -> Outcome:
         """Report a failure of this task itself; its peers may still be waiting to gather."""
-        member = self._surroundings.member
+        _logger.debug("the task has failed", exc_info=error)
         summary = f"its task failed: {type(error).__name__}: {error}"
         if not self._has_gathered:
-            await self._gather(replace(member, problem=summary))
+            await self._refuse(summary)
         text = "".join(traceback.format_exception(error))
-        return Outcome(failure=Failure(None, member.host, summary, traceback=text))
+        return Outcome(failure=Failure(None, self._context.member.host, summary, traceback=text))
 
-    async def _gather(self, member: Member) -> list[Member]:
-        member = await with_rows(self._surroundings.rows, member, self._scratch)
+    async def _gather(self, member: Member, *, reaches_driver: bool = True) -> list[Member]:
+        member = await with_rows(self._context.rows, member, self._scratch)
         self._has_gathered = True
         began = time.time()
-        texts = await self._surroundings.gather(member.to_json())
+        texts = await self._context.gather(member.to_json(), reaches_driver=reaches_driver)
         self._spans.add("gather", began, time.time())
         return sorted((Member.from_json(text) for text in texts), key=lambda m: m.partition)
 
-    async def _stop_on_request(self, coordinator: Coordinator) -> None:
-        await self._stop_requested.wait()
-        coordinator.stop()
-
-    def _stop_workers(self) -> None:
-        for worker in self._workers:
-            worker.stop()
-
-    async def _run_workers(
-        self, slots: Sequence[Slot], members: Sequence[Member], events: RankEvents
-    ) -> list[Outcome]:
-        supervisors = [
-            Supervisor(worker, slot, events, log=self._log_of_rank, services=self)
-            for worker, slot in zip(self._workers, slots, strict=True)
-        ]
-        jobs = [self._spec(slot, members) for slot in slots]
-        return list(
-            await asyncio.gather(
-                *(
-                    supervisor.run(self._job.payload, spec)
-                    for supervisor, spec in zip(supervisors, jobs, strict=True)
-                )
-            )
-        )
-
-    def _log_of_rank(self, lines: bytes) -> None:
-        if not self._leads:  # partition 0's log has the lines of all ranks
-            self._surroundings.log(lines)
-
-    async def latest_checkpoint(self) -> dict[str, Any]:
-        """Answer a worker that asks where main goes on."""
-        assert self._latest is not None  # noqa: S101 - set before the workers get their jobs
-        return await self._latest.get()
-
-    def _goes_on_from(self, manifest: Manifest, driver: DriverLink) -> bool:
-        """Tell the user, once in a run, that it goes on from another one's checkpoint."""
-        record, location = self._job.record, self._job.checkpoint_location
-        if record is None or location is None or is_of_run(manifest, record):
-            return False
-        if manifest.run is None or not calls_another_main(manifest.run, record):
-            self._went_on_from = manifest
-        found = [] if manifest.run is None else changes(manifest.run, record)
-        if self._job.attempt == 1:  # later attempts are announced by the driver
-            path = CheckpointStore(location, self._job.keep_checkpoints).path_of(manifest.step)
-            for text in resumption_in_words(manifest, path, found):
-                driver.note(text)
-        return bool(found)
-
-    def checkpoint_saved(self, step: int, directory: Path) -> None:
-        """Take over a checkpoint that rank 0 has written."""
-        self._has_saved = True
-        if self._courier is not None:
-            self._courier.saved(step, directory)
-
-    def result_written(self, layout: Layout) -> None:
-        """Let what rank 0's main returned be taken while the other ranks go on."""
-        self._result.written(layout)
-
-    def _member(self, resources: contextlib.AsyncExitStack) -> Member:
-        """Say where this task is, with ports for TensorFlow's servers if the run wants them."""
-        member = self._surroundings.member
+    def _member(self) -> Member:
+        """Return where this task is, with ports for TensorFlow's servers if the run wants them."""
+        member = self._context.member
         if not self._job.tf_config:
             return member
-        ports = [_reserve_port(resources, self._job.ports) for _ in range(member.workers)]
-        return replace(member, tf_ports=tuple(ports))
+        return replace(member, tf_ports=tuple(self._reserve_port() for _ in range(member.workers)))
 
-    def _spec(self, slot: Slot, members: Sequence[Member]) -> WorkerSpec:
+    def _job_of(self, slot: Slot, members: Sequence[Member]) -> Job:
         leader = members[0]
-        hosts = len({member.host_id for member in members})
         environment = slot_environment(
             slot,
             rendezvous=(leader.address, leader.rendezvous_port),
@@ -483,55 +329,58 @@ class Agent:
             forwarded=self._job.environment,
             ports=self._job.ports,
         )
-        environment.update({name: str(path) for name, path in self._written_files().items()})
+        for variable in self._job.brought_files:
+            environment[variable] = str(written_file(self._scratch, variable))
+        hosts = len({member.host_id for member in members})
         environment |= torchrun_environment(slot, hosts, self._job.run_id, self._job.attempt)
         environment |= tf_config(tf_workers(members), slot.rank)
-        if self._surroundings.rows is not None:
-            environment[DATA_DIRECTORY] = data_directory(self._surroundings.rows, members)
-        return WorkerSpec(
+        if self._context.rows is not None:
+            environment[DATA_DIRECTORY] = data_directory(self._context.rows, members)
+        _logger.debug("rank %d is on %s, local rank %d", slot.rank, slot.host, slot.local_rank)
+        return Job(
             rank=slot.rank,
             host=slot.host,
             environment=environment,
             return_result=slot.rank == 0,
             attempt=self._job.attempt,
             scratch=str(self._scratch),
-            keeps_checkpoints=self._surroundings.depot is not None,
+            keeps_checkpoints=self._context.checkpoints is not None,
             beat_seconds=min(BEAT_SECONDS, (self._job.stall_timeout or math.inf) / 4),
+            call=self._job.payload,
         )
 
+    def _open_rendezvous(self, address: str) -> Rendezvous | None:
+        """Serve Horovod's rendezvous where Horovod is installed; what main uses may be another."""
+        if not _has_horovod():
+            return None
+        from horovodrunner.placement.rendezvous import Rendezvous
 
-async def _cancel(tasks: Sequence[asyncio.Task[object]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        rendezvous = on_free_port(self._job.ports, lambda port: Rendezvous(address, port))
+        self._resources.callback(rendezvous.close)
+        return rendezvous
+
+    def _reserve_port(self) -> int:
+        """Keep a port from others until the run ends: bound, not listened on.
+
+        torch.distributed's store and TensorFlow's server bind it with SO_REUSEADDR, which Linux
+        allows beside a socket that has the same option and does not listen.
+        """
+        keeper = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self._resources.callback(keeper.close)
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        on_free_port(self._job.ports, lambda port: keeper.bind(("", port)))
+        return int(keeper.getsockname()[1])
 
 
-def _refused(members: Sequence[Member]) -> Outcome:
-    """Give the first problem that a task gathered, or an empty outcome."""
-    for member in members:
-        if member.problem:
-            kind = member.problem_kind
-            return Outcome(failure=Failure(None, member.host, member.problem, kind))
-    return Outcome()
-
-
-def _beyond_reach(members: Sequence[Member]) -> Outcome:
-    """Name the first host that the others cannot reach for sure, or give an empty outcome."""
-    if len({member.host_id for member in members}) == 1:
-        return Outcome()
-    for member in members:
-        if member.address == LOOPBACK:
-            text = (
-                f"{member.host} has no IPv4 address but {LOOPBACK}, and the run has other hosts: "
-                "Horovod's rendezvous speaks no IPv6, so every host needs an IPv4 address that the "
-                "others reach; it may stand beside the IPv6 address that Spark uses"
-            )
-            return Outcome(failure=Failure(None, member.host, text))
-    return Outcome()
+def _has_horovod() -> bool:
+    spec = importlib.util.find_spec("horovod")
+    return spec is not None and spec.origin is not None  # what pip leaves behind has none
 
 
 def _launcher_problem() -> str:
-    """Say why Horovod's launcher cannot be used here, or nothing."""
+    """Explain why the installed Horovod's launcher cannot be used here, if so."""
+    if not _has_horovod():
+        return ""
     try:
         import horovodrunner.placement.rendezvous  # noqa: F401
     except ImportError as error:
@@ -540,30 +389,3 @@ def _launcher_problem() -> str:
             f"Run `{sys.executable} -m horovodrunner build-horovod` there"
         )
     return ""
-
-
-def _reserve_port(resources: contextlib.AsyncExitStack, ports: tuple[int, int] | None) -> int:
-    """Keep a port from others until the run ends: bound, not listened on.
-
-    torch.distributed's store and TensorFlow's server bind it with SO_REUSEADDR, which Linux allows
-    beside a socket that has the same option and does not listen.
-    """
-    keeper = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    resources.callback(keeper.close)
-    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    on_free_port(ports, lambda port: keeper.bind(("", port)))
-    return int(keeper.getsockname()[1])
-
-
-def _placement_in_words(slots: Sequence[Slot]) -> str:
-    hosts: dict[str, list[int]] = {}
-    for slot in slots:
-        hosts.setdefault(f"{slot.host} ({slot.address}, {slot.interface})", []).append(slot.rank)
-    parts = [
-        f"rank{'s' if len(ranks) > 1 else ''} "
-        + (str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}")
-        + f" on {host}"
-        for host, ranks in hosts.items()
-    ]
-    workers = "1 worker" if len(slots) == 1 else f"{len(slots)} workers"
-    return f"{workers} placed: " + "; ".join(parts)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.flows.artifacts.task import DriverFiles
-from horovodrunner.flows.checkpoints.backend import Depot, DriverDepot, StoreDepot
+from horovodrunner.flows.artifacts.task import upload_file
+from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.checkpoints.task import CheckpointBackend, DriverBackend
+from horovodrunner.flows.logs.debug import turn_on_if_wanted
 from horovodrunner.flows.logs.task import TaskLog
-from horovodrunner.flows.members.task import Gathering
-from horovodrunner.flows.results.task import DriverResult
+from horovodrunner.flows.members.task import gather
+from horovodrunner.flows.results.task import ResultUpload
 from horovodrunner.placement.environment import GLOO_INTERFACE
 from horovodrunner.placement.topology import Member, compose_devices
 from horovodrunner.placement.versions import installed_versions
-from horovodrunner.processes.task.agent import Agent, Surroundings
-from horovodrunner.processes.task.coordinator import DriverLink
-from horovodrunner.processes.task.links import RemoteDriver, SilentDriver, register_with_driver
+from horovodrunner.processes.task.agent import run_task
+from horovodrunner.processes.task.context import TaskContext
+from horovodrunner.processes.task.driver_link import DriverLink, register_with_driver
 from horovodrunner.processes.task.network import (
     HostAddress,
     find_address,
@@ -30,7 +33,7 @@ from horovodrunner.processes.task.network import (
     loopback_address,
 )
 from horovodrunner.storage import is_url
-from horovodrunner.wire.job import JobSpec, split_chunks
+from horovodrunner.wire.upload import TransferClient
 
 if TYPE_CHECKING:
     from horovodrunner.flows.rows.task import TaskRows, Travelling
@@ -52,35 +55,27 @@ def barrier_task(job: JobSpec, data: Sequence[Travelling], batches: Iterator[Any
     """Run one task of the barrier stage; for ``DataFrame.mapInArrow(..., barrier=True)``.
 
     A failed rank is a row of a task that succeeds, so that Spark has nothing to try again.
-
-    Parameters
-    ----------
-    job
-        The run.
-    data
-        The data sets that travel with it.
-    batches
-        The partition's rows: those of the data sets. Without any they mean nothing.
-
-    Yields
-    ------
-    pyarrow.RecordBatch
-        The outcome in chunks, one row a batch.
     """
     import pyarrow
     from pyspark import BarrierTaskContext
 
-    context = BarrierTaskContext.get()
-    partition = context.partitionId()
+    barrier = BarrierTaskContext.get()
+    partition = barrier.partitionId()
+    turn_on_if_wanted(
+        f"partition {partition}'s task on {socket.gethostname()}",
+        "this executor's standard error",
+        job.environment,
+    )
     rows = _rows(data, partition, batches)
-    result, log = DriverResult(job), TaskLog(_LOG_FD)
+    client = TransferClient(job.run_id, job.token, job.driver_address)
+    result, log = ResultUpload(job, client), TaskLog(_LOG_FD)
     try:
-        surroundings = replace(_surroundings(job, context, result, log), rows=rows)
-        outcome = asyncio.run(Agent(job, surroundings).run())
+        context = _context(job, barrier, client, result=result, task_log=log, rows=rows)
+        outcome = asyncio.run(run_task(job, context))
     finally:
         log.close()
     with contextlib.closing(result):
-        for chunk in split_chunks(outcome, CHUNK_BYTES, result.rows(CHUNK_BYTES)):
+        for chunk in itertools.chain([outcome.to_bytes()], result.rows(CHUNK_BYTES)):
             yield pyarrow.RecordBatch.from_pydict(
                 {
                     "partition": pyarrow.array([partition], pyarrow.int32()),
@@ -99,51 +94,56 @@ def _rows(data: Sequence[Travelling], partition: int, batches: Iterator[Any]) ->
     return TaskRows(data, partition, batches)
 
 
-def _surroundings(
-    job: JobSpec, context: Any, result: DriverResult, task_log: TaskLog
-) -> Surroundings:
-    partition = context.partitionId()
+def _context(
+    job: JobSpec,
+    barrier: Any,
+    client: TransferClient,
+    *,
+    result: ResultUpload,
+    task_log: TaskLog,
+    rows: TaskRows | None,
+) -> TaskContext:
+    partition = barrier.partitionId()
     # One terminal for all needs every line once: from the driver, or else from partition 0.
     quiet = job.shares_terminal and (job.stream_output or partition != 0)
-    log = _ignore if quiet else task_log.write
-    gpus, gpu_problem = _gpus(context)
-    (address, interface), address_problem = _address(job, context)
-    member = Member(
-        partition=partition,
-        host_id=host_id(),
-        host=socket.gethostname(),
-        address=address,
-        interface=interface,
-        gpus=gpus,
-        problem=gpu_problem or address_problem,
-        versions=installed_versions(),
-    )
+    log = (lambda lines: None) if quiet else task_log.write
+    gpus, gpu_problem = _gpus(barrier)
+    (address, interface), address_problem = _address(job, barrier)
 
-    gathering = Gathering(job, partition, context.allGather)
+    async def gather_members(text: str, *, reaches_driver: bool) -> list[str]:
+        return await gather(job, partition, text, barrier.allGather, reaches_driver=reaches_driver)
 
-    async def open_driver(on_stop: Callable[[], None]) -> DriverLink | str:
-        driver = await register_with_driver(job, on_stop, log)
-        gathering.driver_is_out_of_reach = isinstance(driver, SilentDriver)
-        result.reaches_driver = isinstance(driver, RemoteDriver)
-        return driver
+    async def open_driver(on_stop: Callable[[], None]) -> DriverLink:
+        return await register_with_driver(job, on_stop, log)
 
-    return Surroundings(
-        member=member,
-        gather=gathering.gather,
+    return TaskContext(
+        member=Member(
+            partition=partition,
+            host_id=host_id(),
+            host=socket.gethostname(),
+            address=address,
+            interface=interface,
+            gpus=gpus,
+            problem=gpu_problem or address_problem,
+            versions=installed_versions(),
+        ),
+        gather=gather_members,
         open_driver=open_driver,
         log=log,
-        result=result,
-        depot=_depot(job),
-        files=DriverFiles(job),
+        take_result=result.take,
+        take_file=functools.partial(upload_file, client),
+        checkpoints=_checkpoint_backend(job, client),
+        abort_transfers=client.abort,
+        rows=rows,
         scratch_base=_scratch_base(),
-        cores_per_worker=context.cpus(),
+        cores_per_worker=barrier.cpus(),
         session_process=os.getppid(),  # PySpark's daemon, which forks its Python workers
         environ=_inherited_environment(),
     )
 
 
 def _address(job: JobSpec, context: Any) -> tuple[HostAddress, str]:
-    """Give the address at which the peers reach this task, or what is wrong with it."""
+    """Return the address at which the peers reach this task, and what is wrong with it."""
     hosts = [info.address.rpartition(":")[0] for info in context.getTaskInfos()]
     driver = job.driver_address[0] if job.driver_address else None
     chosen = job.environment.get(GLOO_INTERFACE) or os.environ.get(GLOO_INTERFACE)
@@ -154,7 +154,7 @@ def _address(job: JobSpec, context: Any) -> tuple[HostAddress, str]:
 
 
 def _gpus(context: Any) -> tuple[tuple[str, ...], str]:
-    """Give the GPUs that Spark gave this task, or what is wrong with them."""
+    """Return the GPUs that Spark gave this task, and what is wrong with them."""
     resource = context.resources().get("gpu")
     if resource is None:
         return (), ""
@@ -165,7 +165,7 @@ def _gpus(context: Any) -> tuple[tuple[str, ...], str]:
 
 
 def _inherited_environment() -> dict[str, str]:
-    """Give this process's variables, but for the number of threads that PySpark chose.
+    """Return this process's variables, but for the number of threads that PySpark chose.
 
     It is that of the session's spark.task.cpus, whatever this stage's resources are; what the user
     chose (spark.executorEnv.OMP_NUM_THREADS) comes with the driver's variables.
@@ -173,13 +173,12 @@ def _inherited_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
-def _depot(job: JobSpec) -> Depot | None:
+def _checkpoint_backend(job: JobSpec, client: TransferClient) -> CheckpointBackend | None:
     if job.checkpoint_location is None:
         return None
     if is_url(job.checkpoint_location):
-        store = CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
-        return StoreDepot(store)
-    return DriverDepot(job)
+        return CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
+    return DriverBackend(client)
 
 
 def _scratch_base() -> str | None:
@@ -189,7 +188,3 @@ def _scratch_base() -> str | None:
             if directory and os.access(directory, os.W_OK):
                 return directory
     return None
-
-
-def _ignore(lines: bytes) -> None:
-    """Write nothing: somebody else shows the same lines on the same terminal."""

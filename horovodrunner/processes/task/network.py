@@ -50,11 +50,6 @@ def host_id() -> str:
     """Identify the machine and network namespace this process runs in.
 
     Two executors on one machine share it; two containers with the same host name do not.
-
-    Returns
-    -------
-    str
-        The host name and a short hash.
     """
     marks = [socket.gethostname()]
     with suppress(OSError):
@@ -66,13 +61,7 @@ def host_id() -> str:
 
 
 def loopback_address() -> HostAddress:
-    """Give the loopback address and its interface, for runs within one machine.
-
-    Returns
-    -------
-    tuple of str and str
-        ``("127.0.0.1", "lo")`` on Linux.
-    """
+    """Return the loopback address and its interface, for runs within one machine."""
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address == LOOPBACK for entry in entries):
             return LOOPBACK, name
@@ -88,30 +77,6 @@ def find_address(
     """Find the address at which other machines reach this one.
 
     Horovod speaks IPv4 only. Where Spark speaks IPv6, the IPv4 address beside it is taken.
-
-    Parameters
-    ----------
-    advertised
-        The address that Spark has for this executor; taken when one of this machine's interfaces
-        has it. A name is believed less than routing is: Debian's /etc/hosts gives the machine's
-        own name a loopback address, which means nothing to others.
-    driver
-        Host of the driver.
-    peers
-        What Spark has for the other executors; where they are, the address is taken from which
-        routing would reach them. Nothing is sent.
-    interface
-        The user's choice; only its addresses are considered then.
-
-    Returns
-    -------
-    tuple of str and str
-        An IPv4 address and its interface; the loopback address when there is no other.
-
-    Raises
-    ------
-    ValueError
-        If the user's choice has no IPv4 address here.
     """
     usable = _usable_addresses(interface)
     for candidate in _candidates(advertised, driver, peers):
@@ -127,7 +92,7 @@ def find_address(
 
 
 def _candidates(advertised: str, driver: str | None, peers: Sequence[str]) -> Iterator[str]:
-    """Give what may be the address, IPv4 or IPv6, most telling first."""
+    """Yield what may be the address, IPv4 or IPv6, most telling first."""
     own = without_brackets(advertised)
     if _is_address(own):
         yield own
@@ -166,23 +131,7 @@ def _usable_addresses(interface: str | None = None) -> dict[str, HostAddress]:
 
 
 def without_brackets(host: str) -> str:
-    """Take off the brackets that Spark puts around IPv6 addresses.
-
-    Parameters
-    ----------
-    host
-        A name or an address.
-
-    Returns
-    -------
-    str
-        The same without them.
-
-    Examples
-    --------
-    >>> without_brackets("[fd77::2]")
-    'fd77::2'
-    """
+    """Take off the brackets that Spark puts around IPv6 addresses."""
     return host.removeprefix("[").removesuffix("]")
 
 
@@ -200,7 +149,7 @@ def _resolve(name: str) -> list[str]:
 
 
 def _route_sources(host: str) -> Iterator[str]:
-    """Give the addresses from which this machine would send to another one."""
+    """Yield the addresses from which this machine would send to another one."""
     for address in _resolve(host):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -209,25 +158,7 @@ def _route_sources(host: str) -> Iterator[str]:
 
 
 def on_free_port(ports: tuple[int, int] | None, bind: Callable[[int], _Bound]) -> _Bound:
-    """Bind something to a port of the range that the user allows.
-
-    Parameters
-    ----------
-    ports
-        First and last port, or None for any.
-    bind
-        Binds to the port it is given (0: the system chooses one) or raises OSError.
-
-    Returns
-    -------
-    object
-        What `bind` gave.
-
-    Raises
-    ------
-    OSError
-        If no port of the range is free, or binding fails for another reason.
-    """
+    """Bind something to a port of the range that the user allows."""
     if ports is None:
         return bind(0)
     first, last = ports

@@ -23,20 +23,7 @@ done
 
 
 class Scratch:
-    """A new directory of one task's own.
-
-    Parameters
-    ----------
-    run_id
-        Part of its name.
-    base
-        The directory it is created in; None: the system's for temporary files.
-
-    Raises
-    ------
-    OSError
-        When it cannot be created.
-    """
+    """A new directory of one task's own."""
 
     def __init__(self, run_id: str, base: str | None) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=f"horovodrunner-{run_id}-", dir=base))

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+import logging
+from collections.abc import Awaitable, Callable
 
-from horovodrunner.flows.logs.lines import prefix_lines
-from horovodrunner.pickling.pickled import Layout
-from horovodrunner.placement.topology import Slot
-from horovodrunner.processes.task.coordinator import RankEvents
-from horovodrunner.processes.task.process import (
-    DRAIN_SECONDS,
-    ExitStatus,
-    WorkerProcess,
-    describe_exit,
+from horovodrunner.flows.logs.task import own_line
+from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome, speaks_of_peer_loss
+from horovodrunner.pickling.buffers import Layout
+from horovodrunner.processes.task.exits import ExitStatus, describe_exit
+from horovodrunner.processes.task.process import DRAIN_SECONDS, WorkerProcess
+from horovodrunner.wire.events import (
+    Ended,
+    Event,
+    Job,
+    Latest,
+    LatestWanted,
+    Lines,
+    MainEnded,
+    RankPhases,
+    Ready,
+    Sink,
+    Stack,
+    Started,
+    WorkerTimes,
+    dispatcher,
 )
-from horovodrunner.wire.frames import Frame
-from horovodrunner.wire.job import (
-    EXIT_WITHOUT_PIPES,
-    Failure,
-    FailureKind,
-    Outcome,
-    WorkerSpec,
-    speaks_of_peer_loss,
-)
+from horovodrunner.wire.signals import EXIT_WITHOUT_PIPES
 
-__all__ = ["Supervisor", "WorkerServices"]
+__all__ = ["TEARDOWN_SECONDS", "Supervisor"]
 
 TEARDOWN_SECONDS = 30.0
 """How long a worker may take to leave after main returned, before it is stopped."""
@@ -36,82 +38,62 @@ LAST_LINES = 10
 LAST_BYTES = 4096
 """So much of its standard error is shown of a worker that left without a word."""
 
-
-class WorkerServices(Protocol):
-    """What a worker asks its task for while main runs."""
-
-    async def latest_checkpoint(self) -> dict[str, Any]:
-        """Say where main goes on: the fields of the answer."""
-
-    def checkpoint_saved(self, step: int, directory: Path) -> None:
-        """Take over a checkpoint that rank 0 has written."""
-
-    def result_written(self, layout: Layout) -> None:
-        """Take over what rank 0's main returned."""
+_logger = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """Gives a worker its job, passes on what it reports, and says how it ended.
+    """Sends a worker its job, takes what it reports, and finds out how it ended.
 
-    Parameters
-    ----------
-    worker
-        The process.
-    slot
-        Its place in the run.
-    events
-        Takes what there is to tell about the rank.
-    log
-        Takes the rank's whole, prefixed lines for this task's own log.
-    services
-        What the worker may ask for.
+    `emit` takes the events that do not end here. `get_latest` returns the latest checkpoint's copy;
+    `on_result` takes the layout of what rank 0's main returned, which is in the worker's file.
     """
 
     def __init__(
         self,
         worker: WorkerProcess,
-        slot: Slot,
-        events: RankEvents,
-        log: Callable[[bytes], None],
-        services: WorkerServices,
+        job: Job,
+        emit: Sink,
+        get_latest: Callable[[], Awaitable[Latest]],
+        on_result: Callable[[Layout], None],
     ) -> None:
         self._worker = worker
-        self._slot = slot
-        self._events = events
-        self._log = log
-        self._services = services
+        self._job = job
+        self._pass_on = emit
+        self._get_latest = get_latest
+        self._on_result = on_result
         self._reported: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._answers: list[asyncio.Task[None]] = []
         self._last_stderr = b""
         self._ready_at = 0.0
         self._part_of_life = "before main was called"
+        self._emit = dispatcher(
+            [
+                {
+                    Ready: self._take_ready,
+                    Started: self._take_start,
+                    MainEnded: self._take_end_of_main,
+                    WorkerTimes: self._take_times,
+                    LatestWanted: self._take_question,
+                    Ended: self._take_outcome,
+                }
+            ],
+            otherwise=emit,
+        )
 
-    async def run(self, call: bytes, spec: WorkerSpec) -> Outcome:
-        """Supervise the worker until it has ended.
-
-        Parameters
-        ----------
-        call
-            The pickled ``(main, kwargs)``.
-        spec
-            The worker's slot.
-
-        Returns
-        -------
-        Outcome
-            What main did; neither success nor failure when the worker was stopped.
-        """
+    async def run(self) -> Outcome:
+        """Supervise the worker until it has ended."""
         worker = self._worker
         readers = [
             asyncio.create_task(worker.read_output(self._on_lines)),
-            asyncio.create_task(worker.read_reports(self._on_frame)),
+            asyncio.create_task(worker.read_events(self._on_event)),
         ]
         others = [
-            asyncio.create_task(worker.send_job(call, spec.to_header())),
+            asyncio.create_task(worker.send(self._job)),
             asyncio.create_task(self._stop_when_slow_to_leave()),
         ]
         try:
             status = await worker.wait()
+            _logger.debug("rank %d: its process ended with %d", self._job.rank, status)
             worker.catch_up()
             await asyncio.wait(readers, timeout=DRAIN_SECONDS)
             if readers[1].done() and (error := readers[1].exception()) is not None:
@@ -126,80 +108,84 @@ class Supervisor:
         outcome = Outcome()
         if not worker.was_stopped(status):
             outcome = Outcome(failure=self._silent_end(status))
-        self._events.ended(self._slot.rank, outcome)
+        self._pass_on(Ended(self._job.rank, outcome.to_bytes()))
         return outcome
 
-    def _on_frame(self, frame: Frame) -> None:
-        rank = self._slot.rank
-        if frame.kind in ("message", "notice", "outcome"):
-            self._worker.catch_up()  # what was printed before it comes before it
-        if frame.kind == "message":
-            self._events.message(rank, bytes(frame.body))
-        elif frame.kind == "notice":
-            self._events.notice(rank, str(frame.header["key"]), bytes(frame.body))
-        elif frame.kind == "ready":
-            self._worker.shows_stacks = True
-            self._ready_at = float(frame.header["at"])
-        elif frame.kind == "started":
-            self._part_of_life = "before main returned (os._exit?)"
-            self._events.started(rank)
-        elif frame.kind == "main_ended":
-            self._part_of_life = "after main had ended, before it could be reported how"
-        elif frame.kind == "times":
-            self._events.times(rank, self._spans(frame.header))
-        elif frame.kind == "state":
-            fields = {name: value for name, value in frame.header.items() if name != "kind"}
-            self._events.state(rank, fields)
-        elif frame.kind == "latest":
-            self._answers.append(asyncio.create_task(self._answer_latest()))
-        elif frame.kind == "checkpoint":
-            directory = Path(frame.header["directory"])
-            self._services.checkpoint_saved(int(frame.header["step"]), directory)
-        elif frame.kind == "outcome" and not self._reported.done():
-            outcome = Outcome.from_frame(frame.header, frame.body)
-            self._reported.set_result(outcome)
-            if outcome.success is not None and outcome.success.layout:
-                self._services.result_written(outcome.success.layout)
-            self._events.ended(rank, outcome)
+    def stop(self) -> None:
+        """Ask the worker to end."""
+        self._worker.stop()
 
-    def _spans(self, told: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    def show_stack(self) -> None:
+        """Find out where the worker's threads are, and report it."""
+
+        async def show() -> None:
+            text = "(no stack: main has not been called, or the process has ended)"
+            if self._ready_at and not self._worker.has_ended():
+                text = await self._worker.stack()
+            self._pass_on(Stack(self._job.rank, text.encode(errors="backslashreplace")))
+
+        self._answers.append(asyncio.create_task(show()))
+
+    def _on_event(self, event: Event) -> None:
+        self._worker.catch_up()  # what was printed before it comes before it
+        self._emit(event)
+
+    def _take_ready(self, event: Ready) -> None:
+        self._ready_at = event.at
+
+    def _take_start(self, event: Started) -> None:
+        self._part_of_life = "before main returned (os._exit?)"
+        self._pass_on(event)
+
+    def _take_end_of_main(self, event: MainEnded) -> None:
+        self._part_of_life = "after main had ended, before it could be reported how"
+
+    def _take_times(self, event: WorkerTimes) -> None:
         spawned, ready = self._worker.spawned_at, self._ready_at
-        began, ended = told["warmed"]
+        began, ended = event.warmed
         if ended > spawned:  # the warm parent had to import first, and then forked it
             ready = max(began, spawned)
-        return {
-            "worker spawn": (spawned, ready),
-            "imports": (ready, told["imported_at"]),
-            **told["times"],
-        }
+        own = {"worker spawn": (spawned, ready), "imports": (ready, event.imported_at)}
+        self._pass_on(RankPhases(event.rank, {**own, **event.spans}))
+
+    def _take_question(self, event: LatestWanted) -> None:
+        async def answer() -> None:
+            await self._worker.send(await self._get_latest())
+
+        self._answers.append(asyncio.create_task(answer()))
+
+    def _take_outcome(self, event: Ended) -> None:
+        if self._reported.done():
+            return
+        outcome = Outcome.from_bytes(event.outcome)
+        self._reported.set_result(outcome)
+        if outcome.success is not None and outcome.success.layout:
+            self._on_result(outcome.success.layout)
+        self._pass_on(event)
 
     def _on_lines(self, stream: str, lines: bytes) -> None:
         if stream == "stderr":
             self._last_stderr = (self._last_stderr + lines[-LAST_BYTES:])[-LAST_BYTES:]
-        self._events.lines(self._slot.rank, stream, lines)
-        self._log(prefix_lines(lines, self._slot.rank, stream))
-
-    async def _answer_latest(self) -> None:
-        self._worker.answer("latest", **await self._services.latest_checkpoint())
+        self._pass_on(Lines(self._job.rank, stream, lines))
 
     async def _stop_when_slow_to_leave(self) -> None:
         await asyncio.wait([self._reported])
         await asyncio.sleep(TEARDOWN_SECONDS)
         text = (
-            f"HorovodRunner: rank {self._slot.rank} is still there {TEARDOWN_SECONDS:g} s after "
-            "main returned (a thread that is not a daemon?); it is stopped\n"
+            f"rank {self._job.rank} is still there {TEARDOWN_SECONDS:g} s after main returned "
+            "(a thread that is not a daemon?); it is stopped"
         )
-        self._on_lines("stderr", text.encode(errors="backslashreplace"))
+        self._on_lines("stderr", own_line(text))
         self._worker.stop()
 
     def _silent_end(self, status: ExitStatus) -> Failure:
         text, exit_code, signal_name = describe_exit(
-            status, self._worker.killed_by_kernel(), self._part_of_life
+            status, self._worker.killed_by_kernel, self._part_of_life
         )
         last_lines = self._last_lines()
         return Failure(
-            rank=self._slot.rank,
-            host=self._slot.host,
+            rank=self._job.rank,
+            host=self._job.host,
             summary=text,
             # What main closed once it closes again: another attempt would end the same way.
             kind=FailureKind.EXCEPTION if status == EXIT_WITHOUT_PIPES else FailureKind.PROCESS,

@@ -43,15 +43,7 @@ _WORD = struct.Struct(">q")
 
 
 class ForkedWorker:
-    """A worker that is the warm parent's child; used as one of our own is (process.py).
-
-    Parameters
-    ----------
-    connection
-        To the warm parent, which has been sent what the worker needs.
-    stdout, stderr
-        Read ends of the worker's output.
-    """
+    """A worker that is the warm parent's child; used as one of our own is (process.py)."""
 
     def __init__(self, connection: socket.socket, stdout: IO[bytes], stderr: IO[bytes]) -> None:
         self._connection = connection
@@ -68,41 +60,23 @@ class ForkedWorker:
         self._reader.start()
 
     def wait_for_end(self) -> int | None:
-        """Block until the process has ended; its process group can still be signalled then.
-
-        Returns
-        -------
-        int or None
-            The exit code, or minus the signal's number, if it is known.
-        """
+        """Block until the process has ended; its process group can still be signalled then."""
         self._ended.wait()
         return self._status
 
     def has_ended(self) -> bool:
-        """Tell whether the process has ended."""
+        """Return whether the process has ended."""
         return self._ended.is_set()
 
     def signal_group(self, number: signal.Signals) -> None:
-        """Send a signal to the worker's process group, as soon as there is one.
-
-        Parameters
-        ----------
-        number
-            The signal.
-        """
+        """Send a signal to the worker's process group, as soon as there is one."""
         with self._changing:
             self._wanted = number
             if self.pid and self.returncode is None:
                 _signal_group(self.pid, number)
 
     def wait(self) -> int:
-        """End what is left of the process group, and give the worker's exit status.
-
-        Returns
-        -------
-        int
-            The exit code, or minus the signal's number.
-        """
+        """End what is left of the process group, and give the worker's exit status."""
         if self.returncode is None:
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_WR)  # the warm parent sees to it
@@ -137,25 +111,7 @@ def fork_worker(
     environment: Mapping[str, str],
     descriptors: Sequence[int],
 ) -> ForkedWorker | None:
-    """Have a worker forked by a process that has imported what main needs.
-
-    Parameters
-    ----------
-    owner
-        Process with which the warm parent ends: it lasts as long as the session does here.
-    early_imports
-        What is imported.
-    environment
-        The worker's whole environment: only a warm parent with the same one serves.
-    descriptors
-        The worker's ends of its control, report and other pipes.
-
-    Returns
-    -------
-    ForkedWorker or None
-        None where a fresh process is the better one: the system lacks what is needed, or main
-        needs what starts threads at its import.
-    """
+    """Have a worker forked by a process that has imported what main needs."""
     if not (early_imports and _CAN_BE_FORKED.issuperset(early_imports)):
         return None
     if not (_has_pidfds() and hasattr(socket, "SO_PEERCRED")):

@@ -17,6 +17,7 @@ import fcntl
 import gc
 import importlib
 import json
+import logging
 import os
 import re
 import signal
@@ -28,6 +29,14 @@ from typing import Any, NoReturn
 
 from horovodrunner.errors import PayloadError
 from horovodrunner.flows.call.import_path import before_stdlib
+from horovodrunner.flows.logs.debug import turn_on_if_wanted
+from horovodrunner.flows.outcome.outcome import (
+    Failure,
+    FailureKind,
+    Outcome,
+    Success,
+    speaks_of_peer_loss,
+)
 from horovodrunner.flows.outcome.worker import (
     RECURSION_LIMIT,
     describe,
@@ -37,7 +46,7 @@ from horovodrunner.flows.outcome.worker import (
 from horovodrunner.formatting import cut, in_one_line
 from horovodrunner.memory_limit import memory_hint
 from horovodrunner.pickling import payload
-from horovodrunner.pickling.pickled import Layout
+from horovodrunner.pickling.buffers import Layout, loads
 from horovodrunner.placement.environment import IMPORT_PATH
 from horovodrunner.processes.worker import horovod_keras, notices
 from horovodrunner.processes.worker.context import TaskLink, WorkerContext, set_context
@@ -45,15 +54,10 @@ from horovodrunner.processes.worker.control import ControlPipe, leave_without_pi
 from horovodrunner.processes.worker.leaving import flush_output, leave
 from horovodrunner.processes.worker.main_module import become_main, lowest_descriptor
 from horovodrunner.processes.worker.watch import collective_of
-from horovodrunner.wire.job import (
-    STACK_SIGNAL,
-    Failure,
-    FailureKind,
-    Outcome,
-    Success,
-    WorkerSpec,
-    speaks_of_peer_loss,
-)
+from horovodrunner.wire.events import Ended, Job, Ready
+from horovodrunner.wire.signals import STACK_SIGNAL
+
+_logger = logging.getLogger("horovodrunner.processes.worker")
 
 _PEER_LOSS_TYPES = ("HorovodInternalError", "HorovodShutdownError", "DistBackendError")
 
@@ -65,15 +69,9 @@ _NOT_IN_MAIN = re.compile(
 
 
 def main() -> int:
-    """Run one rank from start to end.
-
-    Returns
-    -------
-    int
-        The process's exit code: 0 if main returned.
-    """
+    """Run one rank from start to end."""
     arguments = _parse_arguments()
-    _take_over_surroundings()
+    _take_over_process()
     if arguments.keep_warm:
         vars(arguments).update(_forked_from_warm_parent(arguments))
     _move_descriptors(arguments)
@@ -81,19 +79,22 @@ def main() -> int:
     control = ControlPipe(arguments.control, link)
     _prepare_streams()
     faulthandler.register(STACK_SIGNAL, file=arguments.stacks, all_threads=True)
-    link.send("ready", at=time.time())
+    link.send(Ready(time.time()))
+    turn_on_if_wanted("a worker", "its standard error, which is in its executor's log")
     horovod_keras.install()
     notices.install()
     _import_early(arguments.early_imports)
     imported_at = time.time()
+    _logger.debug("has imported %s; waits for its job", arguments.early_imports)
     spec, call = control.wait_for_job()
     set_context(WorkerContext(spec, link, control))
+    _logger.debug("is rank %d; main and its arguments have %d bytes", spec.rank, len(call))
     outcome, exit_code = run(spec, call, control, arguments.result)
+    _logger.debug("main has ended, exit code %d", exit_code)
     flush_output()
-    header, body = outcome.to_frame()
     try:
-        link.send("times", imported_at=imported_at, warmed=arguments.warmed, times=control.times())
-        link.send("outcome", body, **header)
+        link.send(control.times(imported_at, arguments.warmed))
+        link.send(Ended(spec.rank, outcome.to_bytes()))
     except OSError as error:
         if error.errno == errno.EBADF:
             leave_without_pipes()
@@ -101,32 +102,11 @@ def main() -> int:
     return exit_code
 
 
-def run(
-    spec: WorkerSpec,
-    call: bytes | bytearray | memoryview,
-    control: ControlPipe,
-    result_fd: int | None,
-) -> tuple[Outcome, int]:
-    """Call main and turn whatever happens into an outcome.
+def run(spec: Job, call: bytes, control: ControlPipe, result_fd: int | None) -> tuple[Outcome, int]:
+    """Call main and turn whatever happens into an outcome and an exit code.
 
     Only this process does so. One that main forked and that falls out of main ends as that of a
     script does: with its own exit code, and without a word to the task.
-
-    Parameters
-    ----------
-    spec
-        The slot.
-    call
-        The pickled ``(main, kwargs)``.
-    control
-        Is told when main begins and ends.
-    result_fd
-        The file for what main returned, if it is wanted.
-
-    Returns
-    -------
-    tuple of Outcome and int
-        What happened, and the exit code that says the same.
     """
     own_pid = os.getpid()
     began = time.time()
@@ -134,7 +114,7 @@ def run(
     become_main()
     show_source_of_threads()
     try:
-        function, kwargs = payload.load(call)
+        function, kwargs = loads(call)
     except BaseException as error:  # noqa: BLE001 - it is described
         if os.getpid() != own_pid:
             _leave_as_child(error)
@@ -153,7 +133,7 @@ def run(
         _stop_what_interrupts()
         _end_main(control)
         if not issubclass(type(error), SystemExit):
-            return _failed(spec, error, "", hint=_missing_name_hint), 1
+            return _failed(spec, error, "", hint=_main_hint), 1
         if code := exit_code_of(error):
             told = "main called sys.exit: "
             return _failed(spec, error, told, hint=_exit_hint, exit_code=code), code
@@ -213,7 +193,7 @@ def _leave_as_child(error: BaseException | None = None) -> NoReturn:
 
 
 def _failed(
-    spec: WorkerSpec,
+    spec: Job,
     error: BaseException,
     prefix: str,
     *,
@@ -261,11 +241,26 @@ def _print(text: str) -> None:
 def _import_hint(error: BaseException) -> str:
     if not isinstance(error, ModuleNotFoundError):
         return ""
-    return (
+    return _horovod_hint(error) or (
         f". The module {error.name!r} exists on the driver but not for {sys.executable} here: "
         "install it on the executors, ship it with spark.sparkContext.addPyFile(...), or call "
         f"cloudpickle.register_pickle_by_value({(error.name or 'module').split('.')[0]})"
     )
+
+
+def _horovod_hint(error: BaseException) -> str:
+    """Name what main's own import lacks: Horovod is optional."""
+    name = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+    if (name or "").partition(".")[0] != "horovod":
+        return ""
+    return (
+        f". Horovod is not installed for {sys.executable} on {os.uname().nodename}: run "
+        f"`{sys.executable} -m horovodrunner build-horovod` there"
+    )
+
+
+def _main_hint(error: BaseException) -> str:
+    return _horovod_hint(error) or _missing_name_hint(error)
 
 
 def _missing_name_hint(error: BaseException) -> str:
@@ -302,7 +297,7 @@ def _text_of_parser(error: BaseException) -> str:
     return in_one_line(refused) if refused is not None and is_known else ""
 
 
-def _take_over_surroundings() -> None:
+def _take_over_process() -> None:
     """See to it that main finds what it would find elsewhere, on Spark or without it."""
     # Spark's JVMs leave SIGQUIT blocked in the processes that they start.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGQUIT])

@@ -10,11 +10,10 @@ import errno
 import os
 import threading
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from horovodrunner.flows.logs.showing import show_text
-from horovodrunner.wire.frames import encode_frame, encode_prefix_and_header
-from horovodrunner.wire.job import WorkerSpec
+from horovodrunner.wire.events import Event, Job, Latest, Message, Notice, encode
 
 __all__ = [
     "MAX_MESSAGE_CHARACTERS",
@@ -38,13 +37,7 @@ def pipe_at(fd: int) -> tuple[int, int]:
 
 
 class TaskLink:
-    """The worker's end of the pipe to its task.
-
-    Parameters
-    ----------
-    report_fd
-        File descriptor to write frames to.
-    """
+    """The worker's end of the pipe to its task."""
 
     def __init__(self, report_fd: int) -> None:
         self._report_fd = report_fd
@@ -57,67 +50,38 @@ class TaskLink:
         """False in a process forked from the worker, whose writes could tear the worker's own."""
         return os.getpid() == self._owner_pid
 
-    def send(self, kind: str, body: bytes = b"", **header: object) -> None:
-        """Write one frame as a whole; a process that main forked writes nothing.
+    def send(self, event: Event) -> None:
+        """Write one event as a whole; a process that main forked writes nothing."""
+        if self.is_usable:
+            with self._lock:
+                self._write(*encode(event))
 
-        Parameters
-        ----------
-        kind
-            What the message is.
-        body
-            Its bytes.
-        **header
-            More JSON-compatible fields.
-        """
-        if not self.is_usable:
-            return
-        with self._lock:
-            self._write(encode_frame(kind, body, **header))
-            self._write(body)
-
-    def send_unless_busy(self, kind: str, **header: object) -> None:
-        """Write one frame, or nothing when another thread is just writing a long one.
-
-        Parameters
-        ----------
-        kind
-            What the message is.
-        **header
-            JSON-compatible fields.
-        """
+    def send_unless_busy(self, event: Event) -> None:
+        """Write one event, or nothing when another thread is just writing a long one."""
         if self._lock.acquire(blocking=False):
             try:
-                self._write(encode_prefix_and_header(kind, 0, **header))
+                self._write(*encode(event))
             finally:
                 self._lock.release()
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, *parts: bytes) -> None:
         if pipe_at(self._report_fd) != self._pipe:
             raise OSError(errno.EBADF, "main has put another file in the place of this pipe")
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._report_fd, view) :]
+        for part in parts:
+            view = memoryview(part)
+            while view:
+                view = view[os.write(self._report_fd, view) :]
 
 
 class _AnswersQuestions(Protocol):
-    def ask(self, kind: str) -> dict[str, Any]: ...
+    def ask_latest(self) -> Latest: ...
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What this process is within its run.
+    """What this process is within its run."""
 
-    Parameters
-    ----------
-    spec
-        The slot.
-    link
-        The pipe to the task.
-    control
-        Asks the task and waits for its answer.
-    """
-
-    spec: WorkerSpec
+    spec: Job
     link: TaskLink
     control: _AnswersQuestions
 
@@ -128,45 +92,29 @@ _notices: dict[str, str] = {}
 
 
 def set_context(context: WorkerContext) -> None:
-    """Say that this process is a worker.
-
-    Parameters
-    ----------
-    context
-        What it is.
-    """
+    """Say that this process is a worker."""
     global _context
     _context = context
     for key, text in _notices.items():
-        context.link.send("notice", text.encode(errors="replace"), key=key)
+        context.link.send(_notice(context, key, text))
 
 
 def current_context() -> WorkerContext | None:
-    """Give what this process is within its run.
-
-    Returns
-    -------
-    WorkerContext or None
-        None outside a run, and in a process forked from a worker.
-    """
+    """Give what this process is within its run."""
     return _context if _context is not None and _context.link.is_usable else None
 
 
-def notice(key: str, text: str) -> None:
-    """Let the driver show something once, however often and on however many ranks it happens.
+def _notice(context: WorkerContext, key: str, text: str) -> Notice:
+    return Notice(context.spec.rank, key, text.encode(errors="replace").decode())
 
-    Parameters
-    ----------
-    key
-        What happened.
-    text
-        One line about it.
-    """
+
+def notice(key: str, text: str) -> None:
+    """Let the driver show something once, however often and on however many ranks it happens."""
     if key in _notices:
         return
     _notices[key] = text
     if (context := current_context()) is not None:
-        context.link.send("notice", text.encode(errors="replace"), key=key)
+        context.link.send(_notice(context, key, text))
 
 
 def log_to_driver(message: str) -> None:
@@ -201,4 +149,5 @@ def log_to_driver(message: str) -> None:
     if context is None:
         show_text(message + "\n")
         return
-    context.link.send("message", message.encode(errors="replace"))
+    text = message.encode(errors="replace").decode()
+    context.link.send(Message(context.spec.rank, text))

@@ -11,16 +11,28 @@ import signal
 import threading
 import time
 import traceback
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import NoReturn
 
 from horovodrunner.processes.worker.context import TaskLink, pipe_at
 from horovodrunner.processes.worker.watch import MainThreadWatch
-from horovodrunner.wire.frames import PREFIX_BYTES, Frame, parse_header, parse_prefix
-from horovodrunner.wire.job import EXIT_WITHOUT_PIPES, WorkerSpec
+from horovodrunner.wire.events import (
+    PREFIX_BYTES,
+    Event,
+    Job,
+    Latest,
+    LatestWanted,
+    MainEnded,
+    Started,
+    WorkerTimes,
+    decode,
+    dispatcher,
+    parse_prefix,
+    refuse,
+)
+from horovodrunner.wire.signals import EXIT_WITHOUT_PIPES
 
 __all__ = ["ControlPipe", "leave_without_pipes"]
-
-_Bytes = bytes | bytearray | memoryview
 
 SAMPLE_SECONDS = 1.0
 """How often the main thread is looked at, at least; a shorter call is never seen to wait."""
@@ -31,13 +43,6 @@ class ControlPipe:
 
     The pipe stays open as long as the task lives. When it ends, this process and all it started
     in its process group are ended.
-
-    Parameters
-    ----------
-    control_fd
-        Read end of the pipe whose write end only the task holds.
-    link
-        The pipe to the task.
     """
 
     _now, _monotonic = staticmethod(time.time), staticmethod(time.monotonic)
@@ -48,9 +53,10 @@ class ControlPipe:
         self._pipe = pipe_at(control_fd)
         self._link = link
         self._watch = MainThreadWatch()
-        self._jobs: queue.SimpleQueue[tuple[WorkerSpec, _Bytes]] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Latest] = queue.SimpleQueue()
         self._asking = threading.Lock()
+        self._rank = -1
         self._beat_seconds = SAMPLE_SECONDS
         self._next_beat = 0.0
         self._main_runs = False
@@ -58,64 +64,36 @@ class ControlPipe:
         self._times: dict[str, tuple[float, float]] = {}
         threading.Thread(target=self._serve, name="horovodrunner-control", daemon=True).start()
 
-    def wait_for_job(self) -> tuple[WorkerSpec, _Bytes]:
-        """Wait for the job.
-
-        Returns
-        -------
-        tuple of WorkerSpec and bytes-like
-            The slot and the pickled call; nothing else keeps the call, which may be large.
-        """
-        return self._jobs.get()
+    def wait_for_job(self) -> tuple[Job, bytes]:
+        """Wait for the job, and for the call, which is large and is not kept."""
+        job = self._jobs.get()
+        return replace(job, call=b""), job.call
 
     def unpickled(self, began: float) -> None:
-        """Note that main was unpickled, or could not be, and the modules that it names imported.
-
-        Parameters
-        ----------
-        began
-            Seconds since the epoch.
-        """
+        """Note that main was unpickled, or could not be, and the modules that it names imported."""
         self._times["unpickle"] = (began, self._now())
 
     def main_begins(self) -> None:
-        """Tell the task so, and from now on where main is."""
+        """Report it, and from now on where main is."""
         self._main_began = self._now()
-        self._link.send("started")
+        self._link.send(Started(self._rank))
         self._main_runs = True
 
     def main_ends(self) -> None:
-        """Tell the task so, and no longer where main is."""
+        """Report it, and no longer where main is."""
         self._main_runs = False
         self._times["main"] = (self._main_began, self._now())
         with contextlib.suppress(OSError):  # the outcome will meet it, too
-            self._link.send("main_ended")
+            self._link.send(MainEnded(self._rank))
 
-    def times(self) -> dict[str, tuple[float, float]]:
-        """Return when main was unpickled and when it ran, as far as that happened.
+    def times(self, imported_at: float, warmed: tuple[float, float]) -> WorkerTimes:
+        """Return when main was unpickled and when it ran, as far as that happened."""
+        return WorkerTimes(self._rank, imported_at, warmed, self._times)
 
-        Returns
-        -------
-        dict of (float, float)
-            Begin and end, in seconds since the epoch.
-        """
-        return self._times
-
-    def ask(self, kind: str) -> dict[str, Any]:
-        """Ask the task something and wait for the answer.
-
-        Parameters
-        ----------
-        kind
-            The question.
-
-        Returns
-        -------
-        dict
-            The answer's fields.
-        """
+    def ask_latest(self) -> Latest:
+        """Ask the task for the latest checkpoint and wait for the answer."""
         with self._asking:
-            self._link.send(kind)
+            self._link.send(LatestWanted())
             return self._answers.get()
 
     def _serve(self) -> None:
@@ -124,7 +102,7 @@ class ControlPipe:
         except OSError as error:
             if error.errno == errno.EBADF:
                 leave_without_pipes()
-            # Else the task went just while it was being told something.
+            # Else the task went just while something was being reported.
         except BaseException:  # noqa: BLE001 - nobody would end this process any more
             with contextlib.suppress(BaseException):  # standard error is main's
                 traceback.print_exc()
@@ -133,6 +111,7 @@ class ControlPipe:
     def _take_what_comes(self) -> None:
         incoming = select.poll()  # select() takes no descriptor from 1024 on
         incoming.register(self._control_fd, select.POLLIN)
+        take = dispatcher([{Job: self._take_job, Latest: self._answers.put}], refuse)
         while True:
             pause = min(SAMPLE_SECONDS, self._beat_seconds)
             if not incoming.poll(pause * 1000):
@@ -140,28 +119,26 @@ class ControlPipe:
                 continue
             if pipe_at(self._control_fd) != self._pipe:
                 leave_without_pipes()
-            frame = self._receive()
-            if frame is None:
+            event = self._receive()
+            if event is None:
                 return
-            fields = {name: value for name, value in frame.header.items() if name != "kind"}
-            if frame.kind == "job":
-                spec = WorkerSpec.from_header(fields)
-                self._beat_seconds = spec.beat_seconds
-                self._jobs.put((spec, frame.body))
-            else:
-                self._answers.put(fields)
-            del frame
+            take(event)
+            del event  # a call may be large
+
+    def _take_job(self, job: Job) -> None:
+        self._rank, self._beat_seconds = job.rank, job.beat_seconds
+        self._jobs.put(job)
 
     def _look_at_main(self) -> None:
         if not self._main_runs:
             return
         try:
-            state = self._watch.sample()
+            beat = self._watch.sample(self._rank)
         except Exception:  # noqa: BLE001 - names in main's frames may be any object
             return
         if self._monotonic() >= self._next_beat:
             self._next_beat = self._monotonic() + self._beat_seconds * 0.9
-            self._link.send_unless_busy("state", **state)
+            self._link.send_unless_busy(beat)
 
     def _end_everything(self) -> None:
         """End this process group: the task is gone, or wants us gone."""
@@ -169,7 +146,7 @@ class ControlPipe:
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
-    def _receive(self) -> Frame | None:
+    def _receive(self) -> Event | None:
         prefix = self._read(PREFIX_BYTES)
         if prefix is None:
             return None
@@ -178,7 +155,7 @@ class ControlPipe:
         body = self._read(body_bytes)
         if header is None or body is None:
             return None
-        return Frame(parse_header(bytes(header)), body)
+        return decode(bytes(header), body)
 
     def _read(self, count: int) -> bytearray | None:
         """Read so many bytes, and not one more: what follows is to be seen by poll()."""

@@ -11,18 +11,7 @@ __all__ = ["refuse_without_end"]
 
 
 def refuse_without_end(*values: Any) -> None:
-    """Fail if one of some values is a dataset that says it has no end.
-
-    Parameters
-    ----------
-    *values
-        Anything.
-
-    Raises
-    ------
-    DataError
-        If so.
-    """
+    """Fail if one of some values is a dataset that says it has no end."""
     if any(map(_has_no_end, values)):
         raise DataError(
             "MLflow wants to read all rows, for a digest, and this dataset has no end: train "

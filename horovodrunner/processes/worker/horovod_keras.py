@@ -1,10 +1,7 @@
 """Puts horovodrunner.keras in the place of what Horovod has for Keras. Runs in: the worker.
 
-``import horovod.tensorflow.keras as hvd`` and ``import horovod.keras as hvd`` go through an import
-hook. When Keras 3 is in use, the optimizer, the callbacks and ``load_model`` in them are those of
-:mod:`horovodrunner.keras`: Horovod's own do not average gradients there, and say nothing. With
-Keras 2 (``TF_USE_LEGACY_KERAS=1``) Horovod's own stay. ``HOROVODRUNNER_KERAS=horovod``, on the
-driver or in main before the import, leaves everything as Horovod has it.
+An import hook does so where Keras 3 is in use: Horovod's own optimizer silently does not average
+gradients there. ``HOROVODRUNNER_KERAS=horovod`` leaves everything as Horovod has it.
 """
 
 from __future__ import annotations
@@ -29,7 +26,6 @@ _CALLBACKS = tuple(f"{name}.callbacks" for name in _OF_KERAS)
 
 
 def install() -> None:
-    """Be asked whenever one of Horovod's modules for Keras is imported in this process."""
     for name in (_OF_TENSORFLOW, *_OF_KERAS, *_CALLBACKS):
         instead_of_import(name, _execute)
 
@@ -87,7 +83,7 @@ def _take_names(module: ModuleType, source: ModuleType) -> None:
 
 
 def _take_keras_variables(hvd: Any) -> None:
-    """Let what a training loop calls take variables of Keras 3, which are none of TensorFlow's."""
+    """Let what a training loop calls take variables of Keras 3, which are not TensorFlow's."""
     for name in ("DistributedGradientTape", "PartialDistributedGradientTape"):
         setattr(hvd, name, _whose_variables_have_ref(getattr(hvd, name)))
     broadcast: Callable[..., Any] = hvd.broadcast_variables
@@ -114,6 +110,6 @@ def _whose_variables_have_ref(make_tape: Callable[..., Any]) -> Callable[..., An
 
 
 def _keras_variable() -> tuple[Any, ...]:
-    """Give Keras 3's class of variables, if it has been imported."""
+    """Return Keras 3's class of variables, if it has been imported."""
     kind = getattr(sys.modules.get("keras"), "Variable", None)
     return () if kind is None else (kind,)

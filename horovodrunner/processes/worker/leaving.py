@@ -32,11 +32,6 @@ def leave(exit_code: int) -> NoReturn:
 
     The order is the interpreter's own (``Py_FinalizeEx``); what is left out is freeing objects and,
     unless something is loaded that is known to need it, what the C library does at the end.
-
-    Parameters
-    ----------
-    exit_code
-        Of the process.
     """
     ordinary = False
     with contextlib.suppress(BaseException):  # main may have put anything in their places

@@ -2,7 +2,7 @@
 
 Other libraries have things that work on the driver only, find peers only where a launcher of their
 own started them, or ignore an argument with a warning in a log that nobody reads. What is known of
-that is listed in `_WATCHED`; it is watched once the library is imported, and reported once a run.
+that is listed in `_BEFORE_CALLS`; it is watched once the library is imported, and reported once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from operator import attrgetter
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -20,7 +21,7 @@ from horovodrunner.placement.environment import TF_CONFIG
 from horovodrunner.processes.worker.context import notice
 from horovodrunner.processes.worker.endless import refuse_without_end
 
-__all__ = ["install"]
+__all__ = ["install", "watch"]
 
 _LIBRARIES = frozenset(
     {"horovod", "horovodrunner", "importlib", "jax", "keras", "pyspark", "tensorflow", "tf_keras"}
@@ -30,8 +31,30 @@ _LIBRARIES = frozenset(
 
 def install() -> None:
     """Watch what main is going to import."""
-    for name, watch in _WATCHED.items():
+    for name in _BEFORE_CALLS:
         after_import(name, watch)
+    after_import("keras.src.optimizers.base_optimizer", _watch_keras_3_lr)
+    after_import("mpi4py.MPI", _watch_mpi)
+    after_import("pyspark.taskcontext", _watch_task_context)
+
+
+def watch(module: Any) -> None:
+    """Look at the arguments of some functions of a module, each time before they are called."""
+    functions, look = _BEFORE_CALLS[module.__name__]
+    for path in functions.split():
+        owner, _, name = path.rpartition(".")
+        holder = attrgetter(owner)(module) if owner else module
+        if (original := getattr(holder, name, None)) is not None:  # else another version
+            setattr(holder, name, _watched(original, look))
+
+
+def _watched(original: Callable[..., Any], look: Callable[..., None]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        look(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    return watched
 
 
 def _users_frame() -> FrameType:
@@ -51,51 +74,31 @@ def _where() -> str:
     return f"({frame.f_code.co_filename}:{frame.f_lineno})"
 
 
-def _before(owner: Any, name: str, look: Callable[..., None]) -> None:
-    """Call a function with the arguments of another one, each time before that one is called."""
-    original = getattr(owner, name, None)
-    if original is None:  # another version of the library
-        return
-
-    @functools.wraps(original)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        look(*args, **kwargs)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, watched)
-
-
 def _is_alone() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
-def _accumulators(module: Any) -> None:
-    def look(accumulator: Any, term: Any) -> None:
-        if getattr(accumulator, "_deserialized", False):  # else this process made it
-            notice(
-                "accumulator",
-                f"main adds to an accumulator of Spark {_where()}, and the driver's stays as it "
-                "is: a rank is no task of Spark's. Return the number from main, summed over the "
-                "ranks by hvd.allreduce",
-            )
-
-    _before(module.Accumulator, "add", look)
-
-
-def _gateway(module: Any) -> None:
-    def look(*args: Any, **kwargs: Any) -> None:
+def _accumulator(accumulator: Any, term: Any) -> None:
+    if getattr(accumulator, "_deserialized", False):  # else this process made it
         notice(
-            "spark session",
-            f"main starts a Spark session of its own on rank {os.environ.get('RANK')} "
-            f"{_where()}, local unless it names another master: it has neither the executors nor "
-            "the views and settings of the driver's session. Read DataFrames on the driver "
-            "(horovodrunner.data.from_dataframe), or let main read the files themselves",
+            "accumulator",
+            f"main adds to an accumulator of Spark {_where()}, and the driver's stays as it "
+            "is: a rank is no task of Spark's. Return the number from main, summed over the "
+            "ranks by hvd.allreduce",
         )
 
-    _before(module, "launch_gateway", look)
+
+def _spark_session(*args: Any, **kwargs: Any) -> None:
+    notice(
+        "spark session",
+        f"main starts a Spark session of its own on rank {os.environ.get('RANK')} "
+        f"{_where()}, local unless it names another master: it has neither the executors nor "
+        "the views and settings of the driver's session. Read DataFrames on the driver "
+        "(horovodrunner.data.from_dataframe), or let main read the files themselves",
+    )
 
 
-def _task_context(module: Any) -> None:
+def _watch_task_context(module: Any) -> None:
     get = module.TaskContext.get
 
     def watched(cls: Any) -> Any:
@@ -115,7 +118,7 @@ def _task_context(module: Any) -> None:
     module.TaskContext.get = classmethod(functools.wraps(get.__func__)(watched))
 
 
-def _mpi(module: Any) -> None:
+def _watch_mpi(module: Any) -> None:
     def look() -> None:
         code = _users_frame().f_code
         if code.co_name == "<module>" and is_of_a_python(code.co_filename):
@@ -139,39 +142,29 @@ def _mpi(module: Any) -> None:
         sys.modules["mpi4py"].__class__ = Watched
 
 
-def _jax_processes(module: Any) -> None:
-    def look(*args: Any, **kwargs: Any) -> None:
-        if sys.modules["jax"].process_count() == 1 and not _is_alone():
-            notice(
-                "jax",
-                f"jax.process_count() is 1 on each of the {os.environ['WORLD_SIZE']} ranks "
-                f"{_where()}, so what waits for other processes does nothing. Call "
-                "jax.distributed.initialize(coordinator_address, num_processes, process_id) first "
-                "(MASTER_ADDR and MASTER_PORT, WORLD_SIZE and RANK have the values)",
-            )
-
-    for name in ("sync_global_devices", "broadcast_one_to_all", "process_allgather"):
-        _before(module, name, look)
+def _jax_processes(*args: Any, **kwargs: Any) -> None:
+    if sys.modules["jax"].process_count() == 1 and not _is_alone():
+        notice(
+            "jax",
+            f"jax.process_count() is 1 on each of the {os.environ['WORLD_SIZE']} ranks "
+            f"{_where()}, so what waits for other processes does nothing. Call "
+            "jax.distributed.initialize(coordinator_address, num_processes, process_id) first "
+            "(MASTER_ADDR and MASTER_PORT, WORLD_SIZE and RANK have the values)",
+        )
 
 
-def _tensorflow_workers(module: Any) -> None:
-    def look(_: Any, cluster_resolver: Any = None, devices: Any = None) -> None:
-        if not devices and TF_CONFIG not in os.environ and not _is_alone():
-            notice(
-                "multi-worker",
-                f"MultiWorkerMirroredStrategy sees one worker on each of the "
-                f"{os.environ['WORLD_SIZE']} ranks {_where()}, so each trains by itself: there is "
-                "no TF_CONFIG. HorovodRunner(np=..., tf_config=True) sets it",
-            )
-
-    _before(module.CollectiveAllReduceExtended, "_initialize_local", look)
+def _tensorflow_workers(_: Any, cluster_resolver: Any = None, devices: Any = None) -> None:
+    if not devices and TF_CONFIG not in os.environ and not _is_alone():
+        notice(
+            "multi-worker",
+            f"MultiWorkerMirroredStrategy sees one worker on each of the "
+            f"{os.environ['WORLD_SIZE']} ranks {_where()}, so each trains by itself: there is "
+            "no TF_CONFIG. HorovodRunner(np=..., tf_config=True) sets it",
+        )
 
 
-def _mlflow_digests(module: Any) -> None:
-    def look(_: Any, dataset: Any, targets: Any = None) -> None:
-        refuse_without_end(dataset, targets)  # which autologging logs, and goes on
-
-    _before(module.TensorFlowDataset, "_compute_tensorflow_dataset_digest", look)
+def _mlflow_digest(_: Any, dataset: Any, targets: Any = None) -> None:
+    refuse_without_end(dataset, targets)  # which autologging logs, and goes on
 
 
 def _picture(action: str) -> None:
@@ -182,21 +175,16 @@ def _picture(action: str) -> None:
     )
 
 
-def _shown_figures(module: Any) -> None:
-    def look(*args: Any, **kwargs: Any) -> None:
-        if module.get_fignums() and not module.gcf().canvas.required_interactive_framework:
-            _picture("calls plt.show()")
-
-    _before(module, "show", look)
+def _shown_figures(*args: Any, **kwargs: Any) -> None:
+    pyplot: Any = sys.modules["matplotlib.pyplot"]
+    if pyplot.get_fignums() and not pyplot.gcf().canvas.required_interactive_framework:
+        _picture("calls plt.show()")
 
 
-def _displayed_pictures(module: Any) -> None:
-    def look(*objects: Any, **kwargs: Any) -> None:
-        # figures, and the images of Pillow and IPython
-        if any(hasattr(each, "savefig") or hasattr(each, "_repr_png_") for each in objects):
-            _picture("calls display()")
-
-    _before(module, "display", look)
+def _displayed_pictures(*objects: Any, **kwargs: Any) -> None:
+    # figures, and the images of Pillow and IPython
+    if any(hasattr(each, "savefig") or hasattr(each, "_repr_png_") for each in objects):
+        _picture("calls display()")
 
 
 def _ignored(optimizer: Any, argument: str, value: Any, instead: str) -> None:
@@ -207,26 +195,24 @@ def _ignored(optimizer: Any, argument: str, value: Any, instead: str) -> None:
     )
 
 
-def _keras_2_optimizers(module: Any) -> None:
-    def look(optimizer: Any, kwargs: dict[str, Any]) -> None:
-        if "lr" in kwargs:
-            instead = (
-                "its learning rate is that of learning_rate=, or its default. Write learning_rate="
-            )
-            _ignored(optimizer, "lr", kwargs["lr"], instead)
-
-    _before(module._BaseOptimizer, "_process_kwargs", look)
+def _keras_2_lr(optimizer: Any, kwargs: dict[str, Any]) -> None:
+    if "lr" in kwargs:
+        instead = (
+            "its learning rate is that of learning_rate=, or its default. Write learning_rate="
+        )
+        _ignored(optimizer, "lr", kwargs["lr"], instead)
 
 
-def _keras_3_optimizers(module: Any) -> None:
-    def look(optimizer: Any, *_: Any, **kwargs: Any) -> None:
-        if kwargs.get("decay") is not None:
-            instead = (
-                "the learning rate stays as it is. Pass a schedule as learning_rate "
-                "(keras.optimizers.schedules.InverseTimeDecay)"
-            )
-            _ignored(optimizer, "decay", kwargs["decay"], instead)
+def _keras_3_decay(optimizer: Any, *_: Any, **kwargs: Any) -> None:
+    if kwargs.get("decay") is not None:
+        instead = (
+            "the learning rate stays as it is. Pass a schedule as learning_rate "
+            "(keras.optimizers.schedules.InverseTimeDecay)"
+        )
+        _ignored(optimizer, "decay", kwargs["decay"], instead)
 
+
+def _watch_keras_3_lr(module: Any) -> None:
     def set_lr(optimizer: Any, value: Any) -> None:
         _ignored(optimizer, "lr", value, "assign to its learning_rate")
         optimizer.__dict__["lr"] = value
@@ -236,21 +222,28 @@ def _keras_3_optimizers(module: Any) -> None:
             return optimizer.__dict__["lr"]
         raise AttributeError(f"{type(optimizer).__name__!r} object has no attribute 'lr'")
 
-    _before(module.BaseOptimizer, "__init__", look)
     if not hasattr(module.BaseOptimizer, "lr"):
         module.BaseOptimizer.lr = property(get_lr, set_lr)
 
 
-_WATCHED: dict[str, Callable[[Any], None]] = {
-    "IPython.core.display_functions": _displayed_pictures,
-    "jax.experimental.multihost_utils": _jax_processes,
-    "keras.src.optimizers.base_optimizer": _keras_3_optimizers,
-    "matplotlib.pyplot": _shown_figures,
-    "mlflow.data.tensorflow_dataset": _mlflow_digests,
-    "mpi4py.MPI": _mpi,
-    "pyspark.accumulators": _accumulators,
-    "pyspark.java_gateway": _gateway,
-    "pyspark.taskcontext": _task_context,
-    "tensorflow.python.distribute.collective_all_reduce_strategy": _tensorflow_workers,
-    "tf_keras.src.optimizers.optimizer": _keras_2_optimizers,
+_BEFORE_CALLS: dict[str, tuple[str, Callable[..., None]]] = {
+    "IPython.core.display_functions": ("display", _displayed_pictures),
+    "jax.experimental.multihost_utils": (
+        "sync_global_devices broadcast_one_to_all process_allgather",
+        _jax_processes,
+    ),
+    "keras.src.optimizers.base_optimizer": ("BaseOptimizer.__init__", _keras_3_decay),
+    "matplotlib.pyplot": ("show", _shown_figures),
+    "mlflow.data.tensorflow_dataset": (
+        "TensorFlowDataset._compute_tensorflow_dataset_digest",
+        _mlflow_digest,
+    ),
+    "pyspark.accumulators": ("Accumulator.add", _accumulator),
+    "pyspark.java_gateway": ("launch_gateway", _spark_session),
+    "tensorflow.python.distribute.collective_all_reduce_strategy": (
+        "CollectiveAllReduceExtended._initialize_local",
+        _tensorflow_workers,
+    ),
+    "tf_keras.src.optimizers.optimizer": ("_BaseOptimizer._process_kwargs", _keras_2_lr),
 }
+"""By module: functions of it, and what looks at their arguments before each call."""

@@ -62,24 +62,7 @@ class _Child:
 
 
 class WarmParent:
-    """Forks workers for the tasks that connect.
-
-    Parameters
-    ----------
-    address
-        Name of an abstract Unix socket.
-    owner
-        Process with which this one ends.
-    idle_seconds
-        How long it stays without any worker.
-    listener
-        Descriptor of its socket, if this process has become it by another one's `exec`.
-
-    Raises
-    ------
-    OSError
-        If somebody serves at that address already.
-    """
+    """Forks workers for the tasks that connect."""
 
     def __init__(
         self, address: str, owner: int, idle_seconds: float, listener: int | None = None
@@ -112,13 +95,7 @@ class WarmParent:
             os.dup2(nowhere.fileno(), 2)
 
     def serve(self) -> dict[str, int]:
-        """Fork workers until the session ends or nobody needs any; call it after the imports.
-
-        Returns
-        -------
-        dict of int
-            In a worker: its descriptors, see `DESCRIPTORS`. The parent itself never returns.
-        """
+        """Fork workers until the session ends or nobody needs any; call it after the imports."""
         if self.may_fork and not _is_fit_to_fork():
             self._forget_imports()
         gc.freeze()  # what was imported stays shared: the collector does not touch it
@@ -146,7 +123,7 @@ class WarmParent:
                 elif isinstance(key.fileobj, socket.socket):
                     self._forget(key.fileobj)
                 else:
-                    self._tell_end(key.data)
+                    self._report_end(key.data)
 
     def _accept_the_last(self) -> dict[str, int] | None:
         """Take in nobody any more but those who have connected by now."""
@@ -226,8 +203,8 @@ class WarmParent:
         _forget_what_forks_share()
         return descriptors
 
-    def _tell_end(self, connection: socket.socket) -> None:
-        """Tell a task how its worker ended; the zombie stays, so that its group keeps its id."""
+    def _report_end(self, connection: socket.socket) -> None:
+        """Report how a worker ended; the zombie stays, so that its group keeps its id."""
         child = self._children.get(connection)
         if child is None:  # its task had gone at the same time
             return
@@ -257,12 +234,12 @@ def _end_the_oldest(address: str) -> None:
     lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()
     names = {line.split()[-1] for line in lines}
     others = {name[1:] for name in names if name.startswith(of_session)} - {address}
-    begun = {other: _tell(other, _BEGUN) for other in others}
+    begun = {other: _send_to(other, _BEGUN) for other in others}
     for other in sorted(others, key=lambda other: begun[other])[: len(others) + 1 - MAX_PARENTS]:
-        _tell(other, _REPLACED)
+        _send_to(other, _REPLACED)
 
 
-def _tell(address: str, what: bytes) -> float:
+def _send_to(address: str, what: bytes) -> float:
     """Send a byte to another warm parent; return its answer, or infinity if there is none."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(_REQUEST_SECONDS)

@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+
+from horovodrunner.wire.events import Beat
 
 __all__ = ["MainThreadWatch", "collective_of"]
 
@@ -69,19 +70,7 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def collective_of(frames: list[FrameType]) -> str:
-    """Name the collective that a stack is in.
-
-    Parameters
-    ----------
-    frames
-        The stack, innermost frame first.
-
-    Returns
-    -------
-    str
-        The function of Horovod or ``torch.distributed`` that the user's code called, such as
-        ``"allreduce"``; empty when the innermost frames are none of theirs.
-    """
+    """Name the collective that a stack is in."""
     name = ""
     for frame in frames:
         if not _is_library(frame):
@@ -107,16 +96,8 @@ class MainThreadWatch:
         self._call: FrameType | None = None
         self._since = 0.0
 
-    def sample(self) -> dict[str, Any]:
-        """Look at the main thread.
-
-        Returns
-        -------
-        dict
-            ``where``: file, line and function of the user's innermost frame. ``waits_in``: the
-            collective it is in, or "". ``surely``: False when the call may be computing as well.
-            ``seconds``: how long the call has lasted, as far as it was seen.
-        """
+    def sample(self, rank: int) -> Beat:
+        """Look at the main thread."""
         frame = sys._current_frames().get(self._thread_id or 0)
         frames = list(_outwards(frame))
         call, waits_in, surely = self._waiting_call(frames)
@@ -124,12 +105,13 @@ class MainThreadWatch:
         if call is None or call is not self._call:
             self._since = now
         self._call = call
-        return {
-            "where": _user_position(frames),
-            "waits_in": waits_in,
-            "surely": surely,
-            "seconds": now - self._since if call is not None else 0.0,
-        }
+        return Beat(
+            rank,
+            where=_user_position(frames),
+            waits_in=waits_in,
+            surely=surely,
+            seconds=now - self._since if call is not None else 0.0,
+        )
 
     def _waiting_call(self, frames: list[FrameType]) -> tuple[FrameType | None, str, bool]:
         if name := collective_of(frames):

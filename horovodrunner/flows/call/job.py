@@ -1,0 +1,50 @@
+"""What the driver tells every task of one run. Runs in: the driver and the task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from horovodrunner.flows.call.import_path import ImportPath
+from horovodrunner.flows.call.record import RunRecord
+
+__all__ = ["JobSpec"]
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One attempt of a run."""
+
+    run_id: str
+    size: int
+    payload: bytes = field(repr=False)
+    """The cloudpickled ``(main, kwargs)``."""
+    token: bytes = field(repr=False)
+    """32 random bytes that prove, on every connection of this run, that the peer belongs to it."""
+    early_imports: tuple[str, ...] = ()
+    """Modules the worker may import before it knows its rank."""
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
+    """The driver's variables that the workers get."""
+    import_path: ImportPath = field(default_factory=ImportPath)
+    driver_address: tuple[str, int] | None = None
+    stream_output: bool = False
+    """Whether the workers' output goes to the driver, not only ``log_to_driver`` messages."""
+    shares_terminal: bool = False
+    """Whether the tasks' own log is the driver's terminal."""
+    max_result_bytes: int | None = None
+    """The largest pickled result that Spark takes back, or None for no limit."""
+    attempt: int = 1
+    stall_timeout: float | None = None
+    checkpoint_location: str | None = None
+    """Path on the driver, or URL."""
+    keep_checkpoints: int = 3
+    record: RunRecord | None = field(default=None, repr=False)
+    """What the run is called with, for those that go on from its checkpoints."""
+    fail_on_checkpoint_error: bool = False
+    brought_files: tuple[str, ...] = ()
+    """Variables that name a file which Horovod writes on rank 0's host and the driver gets."""
+    ports: tuple[int, int] | None = None
+    """First and last port that tasks may listen on, or None for any that is free."""
+    tf_config: bool = False
+    keep_warm: bool = False
+    versions: dict[str, str] = field(default_factory=dict, repr=False)
+    """What is installed on the driver, by name."""

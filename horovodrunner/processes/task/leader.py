@@ -1,0 +1,261 @@
+"""What partition 0 does beside running its workers: the run as a whole. Runs in: the task.
+
+It is complete when it is made, which is once all tasks have met and every rank has its slot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import socket
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from horovodrunner.flows.call.job import JobSpec
+from horovodrunner.flows.call.record import calls_another_main, changes
+from horovodrunner.flows.checkpoints.manifest import Manifest
+from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.checkpoints.task import (
+    CheckpointUploader,
+    LatestCopy,
+    LatestDecision,
+    is_of_run,
+    nothing_saved_in_words,
+    resumption_in_words,
+)
+from horovodrunner.flows.logs.task import MergedLog
+from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
+from horovodrunner.flows.outcome.task import RunOutcome
+from horovodrunner.flows.results.task import ResultUploader
+from horovodrunner.flows.telemetry.phases import Spans
+from horovodrunner.flows.telemetry.task import Telemetry
+from horovodrunner.placement.topology import Member, Slot
+from horovodrunner.processes.task.context import TaskContext
+from horovodrunner.processes.task.driver_link import DriverLink
+from horovodrunner.processes.task.peers import PeerServer
+from horovodrunner.processes.task.process import GRACE_SECONDS
+from horovodrunner.processes.task.supervisor import TEARDOWN_SECONDS, Supervisor
+from horovodrunner.wire.events import (
+    CheckpointSaved,
+    Failed,
+    Placed,
+    RankPhases,
+    ShowStacks,
+    Sink,
+    Stop,
+    Storing,
+    dispatcher,
+)
+from horovodrunner.wire.upload import in_thread
+
+__all__ = ["Leader", "written_file"]
+
+STORING_SECONDS = 2.0
+"""How often it is reported that a checkpoint is still on its way."""
+
+STOP_SECONDS = GRACE_SECONDS + 2.0
+"""How long partition 0 waits, once everything is to end, to hear that it has ended."""
+
+_logger = logging.getLogger(__name__)
+
+
+class Leader:
+    """Coordinates a run from placed ranks to its outcome."""
+
+    def __init__(
+        self,
+        job: JobSpec,
+        context: TaskContext,
+        driver: DriverLink,
+        members: Sequence[Member],
+        slots: Sequence[Slot],
+        *,
+        listening: socket.socket,
+        result_fd: int,
+        scratch: Path,
+        spans: Spans,
+        stop_requested: asyncio.Event,
+    ) -> None:
+        self._job = job
+        self._context = context
+        self._driver = driver
+        self._slots = slots
+        self._scratch = scratch
+        self._stop_requested = stop_requested
+        self._log = MergedLog(context.log, driver.emit)
+        self._outcome = RunOutcome(slots)
+        self._telemetry = Telemetry(slots, self._log, self._outcome)
+        take_result = functools.partial(context.take_result, reaches_driver=driver.is_reached)
+        self.result = ResultUploader(
+            take_result, result_fd, on_error=functools.partial(self._fail, FailureKind.RESULT)
+        )
+        self._uploader = (
+            None
+            if context.checkpoints is None
+            else CheckpointUploader(context.checkpoints, self._log.note, self._checkpoint_failed)
+        )
+        self._has_saved = False
+        self._went_on_from: Manifest | None = None
+        decision = LatestDecision(context.checkpoints, members, self._log.note, self._goes_on_from)
+        self.latest = LatestCopy(
+            context.checkpoints,
+            scratch,
+            ask=lambda: decision.answer(0),
+            tell=lambda directory: decision.fetched(0, directory),
+        )
+        self.emit: Sink = dispatcher(
+            [
+                self._log.handlers,
+                self._outcome.handlers,
+                self._telemetry.handlers,
+                {RankPhases: lambda event: spans.add_all(event.spans, event.rank)},
+                {CheckpointSaved: self._take_checkpoint},
+            ],
+            otherwise=driver.emit,
+        )
+        self._peers = PeerServer(
+            job.token,
+            listening,
+            slots,
+            self.emit,
+            outcome=self._outcome,
+            latest=decision,
+            log=context.log,
+        )
+
+    async def run(self, supervisors: Sequence[Supervisor]) -> Outcome:
+        """Coordinate the run until its end; its own ranks are those of the supervisors."""
+        await self._peers.start()
+        self._driver.emit(Placed(tuple((s.partition, s.rank, s.host) for s in self._slots)))
+        self._log.note(_placement_in_words(self._slots), routine=True)
+
+        def show_stacks() -> None:
+            for supervisor in supervisors:
+                supervisor.show_stack()
+            self._peers.broadcast(ShowStacks())
+
+        watchers: list[Coroutine[Any, Any, object]] = [
+            self._peers.watch_joining(),
+            self._stop_on_request(),
+            self._stop_all(supervisors),
+            self._telemetry.watch(self._job.stall_timeout, show_stacks),
+        ]
+        if self._uploader is not None:
+            watchers.append(self._uploader.run())
+        own = asyncio.gather(*(supervisor.run() for supervisor in supervisors))
+        tasks: list[asyncio.Future[Any]] = [own, *map(asyncio.create_task, watchers)]
+        try:
+            return await self._run_to_end(own)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.result.close()
+            await self._peers.close()
+
+    async def _run_to_end(self, own: asyncio.Future[list[Outcome]]) -> Outcome:
+        await self._outcome.wait_for_end(STOP_SECONDS)
+        failure = self._outcome.summary(self._telemetry.waiting_in())
+        _logger.debug("the ranks have ended, or are to: %s", failure or "all is well")
+        if failure is not None:
+            self._driver.emit(Failed(failure.to_bytes()))
+            await asyncio.wait([own], timeout=STOP_SECONDS)
+            await self._peers.wait_for_leaving(STOP_SECONDS)
+        else:
+            await own
+            await self._peers.wait_for_leaving(TEARDOWN_SECONDS + STOP_SECONDS)
+        await self._finish_storing()
+        await self._bring_files()
+        if failure is not None:
+            return failure
+        has_result = await self.result.finish(self._stop_requested)
+        # the last checkpoint may not have been stored, or the result not sent
+        if (failure := self._outcome.summary(self._telemetry.waiting_in())) is not None:
+            return failure
+        if self._went_on_from is not None and not self._has_saved:
+            self._log.note(nothing_saved_in_words(self._went_on_from))
+        is_complete = has_result and self._outcome.all_ended.is_set()
+        return own.result()[0] if is_complete else Outcome()
+
+    async def _stop_on_request(self) -> None:
+        await self._stop_requested.wait()
+        _logger.debug("the driver wants the run to end")
+        self._outcome.stopping.set()
+
+    async def _stop_all(self, supervisors: Sequence[Supervisor]) -> None:
+        await self._outcome.stopping.wait()
+        for supervisor in supervisors:
+            supervisor.stop()
+        self._peers.broadcast(Stop())
+
+    async def _finish_storing(self) -> None:
+        """Let the last checkpoint arrive, unless the user wants the run to end now."""
+        if self._uploader is None or self._uploader.is_idle:
+            return
+        text = "the ranks have ended; the last checkpoint is still being stored"
+        self._log.note(text, routine=True)
+        while not self._stop_requested.is_set():
+            if await self._uploader.drain(STORING_SECONDS):
+                return
+            self._driver.emit(Storing())
+
+    async def _bring_files(self) -> None:
+        """Hand over what Horovod wrote, as far as it got."""
+        for variable in self._job.brought_files:
+            path = written_file(self._scratch, variable)
+            bringing = asyncio.create_task(in_thread(self._context.take_file, variable, path))
+            while not bringing.done():
+                await asyncio.wait([bringing], timeout=STORING_SECONDS)
+                self._driver.emit(Storing())
+            if (error := bringing.exception()) is not None:
+                text = f"{variable}: the file is lost: {type(error).__name__}: {error}"
+                self._log.say(text)
+
+    def _fail(self, kind: FailureKind, text: str) -> None:
+        own = self._slots[0]
+        self._outcome.failed(Failure(own.rank, own.host, text, kind=kind))
+
+    def _checkpoint_failed(self, text: str) -> None:
+        self._log.say(text)
+        if self._job.fail_on_checkpoint_error:
+            self._fail(FailureKind.STORAGE, text)
+
+    def _take_checkpoint(self, event: CheckpointSaved) -> None:
+        self._has_saved = True
+        if self._uploader is not None:
+            self._uploader.saved(event.step, Path(event.directory))
+
+    def _goes_on_from(self, manifest: Manifest) -> bool:
+        """Note, once in a run, that it goes on from another one's checkpoint."""
+        record, location = self._job.record, self._job.checkpoint_location
+        if record is None or location is None or is_of_run(manifest, record):
+            return False
+        if manifest.run is None or not calls_another_main(manifest.run, record):
+            self._went_on_from = manifest
+        found = [] if manifest.run is None else changes(manifest.run, record)
+        if self._job.attempt == 1:  # later attempts are announced by the driver
+            path = CheckpointStore(location, self._job.keep_checkpoints).path_of(manifest.step)
+            for text in resumption_in_words(manifest, path, found):
+                self._log.note(text)
+        return bool(found)
+
+
+def written_file(scratch: Path, variable: str) -> Path:
+    """Return where Horovod writes the file that a variable names."""
+    return scratch / variable.lower()
+
+
+def _placement_in_words(slots: Sequence[Slot]) -> str:
+    hosts: dict[str, list[int]] = {}
+    for slot in slots:
+        hosts.setdefault(f"{slot.host} ({slot.address}, {slot.interface})", []).append(slot.rank)
+    parts = [
+        f"rank{'s' if len(ranks) > 1 else ''} "
+        + (str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}")
+        + f" on {host}"
+        for host, ranks in hosts.items()
+    ]
+    workers = "1 worker" if len(slots) == 1 else f"{len(slots)} workers"
+    return f"{workers} placed: " + "; ".join(parts)

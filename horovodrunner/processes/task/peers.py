@@ -1,0 +1,190 @@
+"""Partition 0 and the other tasks, which connect to it. Runs in: the task."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Sequence
+
+from horovodrunner.flows.checkpoints.task import LatestDecision
+from horovodrunner.flows.logs.task import LineSender, own_line
+from horovodrunner.flows.outcome.outcome import FailureKind
+from horovodrunner.flows.outcome.task import RunOutcome
+from horovodrunner.placement.topology import Slot
+from horovodrunner.processes.task.network import REACH_EACH_OTHER
+from horovodrunner.wire.events import (
+    Event,
+    Handlers,
+    Join,
+    LatestDecided,
+    LatestFetched,
+    LatestWanted,
+    Sink,
+    Stop,
+    dispatcher,
+    refuse,
+)
+from horovodrunner.wire.server import EventServer
+from horovodrunner.wire.stream import Connection, connect
+
+__all__ = ["PeerLink", "PeerServer"]
+
+CONNECT_SECONDS = 15.0
+"""Less than partition 0 waits, so that this task's log has the reason."""
+
+JOIN_SECONDS = 20.0
+"""How long partition 0 waits for its peers' tasks to connect after the gather step."""
+
+_logger = logging.getLogger(__name__)
+
+
+class PeerServer:
+    """Partition 0's end: hands on the events of the other tasks' ranks.
+
+    Peers may connect to `listening` before this exists, because its port is part of what is
+    gathered; the kernel lets them wait.
+    """
+
+    def __init__(
+        self,
+        token: bytes,
+        listening: socket.socket,
+        slots: Sequence[Slot],
+        emit: Sink,
+        *,
+        outcome: RunOutcome,
+        latest: LatestDecision,
+        log: Callable[[bytes], None],
+    ) -> None:
+        self._listening = listening
+        self._slots = slots
+        self._emit = emit
+        self._outcome = outcome
+        self._latest = latest
+        self._ranks: dict[int, list[int]] = {}
+        for slot in slots:
+            self._ranks.setdefault(slot.partition, []).append(slot.rank)
+        self._not_joined = set(self._ranks) - {0}
+        self._not_left = set(self._not_joined)
+        self._connections: set[Connection] = set()
+        self._all_joined = asyncio.Event()
+        self._all_left = asyncio.Event()
+        self._note_presence()
+        self._server = EventServer(
+            token, self._serve, lambda why: log(own_line(why)), peers=len(slots)
+        )
+
+    async def start(self) -> None:
+        """Let the peers in."""
+        await self._server.start("", self._listening)
+
+    async def watch_joining(self) -> None:
+        """Report the tasks that have not connected within `JOIN_SECONDS`."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._all_joined.wait(), JOIN_SECONDS)
+        own = self._slots[0]
+        for slot in self._slots:
+            if slot.partition in self._not_joined:
+                self._outcome.lost(
+                    [slot.rank],
+                    f"{slot.host} ({slot.address}) did not reach rank 0's task on {own.host} "
+                    f"({own.address}:{self._listening.getsockname()[1]}) within {JOIN_SECONDS:g} s;"
+                    f" {REACH_EACH_OTHER}",
+                    kind=FailureKind.SETUP,
+                )
+        self._not_left -= self._not_joined  # nobody needs to wait for them to leave
+        self._note_presence()
+
+    async def wait_for_leaving(self, timeout: float) -> None:
+        """Wait until every peer has sent all it had and left."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._all_left.wait(), timeout)
+
+    def broadcast(self, event: Event) -> None:
+        """Send an event to all peers."""
+        for connection in self._connections:
+            connection.send(event)
+
+    async def close(self) -> None:
+        """Stop listening and disconnect the peers."""
+        await self._server.close()
+
+    async def _serve(self, connection: Connection) -> None:
+        first = await connection.receive()
+        if not isinstance(first, Join):
+            return
+        partition, ranks = first.partition, self._ranks[first.partition]
+        _logger.debug("partition %d has joined, with ranks %s", partition, ranks)
+        answers: set[asyncio.Task[None]] = set()
+        emit = dispatcher(
+            [
+                {
+                    LatestWanted: lambda _: answers.add(
+                        asyncio.create_task(self._answer(connection, partition))
+                    ),
+                    LatestFetched: lambda it: self._latest.fetched(partition, it.directory),
+                }
+            ],
+            otherwise=self._emit,
+        )
+        self._not_joined.discard(partition)
+        self._connections.add(connection)
+        self._note_presence()
+        if self._outcome.stopping.is_set():
+            connection.send(Stop())
+        try:
+            while (event := await connection.receive()) is not None:
+                emit(event)
+        finally:
+            for answer in answers:
+                answer.cancel()
+            self._connections.discard(connection)
+            self._latest.fetched(partition, "")
+            self._outcome.lost(ranks, "contact with its task was lost; the executor may have died")
+            self._not_left.discard(partition)
+            self._note_presence()
+
+    async def _answer(self, connection: Connection, partition: int) -> None:
+        connection.send(await self._latest.answer(partition))
+
+    def _note_presence(self) -> None:
+        if not self._not_joined:
+            self._all_joined.set()
+        if not self._not_left:
+            self._all_left.set()
+
+
+class PeerLink:
+    """Another task's end: events to partition 0 and from it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sender = LineSender(connection)
+        self._answers: asyncio.Queue[LatestDecided] = asyncio.Queue()
+        self.emit: Sink = self._sender.send
+        self.close = self._sender.close
+
+    @classmethod
+    async def open(cls, host: str, port: int, token: bytes, partition: int) -> PeerLink:
+        """Connect to partition 0."""
+        connection = await connect(host, port, token, CONNECT_SECONDS)
+        connection.send(Join(partition))
+        _logger.debug("connected to partition 0 at %s:%d", host, port)
+        return cls(connection)
+
+    async def listen(self, handlers: Handlers) -> None:
+        """Take what partition 0 sends until the connection ends."""
+        take = dispatcher([handlers, {LatestDecided: self._answers.put_nowait}], refuse)
+        while (event := await self._connection.receive()) is not None:
+            take(event)
+
+    async def ask_latest(self) -> LatestDecided:
+        """Ask which checkpoint all ranks start from."""
+        self._connection.send(LatestWanted())
+        return await self._answers.get()
+
+    def fetched(self, directory: str) -> None:
+        """Report where this task has its copy of that checkpoint; "" if it has none."""
+        self._connection.send(LatestFetched(directory))
