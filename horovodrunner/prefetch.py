@@ -108,7 +108,8 @@ def _call(function: Callable[[Any], Any], calls: SimpleQueue[Any]) -> None:
 def _end_threads(calls: SimpleQueue[Any], threads: Sequence[threading.Thread], waits: bool) -> None:
     with suppress(Empty):
         while True:
-            calls.get_nowait()
+            _, answer = calls.get_nowait()
+            answer.put((None, StopIteration()))  # to another thread, which may wait for it
     for _ in threads:
         calls.put(None)
     if waits:

@@ -25,14 +25,14 @@ from horovodrunner import HorovodRunner
 ROOT = Path(__file__).resolve().parent.parent
 ARCHIVE = ROOT / "build" / "spark.jsa"
 SET_UP = ROOT / ".venv" / "set-up-for"
-JVM_SECONDS = 120
+JVM_SECONDS = 300
 
 
 def main() -> None:
     """Use Spark in a JVM that keeps its classes when it ends: the driver's, master and worker."""
     if ARCHIVE.exists() and ARCHIVE.stat().st_mtime > SET_UP.stat().st_mtime:
         return
-    print("Archiving the classes of Spark's JVMs for the tests: half a minute.", flush=True)
+    print("Archiving the classes of Spark's JVMs for the tests: up to a minute.", flush=True)
     ARCHIVE.parent.mkdir(exist_ok=True)
     unfinished = ARCHIVE.with_suffix(".unfinished")
     options = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -Xlog:disable"

@@ -126,18 +126,18 @@ class DataSetCache:
 
 def _limit_of_disk(location: str, stored_bytes: int) -> int:
     """Allow half of what would be free without any data set."""
-    place = open_storage(location)
-    if not isinstance(place, LocalStorage):
+    storage = open_storage(location)
+    if not isinstance(storage, LocalStorage):
         return 2**63
-    return (shutil.disk_usage(place.root).free + stored_bytes) // 2
+    return (shutil.disk_usage(storage.root).free + stored_bytes) // 2
 
 
 def _is_there(location: str) -> bool:
-    """Return whether a data set's directory can be reached and has its manifest."""
-    place = open_storage(location)
-    place.refresh()
+    """Return whether a data set can be reached."""
+    storage = open_storage(location)
+    storage.refresh()
     try:
-        return place.size(MANIFEST) > 0
+        return storage.size(MANIFEST) > 0
     except OSError:
         return False
 
@@ -145,9 +145,9 @@ def _is_there(location: str) -> bool:
 def remove(location: str) -> None:
     """Delete a data set's directory."""
     above, _, name = location.rstrip("/").rpartition("/")
-    place = open_storage(above or "/")
+    storage = open_storage(above or "/")
     with suppress(FileNotFoundError):
-        place.remove(name)
+        storage.remove(name)
 
 
 cache = DataSetCache()

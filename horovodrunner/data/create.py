@@ -226,13 +226,13 @@ def _write(
     location: str, columns: Sequence[Column], write: Callable[[str], Iterable[str]]
 ) -> Manifest:
     """Have the rows written to a new directory; it is complete then, or gone."""
-    place = open_storage(location)
+    storage = open_storage(location)
     try:
-        place.make("")
+        storage.make("")
         reports = sorted((json.loads(text) for text in write(location)), key=lambda r: r["part"])
         manifest = _manifest(columns, reports)
         _check_all_there(location, manifest)
-        stream = place.create(MANIFEST)
+        stream = storage.create(MANIFEST)
         stream.write(manifest.to_json().encode())
         stream.close()
     except BaseException as error:
@@ -272,11 +272,11 @@ def _manifest(columns: Sequence[Column], reports: Sequence[Mapping[str, Any]]) -
 
 
 def _check_all_there(location: str, manifest: Manifest) -> None:
-    place = open_storage(location)
-    place.refresh()
+    storage = open_storage(location)
+    storage.refresh()
     for file in manifest.files:
         try:
-            size = place.size(file.name)
+            size = storage.size(file.name)
         except FileNotFoundError:
             size = -1
         if size != file.size:

@@ -106,7 +106,7 @@ class BlockReader:
 
     def __init__(self, location: str, names: Sequence[str] | None = None) -> None:
         self._location = location
-        self._place = open_storage(location)
+        self._storage = open_storage(location)
         self.manifest = self._read_manifest()
         columns = self.manifest.columns
         self.columns = tuple(each for each in columns if names is None or each.name in names)
@@ -135,11 +135,11 @@ class BlockReader:
         """
         name, start, end = self._blocks[index]
         try:
-            if isinstance(self._place, LocalStorage):
-                return self._mapped(self._place.root / name, start, end)
+            if isinstance(self._storage, LocalStorage):
+                return self._mapped(self._storage.root / name, start, end)
             path = self._host_copy.path(f"{index}.block")
             if not path.exists():
-                self._host_copy.put(path, self._place.read(name, start, end))
+                self._host_copy.put(path, self._storage.read(name, start, end))
             return self._mapped(path, 0, end - start)
         except (OSError, ValueError, pa.ArrowInvalid) as error:
             raise self._lost(f"{name}: {error}") from error
@@ -169,7 +169,7 @@ class BlockReader:
 
     def _read_manifest(self) -> Manifest:
         try:
-            with contextlib.closing(self._place.open(MANIFEST)) as file:
+            with contextlib.closing(self._storage.open(MANIFEST)) as file:
                 return Manifest.from_json(file.read())
         except OSError as error:
             raise self._lost(str(error)) from error

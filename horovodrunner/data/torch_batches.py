@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -65,16 +66,11 @@ class TorchBatches(Batches[Any], IterableDataset):  # type: ignore[misc]
         self._loader = loader or {}
 
     def __iter__(self) -> Iterator[Any]:
-        if get_worker_info() is None:
-            return super().__iter__()
-        start, self._start = self._start, 0  # in a process of somebody's own DataLoader
-        return self.part(self._steps(start))
-
-    def part(self, steps: EpochSteps) -> Generator[Any, None, None]:
-        """Iterate over an epoch; in one of n loader processes, over every n-th batch of it."""
         worker = get_worker_info()
-        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        return super()._batches(steps, first, stride)
+        if worker is None:
+            return super().__iter__()
+        start, self._start = self._start, 0  # in a DataLoader's process: every n-th batch
+        return super()._batches(self._steps(start), worker.id, worker.num_workers)
 
     def _batches(self, steps: EpochSteps, first: int, stride: int) -> Generator[Any, None, None]:
         if not self._loader:
@@ -82,22 +78,13 @@ class TorchBatches(Batches[Any], IterableDataset):  # type: ignore[misc]
         return self._from_loader(steps)
 
     def _from_loader(self, steps: EpochSteps) -> Generator[Any, None, None]:
+        epoch = copy.copy(self)
+        epoch._start, epoch._loader = steps.start, {}
         with warnings.catch_warnings():
             # pin_memory without a GPU warns in every epoch; it has no effect then
             warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
-            batches = iter(DataLoader(_Epoch(self, steps), batch_size=None, **self._loader))
+            batches = iter(DataLoader(epoch, batch_size=None, **self._loader))
         yield from batches
-
-
-class _Epoch(IterableDataset):  # type: ignore[misc]
-    """What a DataLoader of ours iterates over."""
-
-    def __init__(self, batches: TorchBatches, steps: EpochSteps) -> None:
-        self._batches = batches
-        self._steps = steps
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._batches.part(self._steps)
 
 
 def _transformed(

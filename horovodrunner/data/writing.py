@@ -114,10 +114,10 @@ def write_rows(
     yield pa.RecordBatch.from_pydict({"report": [json.dumps(report)]})
 
 
-def _write_file(place: Storage, name: str, blocks: Iterable[pa.RecordBatch]) -> StoredFile:
+def _write_file(storage: Storage, name: str, blocks: Iterable[pa.RecordBatch]) -> StoredFile:
     rows: list[int] = []
     offsets: list[int] = []
-    stream = place.create(name)
+    stream = storage.create(name)
     try:
         for block in blocks:
             if not offsets:
@@ -134,6 +134,6 @@ def _write_file(place: Storage, name: str, blocks: Iterable[pa.RecordBatch]) -> 
         with contextlib.suppress(Exception):
             stream.close()
         with contextlib.suppress(OSError):
-            place.remove_file(name)
+            storage.remove_file(name)
         raise
     return StoredFile(name, offsets[-1] + len(END_OF_STREAM), tuple(rows), tuple(offsets))

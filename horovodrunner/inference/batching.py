@@ -43,7 +43,8 @@ class Batch:
 
     @property
     def stop(self) -> int:
-        return 1 + max(map(int, [*self.numbers[-1:], *self.reasons]))
+        last = int(self.numbers[-1]) if len(self.numbers) else -1
+        return 1 + max([last, *self.reasons])
 
 
 def rebatched(

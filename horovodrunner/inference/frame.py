@@ -88,24 +88,16 @@ def predict(
 
     Raises
     ------
-    ArgumentTypeError, ArgumentValueError
-        If an option cannot work.
-    DataError
-        If Spark cannot analyze the DataFrame.
+    ArgumentTypeError, ArgumentValueError, DataError
+        If an option cannot work, or Spark cannot analyze the DataFrame.
     PredictionError
         In the job, within Spark's ``PythonException``, if a row cannot be scored.
 
     Examples
     --------
     >>> def score(df, net):  # net: a torch.nn.Module
-    ...     return predict(
-    ...         df,
-    ...         Model.from_torch(net),
-    ...         inputs="features",
-    ...         return_type="array<float>",
-    ...         batch_size=512,
-    ...         keep_columns=["id"],
-    ...     )
+    ...     options = {"return_type": "array<float>", "batch_size": 512, "keep_columns": ["id"]}
+    ...     return predict(df, Model.from_torch(net), inputs="features", **options)
     """
     options = checked_options(
         batch_size=batch_size,

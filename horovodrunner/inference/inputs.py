@@ -128,17 +128,12 @@ def _shape(shape: Any) -> Shape | None:
         )
     shape = [checked.plain(length) for length in shape]
     wrong = f"input_tensor_shapes has the shape {shape}: its lengths must be"
+    note = "The batch's dimension is not part of a shape"
     for length in shape:
         if isinstance(length, bool) or not isinstance(length, numbers.Integral):
-            raise ArgumentTypeError(
-                f"{wrong} ints, and {length!r} is none. The batch's dimension is not part of a "
-                "shape"
-            )
+            raise ArgumentTypeError(f"{wrong} ints, and {length!r} is none. {note}")
         if length < 1:
-            raise ArgumentValueError(
-                f"{wrong} 1 or more, and {length} is not. The batch's dimension is not part of a "
-                "shape"
-            )
+            raise ArgumentValueError(f"{wrong} 1 or more, and {length} is not. {note}")
     return tuple(int(length) for length in shape)
 
 
@@ -154,24 +149,10 @@ def numpy_inputs(
 ) -> tuple[np.ndarray, ...]:
     """Make the arrays a model takes, one for each of its inputs, from the columns of one batch.
 
-    Structs among the columns count as their fields. Arrays that share memory with `columns` are
-    read-only.
-
-    Parameters
-    ----------
-    columns, names
-        Arrays of one length, and what they are called in errors.
-    plan
-        What was asked for.
-    expected
-        How many inputs the model takes; None: any number.
-    stacks_scalars
-        Whether several columns of numbers are to make one input of shape ``(batch, columns)``.
-    grouped
-        Whether the columns were the fields of one struct, which makes one such input, too.
-    usual_shape
-        Of arrays of which no shape is known: rows that differ from it are bad rows then, and an
-        `InputError` without it.
+    Structs among the columns count as their fields. Several columns of numbers make one input of
+    shape ``(batch, columns)`` if the model `stacks_scalars`, or if they were one struct's fields
+    (`grouped`). Arrays of which no shape is known have to be of one shape; with `usual_shape`,
+    those that are not are bad rows.
     """
     fields, paths = _fields(columns, names)
     number = len(fields)

@@ -20,7 +20,7 @@ from horovodrunner.placement.environment import KEPT_MODELS
 if TYPE_CHECKING:
     from horovodrunner.inference.predictors import Predictor
 
-__all__ = ["Kind", "ModelHandle", "load"]
+__all__ = ["Kind", "ModelHandle", "load", "release_oldest"]
 
 _KEPT = 3
 
@@ -45,24 +45,10 @@ class ModelHandle:
         return cls(uuid.uuid4().hex, name, make_predict_fn)
 
 
-class _Slot:
-    """A place in the cache, whose lock is held while the model is loaded."""
+_models: dict[tuple[str, Device], tuple[Predictor, HostCopy | None]] = {}
+"""Those of this process, the one that was asked for last at the end."""
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.predictor: Predictor | None = None
-        self.host_copy: HostCopy | None = None
-
-    def release(self) -> None:
-        with self.lock:
-            if self.host_copy is not None:
-                self.host_copy.close()
-
-
-_slots: dict[tuple[str, Device], _Slot] = {}
-"""The models of this process, the one that was asked for last at the end."""
-
-_slots_lock = threading.Lock()
+_loading = threading.RLock()
 
 
 def load(handle: ModelHandle) -> Predictor:
@@ -74,22 +60,18 @@ def load(handle: ModelHandle) -> Predictor:
     device = current_device()
     key = (handle.identity, device)
     most = _most_kept()
-    with _slots_lock:
-        slot = _slots.pop(key, None) or _Slot()
-        _slots[key] = slot
-        surplus = [_slots.pop(each) for each in list(_slots)[:-most]]
-    for each in surplus:
-        each.release()
-    with slot.lock:
-        if slot.predictor is None:
-            try:
-                slot.predictor, slot.host_copy = _made(handle, device)
-            except BaseException:
-                with _slots_lock:
-                    if _slots.get(key) is slot:
-                        del _slots[key]
-                raise
-        return slot.predictor
+    with _loading:
+        found = _models.pop(key, None)
+        while len(_models) >= most:
+            release_oldest()
+        _models[key] = found or _made(handle, device)
+        return _models[key][0]
+
+
+def release_oldest() -> None:
+    _, host_copy = _models.pop(next(iter(_models)))
+    if host_copy is not None:
+        host_copy.close()
 
 
 def _most_kept() -> int:

@@ -13,7 +13,6 @@ import uuid
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -41,12 +40,10 @@ __all__ = ["Model"]
 class Model:
     """A trained model that Spark's executors can load.
 
-    Made by :meth:`from_torch`, :meth:`from_keras`, :meth:`from_checkpoint` and
-    :meth:`from_function`. It is a copy: what happens to the original later changes nothing. The
-    weights are sent to the executors once, and PyTorch's and NumPy's are there once for each
-    host, whatever number of Python workers uses them. :meth:`delete`, and the end of a ``with``
-    block, removes what was sent; else Spark does so when nothing refers to it any more, and at
-    the latest when the application ends.
+    It is a copy: what happens to the original later changes nothing. The weights are sent to the
+    executors once, and PyTorch's and NumPy's are there once for each host, whatever number of
+    Python workers uses them. :meth:`delete`, and the end of a ``with`` block, removes what was
+    sent; else Spark does so when nothing refers to it any more, or the application ends.
     """
 
     def __init__(self, name: str, kind: Kind, thing: object) -> None:
@@ -78,16 +75,13 @@ class Model:
             in a notebook. It predicts in evaluation mode and without gradients; NumPy arrays of
             floating-point numbers reach it in the type of its parameters.
         compile
-            Whether each Python worker calls ``torch.compile`` once. That takes it half a minute,
-            and a C++ compiler on the executors. It paid for a small convolutional network on a
-            CPU (several times as fast), and not for a small network of linear layers (slower).
+            Whether each Python worker calls ``torch.compile``, which takes half a minute, and a C++
+            compiler on the executors. It pays for convolutional networks.
 
         Raises
         ------
-        ArgumentTypeError
-            If it is no module.
-        PayloadError
-            If it cannot be pickled.
+        ArgumentTypeError, PayloadError
+            If it is no module, or cannot be pickled.
 
         Examples
         --------
@@ -118,10 +112,8 @@ class Model:
 
         Raises
         ------
-        ArgumentTypeError
-            If it is no Keras model.
-        PayloadError
-            If it cannot be saved, or a custom object cannot be pickled.
+        ArgumentTypeError, PayloadError
+            If it is no Keras model, or it cannot be saved, or a custom object not be pickled.
         """
         packages = [each for each in ("keras", "tf_keras") if _is_instance(model, each, "Model")]
         if not packages:
@@ -146,10 +138,8 @@ class Model:
 
         Raises
         ------
-        ArgumentTypeError
-            If it is not callable.
-        PayloadError
-            If it cannot be pickled.
+        ArgumentTypeError, PayloadError
+            If it is not callable, or cannot be pickled.
 
         Examples
         --------
@@ -184,10 +174,8 @@ class Model:
 
         Raises
         ------
-        ArgumentTypeError
-            If an argument, or what build returned, has the wrong type.
-        CheckpointError
-            If the checkpoint is not there or damaged.
+        ArgumentTypeError, CheckpointError
+            If what build returned has the wrong type, or the checkpoint is not there or damaged.
         """
         is_module = _is_instance(build, "torch.nn", "Module")
         if not is_module and not callable(build):
@@ -218,12 +206,7 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.delete()
 
     def __reduce__(self) -> Any:

@@ -26,7 +26,15 @@ import pyarrow.compute as pc
 from horovodrunner.errors import ArgumentValueError, DataError
 from horovodrunner.inference.halving import halves
 
-__all__ = ["SCALARS", "OutputError", "arrow_type", "to_arrow", "to_arrow_by_row"]
+__all__ = [
+    "HALVES",
+    "SCALARS",
+    "OutputError",
+    "arrow_type",
+    "as_numpy",
+    "to_arrow",
+    "to_arrow_by_row",
+]
 
 SCALARS = {
     "boolean": pa.bool_(),
@@ -40,6 +48,9 @@ SCALARS = {
     "binary": pa.binary(),
 }
 """The types of Spark, by name, that are the same for Arrow."""
+
+HALVES = frozenset({"bfloat16", "float16"})
+"""Types that become float32: NumPy lacks one of them, and Spark the other."""
 
 
 class OutputError(DataError, ValueError):
@@ -88,26 +99,11 @@ def arrow_type(spark_type: Any, timezone: str = "UTC") -> pa.DataType:
 
 
 def to_arrow(predictions: Any, rows: int, target: pa.DataType, *, safe: bool = True) -> pa.Array:
-    """Make an Arrow array of what a model gave for one batch.
+    """Make an Arrow array of what a model gave for one batch, or raise an `OutputError`.
 
-    Parameters
-    ----------
-    predictions
-        For a scalar type an array of shape ``(batch,)`` or ``(batch, 1)``; for an array type one of
-        shape ``(batch, length)``, or ``batch`` arrays of any length; with another dimension for
-        arrays of arrays. For a struct a dict of such arrays, or a list of ``batch`` dicts. An array
-        is NumPy's, a tensor, or a list.
-    rows
-        How many rows the batch has.
-    target
-        What :func:`arrow_type` returned.
-    safe
-        Whether to refuse numbers that `target` cannot hold.
-
-    Raises
-    ------
-    OutputError
-        If the predictions do not fit `target` or `rows`.
+    That is, for a scalar type, an array of shape ``(batch,)`` or ``(batch, 1)``; for an array type
+    one of shape ``(batch, length)``, or ``batch`` arrays of any length; with another dimension for
+    arrays of arrays; for a struct a dict of such arrays, or a list of ``batch`` dicts.
     """
     return _converted(predictions, rows, target, "the prediction", safe)
 
@@ -154,7 +150,7 @@ def _converted(values: Any, rows: int, target: pa.DataType, what: str, safe: boo
             "one of them"
         )
     try:
-        arrays = _as_numpy(values)
+        arrays = as_numpy(values)
         if not isinstance(arrays, np.ndarray) and not pa.types.is_list(target):
             arrays = _as_array(arrays)
         if isinstance(arrays, np.ndarray) and arrays.ndim == 0:
@@ -231,22 +227,21 @@ def _check_names(found: Mapping[Any, Any], names: Sequence[str], what: str) -> N
     raise OutputError(" ".join(part for part in parts if part))
 
 
-def _as_numpy(values: Any) -> Any:
+def as_numpy(values: Any) -> Any:
     """Return tensors as NumPy arrays, and lists as they are."""
     if isinstance(values, (np.ndarray, list, tuple)):
         return values
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        if str(values.dtype) == "torch.bfloat16":  # NumPy has no such type
+    if hasattr(values, "detach"):  # a tensor of torch
+        values = values.detach()
+        if str(values.dtype).removeprefix("torch.") in HALVES:
             values = values.float()
-    if hasattr(values, "numpy"):
-        return np.asarray(values.numpy())
-    return np.asarray(values)
+        return values.resolve_conj().resolve_neg().cpu().numpy()
+    return np.asarray(values.numpy() if hasattr(values, "numpy") else values)
 
 
 def _as_array(values: Sequence[Any]) -> np.ndarray:
     """Make one array of a list of values."""
-    items = [_as_numpy(each) if hasattr(each, "detach") else each for each in values]
+    items = [as_numpy(each) if hasattr(each, "detach") else each for each in values]
     array = np.asarray(items)
     if array.dtype.kind not in "US":
         return array
@@ -291,7 +286,7 @@ def _lists(values: Any, target: pa.DataType, what: str) -> pa.Array:
 
 def _row(values: Any, target: pa.DataType, what: str) -> Any:
     """Return what stands for one row of an array column."""
-    found = _as_numpy(values)
+    found = as_numpy(values)
     if isinstance(found, np.ndarray) and found.ndim == 0:
         raise OutputError(
             f"{what} has {values!r} for a row, and {_name(target)} takes an array for each"

@@ -21,7 +21,7 @@ import numpy as np
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.call.called import called_signature
 from horovodrunner.inference.host_copy import local_directory
-from horovodrunner.inference.outputs import OutputError
+from horovodrunner.inference.outputs import HALVES, OutputError, as_numpy
 
 if TYPE_CHECKING:
     from horovodrunner.inference.devices import Device
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["Predictor", "function_predictor", "keras_predictor", "torch_predictor"]
 
 _NUMERIC_KINDS = "biufc"
-_HALVES = frozenset({"bfloat16", "float16"})
-"""Types that become float32: NumPy lacks one of them, and Spark the other."""
 
 _Array = np.ndarray[Any, Any]
 
@@ -95,10 +93,8 @@ def torch_predictor(net: Any, compiled: bool, *, device: Device) -> Predictor:
         return given.to(device.torch_name, dtype if given.is_floating_point() else None)
 
     def array(value: Any, what: str) -> _Array:
-        if isinstance(value, torch.Tensor):
-            return _from_torch(value)
-        if isinstance(value, np.ndarray):
-            return value
+        if isinstance(value, torch.Tensor | np.ndarray):
+            return cast(_Array, as_numpy(value))
         raise OutputError(
             f"{what} is of type {type(value).__name__}, not a tensor: wrap the module in one whose "
             "forward returns a tensor, or a dict of tensors with the names of the fields"
@@ -188,25 +184,16 @@ def _wrapped_keras(keras: Any, model: Any, backend: str, device: Device) -> Pred
             return _named_outputs(call(given), f"what {model.name} returned", array)
 
     def array(value: Any, what: str) -> _Array:
-        if hasattr(value, "detach"):  # a tensor of torch
-            return _from_torch(value)
-        found = np.asarray(value)
+        found = np.asarray(as_numpy(value))
         if found.dtype.kind == "O":
             raise OutputError(
                 f"{what} is of type {type(value).__name__}, not a tensor: make a model whose "
                 "output is a tensor, or a dict of tensors with the names of the fields"
             )
-        return found.astype(np.float32) if found.dtype.name in _HALVES else found
+        return found.astype(np.float32) if found.dtype.name in HALVES else found
 
     scalar_dtype = None if embeds else np.dtype("float32")
     return Predictor(predict, expected, stacks, scalar_dtype)
-
-
-def _from_torch(tensor: Any) -> _Array:
-    tensor = tensor.detach()
-    if str(tensor.dtype).removeprefix("torch.") in _HALVES:
-        tensor = tensor.float()
-    return cast(_Array, tensor.resolve_conj().resolve_neg().cpu().numpy())
 
 
 def _named_outputs(outputs: Any, what: str, array: Callable[[Any, str], _Array]) -> Any:

@@ -197,14 +197,12 @@ class _Partition:
                 for part, found in halves(len(numbers), attempt)
                 if isinstance(found, Exception)
             )
-            for number, cause in failures:
-                raise PredictionError(
-                    f"the model failed on {self._name(number)}: "
-                    f"{type(cause).__name__}: {cause}{memory_hint(cause)}"
-                ) from error
+            number, cause = next(failures, (None, error))
+            what = f"{len(numbers)} rows at once, and with neither half of them"
+            if number is not None:
+                what = self._name(number)
             raise PredictionError(
-                f"the model failed on {len(numbers)} rows at once, and with neither half of "
-                f"them: {type(error).__name__}: {error}{memory_hint(error)}"
+                f"the model failed on {what}: {type(cause).__name__}: {cause}{memory_hint(cause)}"
             ) from error
 
     def _called(self, numbers: np.ndarray, inputs: Arrays) -> Predictions:
@@ -239,10 +237,11 @@ class _Partition:
         taken = []
         while self._predictions and self._predictions[0][0][0] < stop:
             numbers, values = self._predictions.popleft()
-            count = int(np.searchsorted(numbers, stop))
-            if count < len(numbers):
+            if numbers[-1] >= stop:
+                count = np.searchsorted(numbers, stop)
                 self._predictions.appendleft((numbers[count:], values[count:]))
-            taken.append((numbers[:count], values[:count]))
+                numbers, values = numbers[:count], values[:count]
+            taken.append((numbers, values))
         numbers = np.concatenate([np.arange(0), *(each for each, _ in taken)])
         return numbers, self._as_arrow(taken)
 

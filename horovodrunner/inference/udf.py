@@ -49,9 +49,7 @@ def predict_udf(
     transform_workers: int = 0,
     prefetch: int = 2,
 ) -> PredictUdf:
-    """Make a model a function of DataFrame columns.
-
-    It takes what ``pyspark.ml.functions.predict_batch_udf`` takes, with the same results, and more.
+    """Make a model a function of columns, as ``pyspark.ml.functions.predict_batch_udf`` does.
 
     Parameters
     ----------
@@ -89,11 +87,6 @@ def predict_udf(
     prefetch
         Transformed batches that may wait for the model.
 
-    Returns
-    -------
-    PredictUdf
-        To be called with columns, or registered: ``spark.udf.register("score", ...)``.
-
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
@@ -103,10 +96,9 @@ def predict_udf(
 
     Examples
     --------
-    >>> def main_of_a_notebook(df, net):  # net: a torch.nn.Module
-    ...     score = predict_udf(
-    ...         Model.from_torch(net), return_type="array<float>", batch_size=512
-    ...     )
+    >>> def with_probabilities(df, net):  # net: a torch.nn.Module
+    ...     model = Model.from_torch(net)
+    ...     score = predict_udf(model, return_type="array<float>", batch_size=512)
     ...     return df.withColumn("probabilities", score("features"))
     """
     options = checked_options(
@@ -141,24 +133,6 @@ def predict_batch_udf(
         Loads a model and returns its predict function; called once in each Python worker.
     return_type, batch_size, input_tensor_shapes
         As for :func:`predict_udf`.
-
-    Returns
-    -------
-    PredictUdf
-        To be called with columns.
-
-    Raises
-    ------
-    ArgumentTypeError, ArgumentValueError
-        If an option cannot work.
-
-    Examples
-    --------
-    >>> def twice(df):
-    ...     score = predict_batch_udf(
-    ...         lambda: lambda x: x * 2, return_type="double", batch_size=100
-    ...     )
-    ...     return df.select(score("x"))
     """
     return predict_udf(
         make_predict_fn,
@@ -204,26 +178,26 @@ class PredictUdf:
         from pyspark.sql import functions
 
         scoring = replace(self._scoring, names=names)
+        has_arrow_udf = hasattr(functions, "arrow_udf")  # since Spark 4.1
+        score_calls = _score_arrays if has_arrow_udf else _score_pandas
+
+        def predict(batches: Iterator[Any]) -> Iterator[Any]:
+            return score_calls(scoring, batches)
+
         # Spark finds out by the annotations what the function takes.
-        if hasattr(functions, "arrow_udf"):  # since Spark 4.1
+        given: Any = pa.Array
+        returned: Any = pa.Array
+        if not has_arrow_udf:
+            import pandas as pd
 
-            def predict(batches: Iterator[Any]) -> Iterator[Any]:
-                return _score_arrays(scoring, batches)
-
-            arrays = typing.Iterator[pa.Array]
-            predict.__annotations__ = {"batches": arrays, "return": arrays}
-            return functions.arrow_udf(predict, self._return_type)
-        import pandas as pd
-
-        def predict_pandas(batches: Iterator[Any]) -> Iterator[Any]:
-            return _score_pandas(scoring, batches)
-
-        either: Any = typing.Union[pd.Series, pd.DataFrame]  # noqa: UP007 - what Spark knows
-        predict_pandas.__annotations__ = {
-            "batches": typing.Iterator[either],
-            "return": typing.Iterator[pd.DataFrame],
+            given = typing.Union[pd.Series, pd.DataFrame]  # noqa: UP007 - what Spark knows
+            returned = pd.DataFrame
+        predict.__annotations__ = {
+            "batches": typing.Iterator[given],
+            "return": typing.Iterator[returned],
         }
-        return functions.pandas_udf(predict_pandas, self._return_type)
+        make_udf = functions.arrow_udf if has_arrow_udf else functions.pandas_udf
+        return make_udf(predict, self._return_type)
 
 
 def _with_error(kind: DataType) -> DataType:

@@ -13,14 +13,6 @@ from horovodrunner.keras.backend import collectives, hvd
 from horovodrunner.keras.optimizer import is_distributed
 from horovodrunner.processes.worker.context import log_to_driver
 
-__all__ = [
-    "BestModelCheckpoint",
-    "BroadcastGlobalVariablesCallback",
-    "LearningRateScheduleCallback",
-    "LearningRateWarmupCallback",
-    "MetricAverageCallback",
-]
-
 
 class _Callback(keras.callbacks.Callback):  # type: ignore[misc]
     def set_model(self, model: Any) -> None:

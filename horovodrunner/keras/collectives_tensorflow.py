@@ -16,17 +16,6 @@ import tensorflow as tf
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.keras.options import Options
 
-__all__ = [
-    "Passes",
-    "average",
-    "broadcast",
-    "do_if",
-    "is_finite_everywhere",
-    "key",
-    "reduce",
-    "refuse_compiled_graph",
-]
-
 
 def key(variable: Any) -> Hashable:
     """Identify a variable: a Keras variable and the TensorFlow variable in it are the same."""

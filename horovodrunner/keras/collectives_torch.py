@@ -13,17 +13,6 @@ import torch
 from horovodrunner.errors import ArgumentValueError
 from horovodrunner.keras.options import Options
 
-__all__ = [
-    "Passes",
-    "average",
-    "broadcast",
-    "do_if",
-    "is_finite_everywhere",
-    "key",
-    "reduce",
-    "refuse_compiled_graph",
-]
-
 
 def key(variable: Any) -> Hashable:
     """Identify a variable: a Keras variable and the torch parameter in it are the same."""

@@ -59,7 +59,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     _registered: dict[int, Any] | None = None
 
     def reducer_override(self, obj: Any) -> Any:
-        """Take care of ``__slots__``, classes in classes, registrations and tensors' memory."""
+        """Keep ``__slots__``, names of inner classes, registrations, and memory that is shared."""
         kind = type(obj)
         if issubclass(kind, type):
             reduced = super().reducer_override(obj)

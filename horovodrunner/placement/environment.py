@@ -12,24 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # a worker reads names of variables only
     from horovodrunner.placement.topology import Slot
 
-__all__ = [
-    "DATA_DIRECTORY",
-    "FORWARDED_PREFIXES",
-    "GLOO_INTERFACE",
-    "IMPORT_PATH",
-    "KEPT_MODELS",
-    "KERAS_SWITCH",
-    "LOG",
-    "MAIN_NAMES",
-    "TF_CONFIG",
-    "forwarded_environment",
-    "hash_seed",
-    "slot_environment",
-    "tf_config",
-    "torchrun_environment",
-    "worker_base_environment",
-]
-
 FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "OMP_", "CUDA_", "TF_", "MLFLOW_")
 """Driver variables with these prefixes reach the workers when they are set before ``run()``."""
 

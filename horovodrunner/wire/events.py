@@ -11,9 +11,17 @@ import struct
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from json import dumps, loads  # main may put others in their place in json
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:
+
+    def dataclass_transform(**_: object) -> Callable[[type], type]:
+        """Tell type checkers, which know better, and nobody else."""
+        return lambda decorated: decorated
+
 
 __all__ = [
     "MAX_BODY_BYTES",
@@ -37,19 +45,54 @@ MAX_BODY_BYTES = 64 * 1024 * 1024
 _PREFIX = struct.Struct(">IQ")
 PREFIX_BYTES = _PREFIX.size
 _BYTES = (bytes, bytearray, memoryview)
+_Event = TypeVar("_Event", bound="Event")
 
 
 class FrameError(ValueError):
     """The bytes are not an event, or one that is larger than allowed."""
 
 
+@dataclass_transform(frozen_default=True)
 class Event:
-    """A message; a field may be an int, float, bool or str, a tuple or dict of them, or bytes."""
+    """A message; a field may be an int, float, bool or str, a tuple or dict of them, or bytes.
+
+    Subclasses are frozen dataclasses to the reader and the type checker. They are made by hand,
+    because each would take every worker half a millisecond to make.
+    """
 
     kinds: ClassVar[dict[str, type[Event]]] = {}
 
     def __init_subclass__(cls) -> None:
         Event.kinds[cls.__name__] = cls
+
+    def __init__(self, *values: Any, **fields: Any) -> None:
+        kind = type(self)
+        names = list(kind.__annotations__)
+        given = dict(zip(names, values, strict=False))
+        if len(values) > len(names) or given.keys() & fields or fields.keys() - names:
+            raise TypeError(f"{kind.__name__} has the fields {names}, got {values} and {fields}")
+        given.update(fields)
+        for name in names:
+            if name not in given and not hasattr(kind, name):
+                raise TypeError(f"{kind.__name__} lacks the field {name!r}")
+            vars(self)[name] = given.get(name, getattr(kind, name, None))
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"{type(self).__name__}.{name} cannot be changed")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        """Leave out what is large, or may be a secret."""
+        shown = [f"{k}={v!r}" for k, v in vars(self).items() if not isinstance(v, (*_BYTES, dict))]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def replace(self: _Event, **changes: Any) -> _Event:
+        """Return an event that differs in some fields."""
+        return type(self)(**{**vars(self), **changes})
 
 
 Sink = Callable[[Event], None]
@@ -59,36 +102,31 @@ Handlers = Mapping[type[Event], Callable[[Any], object]]
 # ---- from a worker to its task, and through pipes and connections to where they end
 
 
-@dataclass(frozen=True)
 class Ready(Event):
     """The worker has installed its handlers and begins to import, `at` seconds since the epoch."""
 
     at: float
 
 
-@dataclass(frozen=True)
 class Started(Event):
     """The rank calls main now."""
 
     rank: int
 
 
-@dataclass(frozen=True)
 class MainEnded(Event):
     """The rank's main has returned or raised; how comes with `Ended`."""
 
     rank: int
 
 
-@dataclass(frozen=True)
 class Ended(Event):
     """The rank has an outcome (flows/outcome)."""
 
     rank: int
-    outcome: bytes = field(repr=False)
+    outcome: bytes
 
 
-@dataclass(frozen=True)
 class Beat(Event):
     """Where the rank's main is, and for how many seconds it has waited in a collective."""
 
@@ -99,7 +137,6 @@ class Beat(Event):
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
 class Message(Event):
     """A call of ``log_to_driver``."""
 
@@ -107,7 +144,6 @@ class Message(Event):
     text: str
 
 
-@dataclass(frozen=True)
 class Notice(Event):
     """A line to be shown once, whichever ranks send it."""
 
@@ -116,7 +152,6 @@ class Notice(Event):
     text: str
 
 
-@dataclass(frozen=True)
 class WorkerTimes(Event):
     """When the worker, and the warm parent it was forked from, had imported, and later phases."""
 
@@ -126,7 +161,6 @@ class WorkerTimes(Event):
     spans: dict[str, tuple[float, float]]
 
 
-@dataclass(frozen=True)
 class CheckpointSaved(Event):
     """Rank 0 has written a checkpoint to a directory of its task's."""
 
@@ -134,7 +168,6 @@ class CheckpointSaved(Event):
     directory: str
 
 
-@dataclass(frozen=True)
 class LatestWanted(Event):
     """Somebody asks which checkpoint main starts from."""
 
@@ -142,22 +175,20 @@ class LatestWanted(Event):
 # ---- from a task to its worker
 
 
-@dataclass(frozen=True)
 class Job(Event):
     """What a worker is to do; `environment` has the slot's variables."""
 
     rank: int
     host: str
-    environment: dict[str, str] = field(repr=False)
+    environment: dict[str, str]
     return_result: bool = False
     attempt: int = 1
     scratch: str = ""
     keeps_checkpoints: bool = False
     beat_seconds: float = 5.0
-    call: bytes = field(default=b"", repr=False)
+    call: bytes = b""
 
 
-@dataclass(frozen=True)
 class Latest(Event):
     """Where the task has its copy of the latest checkpoint; "" if there is none."""
 
@@ -170,23 +201,20 @@ class Latest(Event):
 # ---- between partition 0 and the other tasks
 
 
-@dataclass(frozen=True)
 class Join(Event):
     """The first event of a task's connection to partition 0."""
 
     partition: int
 
 
-@dataclass(frozen=True)
 class Lines(Event):
     """Whole lines that the rank printed."""
 
     rank: int
     stream: str
-    lines: bytes = field(repr=False)
+    lines: bytes
 
 
-@dataclass(frozen=True)
 class RankPhases(Event):
     """When phases of the rank's launch began and ended, in seconds since the epoch."""
 
@@ -194,35 +222,30 @@ class RankPhases(Event):
     spans: dict[str, tuple[float, float]]
 
 
-@dataclass(frozen=True)
 class Stack(Event):
     """The rank's Python stacks."""
 
     rank: int
-    text: bytes = field(repr=False)
+    text: bytes
 
 
-@dataclass(frozen=True)
 class ShowStacks(Event):
     """The ranks' stacks are wanted."""
 
 
-@dataclass(frozen=True)
 class Stop(Event):
     """The workers, or the run, are to end."""
 
 
-@dataclass(frozen=True)
 class LatestDecided(Event):
     """Which checkpoint all ranks start from, and which directory on the host has it already."""
 
-    manifest: bytes = field(default=b"", repr=False)
+    manifest: bytes = b""
     copy_from: str = ""
     differs: bool = False
     error: str = ""
 
 
-@dataclass(frozen=True)
 class LatestFetched(Event):
     """Where the task has its copy of that checkpoint; "" if it has none."""
 
@@ -232,54 +255,46 @@ class LatestFetched(Event):
 # ---- between tasks and the driver
 
 
-@dataclass(frozen=True)
 class Register(Event):
     """Partition 0 asks whether the run may start."""
 
     run_id: str
 
 
-@dataclass(frozen=True)
 class Gather(Event):
     """A task's part of what all tasks have to know of each other."""
 
     run_id: str
     partition: int
-    text: bytes = field(repr=False)
+    text: bytes
 
 
-@dataclass(frozen=True)
 class Gathered(Event):
     """All tasks' parts."""
 
-    texts: bytes = field(repr=False)
+    texts: bytes
 
 
-@dataclass(frozen=True)
 class GatherWithSpark(Event):
     """Not all tasks reach the driver: everybody is to gather through Spark."""
 
 
-@dataclass(frozen=True)
 class Accepted(Event):
     """The run may start."""
 
 
-@dataclass(frozen=True)
 class Refused(Event):
     """The stage must not go on."""
 
     why: str
 
 
-@dataclass(frozen=True)
 class Placed(Event):
     """Partition, rank and host of every rank."""
 
     ranks: tuple[tuple[int, int, str], ...]
 
 
-@dataclass(frozen=True)
 class Note(Event):
     """A line of the run's own; `routine` if it says that all goes on as it should."""
 
@@ -287,26 +302,22 @@ class Note(Event):
     routine: bool = False
 
 
-@dataclass(frozen=True)
 class Phases(Event):
     """Name, begin, end and last rank of every phase of the run."""
 
     phases: tuple[tuple[str, float, float, int | None], ...]
 
 
-@dataclass(frozen=True)
 class Storing(Event):
     """The ranks have ended, and a file is still on its way."""
 
 
-@dataclass(frozen=True)
 class Failed(Event):
     """The run has failed; its outcome comes ahead of the stage's end."""
 
-    outcome: bytes = field(repr=False)
+    outcome: bytes
 
 
-@dataclass(frozen=True)
 class Leave(Event):
     """Partition 0 has sent everything."""
 
@@ -314,7 +325,6 @@ class Leave(Event):
 # ---- bulk, each transfer on a connection of its own (wire/upload.py); the first event says what
 
 
-@dataclass(frozen=True)
 class UploadResult(Event):
     """What rank 0's main returned is to be uploaded, in buffers of these sizes."""
 
@@ -322,7 +332,6 @@ class UploadResult(Event):
     layout: tuple[int, ...]
 
 
-@dataclass(frozen=True)
 class UploadFile(Event):
     """The file that a variable of Horovod's names is to be uploaded."""
 
@@ -330,7 +339,6 @@ class UploadFile(Event):
     variable: str
 
 
-@dataclass(frozen=True)
 class UploadCheckpoint(Event):
     """The checkpoint of a step is to be uploaded."""
 
@@ -338,14 +346,12 @@ class UploadCheckpoint(Event):
     step: int
 
 
-@dataclass(frozen=True)
 class FindCheckpoint(Event):
     """The manifest of the latest checkpoint is to be downloaded."""
 
     run_id: str
 
 
-@dataclass(frozen=True)
 class FetchCheckpoint(Event):
     """The checkpoint of a step is to be downloaded."""
 
@@ -353,12 +359,10 @@ class FetchCheckpoint(Event):
     step: int
 
 
-@dataclass(frozen=True)
 class Go(Event):
     """The driver is ready for the pieces."""
 
 
-@dataclass(frozen=True)
 class PieceFollows(Event):
     """So many bytes of a piece come next, outside any frame."""
 
@@ -366,12 +370,10 @@ class PieceFollows(Event):
     size: int
 
 
-@dataclass(frozen=True)
 class End(Event):
     """All pieces have come, or were taken in."""
 
 
-@dataclass(frozen=True)
 class TransferFailed(Event):
     """The driver could not take the pieces in, or not send them."""
 

@@ -289,7 +289,7 @@ def announce(header: bytes, body_bytes: int = 0, header_bytes: int | None = None
         (announce(b"", header_bytes=MAX_HEADER_BYTES + 1), "at most"),
         (announce(b"GET / HTTP/1.1"), "not JSON"),
         (announce(b"[" * 1_000_000), "nested too deeply"),
-        (announce(b'{"kind": "Started"}'), "missing 1 required"),
+        (announce(b'{"kind": "Started"}'), "Started lacks the field"),
         (announce(b'{"kind": "Message", "rank": 99, "text": ""}'), "KeyError(99)"),
     ],
 )

@@ -321,6 +321,7 @@ def test_what_does_not_pickle_of_torch_says_what_to_send_instead() -> None:
         payload.dump_call(len, {"batches": batches})
 
 
+@pytest.mark.heavy
 def test_a_function_that_tensorflow_has_traced_says_what_to_send_instead() -> None:
     tf = pytest.importorskip("tensorflow")
     traced = tf.function(lambda x: x * 2)

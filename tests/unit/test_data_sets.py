@@ -263,6 +263,7 @@ def test_arrow_tables_have_the_schema(rows: DataSet) -> None:
     assert found["tokens"][8].as_py() == [0, 1, 2]
 
 
+@pytest.mark.heavy
 def test_types(tmp_path: Path) -> None:
     day = datetime.date(2024, 2, 29)
     moment = datetime.datetime(2024, 2, 29, 12, 30, tzinfo=datetime.timezone.utc)

@@ -16,6 +16,7 @@ from horovodrunner.wire.events import (
     Beat,
     Event,
     FrameError,
+    Job,
     Lines,
     Message,
     Started,
@@ -107,7 +108,7 @@ def test_bytes_that_were_changed_are_decoded_or_refused(kind: type[Event]) -> No
         (b'{"kind": ["Started"]}', b"", "not a JSON object with"),
         (b'{"kind": "Nothing"}', b"", "unknown kind, 'Nothing'"),
         (b'{"kind": "Event"}', b"", "unknown kind"),
-        (b'{"kind": "Started"}', b"", "missing 1 required"),
+        (b'{"kind": "Started"}', b"", "Started lacks the field 'rank'"),
         (b'{"kind": "Started", "rank": 1, "x": 2}', b"", "Started has no field 'x'"),
         (b'{"kind": "Started", "rank": "1"}', b"", "Started.rank is '1', not int"),
         (b'{"kind": "Started", "rank": true}', b"", "Started.rank is True, not int"),
@@ -151,3 +152,24 @@ def test_an_event_goes_to_all_that_handle_it_or_on() -> None:
         emit(event)
     assert seen == [3, "again", Stop()]
     assert passed == [Beat(1), Message(0, "x"), Lines(0, "stdout", b"x\n")]
+
+
+def test_an_event_cannot_be_changed_and_is_equal_by_kind_and_fields() -> None:
+    event = Lines(1, "stdout", b"x\n")
+    with pytest.raises(AttributeError, match=r"Lines\.rank cannot be changed"):
+        event.rank = 2  # type: ignore[misc]
+    assert event.replace(rank=2) == Lines(rank=2, stream="stdout", lines=b"x\n")
+    assert event != Message(1, "stdout")
+    assert repr(event) == "Lines(rank=1, stream='stdout')"
+
+
+def test_no_secret_and_no_call_shows_in_a_job() -> None:
+    assert "x" not in repr(Job(0, "h", {"MLFLOW_TOKEN": "x"}, call=b"x"))
+
+
+@pytest.mark.parametrize("wrong", [{}, {"rank": 1, "why": ""}])
+def test_an_event_has_its_own_fields_and_no_others(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="Started"):
+        Started(**wrong)
+    with pytest.raises(TypeError, match="Started"):
+        Started(1, 2)  # type: ignore[call-arg]

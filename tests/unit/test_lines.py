@@ -286,14 +286,14 @@ def test_one_byte_at_a_time_does_not_copy_the_line_each_time() -> None:
         given = b"".join(lines.feed(b".") for _ in range(count)) + lines.close()
         assert given == b"." * count + b"\n"
 
-    assert growth(feed, 125_000) < 8
+    assert growth(feed, 60_000) < 8
 
 
 def test_one_large_chunk_is_cut_in_linear_time() -> None:
     def feed(count: int) -> None:
         assert LineAssembler().feed(b"x" * count).count(CUT_MARK) == count // 2**18 - 1
 
-    assert growth(feed, 2**25) < 8
+    assert growth(feed, 2**23) < 8
 
 
 def test_a_mark_that_is_dropped_counts_as_the_lines_it_stands_for() -> None:

@@ -51,11 +51,10 @@ CPU = Device(None, 0)
 def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test begins without models, outside a task, and lets its own go."""
     monkeypatch.setattr(loading, "current_device", lambda: CPU)
-    loading._slots.clear()
+    monkeypatch.setattr(loading, "_models", {})
     yield
-    for slot in loading._slots.values():
-        slot.release()
-    loading._slots.clear()
+    while loading._models:
+        loading.release_oldest()
     gc.collect()
 
 

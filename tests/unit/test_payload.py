@@ -336,6 +336,7 @@ def test_each_object_is_looked_at_once() -> None:
     assert len(seen) == 100
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("length", [5_000, 20_000])
 def test_what_is_nested_deeply_travels_both_ways(length: int, tmp_path: Path) -> None:
     nested: Any = []

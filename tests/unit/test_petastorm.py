@@ -298,6 +298,7 @@ class TestTransformSpec:
         assert batch["tokens"].tolist() == [[1, 1], [2, 3]]
 
 
+@pytest.mark.heavy
 class TestTensorFlow:
     def test_elements_are_namedtuples(self, converter: SparkDatasetConverter) -> None:
         with converter.make_tf_dataset(batch_size=4, shuffle_row_groups=False) as dataset:

@@ -252,6 +252,7 @@ def halved(batch: dict[str, Any]) -> dict[str, Any]:
     return {"y": batch["x"] / 2, "z": batch["x"]}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_transform_makes_the_models_inputs(workers: int) -> None:
     scoring = of(lambda y, z: y + z, transform=halved, transform_workers=workers)
@@ -427,6 +428,7 @@ def sized(batch: dict[str, Any]) -> dict[str, Any]:
     return {"image": np.stack(images)}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("workers", [0, 2])
 def test_one_image_of_another_size_costs_no_other(workers: int) -> None:
     scoring = of(lambda x: x.mean((1, 2)), transform=sized, transform_workers=workers)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from horovodrunner.flows.telemetry.task import Stall, StallWatch
 from horovodrunner.wire.events import Beat
 
@@ -22,7 +20,7 @@ def watch(*states: State | None) -> StallWatch:
     it = StallWatch(len(states))
     for rank, state in enumerate(states):
         if state is not None:
-            it.heard(replace(state[1], rank=rank), now=state[0])
+            it.heard(state[1].replace(rank=rank), now=state[0])
     return it
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner import data
@@ -187,10 +187,14 @@ class SparkDatasetConverter:
         """
         options = self._options(num_epochs, workers_count, petastorm_reader_kwargs)
         reading = self._reading(options, batch_size, shuffling_queue_capacity)
-        if prefetch is not None:
-            prefetch = integer("prefetch", prefetch, at_least=-1)
-        schema = self._schema(options)
-        return _tf_dataset(self._stored, reading, options.num_epochs, schema, prefetch)
+        # -1: TensorFlow decides
+        ahead = -1 if prefetch is None else integer("prefetch", prefetch, at_least=-1)
+        row = self._schema(options).row_class
+        # Repeated first and made ahead last: a prefetch below repeat() begins anew in each pass,
+        # and each time TensorFlow takes its buffer from the same budget.
+        batches = self._stored.tf(**reading, prefetch=0)
+        rows = batches.map(lambda batch: row(*(batch[name] for name in row._fields)))
+        return nullcontext(rows.repeat(options.num_epochs).prefetch(ahead))
 
     def make_torch_dataloader(
         self,
@@ -284,24 +288,6 @@ def _warn_of_another_shard(options: ReaderOptions) -> None:
                 size,
             )
         return
-
-
-@contextmanager
-def _tf_dataset(
-    stored: data.DataSet,
-    reading: dict[str, Any],
-    num_epochs: int | None,
-    schema: Schema,
-    prefetch: int | None,
-) -> Iterator[tf.data.Dataset]:
-    import tensorflow as tf
-
-    row = schema.row_class
-    # Repeated first and made ahead last: a prefetch below repeat() begins anew in each pass, and
-    # each time TensorFlow takes its buffer from the same budget.
-    rows = stored.tf(**reading, prefetch=0)
-    rows = rows.map(lambda batch: row(*(batch[name] for name in row._fields))).repeat(num_epochs)
-    yield rows.prefetch(tf.data.AUTOTUNE if prefetch is None else prefetch)
 
 
 class _Loader:

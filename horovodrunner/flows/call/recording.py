@@ -126,7 +126,7 @@ class _Writer:
             entries.setdefault(
                 _bounded(name), _concealed(text) if _may_be_secret(name, value) else text
             )
-        self._visit_what_is_the_users(value)
+        self._follow(value)
 
     def visit(self, called: Any, key: str) -> None:
         """Add the code of something that can be called, and what it uses; main's key is ""."""
@@ -179,24 +179,19 @@ class _Writer:
                 self.describe(self.variables, f"{name}{of}", value)
 
     def _visit_value(self, name: str, value: Any, code: types.CodeType) -> None:
-        """Add a variable that code uses."""
+        """Add a variable that code uses; of a module, what it seems to use: ``config.LR``."""
         if isinstance(value, types.ModuleType):
-            self._visit_module(value, code)
+            held = vars(value) if _is_the_users(value.__name__) else {}
+            for each in sorted(_names_in(code) & held.keys()):
+                if not each.startswith("_") and not isinstance(held[each], types.ModuleType):
+                    self._visit_value(f"{value.__name__}.{each}", held[each], code)
         elif isinstance(value, (type, types.FunctionType, types.MethodType, functools.partial)):
-            self._visit_what_is_the_users(value)
+            self._follow(value)
         else:
             self.describe(self.variables, name, value)
 
-    def _visit_module(self, module: types.ModuleType, code: types.CodeType) -> None:
-        """Add what code seems to use of a module: ``config.LR``."""
-        if not _is_the_users(module.__name__):
-            return
-        names = vars(module)
-        for name in sorted(_names_in(code) & names.keys()):
-            if not name.startswith("_") and not isinstance(names[name], types.ModuleType):
-                self._visit_value(f"{module.__name__}.{name}", names[name], code)
-
-    def _visit_what_is_the_users(self, value: Any) -> None:
+    def _follow(self, value: Any) -> None:
+        """Visit the user's code that a value is, or is an instance of."""
         if not isinstance(value, (type, types.FunctionType)):
             value = _wrapped(value) or value
         if isinstance(value, (functools.partial, types.MethodType)):
@@ -209,12 +204,12 @@ class _Writer:
 
     def _visit_class(self, cls: type) -> None:
         for base in cls.__bases__:
-            self._visit_what_is_the_users(base)
+            self._follow(base)
         for name, held in sorted(vars(cls).items()):
             value = _function_in(held)
             if isinstance(value, types.FunctionType):
                 if not (name.startswith("__") and _is_generated(cls, value)):
-                    self._visit_what_is_the_users(value)
+                    self._follow(value)
             elif not name.startswith("_") and _is_plain(value):
                 self.describe(self.variables, f"{cls.__qualname__}.{name}", value)
 
@@ -270,19 +265,16 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
 
 
 def _is_scalar(value: Any) -> bool:
-    is_singleton = value is None or value is ...
     return (
-        is_singleton
-        or isinstance(value, _SCALARS)
+        isinstance(value, (*_SCALARS, types.NoneType, types.EllipsisType))
         or _is_represented(value)
         or _is_numpy_scalar(value)
     )
 
 
 def _is_represented(value: Any) -> bool:
-    return isinstance(value, range) or any(
-        each.__module__ in _REPRESENTED for each in type(value).__mro__
-    )
+    modules = {each.__module__ for each in type(value).__mro__}
+    return isinstance(value, range) or not modules.isdisjoint(_REPRESENTED)
 
 
 def _is_numpy_scalar(value: Any) -> bool:

@@ -9,7 +9,6 @@ import os
 import shutil
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol
@@ -196,7 +195,7 @@ class LatestDecision:
             return decision
         host = self._hosts[partition]
         if host in self._copies:
-            return replace(decision, copy_from=await asyncio.shield(self._copies[host]))
+            return decision.replace(copy_from=await asyncio.shield(self._copies[host]))
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._copies[host] = self._fetching[partition] = future
         return decision

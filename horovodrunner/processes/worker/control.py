@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 import traceback
-from dataclasses import replace
 from typing import NoReturn
 
 from horovodrunner.processes.worker.context import TaskLink, pipe_at
@@ -67,7 +66,7 @@ class ControlPipe:
     def wait_for_job(self) -> tuple[Job, bytes]:
         """Wait for the job, and for the call, which is large and is not kept."""
         job = self._jobs.get()
-        return replace(job, call=b""), job.call
+        return job.replace(call=b""), job.call
 
     def unpickled(self, began: float) -> None:
         """Note that main was unpickled, or could not be, and the modules that it names imported."""
