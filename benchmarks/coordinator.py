@@ -30,6 +30,7 @@ from horovodrunner.flows.checkpoints.task import LatestDecision
 from horovodrunner.flows.logs.task import MergedLog
 from horovodrunner.flows.outcome.outcome import Outcome, Success
 from horovodrunner.flows.outcome.task import RunOutcome
+from horovodrunner.flows.telemetry.phases import Spans
 from horovodrunner.flows.telemetry.task import Telemetry
 from horovodrunner.placement.rendezvous import Rendezvous
 from horovodrunner.placement.topology import Member, assign_slots
@@ -100,7 +101,7 @@ async def _coordinate(size: int, token: bytes) -> dict[str, float]:
 
     log = MergedLog(lines.append, take)
     outcome = RunOutcome(slots)
-    telemetry = Telemetry(slots, log, outcome)
+    telemetry = Telemetry(slots, log, outcome, Spans())
     flows = [log.handlers, outcome.handlers, telemetry.handlers]
     emit = dispatcher(flows, otherwise=take)
     latest = LatestDecision(None, members(size), lambda text: None)

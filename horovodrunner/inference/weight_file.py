@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from horovodrunner.errors import PayloadError
-from horovodrunner.formatting import in_one_line
 from horovodrunner.pickling.pickler import Pickler
 
 __all__ = ["Contents", "read_model", "write_model"]
@@ -70,13 +69,11 @@ def write_model(thing: object, file: BinaryIO) -> Contents:
 
 
 def _refusal(thing: object, error: Exception) -> PayloadError:
-    from horovodrunner.pickling.culprit import find_culprit  # hardly ever needed
-    from horovodrunner.pickling.staying import Staying
+    from horovodrunner.pickling.culprit import culprit_of  # hardly ever needed
 
     model = thing[0] if isinstance(thing, tuple) else thing
     kind = f"the model ({type(model).__module__}.{type(model).__qualname__})"
-    found = find_culprit([(kind, model)], by_spark=True)
-    what, why = (found.where, found.why) if found else (kind, Staying(in_one_line(error)))
+    what, _, why = culprit_of([(kind, model)], error, kind, by_spark=True)
     if what.startswith(f"{kind} ("):  # the model itself, with its class once more
         what = kind
     instead = why.scored if "main" in why.instead else why.instead

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from horovodrunner.flows.call.called import name_of
 from horovodrunner.formatting import full_name, in_one_line
 from horovodrunner.pickling.pickler import Pickler
-from horovodrunner.pickling.staying import Staying, staying
+from horovodrunner.pickling.remedies import Remedy, remedy_for
 
-__all__ = ["Culprit", "DeepPickler", "TooDeepError", "find_culprit"]
+__all__ = ["Culprit", "DeepPickler", "TooDeepError", "culprit_of", "find_culprit"]
 
 MAX_DEPTH = 250_000
 """Containers and objects within each other; a ``__reduce__`` that never ends fills no memory."""
@@ -72,8 +72,8 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         self._reducers = reducers(io.BytesIO(), pickle.HIGHEST_PROTOCOL)
         self._deadline = deadline
         self._begun = 0
-        self._open: list[tuple[_Steps, Any]] = []
-        self._next: list[object] = []
+        self._open: list[_Steps] = []
+        self._way: list[tuple[Any, object]] = []
         self._at: Any = None
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
@@ -81,28 +81,23 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         within = len(self._open)
         self._enter(obj)
         while len(self._open) > within:
-            for step, part in self._open[-1][0]:
-                self._next[-1] = step
+            for step, part in self._open[-1]:
+                self._way[-1] = self._way[-1][0], step
                 if self._enter(part):
                     break
             else:
                 self._open.pop()
-                self._next.pop()
+                self._way.pop()
 
     def path(self) -> tuple[list[tuple[Any, object]], Any]:
-        """Return where pickling failed."""
-        way = [(owner, step) for (_, owner), step in zip(self._open, self._next, strict=True)]
-        if way and inspect.getgeneratorstate(self._open[-1][0]) == inspect.GEN_CLOSED:
-            # it failed between two of its parts
-            return way[:-1], way[-1][0]
-        return way, self._at
+        """Return where pickling failed: the objects on the way with their steps, and the last."""
+        if self._open and inspect.getgeneratorstate(self._open[-1]) == inspect.GEN_CLOSED:
+            return self._way[:-1], self._way[-1][0]  # it failed between two of its parts
+        return self._way, self._at
 
     def _enter(self, obj: Any) -> bool:
         """Pickle an object, or begin to; return whether parts of it are to follow."""
         kind = type(obj)
-        if (atom := _ATOMS.get(kind)) is not None:
-            atom(self, obj)
-            return False
         self._begun += 1
         if not self._begun & 0x3FF:
             self.framer.commit_frame()
@@ -130,12 +125,12 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
                     "__reduce__ must return a string or a tuple of two to six elements"
                 )
             steps = self._rebuild(obj, *reduced)
-        self._open.append((steps, obj))
-        self._next.append(None)
+        self._open.append(steps)
+        self._way.append((obj, None))
         return True
 
     def _reduce(self, obj: Any, kind: type) -> Any:
-        if kind.__name__ in self.refused and (known := staying(obj)) is not None:
+        if kind.__name__ in self.refused and (known := remedy_for(obj)) is not None:
             raise pickle.PicklingError(known.reason)
         reduced = self._reducers.reducer_override(obj)
         if reduced is not NotImplemented:
@@ -204,20 +199,12 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         """Pickle what ``__reduce__`` returned."""
         if not isinstance(args, tuple) or not callable(function):
             raise pickle.PicklingError("__reduce__ must return a callable and a tuple first")
-        name = getattr(function, "__name__", "")
-        if name == "__newobj_ex__":
-            yield _CALLABLE, self._class_of(obj, args)
-            yield _ARGUMENTS, args[1]
-            yield _ARGUMENTS, args[2]
-            self.write(pickle.NEWOBJ_EX)
-        elif name == "__newobj__":
-            yield _CALLABLE, self._class_of(obj, args)
-            yield _ARGUMENTS, args[1:]
-            self.write(pickle.NEWOBJ)
-        else:
-            yield _CALLABLE, function
-            yield _ARGUMENTS, args
-            self.write(pickle.REDUCE)
+        made = pickle.REDUCE
+        if getattr(function, "__name__", "") == "__newobj__":
+            made, function, args = pickle.NEWOBJ, args[0], args[1:]
+        yield _CALLABLE, function
+        yield _ARGUMENTS, args
+        self.write(made)
         if (known := self.memo.get(id(obj))) is not None:  # it is within its own arguments
             self.write(pickle.POP + self.get(known[0]))
         else:
@@ -237,17 +224,10 @@ class DeepPickler(_PythonPickler):  # type: ignore[misc]
         yield _STATE, state
         self.write(pickle.TUPLE2 + pickle.REDUCE + pickle.POP)
 
-    @staticmethod
-    def _class_of(obj: Any, args: tuple[Any, ...]) -> Any:
-        if not hasattr(args[0], "__new__") or args[0] is not obj.__class__:
-            raise pickle.PicklingError("args[0] from __newobj__ args has the wrong class")
-        return args[0]
 
-
-_OF_PICKLE = _PythonPickler.dispatch
-_ATOMS: dict[type, Any] = {kind: _OF_PICKLE[kind] for kind in (type(None), bool, int, float)}
 _LEAVES: dict[type, Any] = {
-    kind: _OF_PICKLE[kind] for kind in (str, bytes, bytearray, pickle.PickleBuffer)
+    kind: _PythonPickler.dispatch[kind]
+    for kind in (type(None), bool, int, float, str, bytes, bytearray, pickle.PickleBuffer)
 }
 _CONTAINERS: dict[type, Callable[[DeepPickler, Any], _Steps]] = {
     tuple: DeepPickler._tuple,
@@ -268,7 +248,23 @@ class Culprit(NamedTuple):
 
     where: str
     error: BaseException
-    why: Staying
+    why: Remedy
+
+
+def culprit_of(
+    parts: Iterable[tuple[str, Any]],
+    error: BaseException,
+    otherwise: str,
+    *,
+    by_spark: bool = False,
+) -> Culprit:
+    """Find what was not pickled, after that has failed, and why; let an interrupt pass."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    found = find_culprit(parts, by_spark=by_spark)
+    if found is None and not isinstance(error, Exception):
+        raise error  # it came from outside, as a thread's end does
+    return found or Culprit(otherwise, error, Remedy(in_one_line(error)))
 
 
 def find_culprit(
@@ -291,19 +287,19 @@ def find_culprit(
         except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
             way, culprit, known = _known_on_the_way(*pickler.path())
             where = _where_it_failed(way, culprit, called)
-            why = known or Staying(in_one_line(error))
+            why = known or Remedy(in_one_line(error))
             return Culprit(where, error.with_traceback(None), why)
     return None
 
 
 def _known_on_the_way(
     way: list[tuple[Any, object]], culprit: Any
-) -> tuple[list[tuple[Any, object]], Any, Staying | None]:
+) -> tuple[list[tuple[Any, object]], Any, Remedy | None]:
     """Stop at what is known to stay in its process: what is within says nothing to the user."""
     for index, (owner, _) in enumerate(way):
-        if (known := staying(owner)) is not None:
+        if (known := remedy_for(owner)) is not None:
             return way[:index], owner, known
-    return way, culprit, staying(culprit)
+    return way, culprit, remedy_for(culprit)
 
 
 def _where_it_failed(way: list[tuple[Any, object]], culprit: Any, called: str) -> str:

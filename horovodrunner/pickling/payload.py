@@ -7,7 +7,7 @@ import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cloudpickle
 
@@ -16,15 +16,8 @@ from horovodrunner.flows.call.called import name_of
 from horovodrunner.flows.call.context import with_context
 from horovodrunner.formatting import in_one_line
 from horovodrunner.pickling.buffers import Layout, SinkError, write_pickle
-from horovodrunner.pickling.modules import (
-    TravellingPickler,
-    call_in_its_modules,
-    dump_in_its_modules,
-)
+from horovodrunner.pickling.modules import TravellingPickler, call_in_its_modules
 from horovodrunner.pickling.pickler import dumps, travels_by_reference
-
-if TYPE_CHECKING:
-    from horovodrunner.pickling.culprit import Culprit
 
 __all__ = [
     "WARN_BYTES",
@@ -73,14 +66,16 @@ def dump_call(
     parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
     try:
         whole = call_in_its_modules(main, kwargs, argv)
-        call = dumps(with_context(whole, dump_in_its_modules), TravellingPickler)
+        call = dumps(with_context(whole), TravellingPickler)
         if not any(module in call for module in _SPARKS_OWN):
             return call
         from horovodrunner.pickling.culprit import find_culprit
 
         found = find_culprit(parts)
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
-        found = _culprit(parts, error, f"main ({name_of(main)}) or an argument")
+        from horovodrunner.pickling.culprit import culprit_of  # hardly ever needed
+
+        found = culprit_of(parts, error, f"main ({name_of(main)}) or an argument")
     if found is None:
         return call
     raise PayloadError(
@@ -103,8 +98,10 @@ def write_result(result: object, descriptor: int) -> Layout:
             "free some there, or return less"
         ) from error
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit
+        from horovodrunner.pickling.culprit import culprit_of
+
         what = "the value that main returned"
-        found = _culprit([(what, result)], error, what)
+        found = culprit_of([(what, result)], error, what)
         raise PayloadError(
             f"{found.where} cannot be sent to the driver: {found.why.reason}. {found.why.returned}."
         ) from found.error
@@ -166,16 +163,3 @@ def _variables_of(function: types.FunctionType, where: str) -> Iterator[tuple[st
         yield f"default value {index} of {where}", value
     for name, value in (function.__kwdefaults__ or {}).items():
         yield f"the default of {where}'s argument {name!r}", value
-
-
-def _culprit(parts: list[tuple[str, Any]], error: BaseException, otherwise: str) -> Culprit:
-    """Find what does not pickle, and why; let an interrupt pass."""
-    from horovodrunner.pickling.culprit import Culprit, find_culprit  # hardly ever needed
-    from horovodrunner.pickling.staying import Staying
-
-    if isinstance(error, KeyboardInterrupt):
-        raise error
-    found = find_culprit(parts)
-    if found is None and not isinstance(error, Exception):
-        raise error  # it came from outside, as a thread's end does
-    return found or Culprit(otherwise, error, Staying(in_one_line(error)))

@@ -410,15 +410,16 @@ def test_an_interrupt_while_the_result_is_sent_ends_the_run(
     spark: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from horovodrunner.processes.driver import channel
+    from horovodrunner.wire.upload import TransferHandler
 
-    def slowly(connection: Any, *_: Any) -> None:
-        connection.send("go")
+    def slowly(request: Any, pieces: Any) -> None:
+        piece = next(pieces)
         os.kill(os.getpid(), signal.SIGINT)
-        while True:  # until the connection is closed
-            connection.read_into(memoryview(bytearray(1)))
-            time.sleep(0.01)
+        for _ in piece.chunks:  # until the connection is closed
+            time.sleep(0.1)
 
-    monkeypatch.setattr(channel, "receive_result", slowly)
+    handler = TransferHandler("the result's transfer", slowly)
+    monkeypatch.setattr(channel, "result_handler", lambda keep: handler)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with pytest.raises(KeyboardInterrupt):
         run(lambda: bytes(100_000_000))

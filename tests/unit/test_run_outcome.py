@@ -8,6 +8,7 @@ from typing import Any
 from horovodrunner.flows.logs.task import MergedLog
 from horovodrunner.flows.outcome.outcome import Failure, Outcome, Success
 from horovodrunner.flows.outcome.task import RunOutcome
+from horovodrunner.flows.telemetry.phases import Phase, Spans
 from horovodrunner.flows.telemetry.task import Telemetry
 from horovodrunner.placement.topology import Slot
 from horovodrunner.wire.events import (
@@ -17,6 +18,7 @@ from horovodrunner.wire.events import (
     Message,
     Note,
     Notice,
+    RankPhases,
     Started,
     dispatcher,
 )
@@ -110,9 +112,10 @@ class Leader:
     def __init__(self, size: int) -> None:
         self.log: list[bytes] = []
         self.told: list[Event] = []
+        self.spans = Spans()
         log = MergedLog(self.log.append, self.told.append)
         self.outcome = RunOutcome(slots(size))
-        telemetry = Telemetry(slots(size), log, self.outcome)
+        telemetry = Telemetry(slots(size), log, self.outcome, self.spans)
         flows = [log.handlers, self.outcome.handlers, telemetry.handlers]
         self.emit = dispatcher(flows, otherwise=self.told.append)
 
@@ -140,6 +143,12 @@ def test_one_note_says_when_main_runs_everywhere() -> None:
     assert leader.told == []
     leader.emit(Started(0))
     assert leader.told == [Note("ranks 0 and 1 are running main", routine=True)]
+
+
+def test_phases_of_a_rank_are_kept() -> None:
+    leader = Leader(1)
+    leader.emit(RankPhases(0, {"imports": (1.0, 2.0)}))
+    assert leader.spans.phases() == (Phase("imports", 1.0, 2.0, 0),)
 
 
 def test_how_a_rank_ended_is_read_where_it_ends() -> None:

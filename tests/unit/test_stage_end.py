@@ -118,6 +118,8 @@ def test_a_cancelled_job_is_named() -> None:
     said = "org.apache.spark.SparkException: Job 3 cancelled killed via the Web UI"
     end = stage_end(Exception(said + AFTERWARDS), PLACEMENT)
     assert end.text == "the run's Spark job was cancelled: Job 3 cancelled killed via the Web UI"
+    assert end.was_cancelled
+    assert not end.task_was_lost
 
 
 @pytest.mark.parametrize(

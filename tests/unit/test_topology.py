@@ -119,9 +119,10 @@ def test_indices_count_within_what_the_executor_sees() -> None:
     assert compose_devices(("1",), None) == ("1",)
 
 
-def test_a_gpu_that_the_executor_does_not_see_is_told() -> None:
-    with pytest.raises(ValueError, match=r"GPU 2, and the executor sees 1 .*=0"):
-        compose_devices(("2",), "0")
+@pytest.mark.parametrize("address", ["1", "2"])
+def test_a_gpu_that_the_executor_does_not_see_is_told(address: str) -> None:
+    with pytest.raises(ValueError, match=rf"GPU {address}, and the executor sees 1 .*=0"):
+        compose_devices((address,), "0")
 
 
 def test_a_member_travels_as_json() -> None:

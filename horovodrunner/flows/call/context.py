@@ -11,11 +11,12 @@ import contextlib
 import functools
 import warnings
 from binascii import a2b_base64, b2a_base64
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from horovodrunner.flows.call.import_hook import after_import
 from horovodrunner.pickling.buffers import loads
+from horovodrunner.pickling.modules import dump_in_its_modules
 from horovodrunner.pickling.pickler import Call
 
 __all__ = ["with_context"]
@@ -25,12 +26,12 @@ Part = tuple[str, bytes]
 in Base64: a pickle within main's would be taken for code that main runs (early_imports)."""
 
 
-def with_context(value: object, dumps: Callable[[object], bytes]) -> Call:
+def with_context(value: object) -> Call:
     """Pickle as a value that is unpickled where this process's settings are in force."""
     parts = []
     for library, call in [*_settings_here(), *_registered_here()]:
         with contextlib.suppress(Exception):  # main may do without
-            parts.append((library, b2a_base64(dumps(call), newline=False)))
+            parts.append((library, b2a_base64(dump_in_its_modules(call), newline=False)))
     return Call(_value_of, Call(_restore, parts), value)  # in this order
 
 

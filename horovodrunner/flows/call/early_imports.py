@@ -20,7 +20,6 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -122,21 +121,6 @@ class _UnknownError(Exception):
     """What main does before it imports a framework is not known, or changes what it gets."""
 
 
-@dataclass
-class _Facts:
-    """What a piece of code imports and names, with what is in it and runs with it."""
-
-    imports: list[tuple[int, str, tuple[str, ...]]] = field(default_factory=list)
-    """Level, module and names of each import statement."""
-
-    names: set[str] = field(default_factory=set)
-    later: list[tuple[str, _Facts]] = field(default_factory=list)
-    """Functions, and methods of classes, that run only where their name is used."""
-
-    changes_imports: bool = False
-    """Whether it, or anything in it, changes what an import gives."""
-
-
 class _Search:
     """Follows a pickled call through the user's own modules, and packages of `own`."""
 
@@ -156,7 +140,7 @@ class _Search:
             raise _UnknownError
         reader = _PickleReader(payload)
         reader.load()
-        self._todo += [(_facts_of(code, whole=True), "") for code in reader.codes]
+        self._todo += [(_Facts(code, whole=True), "") for code in reader.codes]
         for module, name in reader.named:
             if _is_below(module, "torch.optim"):
                 self._name(["optim"])
@@ -221,14 +205,14 @@ class _Search:
 
     def _facts_of_module(self, spec: ModuleSpec) -> _Facts:
         if spec.origin is None:  # a directory without __init__.py
-            return _Facts()
+            return _facts_of_source(b"")
         loader: Any = spec.loader
         if spec.origin.endswith(".py") and (path := Path(spec.origin)).is_file():
             source = path.read_bytes()
         elif (text := loader.get_source(spec.name)) is not None:
             source = text.encode()
         elif (code := loader.get_code(spec.name)) is not None:
-            return _facts_of(code, whole=False)
+            return _Facts(code, whole=False)
         else:
             raise _UnknownError
         self._bytes_left -= len(source)
@@ -290,28 +274,7 @@ class _PickleReader(pickle.Unpickler):
 def _facts_of_source(source: bytes) -> _Facts:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _facts_of(compile(source, "a module", "exec", dont_inherit=True), whole=False)
-
-
-def _facts_of(code: types.CodeType, *, whole: bool) -> _Facts:
-    """Read code and all code in it.
-
-    Functions in a function count as a part of it; functions of a module, unless it is wanted
-    whole, as what may be called later.
-    """
-    reader = _CodeReader(code)
-    facts = reader.facts
-    for inner in reader.codes:
-        is_function = bool(inner.co_flags & inspect.CO_OPTIMIZED)
-        of_inner = _facts_of(inner, whole=whole or is_function)
-        facts.changes_imports |= of_inner.changes_imports
-        if is_function and not whole:
-            facts.later.append((inner.co_name, of_inner))
-            continue
-        facts.imports += of_inner.imports
-        facts.names |= of_inner.names
-        facts.later += [(inner.co_name, method) for _, method in of_inner.later]
-    return facts
+        return _Facts(compile(source, "a module", "exec", dont_inherit=True), whole=False)
 
 
 def _instructions_of(code: types.CodeType) -> Iterator[dis.Instruction]:
@@ -329,13 +292,26 @@ def _instructions_of(code: types.CodeType) -> Iterator[dis.Instruction]:
         yield each
 
 
-class _CodeReader:
-    """Reads one code object; `codes` are those in it."""
+class _Facts:
+    """What a piece of code imports and names, with what is in it and runs with it.
 
-    def __init__(self, code: types.CodeType) -> None:
-        self.facts = _Facts(changes_imports=any(map(_VARIABLES.match, code.co_varnames)))
-        self.codes: list[types.CodeType] = []
+    Functions in a function count as a part of it; functions of a module, unless it is wanted
+    whole, as what may be called later.
+    """
+
+    def __init__(self, code: types.CodeType, *, whole: bool) -> None:
+        self.imports: list[tuple[int, str, tuple[str, ...]]] = []
+        """Level, module and names of each import statement."""
+        self.names: set[str] = set()
+        self.later: list[tuple[str, _Facts]] = []
+        """Functions, and methods of classes, that run only where their name is used."""
+        self.changes_imports = any(map(_VARIABLES.match, code.co_varnames))
+        """Whether it, or anything in it, changes what an import gives."""
         self._found = list(_instructions_of(code))
+        self._read(code, whole=whole)
+        self._found = []  # facts of modules are kept
+
+    def _read(self, code: types.CodeType, *, whole: bool) -> None:
         skipped_until = -1
         for index, each in enumerate(self._found):
             if each.offset < skipped_until:
@@ -348,9 +324,24 @@ class _CodeReader:
                 self._take_imported_name(index)
             elif each.opname in ("LOAD_CONST", "KW_NAMES"):
                 assert each.arg is not None  # noqa: S101 - the constant's number
-                self._take_constant(index, code.co_consts[each.arg])
+                constant = code.co_consts[each.arg]
+                if isinstance(constant, types.CodeType):
+                    self._take_code(constant, whole=whole)
+                else:
+                    self._take_constant(index, constant)
             elif each.opname.startswith("LOAD_") and isinstance(each.argval, str):
                 self._take_name(index, each.argval)
+
+    def _take_code(self, code: types.CodeType, *, whole: bool) -> None:
+        is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)
+        inner = _Facts(code, whole=whole or is_function)
+        self.changes_imports |= inner.changes_imports
+        if is_function and not whole:
+            self.later.append((code.co_name, inner))
+        else:
+            self.imports += inner.imports
+            self.names |= inner.names
+            self.later += [(code.co_name, method) for _, method in inner.later]
 
     def _is_never_true_in_a_worker(self, index: int) -> bool:
         """Whether a jump is that of ``if TYPE_CHECKING`` or of ``if __name__ == "__main__"``."""
@@ -361,42 +352,39 @@ class _CodeReader:
 
     def _take_import(self, index: int) -> None:
         module, level, names = (self._value(index - back) for back in (0, 2, 1))
-        self.facts.imports.append((level, module, tuple(names or ())))
+        self.imports.append((level, module, tuple(names or ())))
         # by another name it is not looked for
         is_renamed = not names and self._value(index + 1) != module
         if module.partition(".")[0] in _COME_FIRST or (module in ("os", "sys") and is_renamed):
-            self.facts.changes_imports = True
+            self.changes_imports = True
 
     def _take_imported_name(self, index: int) -> None:
         name = self._value(index)
-        module = self.facts.imports[-1][1] if self.facts.imports else ""
+        module = self.imports[-1][1] if self.imports else ""
         is_renamed = self._value(index + 1) != name
         if is_renamed:  # or else it counts where it is used
-            self.facts.names.add(name)
+            self.names.add(name)
         if (
             name in _CHANGE_IMPORTS
             or (module == "sys" and name in ("path", "modules"))
             or (module == "os" and name in ("environ", "environb") and is_renamed)
         ):
-            self.facts.changes_imports = True
+            self.changes_imports = True
 
     def _take_constant(self, index: int, value: object) -> None:
-        if isinstance(value, types.CodeType):
-            self.codes.append(value)
-            return
         words = value if isinstance(value, (tuple, frozenset)) else (value,)
         if any(isinstance(word, str) and _VARIABLES.match(word) for word in words):
             before = [self._value(each) for each in range(max(0, index - 3), index)]
-            self.facts.changes_imports |= "environ" not in before and "getenv" not in before
-        self.facts.changes_imports |= value == "environ"
+            self.changes_imports |= "environ" not in before and "getenv" not in before
+        self.changes_imports |= value == "environ"
 
     def _take_name(self, index: int, name: str) -> None:
-        self.facts.names.add(name)
+        self.names.add(name)
         of_sys = name in ("path", "modules") and index and self._value(index - 1) == "sys"
         if name in _CHANGE_IMPORTS or (
             (of_sys or name in ("environ", "environb")) and not self._is_only_read(index)
         ):
-            self.facts.changes_imports = True
+            self.changes_imports = True
 
     def _is_only_read(self, index: int) -> bool:
         """Whether what an instruction loads is a mapping or list of which one item is read."""

@@ -13,13 +13,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol
 
-from horovodrunner.flows.call.record import RunRecord
+from horovodrunner.flows.call.job import JobSpec
+from horovodrunner.flows.call.record import RunRecord, calls_another_main, changes
 from horovodrunner.flows.checkpoints.manifest import Manifest
-from horovodrunner.flows.checkpoints.store import pieces_of_tree, restore
+from horovodrunner.flows.checkpoints.store import CheckpointStore, pieces_of_tree, restore
 from horovodrunner.placement.topology import Member
 from horovodrunner.wire.events import (
+    CheckpointSaved,
     FetchCheckpoint,
     FindCheckpoint,
+    Handlers,
     Latest,
     LatestDecided,
     UploadCheckpoint,
@@ -32,9 +35,7 @@ __all__ = [
     "DriverBackend",
     "LatestCopy",
     "LatestDecision",
-    "is_of_run",
-    "nothing_saved_in_words",
-    "resumption_in_words",
+    "Resumption",
 ]
 
 PUT_ATTEMPTS = 3
@@ -95,6 +96,11 @@ class CheckpointUploader:
         self._idle.set()
         self._has_warned = False
         self._deletions: set[asyncio.Task[None]] = set()
+        self.has_saved = False
+        """Whether main has saved any."""
+        self.handlers: Handlers = {
+            CheckpointSaved: lambda event: self.saved(event.step, Path(event.directory))
+        }
 
     @property
     def is_idle(self) -> bool:
@@ -103,6 +109,7 @@ class CheckpointUploader:
 
     def saved(self, step: int, directory: Path) -> None:
         """Take over a directory that main has filled; it is deleted when it is not needed."""
+        self.has_saved = True
         if self._waiting is not None:
             skipped, stale = self._waiting
             self._delete(stale)
@@ -261,15 +268,47 @@ class LatestCopy:
         return Latest(str(directory), manifest.step, answer.differs)
 
 
-def is_of_run(manifest: Manifest, record: RunRecord) -> bool:
+class Resumption:
+    """Notes on partition 0, once in a run, that main goes on from another run's checkpoint."""
+
+    def __init__(self, job: JobSpec, note: Callable[[str], None]) -> None:
+        self._job = job
+        self._note = note
+        self._went_on_from: Manifest | None = None
+
+    def found(self, manifest: Manifest) -> bool:
+        """Return whether a checkpoint is of a run that was called with something else."""
+        record, location = self._job.record, self._job.checkpoint_location
+        if record is None or location is None or _is_of_run(manifest, record):
+            return False
+        if manifest.run is None or not calls_another_main(manifest.run, record):
+            self._went_on_from = manifest
+        found = [] if manifest.run is None else changes(manifest.run, record)
+        if self._job.attempt == 1:  # later attempts are announced by the driver
+            path = CheckpointStore(location, self._job.keep_checkpoints).path_of(manifest.step)
+            for text in _describe_resumption(manifest, path, found):
+                self._note(text)
+        return bool(found)
+
+    def main_returned(self, *, has_saved: bool) -> None:
+        """Note that a run which went on from a checkpoint may have had nothing left to do."""
+        if self._went_on_from is not None and not has_saved:
+            self._note(
+                f"main went on from step {self._went_on_from.step} and returned without saving a "
+                "checkpoint. If it has trained nothing, its last epoch was reached before: raise "
+                "the number of epochs, or start anew with resume=False"
+            )
+
+
+def _is_of_run(manifest: Manifest, record: RunRecord) -> bool:
     """Return whether a checkpoint was saved by an attempt of this very run."""
     return manifest.run is not None and manifest.run.run_id == record.run_id
 
 
-def resumption_in_words(manifest: Manifest, path: str, differences: Sequence[str]) -> list[str]:
+def _describe_resumption(manifest: Manifest, path: str, differences: Sequence[str]) -> list[str]:
     """Write that a run goes on from an earlier one's checkpoint, and what differs."""
     saved_at = datetime.fromisoformat(manifest.saved_at)
-    age = _age_in_words((datetime.now(timezone.utc) - saved_at).total_seconds())
+    age = _format_age((datetime.now(timezone.utc) - saved_at).total_seconds())
     unknown = " (what that was called with is not recorded)" if manifest.run is None else ""
     lines = [
         f"going on from step {manifest.step}, saved {age} by an earlier run{unknown}: {path}. "
@@ -284,16 +323,7 @@ def resumption_in_words(manifest: Manifest, path: str, differences: Sequence[str
     return lines
 
 
-def nothing_saved_in_words(manifest: Manifest) -> str:
-    """Write that a run which went on from a checkpoint may have had nothing left to do."""
-    return (
-        f"main went on from step {manifest.step} and returned without saving a checkpoint. If it "
-        "has trained nothing, its last epoch was reached before: raise the number of epochs, or "
-        "start anew with resume=False"
-    )
-
-
-def _age_in_words(seconds: float) -> str:
+def _format_age(seconds: float) -> str:
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
         if (count := int(seconds // length)) >= 1:
             return f"{count} {unit}{'s' * (count > 1)} ago"

@@ -31,10 +31,7 @@ QUIET = "HOROVODRUNNER_QUIET"
 class Console:
     """Takes lines from any thread and prints them in one.
 
-    Parameters
-    ----------
-    executors_have_lines
-        Whether what is dropped here can be found in an executor's log.
+    `executors_have_lines`: whether what is dropped here can be found in an executor's log.
     """
 
     def __init__(self, *, executors_have_lines: bool = True) -> None:
@@ -60,13 +57,7 @@ class Console:
         }
 
     def lines(self, lines: bytes) -> None:
-        """Take whole, prefixed lines of the workers; never blocks.
-
-        Parameters
-        ----------
-        lines
-            UTF-8, bytes that are not are shown as replacement characters.
-        """
+        """Take whole, prefixed lines of the workers; never blocks."""
         with self._lock:
             if self._waiting_bytes > MAX_WAITING_BYTES:
                 self._dropped_lines += count_lines(lines)
@@ -80,15 +71,7 @@ class Console:
             self._put(text + "\n")
 
     def note(self, text: str, *, routine: bool = False) -> None:
-        """Take a line of the run's own.
-
-        Parameters
-        ----------
-        text
-            One line.
-        routine
-            Whether it says no more than that the run goes on as it should.
-        """
+        """Take a line of the run's own; a routine one says only that all goes as it should."""
         if routine and self._leaves_routine_out:
             return
         with self._lock:
@@ -104,18 +87,7 @@ class Console:
             self._tell()
 
     def show(self, timeout: float | None = None) -> bool:
-        """Print what arrives until somebody calls :meth:`wake`.
-
-        Parameters
-        ----------
-        timeout
-            Most seconds to stay, None for no limit.
-
-        Returns
-        -------
-        bool
-            True if it was woken, False if the time was up.
-        """
+        """Print what arrives until somebody calls :meth:`wake`; return False if the time was up."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             self._wait_for_change(deadline)
@@ -147,7 +119,7 @@ class Console:
                 raise KeyboardInterrupt
 
     def _tell_that_nothing_is_shown(self, why: str) -> None:
-        """Say so once, by the only other way there is, which may be as broken."""
+        """Report it once, by the only other way there is, which may be as broken."""
         if not self._tells_it_is_not_shown:
             self._tells_it_is_not_shown = True
             with contextlib.suppress(Exception):

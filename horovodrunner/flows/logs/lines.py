@@ -35,16 +35,18 @@ class LineAssembler:
     left out. What a line shows that has been overwritten, and has not ended yet, is its state.
     """
 
+    _rest: bytearray
+    _rows: list[_Row]
+    _row: int
+    _steps_back: int
+    _is_moved: bool
+    _is_redrawn: bool
+    _has_gone_up: bool
+
     def __init__(self, max_line_bytes: int = 256 * 1024) -> None:
         self._max_line_bytes = max_line_bytes
-        self._rest = bytearray()
         self._half_end = b""
-        self._rows = [_Row()]
-        self._row = 0
-        self._is_moved = False  # whether the cursor has been moved since the last line's end
-        self._is_redrawn = False  # whether a return began what is written now
-        self._has_gone_up = False
-        self._steps_back = 0
+        self._begin_line()
 
     def feed(self, data: bytes) -> bytes:
         r"""Take the next bytes of the stream, and return the lines that are now complete."""
@@ -53,12 +55,10 @@ class LineAssembler:
         self._half_end = b""
         if half := _HALF_SEQUENCE.search(data, max(0, len(data) - _LONGEST_SEQUENCE)):
             data, self._half_end = data[: half.start()], half[0]
-        if b"\r\n" in data:
-            data = data.replace(b"\r\n", b"\n")
+        data = data.replace(b"\r\n", b"\n")
         pieces: list[bytes | bytearray] = []
         self._draw(data, pieces)
-        if len(self._rest) > self._max_line_bytes:
-            pieces += self._cut()
+        self._cut(pieces)
         return b"".join(pieces)
 
     @property
@@ -199,8 +199,11 @@ class LineAssembler:
     def _begin_line(self) -> None:
         self._rest = bytearray()
         self._rows = [_Row()]
-        self._row = self._steps_back = 0
-        self._is_moved = self._is_redrawn = self._has_gone_up = False
+        self._row = 0
+        self._steps_back = 0
+        self._is_moved = False  # whether the cursor has been moved since the last line's end
+        self._is_redrawn = False  # whether a return began what is written now
+        self._has_gone_up = False
 
     def _state_of_rest(self) -> bytes:
         if not (self._is_moved and self._rest) or _is_blank(self._rest):
@@ -209,15 +212,13 @@ class LineAssembler:
         state = bytes(self._rest[:whole])
         return b"" if state == self._rows[self._row].shown else state
 
-    def _cut(self) -> list[bytes | bytearray]:
-        pieces: list[bytes | bytearray] = []
+    def _cut(self, pieces: list[bytes | bytearray]) -> None:
         start = 0
         while len(self._rest) - start > self._max_line_bytes:
             end = _character_start(self._rest, start, start + self._max_line_bytes)
             pieces += [self._rest[start:end], CUT_MARK, b"\n"]
             start = end
         del self._rest[:start]
-        return pieces
 
 
 @dataclass

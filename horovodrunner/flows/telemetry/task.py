@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from horovodrunner.flows.logs.task import MergedLog
 from horovodrunner.flows.outcome.outcome import Failure, FailureKind
 from horovodrunner.flows.outcome.task import RunOutcome
+from horovodrunner.flows.telemetry.phases import Spans
 from horovodrunner.formatting import cut, ranks_in_words
 from horovodrunner.placement.topology import Slot
-from horovodrunner.wire.events import Beat, Ended, Handlers, Lines, Stack, Started
+from horovodrunner.wire.events import Beat, Ended, Handlers, Lines, RankPhases, Stack, Started
 
 __all__ = ["Stall", "StallWatch", "Telemetry"]
 
@@ -117,7 +118,9 @@ def _who_waits(waiting: Mapping[int, Beat]) -> str:
 class Telemetry:
     """Follows the ranks on partition 0, warns of a stall, and ends a run that stalls for long."""
 
-    def __init__(self, slots: Sequence[Slot], log: MergedLog, outcome: RunOutcome) -> None:
+    def __init__(
+        self, slots: Sequence[Slot], log: MergedLog, outcome: RunOutcome, spans: Spans
+    ) -> None:
         self._hosts = {slot.rank: slot.host for slot in slots}
         self._log = log
         self._outcome = outcome
@@ -131,6 +134,7 @@ class Telemetry:
             Beat: lambda beat: self._watch.heard(beat, time.monotonic()),
             Stack: self._take_stack,
             Ended: self._take_end,
+            RankPhases: lambda event: spans.add_all(event.spans, event.rank),
         }
 
     def waiting_in(self) -> dict[str, list[int]]:

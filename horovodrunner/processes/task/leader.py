@@ -14,16 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from horovodrunner.flows.call.job import JobSpec
-from horovodrunner.flows.call.record import calls_another_main, changes
-from horovodrunner.flows.checkpoints.manifest import Manifest
-from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.checkpoints.task import (
     CheckpointUploader,
     LatestCopy,
     LatestDecision,
-    is_of_run,
-    nothing_saved_in_words,
-    resumption_in_words,
+    Resumption,
 )
 from horovodrunner.flows.logs.task import MergedLog
 from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
@@ -38,10 +33,8 @@ from horovodrunner.processes.task.peers import PeerServer
 from horovodrunner.processes.task.process import GRACE_SECONDS
 from horovodrunner.processes.task.supervisor import TEARDOWN_SECONDS, Supervisor
 from horovodrunner.wire.events import (
-    CheckpointSaved,
     Failed,
     Placed,
-    RankPhases,
     ShowStacks,
     Sink,
     Stop,
@@ -86,7 +79,7 @@ class Leader:
         self._stop_requested = stop_requested
         self._log = MergedLog(context.log, driver.emit)
         self._outcome = RunOutcome(slots)
-        self._telemetry = Telemetry(slots, self._log, self._outcome)
+        self._telemetry = Telemetry(slots, self._log, self._outcome, spans)
         take_result = functools.partial(context.take_result, reaches_driver=driver.is_reached)
         self.result = ResultUploader(
             take_result, result_fd, on_error=functools.partial(self._fail, FailureKind.RESULT)
@@ -96,9 +89,10 @@ class Leader:
             if context.checkpoints is None
             else CheckpointUploader(context.checkpoints, self._log.note, self._checkpoint_failed)
         )
-        self._has_saved = False
-        self._went_on_from: Manifest | None = None
-        decision = LatestDecision(context.checkpoints, members, self._log.note, self._goes_on_from)
+        self._resumption = Resumption(job, self._log.note)
+        decision = LatestDecision(
+            context.checkpoints, members, self._log.note, on_found=self._resumption.found
+        )
         self.latest = LatestCopy(
             context.checkpoints,
             scratch,
@@ -110,8 +104,7 @@ class Leader:
                 self._log.handlers,
                 self._outcome.handlers,
                 self._telemetry.handlers,
-                {RankPhases: lambda event: spans.add_all(event.spans, event.rank)},
-                {CheckpointSaved: self._take_checkpoint},
+                {} if self._uploader is None else self._uploader.handlers,
             ],
             otherwise=driver.emit,
         )
@@ -174,8 +167,8 @@ class Leader:
         # the last checkpoint may not have been stored, or the result not sent
         if (failure := self._outcome.summary(self._telemetry.waiting_in())) is not None:
             return failure
-        if self._went_on_from is not None and not self._has_saved:
-            self._log.note(nothing_saved_in_words(self._went_on_from))
+        has_saved = self._uploader is not None and self._uploader.has_saved
+        self._resumption.main_returned(has_saved=has_saved)
         is_complete = has_result and self._outcome.all_ended.is_set()
         return own.result()[0] if is_complete else Outcome()
 
@@ -221,25 +214,6 @@ class Leader:
         self._log.say(text)
         if self._job.fail_on_checkpoint_error:
             self._fail(FailureKind.STORAGE, text)
-
-    def _take_checkpoint(self, event: CheckpointSaved) -> None:
-        self._has_saved = True
-        if self._uploader is not None:
-            self._uploader.saved(event.step, Path(event.directory))
-
-    def _goes_on_from(self, manifest: Manifest) -> bool:
-        """Note, once in a run, that it goes on from another one's checkpoint."""
-        record, location = self._job.record, self._job.checkpoint_location
-        if record is None or location is None or is_of_run(manifest, record):
-            return False
-        if manifest.run is None or not calls_another_main(manifest.run, record):
-            self._went_on_from = manifest
-        found = [] if manifest.run is None else changes(manifest.run, record)
-        if self._job.attempt == 1:  # later attempts are announced by the driver
-            path = CheckpointStore(location, self._job.keep_checkpoints).path_of(manifest.step)
-            for text in resumption_in_words(manifest, path, found):
-                self._log.note(text)
-        return bool(found)
 
 
 def written_file(scratch: Path, variable: str) -> Path:
