@@ -18,7 +18,7 @@ _RAN_OUT = re.compile(
 
 
 def address_space_limit() -> str:
-    """Say how much this process may have, and by what.
+    """Return how much memory this process may have, and what sets that limit.
 
     Returns
     -------

@@ -162,7 +162,7 @@ def cmake_problem() -> Problem | None:
 
 
 def patch_problem() -> Problem | None:
-    """Say that nothing here can apply the patches to Horovod's sources, or return None."""
+    """Return that nothing here can apply the patches to Horovod's sources, or None."""
     if shutil.which("git") or shutil.which("patch"):
         return None
     return Problem(

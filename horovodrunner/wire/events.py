@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 else:
 
     def dataclass_transform(**_: object) -> Callable[[type], type]:
-        """Tell type checkers, which know better, and nobody else."""
+        """Do at run time nothing of what it tells type checkers."""
         return lambda decorated: decorated
 
 

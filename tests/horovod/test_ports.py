@@ -60,7 +60,7 @@ def test_gloo_and_the_tasks_listen_inside_the_range(spark: Any) -> None:
         spark.conf.unset("spark.horovodrunner.ports")
     assert total == 1
     assert of_worker
-    assert len(of_task) == 2  # the hub and the rendezvous
+    assert len(of_task) == 2  # the peer server and the rendezvous
     assert all(FIRST <= port <= LAST for port in of_worker | of_task)
 
 

@@ -334,7 +334,7 @@ def test_everything_listens_inside_the_range(report: Report) -> None:
     assert [place for place in driver if place[0] != "127.0.0.1"] == [["0.0.0.0", 41000]]
     ranks = report.ranks("ports")
     listening = {(address, port) for rank in ranks for address, port in rank["listening"]}
-    assert len(listening) == 2  # the hub and the rendezvous, on rank 0's host
+    assert len(listening) == 2  # the peer server and the rendezvous, on rank 0's host
     assert {address for address, _ in listening} == {ADDRESSES[ranks[0]["host"]]}
     environment = ranks[3]["environment"]
     told = {int(environment[name]) for name in ("MASTER_PORT", "HOROVOD_GLOO_RENDEZVOUS_PORT")}

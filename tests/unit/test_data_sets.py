@@ -60,7 +60,7 @@ def rows(table: pa.Table, tmp_path: Path) -> Iterator[DataSet]:
 
 
 def numbers(batches: Any) -> list[int]:
-    """Give the rows of all batches, having checked that every column is of the same row."""
+    """Return the rows of all batches, having checked that every column is of the same row."""
     found: list[int] = []
     for batch in batches:
         row = np.asarray(batch["row"])

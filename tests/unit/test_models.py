@@ -496,7 +496,7 @@ def test_functions_are_called_as_they_are() -> None:
 
 
 def with_a_mask(function: Any) -> Any:
-    """Give the last argument by itself."""
+    """Return the last argument by itself."""
 
     @functools.wraps(function)
     def wrapper(*inputs: Any) -> Any:

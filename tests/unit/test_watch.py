@@ -35,7 +35,7 @@ def of_horovod(function: str) -> Any:
 
 
 def sampled_in(call: Callable[[Callable[[], None]], None], samples: int = 2) -> Beat:
-    """Give the last sample taken while the innermost frames are a library's."""
+    """Return the last sample taken while the innermost frames are a library's."""
     watch = MainThreadWatch()
     wait, go = threading.Event(), threading.Event()
     found: list[Beat] = []

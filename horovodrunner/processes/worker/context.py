@@ -92,7 +92,7 @@ _notices: dict[str, str] = {}
 
 
 def set_context(context: WorkerContext) -> None:
-    """Say that this process is a worker."""
+    """Mark this process as a worker."""
     global _context
     _context = context
     for key, text in _notices.items():
@@ -100,7 +100,7 @@ def set_context(context: WorkerContext) -> None:
 
 
 def current_context() -> WorkerContext | None:
-    """Give what this process is within its run."""
+    """Return what this process is within its run."""
     return _context if _context is not None and _context.link.is_usable else None
 
 
