@@ -422,6 +422,14 @@ def test_a_tree_is_added_with_links_and_empty_directories(location: str, tmp_pat
     assert store.verify(manifest) == ""
 
 
+def test_a_file_of_the_manifests_name_is_refused_by_its_name(location: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    store = CheckpointStore(location, keep=3)
+    with pytest.raises(ValueError, match=r"'manifest\.json' is taken"):
+        store.put(1, tmp_path)
+    assert not store.has_any()
+
+
 def test_what_cannot_be_read_ends_a_tree(tmp_path: Path) -> None:
     def refused() -> str:
         with pytest.raises(OSError, match="Errno") as caught:

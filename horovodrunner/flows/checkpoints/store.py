@@ -280,6 +280,8 @@ def pieces_of_tree(directory: Path) -> Iterator[Piece]:
     files: list[tuple[str, Path]] = []
     directories: list[str] = []
     _walk(directory, "", frozenset(), files, directories)
+    for name, _ in files:
+        safe_path(name)  # a file of the manifest's name would pass for the hashes
 
     def read() -> Iterator[Piece]:
         for name in sorted(directories):
