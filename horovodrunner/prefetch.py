@@ -127,10 +127,17 @@ def map_in_threads(
     >>> list(map_in_threads(str, range(3), threads=2))
     ['0', '1', '2']
     """
+
+    def call(item: Any) -> Result:
+        try:
+            return function(item)
+        except StopIteration as error:  # would end the iteration as if there were no more items
+            raise RuntimeError(f"{function!r} raised StopIteration") from error
+
     if not threads:
-        yield from map(function, items)
+        yield from map(call, items)
         return
-    with Prefetcher(function, items, ahead=threads, threads=threads) as results:
+    with Prefetcher(call, items, ahead=threads, threads=threads) as results:
         yield from results
 
 

@@ -51,11 +51,10 @@ class ReadOptions:
     shuffle_window: int
 
     def __post_init__(self) -> None:
-        remainder = checked.plain(self.remainder)
-        if isinstance(remainder, str) and remainder in _OLD_REMAINDERS:
-            renamed = _OLD_REMAINDERS[remainder]
-            warn_renamed(f'remainder="{remainder}"', f'remainder="{renamed}"', stacklevel=4)
-            remainder = renamed
+        remainder, old = self.remainder, checked.plain(self.remainder)
+        if isinstance(old, str) and old in _OLD_REMAINDERS:
+            remainder = _OLD_REMAINDERS[old]
+            warn_renamed(f'remainder="{old}"', f'remainder="{remainder}"', stacklevel=4)
         for name, value in {
             "batch_size": checked.integer("batch_size", self.batch_size, at_least=1),
             "shuffle": checked.boolean("shuffle", self.shuffle),
@@ -285,6 +284,7 @@ class _Gatherer:
     def __init__(self, reader: BlockReader, order: EpochOrder, most_open: int) -> None:
         self._order = order
         self._open = functools.lru_cache(most_open)(reader.open)
+        self._opening = threading.Lock()  # a block is opened, and fetched from a URL, but once
         self._own = threading.local()
 
     def __call__(self, limits: tuple[Any, Any]) -> _Piece:
@@ -297,7 +297,8 @@ class _Gatherer:
         others: dict[str, list[Any]] = {}
         start = 0
         for index, rows in blocks:
-            block = self._open(index)
+            with self._opening:
+                block = self._open(index)
             end = start + len(rows)
             for name, array in block.dense.items():
                 if name not in scratch or len(scratch[name]) < len(chosen):

@@ -8,6 +8,7 @@ import pickle
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from horovodrunner import (
     DataError,
     data,
 )
+from horovodrunner.data import batches as batches_module
 from horovodrunner.data import writing
 from horovodrunner.data.dataset import DataSet
+from horovodrunner.data.stored import Block, BlockReader
 from tests import processes
 
 ROWS = 1003
@@ -202,6 +205,23 @@ def test_an_error_in_a_transform_is_raised_where_batches_are_taken(rows: DataSet
 
     with pytest.raises(ZeroDivisionError, match="at row 0"):
         list(rows.numpy(10, batch_transform=transform, threads=2))
+
+
+def test_a_block_is_opened_once_whatever_threads_need_it(
+    rows: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    open_block = BlockReader.open
+
+    def slowly(reader: BlockReader, index: int) -> Block:
+        opened.append(index)
+        time.sleep(0.002)  # as long as it takes to fetch it from a URL
+        return open_block(reader, index)
+
+    monkeypatch.setattr(batches_module, "PIECE_BYTES", 1)
+    monkeypatch.setattr(BlockReader, "open", slowly)
+    assert len(numbers(rows.numpy(334, shuffle=True))) == 3 * 334
+    assert len(opened) == len(set(opened))
 
 
 def test_some_columns_only(rows: DataSet) -> None:

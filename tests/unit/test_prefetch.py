@@ -60,6 +60,12 @@ def test_an_error_is_raised_in_the_place_of_its_result() -> None:
         assert list(results) == [1, 0]
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_function_that_raises_stop_iteration_does_not_end_the_results(threads: int) -> None:
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        list(map_in_threads(next, [iter([1]), iter(())], threads))
+
+
 def test_an_error_of_what_is_read_comes_after_what_was_read() -> None:
     def fail() -> Iterator[int]:
         yield 1
