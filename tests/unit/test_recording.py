@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
+import decimal
 import enum
 import functools
 import json
@@ -220,6 +222,32 @@ def test_nothing_of_a_value_that_has_a_cycle_or_no_end_takes_long() -> None:
     record = of(around=around, deep=deep, wide=wide)
     assert 3 < len(record.arguments) <= MAX_ENTRIES
     assert RunRecord.from_fields(json.loads(json.dumps(dataclasses.asdict(record)))) == record
+
+
+class Zone(datetime.tzinfo):
+    pass
+
+
+class Guarded:
+    def __init__(self) -> None:
+        self.__dict__["lr"] = 0.1
+        self.depth = 3
+
+    @property
+    def lr(self) -> float:
+        raise RuntimeError("nobody asked for it")
+
+
+def test_the_record_of_an_object_has_no_address_and_runs_no_property() -> None:
+    def main(**_: Any) -> None: ...
+
+    call = {"zone": Zone(), "context": decimal.Context(), "settings": Guarded()}
+    assert record_call("run", 1, main, call).arguments == {
+        "zone": "of type Zone",
+        "context": "of type Context",
+        "settings.lr": "0.1",
+        "settings.depth": "3",
+    }
 
 
 @pytest.mark.parametrize(

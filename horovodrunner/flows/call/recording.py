@@ -46,8 +46,17 @@ _LOOKS_RANDOM = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9+_=-]{32,}")
 
 _HAVE_SHAPES = frozenset({"numpy", "pandas", "polars", "scipy", "tensorflow", "torch"})
 _SCALARS = (bool, int, float, complex, str, bytes, bytearray, enum.Enum, PurePath)
-_REPRESENTED = frozenset({"datetime", "decimal", "fractions", "uuid"})
-"""Modules whose objects are shown as they represent themselves."""
+_REPRESENTED = frozenset(
+    {
+        "datetime.date",
+        "datetime.time",
+        "datetime.timedelta",
+        "decimal.Decimal",
+        "fractions.Fraction",
+        "uuid.UUID",
+    }
+)
+"""Classes whose objects are shown as they represent themselves."""
 
 _OURS = frozenset({"horovodrunner", "petastorm", "sparkdl"})
 _PLAIN_BASES = frozenset({"abc", "builtins", "typing"})
@@ -259,8 +268,10 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
         for name, held in vars(each).items()
         if isinstance(held, types.MemberDescriptorType)
     ]
-    names = [*getattr(value, "__dict__", {}), *(name for name in slots if hasattr(value, name))]
-    public = [(name, getattr(value, name)) for name in names if not name.startswith("_")]
+    # not by getattr: a property of the same name would run
+    held = dict(getattr(value, "__dict__", {}))
+    held |= {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    public = [(name, item) for name, item in held.items() if not name.startswith("_")]
     return [(n, item) for n, item in public if is_namespace or is_model or _is_plain(item)]
 
 
@@ -273,8 +284,8 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _is_represented(value: Any) -> bool:
-    modules = {each.__module__ for each in type(value).__mro__}
-    return isinstance(value, range) or not modules.isdisjoint(_REPRESENTED)
+    names = {f"{each.__module__}.{each.__qualname__}" for each in type(value).__mro__}
+    return isinstance(value, range) or not names.isdisjoint(_REPRESENTED)
 
 
 def _is_numpy_scalar(value: Any) -> bool:
