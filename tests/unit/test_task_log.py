@@ -7,11 +7,13 @@ import os
 import re
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from horovodrunner.flows.logs import task as log_module
-from horovodrunner.flows.logs.task import TaskLog
+from horovodrunner.flows.logs.task import LineSender, TaskLog
+from horovodrunner.wire.events import Event, Lines, Note
 
 LINES = b"".join(b"%03d\n" % number for number in range(100))
 
@@ -102,3 +104,26 @@ def test_a_log_that_is_closed_does_not_end_the_run() -> None:
     log.close()
     os.close(write)
     assert not log._thread.is_alive()
+
+
+class SlowPeer:
+    """A connection whose peer takes nothing until `unsent_bytes` is lowered."""
+
+    def __init__(self) -> None:
+        self.unsent_bytes = log_module.MAX_UNSENT_BYTES + 1
+        self.sent: list[Event] = []
+        self.send = self.sent.append
+
+
+def test_lines_of_all_ranks_that_were_dropped_are_told_as_those_of_none() -> None:
+    mark = "2 lines are missing here: the reader was too slow; the executor's log has them"
+    last = Lines(1, "stderr", b"c\n")
+    of_one_rank = Lines(1, "stdout", f"HorovodRunner: {mark}\n".encode())
+    for of_all_ranks, told in ((True, Note(mark)), (False, of_one_rank)):
+        peer: Any = SlowPeer()
+        sender = LineSender(peer, of_all_ranks=of_all_ranks)
+        sender.send(Lines(0, "stdout", b"a\n"))
+        sender.send(Lines(1, "stdout", b"b\n"))
+        peer.unsent_bytes = 0
+        sender.send(last)
+        assert peer.sent == [told, last]

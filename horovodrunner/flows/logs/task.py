@@ -72,10 +72,14 @@ def what_the_log_keeps(log: Callable[[bytes], None]) -> Handlers:
 
 
 class LineSender:
-    """Sends events; drops lines while the peer reads too slowly, and says how many."""
+    """Sends events; drops lines while the peer reads too slowly, and says how many.
 
-    def __init__(self, connection: Connection) -> None:
+    What says so is a line of the last rank's, or a note where the lines are those `of_all_ranks`.
+    """
+
+    def __init__(self, connection: Connection, *, of_all_ranks: bool = False) -> None:
         self._connection = connection
+        self._of_all_ranks = of_all_ranks
         self._dropped_lines = 0
         self._last_dropped = Lines(0, "stdout", b"")
 
@@ -101,7 +105,11 @@ class LineSender:
             mark = missing_mark(self._dropped_lines, why)
             self._dropped_lines = 0
             last = self._last_dropped
-            self._connection.send(Lines(last.rank, last.stream, mark))
+            self._connection.send(
+                Note(mark.decode().partition(": ")[2].rstrip("\n"))
+                if self._of_all_ranks
+                else Lines(last.rank, last.stream, mark)
+            )
 
 
 class TaskLog:

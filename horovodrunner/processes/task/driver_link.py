@@ -97,7 +97,7 @@ class _Channel:
         log: Callable[[bytes], None],
     ) -> None:
         self._connection = connection
-        self._sender = LineSender(connection)
+        self._sender = LineSender(connection, of_all_ranks=True)
         self._stream_output = stream_output
         self._log = log
         self._keep = dispatcher([what_the_log_keeps(log)], ignore)
