@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-__all__ = ["halves"]
+__all__ = ["halves", "narrowed"]
 
 T = TypeVar("T")
 
@@ -39,3 +39,25 @@ def halves(
                 continue
             found = error
         yield part, found
+
+
+def narrowed(
+    rows: int, attempt: Callable[[slice], object], error: Exception
+) -> tuple[slice, Exception]:
+    """Return the part on which the attempt, which failed on all rows, fails, and its error.
+
+    It is one row, the first on which it fails; or several, with neither half of which it fails.
+    Takes no more attempts than twice the bits of the number of rows.
+    """
+    start, stop = 0, rows
+    while stop - start > 1:
+        half = (start + stop) // 2
+        for part in (slice(start, half), slice(half, stop)):
+            try:
+                attempt(part)
+            except Exception as narrower:  # noqa: BLE001 - whatever the attempt raises
+                start, stop, error = part.start, part.stop, narrower
+                break
+        else:
+            break
+    return slice(start, stop), error

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from horovodrunner.errors import HorovodRunnerError, PredictionError
 from horovodrunner.inference.batching import Arrays, Batch, Piece, expanded, joined, rebatched
-from horovodrunner.inference.halving import halves
+from horovodrunner.inference.halving import halves, narrowed
 from horovodrunner.inference.inputs import (
     BadRows,
     InputError,
@@ -192,15 +192,11 @@ class _Partition:
         except fatal:
             raise
         except Exception as error:
-            failures = (
-                (int(numbers[part.start]), found)
-                for part, found in halves(len(numbers), attempt)
-                if isinstance(found, Exception)
-            )
-            number, cause = next(failures, (None, error))
-            what = f"{len(numbers)} rows at once, and with neither half of them"
-            if number is not None:
-                what = self._name(number)
+            part, cause = narrowed(len(numbers), attempt, error)
+            if (rows := part.stop - part.start) == 1:
+                what = self._name(int(numbers[part.start]))
+            else:
+                what, cause = f"{rows} rows at once, and with neither half of them", error
             raise PredictionError(
                 f"the model failed on {what}: {type(cause).__name__}: {cause}{memory_hint(cause)}"
             ) from error

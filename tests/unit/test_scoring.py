@@ -196,6 +196,20 @@ def test_a_failure_of_no_single_row_is_told_as_such() -> None:
         predicted(of(predict), rows([1.0] * 4))
 
 
+def test_a_failure_of_several_rows_is_narrowed_down_in_few_calls() -> None:
+    calls: list[int] = []
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        calls.append(len(x))
+        if len(x) > 1:
+            raise MemoryError("too many")
+        return x
+
+    with pytest.raises(PredictionError, match="on 2 rows at once, and with neither half of them"):
+        predicted(of(predict, batch_size=64), rows([1.0] * 64))
+    assert calls == [64, 32, 16, 8, 4, 2, 1, 1]
+
+
 def test_bad_rows_become_null_with_a_reason_and_all_others_are_scored() -> None:
     found = with_errors(of(fails_at(2, 7), batch_size=5), rows([*map(float, range(6))], [6.0, 7.0]))
     assert found == [
