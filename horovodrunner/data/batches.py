@@ -51,7 +51,8 @@ class ReadOptions:
     shuffle_window: int
 
     def __post_init__(self) -> None:
-        remainder, old = self.remainder, checked.plain(self.remainder)
+        remainder: Any = self.remainder
+        old = checked.plain(remainder)
         if isinstance(old, str) and old in _OLD_REMAINDERS:
             remainder = _OLD_REMAINDERS[old]
             warn_renamed(f'remainder="{old}"', f'remainder="{remainder}"', stacklevel=4)
