@@ -225,7 +225,9 @@ def test_nothing_of_a_value_that_has_a_cycle_or_no_end_takes_long() -> None:
 
 
 class Zone(datetime.tzinfo):
-    pass
+    def utcoffset(self, _: datetime.datetime | None) -> None: ...
+    def tzname(self, _: datetime.datetime | None) -> None: ...
+    def dst(self, _: datetime.datetime | None) -> None: ...
 
 
 class Guarded:
