@@ -155,7 +155,7 @@ class WorkerFailedError(HorovodRunnerError):
         last_lines: str = "",
         exception_types: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(summary)
+        super().__init__(summary, rank, host, exit_code, signal, traceback, consequences)
         self.summary = summary
         self.rank = rank
         self.host = host

@@ -44,6 +44,9 @@ AUTO = "auto"
 TOKEN_BYTES = 32
 
 
+_OLD_OPTIONS = {"checkpoint_errors": "on_checkpoint_error", "show_phases": "profile_launch"}
+
+
 @dataclass(frozen=True)
 class SavedCheckpoint:
     """A checkpoint that is kept.
@@ -151,11 +154,7 @@ class HorovodRunner:
     _frames_to_user = 4
     """From a warning of run() to the line that called it; a subclass adds its own frames."""
 
-    @explained(
-        wrong_options,
-        checkpoint_errors="on_checkpoint_error",
-        show_phases="profile_launch",
-    )
+    @explained(wrong_options, **_OLD_OPTIONS)
     def __init__(
         self,
         *,
@@ -425,7 +424,7 @@ class HorovodRunner:
             console.note(f"where the time went:\n{format_phases(self._phases, since=began)}")
 
 
-_OPTIONS = [*inspect.signature(HorovodRunner.__init__).parameters][1:]
+_OPTIONS = [*[*inspect.signature(HorovodRunner.__init__).parameters][1:], *_OLD_OPTIONS]
 
 
 def _hash_seed() -> dict[str, str]:

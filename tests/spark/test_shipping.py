@@ -21,7 +21,12 @@ from typing import Any
 
 import pytest
 
-from horovodrunner import BarrierStageError, ConfigurationError, HorovodRunner
+from horovodrunner import (
+    BarrierStageError,
+    ConfigurationError,
+    HorovodRunner,
+    WorkerFailedError,
+)
 from tests import processes
 from tests.spark.standalone import standalone
 
@@ -311,15 +316,21 @@ def test_another_release_of_ours_on_the_executors_is_refused_with_the_table(
     assert lines[2].split()[:3] == ["horovodrunner", own, "99.0"]
 
 
-def test_executors_without_horovod_are_told_how_to_build_it(
-    spark: Any, changed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_on_executors_without_horovod_a_main_that_imports_it_says_how_to_build_it(
+    spark: Any, changed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in changed.glob("lib/python*/site-packages/horovod"):
         shutil.rmtree(package)
     use_python(spark, changed / "bin/python", monkeypatch)
-    with pytest.raises(ConfigurationError, match=r"Horovod cannot be imported by .*build-horovod"):
-        HorovodRunner(np=2).run(lambda: sys.prefix)
-    assert "could not reach" not in capsys.readouterr().out  # the tasks did not even try
+
+    def main() -> None:
+        import horovod.torch as hvd
+
+        hvd.init()
+
+    assert HorovodRunner(np=2).run(lambda: sys.prefix) == str(changed)
+    with pytest.raises(WorkerFailedError, match=f"{changed}.*-m horovodrunner build-horovod"):
+        HorovodRunner(np=2).run(main)
 
 
 def test_another_python_on_the_executors_is_said_in_one_sentence(
