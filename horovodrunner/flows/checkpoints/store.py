@@ -192,7 +192,7 @@ class CheckpointStore:
 
     def _write(self, step: int, root: str, pieces: Iterable[Piece]) -> Manifest:
         sizes: dict[str, int] = {}
-        hashes: Any = {}
+        hashes: Any = None
         directories = []
         for piece in pieces:
             if piece.name == MANIFEST_NAME:
