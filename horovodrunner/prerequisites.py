@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
@@ -80,6 +81,27 @@ def output_of(command: list[str], *, stdin: str = "") -> tuple[int, str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return 127, str(error)
     return done.returncode, done.stdout
+
+
+def answer_of(program: str, *arguments: str, timeout: float | None = None) -> str:
+    """Return what a program prints after ``answer:``, run by this Python; else a RuntimeError.
+
+    The error's text is the last line that the program wrote to stderr.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        timeout=timeout,
+        check=False,
+    )
+    answers = [line[7:] for line in done.stdout.splitlines() if line.startswith("answer:")]
+    if done.returncode != 0 or not answers:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RuntimeError(last)
+    return answers[0]
 
 
 def java_command() -> str | None:

@@ -10,7 +10,6 @@ import os
 import platform
 import runpy
 import shutil
-import subprocess
 import sys
 import sysconfig
 from dataclasses import asdict, dataclass
@@ -247,20 +246,13 @@ def toolchain_facts(recipe: Recipe) -> dict[str, Any]:
     The frameworks are imported for this, in a process of their own, before minutes are spent on a
     build.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", _FRAMEWORK_PROGRAM, *recipe.frameworks],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    answers = [line[7:] for line in done.stdout.splitlines() if line.startswith("answer:")]
-    if done.returncode != 0 or not answers:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    try:
+        answer = json.loads(prerequisites.answer_of(_FRAMEWORK_PROGRAM, *recipe.frameworks))
+    except RuntimeError as error:
         raise HorovodBuildError(
-            f"the installed {recipe} cannot be imported by {sys.executable} ({last}); "
+            f"the installed {recipe} cannot be imported by {sys.executable} ({error}); "
             "repair that first, then build Horovod"
-        )
-    answer = json.loads(answers[0])
+        ) from error
     compiler = prerequisites.compiler_command() or ["c++"]
     return {
         "abi": answer["abi"],
