@@ -10,22 +10,8 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.errors import (
-    ArgumentTypeError,
-    ArgumentValueError,
-    BarrierStageError,
-    CheckpointError,
-    ClusterCapacityError,
-    ConfigurationError,
-    DataError,
-    HorovodBuildError,
-    HorovodRunnerError,
-    PayloadError,
-    PredictionError,
-    StallTimeoutError,
-    StartTimeoutError,
-    WorkerFailedError,
-)
+from horovodrunner import errors
+from horovodrunner.errors import *  # noqa: F403 - what its __all__ names
 
 if TYPE_CHECKING:
     from horovodrunner import checkpoint
@@ -34,26 +20,8 @@ if TYPE_CHECKING:
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-__all__ = [
-    "ArgumentTypeError",
-    "ArgumentValueError",
-    "BarrierStageError",
-    "CheckpointError",
-    "ClusterCapacityError",
-    "ConfigurationError",
-    "DataError",
-    "HorovodBuildError",
-    "HorovodRunner",
-    "HorovodRunnerError",
-    "PayloadError",
-    "PredictionError",
-    "SavedCheckpoint",
-    "StallTimeoutError",
-    "StartTimeoutError",
-    "WorkerFailedError",
-    "checkpoint",
-    "log_to_driver",
-]
+__all__ = ["HorovodRunner", "SavedCheckpoint", "checkpoint", "log_to_driver"]
+__all__ += errors.__all__
 
 __version__ = "0.1.0"
 

@@ -274,7 +274,7 @@ class HorovodRunner:
         store = self._store_of_run(run_id, main, kwargs)
         environment = {
             **forwarded_environment(os.environ),
-            **_hash_seed(),
+            **hash_seed(os.environ),
             **self._horovod_variables,
         }
         files = BroughtFiles(environment)
@@ -425,13 +425,6 @@ class HorovodRunner:
 
 
 _OPTIONS = [*[*inspect.signature(HorovodRunner.__init__).parameters][1:], *_OLD_OPTIONS]
-
-
-def _hash_seed() -> dict[str, str]:
-    try:
-        return hash_seed(os.environ)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
 
 
 def _horovod_variables(horovodrun_args: str | Sequence[str] | None) -> dict[str, str]:
