@@ -104,6 +104,10 @@ def answer_of(program: str, *arguments: str, timeout: float | None = None) -> st
     return answers[0]
 
 
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")
+
+
 def java_command() -> str | None:
     """Return the ``java`` that Spark would start: JAVA_HOME's, else the first on PATH."""
     home = os.environ.get("JAVA_HOME")
@@ -140,7 +144,7 @@ def java_problem() -> Problem | None:
     code, text = output_of([command, "-version"])
     major = java_major(text)
     if code != 0 or major is None:
-        said = text.strip().splitlines()[0] if text.strip() else f"exit code {code}"
+        said = _first_line(text) or f"exit code {code}"
         return Problem(f"{command} -version failed ({said})", _JAVA_REMEDY)
     if major < OLDEST_JAVA:
         text = f"{command} is Java {major}; Spark needs {OLDEST_JAVA} or newer"
@@ -159,7 +163,7 @@ def compiler_problem(standard: int = OLDEST_CXX, what: str = "Horovod") -> Probl
         [*command, f"-std=c++{standard}", "-fsyntax-only", "-x", "c++", "-"], stdin=program
     )
     if code != 0:
-        said = text.strip().splitlines()[0] if text.strip() else f"exit code {code}"
+        said = _first_line(text) or f"exit code {code}"
         text = f"{' '.join(command)} does not compile C++{standard} ({said}); {needs}"
         return Problem(text, _COMPILER_REMEDY)
     return None
@@ -174,9 +178,8 @@ def cmake_problem() -> Problem | None:
     found = re.search(r"version (\d+)\.(\d+)", text)
     if not found:
         return Problem(f"{command} --version does not answer with a version", _CMAKE_REMEDY)
-    version = (int(found.group(1)), int(found.group(2)))
-    if version < OLDEST_CMAKE:
-        text = f"{command} is version {version[0]}.{version[1]}; building Horovod needs 3.13"
+    if (int(found[1]), int(found[2])) < OLDEST_CMAKE:
+        text = f"{command} is {found[0]}; building Horovod needs 3.13"
         return Problem(text, _CMAKE_REMEDY)
     if shutil.which("make") is None and "CMAKE_GENERATOR" not in os.environ:
         return Problem("make was not found; cmake needs it to build Horovod", _MAKE_REMEDY)

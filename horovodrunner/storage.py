@@ -174,18 +174,15 @@ class LocalStorage:
     def finish(self, incoming: str, name: str) -> None:
         """Put what was written to `incoming` in its place, instead of what is there."""
         final, aside = self.root / name, self.root / _beside(_REPLACED, name)
-        replaces = os.path.lexists(final)
-        if replaces:
+        if os.path.lexists(final):
             final.replace(aside)
         try:
             (self.root / incoming).replace(final)
         except OSError:
-            if replaces:
-                aside.replace(final)
+            self.recover()
             raise
-        if replaces:
-            with suppress(OSError):  # it is there now, whatever fails from here on
-                self.remove(aside.name)
+        with suppress(OSError):  # it is there now, whatever fails from here on
+            self.remove(aside.name)
 
     def remove(self, name: str) -> None:
         """Delete a directory and all that is in it."""

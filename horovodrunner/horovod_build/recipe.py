@@ -259,9 +259,9 @@ def toolchain_facts(recipe: Recipe) -> dict[str, Any]:
         "cxx": {name: max(said, prerequisites.OLDEST_CXX) for name, said in answer["cxx"].items()},
         "platform": [platform.system(), platform.machine(), platform.libc_ver()],
         "processor": _vector_extensions(),
-        "compiler": _first_line([*compiler, "--version"]),
-        "cmake": _first_line([prerequisites.cmake_command() or "cmake", "--version"]),
-        "nvcc": _nvcc_version() if recipe.uses_cuda() else None,
+        "compiler": _version(compiler).split("\n", 1)[0],
+        "cmake": _version([prerequisites.cmake_command() or "cmake"]).split("\n", 1)[0],
+        "nvcc": _version([f"{cuda_home()}/bin/nvcc"]) if recipe.uses_cuda() else None,
     }
 
 
@@ -325,14 +325,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _first_line(command: list[str]) -> str:
-    _, text = prerequisites.output_of(command)
-    return text.strip().split("\n", 1)[0]
-
-
-def _nvcc_version() -> str:
-    home = cuda_home()
-    _, text = prerequisites.output_of([str(Path(home or "") / "bin" / "nvcc"), "--version"])
+def _version(command: list[str]) -> str:
+    _, text = prerequisites.output_of([*command, "--version"])
     return text.strip()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from horovodrunner.flows.call.job import JobSpec
-from horovodrunner.flows.call.record import RunRecord, calls_another_main, changes
+from horovodrunner.flows.call.record import calls_another_main, changes
 from horovodrunner.flows.checkpoints.manifest import Manifest
 from horovodrunner.flows.checkpoints.store import CheckpointStore, pieces_of_tree, restore
 from horovodrunner.placement.topology import Member
@@ -272,12 +272,14 @@ class Resumption:
 
     def found(self, manifest: Manifest) -> bool:
         """Return whether a checkpoint is of a run that was called with something else."""
-        record, location = self._job.record, self._job.checkpoint_location
-        if record is None or location is None or _is_of_run(manifest, record):
+        saver, record, location = manifest.run, self._job.record, self._job.checkpoint_location
+        if record is None or location is None:
             return False
-        if manifest.run is None or not calls_another_main(manifest.run, record):
+        if saver is not None and saver.run_id == record.run_id:  # an earlier attempt of this run
+            return False
+        if saver is None or not calls_another_main(saver, record):
             self._went_on_from = manifest
-        found = [] if manifest.run is None else changes(manifest.run, record)
+        found = [] if saver is None else changes(saver, record)
         if self._job.attempt == 1:  # later attempts are announced by the driver
             path = CheckpointStore(location, self._job.keep_checkpoints).path_of(manifest.step)
             for text in _describe_resumption(manifest, path, found):
@@ -292,11 +294,6 @@ class Resumption:
                 "checkpoint. If it has trained nothing, its last epoch was reached before: raise "
                 "the number of epochs, or start anew with resume=False"
             )
-
-
-def _is_of_run(manifest: Manifest, record: RunRecord) -> bool:
-    """Return whether a checkpoint was saved by an attempt of this very run."""
-    return manifest.run is not None and manifest.run.run_id == record.run_id
 
 
 def _describe_resumption(manifest: Manifest, path: str, differences: Sequence[str]) -> list[str]:
