@@ -28,7 +28,7 @@ from horovodrunner.errors import (
 )
 
 if TYPE_CHECKING:
-    from horovodrunner import checkpoint
+    from horovodrunner import checkpoint, metrics
     from horovodrunner.processes.worker.context import log_to_driver
     from horovodrunner.runner import HorovodRunner, SavedCheckpoint
 
@@ -53,6 +53,7 @@ __all__ = [
     "WorkerFailedError",
     "checkpoint",
     "log_to_driver",
+    "metrics",
 ]
 
 __version__ = "0.1.0"
@@ -65,8 +66,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "checkpoint":
-        return importlib.import_module("horovodrunner.checkpoint")
+    if name in ("checkpoint", "metrics"):
+        return importlib.import_module(f"horovodrunner.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -22,6 +22,8 @@ from horovodrunner.flows.checkpoints.driver import new_history, newest_history
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
+from horovodrunner.flows.metrics.driver import MetricsRecorder
+from horovodrunner.flows.metrics.history import History
 from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
 from horovodrunner.formatting import format_bytes
@@ -34,6 +36,7 @@ from horovodrunner.processes.driver.interactive import is_interactive, program_a
 from horovodrunner.spark import interrupt
 from horovodrunner.storage import is_url
 from horovodrunner.usage import explained, wrong_options, wrong_run
+from horovodrunner.wire.events import Handlers
 
 if TYPE_CHECKING:
     from horovodrunner.data.unshared import UnsharedDataSet
@@ -201,6 +204,7 @@ class HorovodRunner:
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
         self._own_history: CheckpointStore | None = None  # of the last run with resume=False
         self._phases: tuple[Phase, ...] = ()
+        self._history = History()
 
     @property
     def checkpoints(self) -> tuple[SavedCheckpoint, ...]:
@@ -226,6 +230,14 @@ class HorovodRunner:
     def phases(self) -> tuple[Phase, ...]:
         """The phases of the last run that ended, or of its last attempt, and when they were."""
         return self._phases
+
+    @property
+    def history(self) -> History:
+        """What the last run reported with :mod:`horovodrunner.metrics`, also one that failed.
+
+        It grows while the run goes on, for whoever looks at it in another thread.
+        """
+        return self._history
 
     @explained(wrong_run)
     def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
@@ -284,11 +296,14 @@ class HorovodRunner:
         spans.add("pickle", began, time.time())
         data = tuple(attachments.values())
         console = Console(executors_have_lines=self._np >= 0)
+        self._history = History(abs(self._np))
+        metrics = MetricsRecorder(self._history)
         announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
         self._warn(main, kwargs, len(call))
 
         def launch(attempt: int) -> Outcome:
             files.begin(attempt)
+            metrics.begin(attempt)
             now = time.time()
             spans.add("stage start", now, now)
             job = JobSpec(
@@ -312,7 +327,7 @@ class HorovodRunner:
                 keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
             )
             run_job = self._run_locally if self._np < 0 else self._run_on_spark
-            return run_job(job, console, files, data)
+            return run_job(job, console, files, data, [metrics.handlers])
 
         try:
             return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
@@ -367,16 +382,26 @@ class HorovodRunner:
             )
 
     def _run_locally(
-        self, job: JobSpec, console: Console, files: BroughtFiles, data: Sequence[UnsharedDataSet]
+        self,
+        job: JobSpec,
+        console: Console,
+        files: BroughtFiles,
+        data: Sequence[UnsharedDataSet],
+        flows: Sequence[Handlers],
     ) -> Outcome:
         from horovodrunner.flows.rows.driver import stored_here
         from horovodrunner.processes.driver.local import run_locally
 
         with stored_here(data, job.run_id, console) as rows:
-            return run_locally(job, console, files, rows)
+            return run_locally(job, console, files, rows, flows)
 
     def _run_on_spark(
-        self, job: JobSpec, console: Console, files: BroughtFiles, data: Sequence[UnsharedDataSet]
+        self,
+        job: JobSpec,
+        console: Console,
+        files: BroughtFiles,
+        data: Sequence[UnsharedDataSet],
+        flows: Sequence[Handlers],
     ) -> Outcome:
         from horovodrunner.processes.driver import slots
         from horovodrunner.processes.driver.cluster import BarrierRun
@@ -412,6 +437,7 @@ class HorovodRunner:
                 waiting_since=waiting_since,
                 store=store,
                 data=data,
+                flows=flows,
             ).run()
 
     def _note_phases(self, spans: Spans, console: Console, began: float) -> None:

@@ -215,6 +215,13 @@ class Lines(Event):
     lines: bytes
 
 
+class Points(Event):
+    """What the rank reported of its training (flows/metrics)."""
+
+    rank: int
+    records: bytes
+
+
 class RankPhases(Event):
     """When phases of the rank's launch began and ended, in seconds since the epoch."""
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from horovodrunner.errors import ConfigurationError
@@ -24,6 +24,7 @@ from horovodrunner.wire.events import (
     Event,
     Failed,
     Gather,
+    Handlers,
     Leave,
     Placed,
     Refused,
@@ -66,6 +67,7 @@ class DriverChannel:
         *,
         files: BroughtFiles | None = None,
         size: int = 1,
+        flows: Sequence[Handlers] = (),
     ) -> None:
         self._run_id = run_id
         self._console = console
@@ -106,6 +108,7 @@ class DriverChannel:
         self._emit = dispatcher(
             [
                 console.handlers,
+                *flows,
                 {
                     Failed: self._take_failure,
                     Placed: self._take_placement,

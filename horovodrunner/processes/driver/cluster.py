@@ -26,6 +26,7 @@ from horovodrunner.processes.driver.stage_end import StageEnd, data_problem, sta
 from horovodrunner.processes.task.barrier import ROW_SCHEMA, barrier_task
 from horovodrunner.spark.arrow import map_in_arrow
 from horovodrunner.spark.jobs import spark_job, start_thread
+from horovodrunner.wire.events import Handlers
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -66,6 +67,7 @@ class BarrierRun:
         waiting_since: float,
         store: CheckpointStore | None = None,
         data: Sequence[UnsharedDataSet] = (),
+        flows: Sequence[Handlers] = (),
     ) -> None:
         self._spark = spark
         self._job = job
@@ -75,6 +77,7 @@ class BarrierRun:
         self._start_timeout = start_timeout
         self._store = store
         self._data = data
+        self._flows = flows
         self._tag = f"horovodrunner-{job.run_id}"
         self._spark_job = spark_job(
             spark, self._tag, f"HorovodRunner(np={job.size}), run {job.run_id}"
@@ -100,6 +103,7 @@ class BarrierRun:
             store=self._store,
             files=self._files,
             size=job.size,
+            flows=self._flows,
         ) as channel:
             port = channel.open(addresses.bind_host(spark), addresses.channel_port(spark))
             job = replace(
