@@ -16,9 +16,10 @@ tqdm's bar, so the same code can be called in a notebook or a test.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -255,8 +256,9 @@ def progress(
         ) from None
     if total is not None:
         total = checked.integer("total", total, at_least=0)
-    elif isinstance(iterable, Sized):
-        total = len(iterable)
+    else:
+        with contextlib.suppress(TypeError, AttributeError):  # as of a generator
+            total = len(iterable)  # type: ignore[arg-type]
     context = current_context()
     if context is None:
         from tqdm.auto import tqdm

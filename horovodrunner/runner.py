@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from horovodrunner import validation as checked
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.artifacts.driver import BroughtFiles
+from horovodrunner.flows.call.called import name_of
 from horovodrunner.flows.call.early_imports import early_imports
 from horovodrunner.flows.call.import_path import ImportPath
 from horovodrunner.flows.call.job import JobSpec
@@ -24,6 +25,7 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
 from horovodrunner.flows.metrics.driver import MetricsRecorder
 from horovodrunner.flows.metrics.history import History
+from horovodrunner.flows.observer import Observer, Observers, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
 from horovodrunner.formatting import format_bytes
@@ -177,6 +179,12 @@ class HorovodRunner:
         profile_launch: bool = False,
         keep_warm: bool | str = AUTO,
     ) -> None:
+        given = locals()
+        self._options = {
+            name: given[name]
+            for name, parameter in inspect.signature(HorovodRunner).parameters.items()
+            if given[name] != parameter.default
+        }
         self._np = checked.integer("np", np)
         self._verbosity = checked.choice(
             "driver_log_verbosity", driver_log_verbosity, ("all", "log_callback_only")
@@ -297,13 +305,14 @@ class HorovodRunner:
         data = tuple(attachments.values())
         console = Console(executors_have_lines=self._np >= 0)
         self._history = History(abs(self._np))
-        metrics = MetricsRecorder(self._history)
+        facts = RunFacts(run_id, self._np, name_of(main), kwargs, self._options, began)
+        observers = Observers(self._observers(facts), console.note)
         announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
         self._warn(main, kwargs, len(call))
 
         def launch(attempt: int) -> Outcome:
             files.begin(attempt)
-            metrics.begin(attempt)
+            observers.begin(attempt)
             now = time.time()
             spans.add("stage start", now, now)
             job = JobSpec(
@@ -327,18 +336,28 @@ class HorovodRunner:
                 keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
             )
             run_job = self._run_locally if self._np < 0 else self._run_on_spark
-            return run_job(job, console, files, data, [metrics.handlers])
+            return run_job(job, console, files, data, observers.handlers)
 
+        ended_by: BaseException | None = None
         try:
             return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
         except KeyboardInterrupt as error:
+            ended_by = error
             error.args = (describe_stopped(error, abs(self._np), store),)
             raise error from None  # a second Ctrl-C comes while the first one is handled
+        except BaseException as error:
+            ended_by = error
+            raise
         finally:
+            observers.end(ended_by)
             self._note_phases(spans, console, began)
             if store is not None:
                 store.prune()
             console.show(0)
+
+    def _observers(self, facts: RunFacts) -> list[Observer]:
+        """Make what follows a run on the driver."""
+        return [MetricsRecorder(self._history)]
 
     def _store_of_run(
         self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from horovodrunner.flows.metrics.history import History
 from horovodrunner.flows.metrics.records import Bar, decode_records
-from horovodrunner.wire.events import Handlers, Points
+from horovodrunner.flows.observer import Observer
+from horovodrunner.wire.events import Points
 
 __all__ = ["MetricsRecorder"]
 
 
-class MetricsRecorder:
+class MetricsRecorder(Observer):
     """Adds points to a history, and knows how far each rank's progress bars are."""
+
+    title = "keeping the metrics"
 
     def __init__(self, history: History) -> None:
         self._history = history
         self._attempt = 1
         self.bars: dict[int, dict[int, Bar]] = {}
         """By rank and number: those that have not ended, and the last that did."""
-        self.handlers: Handlers = {Points: self._take}
+        self.handlers = {Points: self._take}
 
     def begin(self, attempt: int) -> None:
         """Note that what comes from now on is another attempt's."""
