@@ -150,6 +150,7 @@ class Progress(Generic[_Item]):
         self._pipe = pipe
         self._iterable = iterable
         self._number = next(_bar_numbers)
+        self._began = _now()
         self._has_ended = False
         self._postfix = ""
         self._next_report = 0.0
@@ -210,7 +211,14 @@ class Progress(Generic[_Item]):
     def _report(self) -> None:
         self._next_report = _monotonic() + BAR_SECONDS
         state = Bar(
-            self._number, _now(), self.desc, self.n, self.total, self._postfix, self._has_ended
+            number=self._number,
+            began=self._began,
+            time=_now(),
+            description=self.desc,
+            done=self.n,
+            total=self.total,
+            postfix=self._postfix,
+            has_ended=self._has_ended,
         )
         self._pipe.send(encode_bar(state))
 

@@ -27,6 +27,8 @@ from horovodrunner.flows.metrics.driver import MetricsRecorder
 from horovodrunner.flows.metrics.history import History
 from horovodrunner.flows.observer import Observer, Observers, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
+from horovodrunner.flows.progress.driver import ProgressView
+from horovodrunner.flows.progress.screens import find_screen
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
 from horovodrunner.formatting import format_bytes
 from horovodrunner.pickling import payload
@@ -135,6 +137,10 @@ class HorovodRunner:
         ``"auto"``: in notebooks and other interactive sessions, not in scripts. Mains that use
         TensorFlow, or that change how frameworks are imported (``os.environ``, ``sys.path``),
         get fresh processes in any case.
+    progress
+        Whether the progress and the metrics that main reports (:mod:`horovodrunner.metrics`) are
+        shown while the run goes on: in a notebook in an area that is updated in place, in a
+        terminal as tqdm's bars, elsewhere as a line every 30 seconds. ``"auto"`` is as True.
 
     Raises
     ------
@@ -178,6 +184,7 @@ class HorovodRunner:
         tf_config: bool = False,
         profile_launch: bool = False,
         keep_warm: bool | str = AUTO,
+        progress: bool | str = AUTO,
     ) -> None:
         given = locals()
         self._options = {
@@ -210,6 +217,7 @@ class HorovodRunner:
         self._tf_config = checked.boolean("tf_config", tf_config)
         self._profile_launch = checked.boolean("profile_launch", profile_launch)
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
+        self._progress = checked.boolean_or(AUTO, "progress", progress)
         self._own_history: CheckpointStore | None = None  # of the last run with resume=False
         self._phases: tuple[Phase, ...] = ()
         self._history = History()
@@ -303,10 +311,14 @@ class HorovodRunner:
         frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
         data = tuple(attachments.values())
-        console = Console(executors_have_lines=self._np >= 0)
         self._history = History(abs(self._np))
+        recorder = MetricsRecorder(self._history)
+        view = self._progress_view(recorder)
+        console = Console(executors_have_lines=self._np >= 0, drawing=view)
         facts = RunFacts(run_id, self._np, name_of(main), kwargs, self._options, began)
-        observers = Observers(self._observers(facts), console.note)
+        observers = Observers(
+            [recorder, *([view] if view else []), *self._observers(facts)], console.note
+        )
         announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
         self._warn(main, kwargs, len(call))
 
@@ -357,7 +369,13 @@ class HorovodRunner:
 
     def _observers(self, facts: RunFacts) -> list[Observer]:
         """Make what follows a run on the driver."""
-        return [MetricsRecorder(self._history)]
+        return []
+
+    def _progress_view(self, recorder: MetricsRecorder) -> ProgressView | None:
+        """Make what shows how far the run is, unless the user wants nothing of it."""
+        if self._progress is False:
+            return None
+        return ProgressView(find_screen(), recorder, self._history, self._max_restarts + 1)
 
     def _store_of_run(
         self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]

@@ -302,6 +302,18 @@ class Placed(Event):
     ranks: tuple[tuple[int, int, str], ...]
 
 
+class RankStates(Event):
+    """What every rank does, by rank, when it has changed."""
+
+    states: tuple[str, ...]
+
+
+class CheckpointStored(Event):
+    """The checkpoint of a step is where it is kept."""
+
+    step: int
+
+
 class Note(Event):
     """A line of the run's own; `routine` if it says that all goes on as it should."""
 

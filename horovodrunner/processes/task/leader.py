@@ -79,7 +79,7 @@ class Leader:
         self._stop_requested = stop_requested
         self._log = MergedLog(context.log, driver.emit)
         self._outcome = RunOutcome(slots)
-        self._telemetry = Telemetry(slots, self._log, self._outcome, spans)
+        self._telemetry = Telemetry(slots, self._log, self._outcome, spans, driver.emit)
         take_result = functools.partial(context.take_result, reaches_driver=driver.is_reached)
         self.result = ResultUploader(
             take_result, result_fd, on_error=functools.partial(self._fail, FailureKind.RESULT)
@@ -87,7 +87,9 @@ class Leader:
         self._uploader = (
             None
             if context.checkpoints is None
-            else CheckpointUploader(context.checkpoints, self._log.note, self._checkpoint_failed)
+            else CheckpointUploader(
+                context.checkpoints, self._log.note, self._checkpoint_failed, driver.emit
+            )
         )
         self._resumption = Resumption(job, self._log.note)
         decision = LatestDecision(
@@ -134,6 +136,7 @@ class Leader:
             self._stop_on_request(),
             self._stop_all(supervisors),
             self._telemetry.watch(self._job.stall_timeout, show_stacks),
+            self._telemetry.tell_states(),
         ]
         if self._uploader is not None:
             watchers.append(self._uploader.run())
