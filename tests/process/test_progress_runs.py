@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import pty
 import re
+import struct
 import sys
 import termios
 from pathlib import Path
@@ -56,13 +57,10 @@ def test_a_notebook_keeps_the_final_state() -> None:
 def test_a_terminal_has_bars_that_lines_do_not_tear(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(MAIN + "\nHorovodRunner(np=-1).run(train, epochs=3)\n")
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (30, 90)) if hasattr(termios, "tcsetwinsize") else None
-    env = {**os.environ, "COLUMNS": "90"}
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 90, 0, 0))
     shown = b""
-    with processes.started(
-        [sys.executable, script], stdout=theirs, stderr=theirs, env=env
-    ) as process:
+    with processes.started([sys.executable, script], stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         try:
             while piece := os.read(ours, 65536):

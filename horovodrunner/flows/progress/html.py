@@ -100,4 +100,5 @@ def _metrics(run: RunState) -> str:
         return ""
     more = len(names) - MAX_METRICS
     note = f"<div>and {more} more in runner.history</div>" if more > 0 else ""
-    return f'<table style="font-size:inherit"><tbody>{"".join(rows)}</tbody></table>{note}'
+    body = "".join(rows)
+    return f'<table style="font-size:inherit"><tbody>{body}</tbody></table>{note}'
