@@ -119,6 +119,13 @@ def _number(name: str, value: Any) -> float:
         raise _not_a_number(name, value) from None
 
 
+def is_number(value: Any) -> bool:
+    """Return whether :func:`report` takes a value."""
+    shape = getattr(value, "shape", ())
+    size_is_one = all(length == 1 for length in shape)
+    return size_is_one and not isinstance(value, (str, bytes)) and hasattr(value, "__float__")
+
+
 def _not_a_number(name: str, value: Any) -> ArgumentTypeError:
     shape = getattr(value, "shape", ())
     of_shape = f" of shape {tuple(shape)}" if shape else ""
