@@ -28,7 +28,7 @@ from horovodrunner.errors import (
 )
 
 if TYPE_CHECKING:
-    from horovodrunner import checkpoint, metrics
+    from horovodrunner import artifacts, checkpoint, metrics
     from horovodrunner.processes.worker.context import log_to_driver
     from horovodrunner.runner import HorovodRunner, SavedCheckpoint
 
@@ -51,6 +51,7 @@ __all__ = [
     "StallTimeoutError",
     "StartTimeoutError",
     "WorkerFailedError",
+    "artifacts",
     "checkpoint",
     "log_to_driver",
     "metrics",
@@ -66,7 +67,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("checkpoint", "metrics"):
+    if name in ("artifacts", "checkpoint", "metrics"):
         return importlib.import_module(f"horovodrunner.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.artifacts.driver import BroughtFiles
+from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.called import name_of
 from horovodrunner.flows.call.early_imports import early_imports
 from horovodrunner.flows.call.import_path import ImportPath
@@ -221,6 +223,7 @@ class HorovodRunner:
         self._own_history: CheckpointStore | None = None  # of the last run with resume=False
         self._phases: tuple[Phase, ...] = ()
         self._history = History()
+        self._artifacts = ArtifactStore()
 
     @property
     def checkpoints(self) -> tuple[SavedCheckpoint, ...]:
@@ -254,6 +257,15 @@ class HorovodRunner:
         It grows while the run goes on, for whoever looks at it in another thread.
         """
         return self._history
+
+    @property
+    def artifacts(self) -> Path | None:
+        """The directory with what the last run's ranks left, ``rank-N/...``; None if nothing.
+
+        See :mod:`horovodrunner.artifacts`. The directory goes with the next run of this runner, and
+        with this process.
+        """
+        return self._artifacts.directory
 
     @explained(wrong_run)
     def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
@@ -313,11 +325,12 @@ class HorovodRunner:
         data = tuple(attachments.values())
         self._history = History(abs(self._np))
         recorder = MetricsRecorder(self._history)
+        self._artifacts = artifacts = ArtifactStore()
         view = self._progress_view(recorder)
         console = Console(executors_have_lines=self._np >= 0, drawing=view)
         facts = RunFacts(run_id, self._np, name_of(main), kwargs, self._options, began)
         observers = Observers(
-            [recorder, *([view] if view else []), *self._observers(facts)], console.note
+            [recorder, artifacts, *([view] if view else []), *self._observers(facts)], console.note
         )
         announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
         self._warn(main, kwargs, len(call))
@@ -430,7 +443,7 @@ class HorovodRunner:
         from horovodrunner.processes.driver.local import run_locally
 
         with stored_here(data, job.run_id, console) as rows:
-            return run_locally(job, console, files, rows, flows)
+            return run_locally(job, console, files, rows, artifacts=self._artifacts, flows=flows)
 
     def _run_on_spark(
         self,
@@ -470,6 +483,7 @@ class HorovodRunner:
                 request,
                 console,
                 files,
+                artifacts=self._artifacts,
                 start_timeout=self._start_timeout,
                 waiting_since=waiting_since,
                 store=store,

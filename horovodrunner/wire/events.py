@@ -358,6 +358,12 @@ class UploadFile(Event):
     variable: str
 
 
+class UploadArtifacts(Event):
+    """What ranks of a task have left is to be uploaded, as ``rank-N/...``."""
+
+    run_id: str
+
+
 class UploadCheckpoint(Event):
     """The checkpoint of a step is to be uploaded."""
 

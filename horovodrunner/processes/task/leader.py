@@ -13,6 +13,8 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+from horovodrunner.flows.artifacts.places import directory_of_task
+from horovodrunner.flows.artifacts.task import bring_artifacts
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.task import (
     CheckpointUploader,
@@ -103,6 +105,7 @@ class Leader:
         )
         self.emit: Sink = dispatcher(
             [
+                {Storing: self._take_storing},
                 self._log.handlers,
                 self._outcome.handlers,
                 self._telemetry.handlers,
@@ -164,6 +167,10 @@ class Leader:
             await self._peers.wait_for_leaving(TEARDOWN_SECONDS + STOP_SECONDS)
         await self._finish_storing()
         await self._bring_files()
+        await bring_artifacts(
+            self._context.take_artifacts, directory_of_task(self._scratch), self._driver.emit
+        )
+        await self._peers.wait_for_leaving(0)
         if failure is not None:
             return failure
         has_result = await self.result.finish(self._stop_requested)
@@ -208,6 +215,10 @@ class Leader:
             if (error := bringing.exception()) is not None:
                 text = f"{variable}: the file is lost: {type(error).__name__}: {error}"
                 self._log.say(text)
+
+    def _take_storing(self, event: Storing) -> None:
+        self._peers.storing(event)
+        self._driver.emit(event)
 
     def _fail(self, kind: FailureKind, text: str) -> None:
         own = self._slots[0]
