@@ -325,6 +325,7 @@ class HorovodRunner:
         data = tuple(attachments.values())
         self._history = History(abs(self._np))
         recorder = MetricsRecorder(self._history)
+        self._artifacts.discard()
         self._artifacts = artifacts = ArtifactStore()
         view = self._progress_view(recorder)
         console = Console(executors_have_lines=self._np >= 0, drawing=view)

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from horovodrunner.flows.artifacts.driver import put_file
@@ -39,6 +39,8 @@ class ArtifactStore(Observer):
         self._attempt = 1
         self.directory: Path | None = None
         """Where the files are; None as long as there are none."""
+        self.discard: Callable[[], object] = lambda: None
+        """Deletes a temporary directory now."""
 
     @property
     def handler(self) -> TransferHandler:
@@ -87,5 +89,6 @@ class ArtifactStore(Observer):
                 self.directory = self._wanted
             else:
                 self.directory = Path(tempfile.mkdtemp(prefix="artifacts-of-a-run-"))
-                weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+                remove = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+                self.discard = remove
         return self.directory
