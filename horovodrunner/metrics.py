@@ -233,7 +233,7 @@ class Progress(Generic[_Item]):
 def progress(
     iterable: Iterable[_Item] | None = None, desc: str | None = None, total: int | None = None
 ) -> Progress[_Item]:
-    """Iterate over something, and show how far it is; called as :class:`tqdm.tqdm` is.
+    """Iterate over something, and show how far it is; called as ``tqdm.tqdm`` is.
 
     In a run the driver draws the bar of rank 0, whatever the driver's log verbosity is; of a
     nested one the innermost, too. Outside a run it is tqdm's own.
