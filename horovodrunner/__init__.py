@@ -14,13 +14,20 @@ from horovodrunner import errors
 from horovodrunner.errors import *  # noqa: F403 - what its __all__ names
 
 if TYPE_CHECKING:
-    from horovodrunner import checkpoint
+    from horovodrunner import artifacts, checkpoint, metrics
     from horovodrunner.processes.worker.context import log_to_driver
     from horovodrunner.runner import HorovodRunner, SavedCheckpoint
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-__all__ = ["HorovodRunner", "SavedCheckpoint", "checkpoint", "log_to_driver"]
+__all__ = [
+    "HorovodRunner",
+    "SavedCheckpoint",
+    "artifacts",
+    "checkpoint",
+    "log_to_driver",
+    "metrics",
+]
 __all__ += errors.__all__
 
 __version__ = "0.1.0"
@@ -33,8 +40,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "checkpoint":
-        return importlib.import_module("horovodrunner.checkpoint")
+    if name in ("artifacts", "checkpoint", "metrics"):
+        return importlib.import_module(f"horovodrunner.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

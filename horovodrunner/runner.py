@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.artifacts.driver import BroughtFiles
+from horovodrunner.flows.artifacts.store import ArtifactStore
+from horovodrunner.flows.call.called import name_of
 from horovodrunner.flows.call.early_imports import early_imports
 from horovodrunner.flows.call.import_path import ImportPath
 from horovodrunner.flows.call.job import JobSpec
@@ -22,7 +25,12 @@ from horovodrunner.flows.checkpoints.driver import new_history, newest_history
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
+from horovodrunner.flows.metrics.driver import MetricsRecorder
+from horovodrunner.flows.metrics.history import History
+from horovodrunner.flows.observer import Observer, Observers, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
+from horovodrunner.flows.progress.driver import ProgressView
+from horovodrunner.flows.progress.screens import find_screen
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
 from horovodrunner.formatting import format_bytes
 from horovodrunner.pickling import payload
@@ -34,6 +42,7 @@ from horovodrunner.processes.driver.interactive import is_interactive, program_a
 from horovodrunner.spark import interrupt
 from horovodrunner.storage import is_url
 from horovodrunner.usage import explained, wrong_options, wrong_run
+from horovodrunner.wire.events import Handlers
 
 if TYPE_CHECKING:
     from horovodrunner.data.unshared import UnsharedDataSet
@@ -130,6 +139,10 @@ class HorovodRunner:
         ``"auto"``: in notebooks and other interactive sessions, not in scripts. Mains that use
         TensorFlow, or that change how frameworks are imported (``os.environ``, ``sys.path``),
         get fresh processes in any case.
+    progress
+        Whether the progress and the metrics that main reports (:mod:`horovodrunner.metrics`) are
+        shown while the run goes on: in a notebook in an area that is updated in place, in a
+        terminal as tqdm's bars, elsewhere as a line every 30 seconds. ``"auto"`` is as True.
 
     Raises
     ------
@@ -173,7 +186,14 @@ class HorovodRunner:
         tf_config: bool = False,
         profile_launch: bool = False,
         keep_warm: bool | str = AUTO,
+        progress: bool | str = AUTO,
     ) -> None:
+        given = locals()
+        self._options = {
+            name: given[name]
+            for name, parameter in inspect.signature(HorovodRunner).parameters.items()
+            if given[name] != parameter.default
+        }
         self._np = checked.integer("np", np)
         self._verbosity = checked.choice(
             "driver_log_verbosity", driver_log_verbosity, ("all", "log_callback_only")
@@ -199,8 +219,11 @@ class HorovodRunner:
         self._tf_config = checked.boolean("tf_config", tf_config)
         self._profile_launch = checked.boolean("profile_launch", profile_launch)
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
+        self._progress = checked.boolean_or(AUTO, "progress", progress)
         self._own_history: CheckpointStore | None = None  # of the last run with resume=False
         self._phases: tuple[Phase, ...] = ()
+        self._history = History()
+        self._artifacts = ArtifactStore()
 
     @property
     def checkpoints(self) -> tuple[SavedCheckpoint, ...]:
@@ -226,6 +249,23 @@ class HorovodRunner:
     def phases(self) -> tuple[Phase, ...]:
         """The phases of the last run that ended, or of its last attempt, and when they were."""
         return self._phases
+
+    @property
+    def history(self) -> History:
+        """What the last run reported with :mod:`horovodrunner.metrics`, also one that failed.
+
+        It grows while the run goes on, for whoever looks at it in another thread.
+        """
+        return self._history
+
+    @property
+    def artifacts(self) -> Path | None:
+        """The directory with what the last run's ranks left, ``rank-N/...``; None if nothing.
+
+        See :mod:`horovodrunner.artifacts`. The directory goes with the next run of this runner, and
+        with this process.
+        """
+        return self._artifacts.directory
 
     @explained(wrong_run)
     def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
@@ -283,12 +323,22 @@ class HorovodRunner:
         frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
         data = tuple(attachments.values())
-        console = Console(executors_have_lines=self._np >= 0)
+        self._history = History(abs(self._np))
+        recorder = MetricsRecorder(self._history)
+        self._artifacts.discard()
+        self._artifacts = artifacts = ArtifactStore()
+        view = self._progress_view(recorder)
+        console = Console(executors_have_lines=self._np >= 0, drawing=view)
+        facts = RunFacts(run_id, self._np, name_of(main), kwargs, self._options, began)
+        observers = Observers(
+            [recorder, artifacts, *([view] if view else []), *self._observers(facts)], console.note
+        )
         announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
         self._warn(main, kwargs, len(call))
 
         def launch(attempt: int) -> Outcome:
             files.begin(attempt)
+            observers.begin(attempt)
             now = time.time()
             spans.add("stage start", now, now)
             job = JobSpec(
@@ -312,18 +362,34 @@ class HorovodRunner:
                 keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
             )
             run_job = self._run_locally if self._np < 0 else self._run_on_spark
-            return run_job(job, console, files, data)
+            return run_job(job, console, files, data, observers.handlers)
 
+        ended_by: BaseException | None = None
         try:
             return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
         except KeyboardInterrupt as error:
+            ended_by = error
             error.args = (describe_stopped(error, abs(self._np), store),)
             raise error from None  # a second Ctrl-C comes while the first one is handled
+        except BaseException as error:
+            ended_by = error
+            raise
         finally:
+            observers.end(ended_by)
             self._note_phases(spans, console, began)
             if store is not None:
                 store.prune()
             console.show(0)
+
+    def _observers(self, facts: RunFacts) -> list[Observer]:
+        """Make what follows a run on the driver."""
+        return []
+
+    def _progress_view(self, recorder: MetricsRecorder) -> ProgressView | None:
+        """Make what shows how far the run is, unless the user wants nothing of it."""
+        if self._progress is False:
+            return None
+        return ProgressView(find_screen(), recorder, self._history, self._max_restarts + 1)
 
     def _store_of_run(
         self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]
@@ -367,16 +433,26 @@ class HorovodRunner:
             )
 
     def _run_locally(
-        self, job: JobSpec, console: Console, files: BroughtFiles, data: Sequence[UnsharedDataSet]
+        self,
+        job: JobSpec,
+        console: Console,
+        files: BroughtFiles,
+        data: Sequence[UnsharedDataSet],
+        flows: Sequence[Handlers],
     ) -> Outcome:
         from horovodrunner.flows.rows.driver import stored_here
         from horovodrunner.processes.driver.local import run_locally
 
         with stored_here(data, job.run_id, console) as rows:
-            return run_locally(job, console, files, rows)
+            return run_locally(job, console, files, rows, artifacts=self._artifacts, flows=flows)
 
     def _run_on_spark(
-        self, job: JobSpec, console: Console, files: BroughtFiles, data: Sequence[UnsharedDataSet]
+        self,
+        job: JobSpec,
+        console: Console,
+        files: BroughtFiles,
+        data: Sequence[UnsharedDataSet],
+        flows: Sequence[Handlers],
     ) -> Outcome:
         from horovodrunner.processes.driver import slots
         from horovodrunner.processes.driver.cluster import BarrierRun
@@ -408,10 +484,12 @@ class HorovodRunner:
                 request,
                 console,
                 files,
+                artifacts=self._artifacts,
                 start_timeout=self._start_timeout,
                 waiting_since=waiting_since,
                 store=store,
                 data=data,
+                flows=flows,
             ).run()
 
     def _note_phases(self, spans: Spans, console: Console, began: float) -> None:

@@ -20,12 +20,15 @@ from horovodrunner.flows.checkpoints.store import CheckpointStore, pieces_of_tre
 from horovodrunner.placement.topology import Member
 from horovodrunner.wire.events import (
     CheckpointSaved,
+    CheckpointStored,
     FetchCheckpoint,
     FindCheckpoint,
     Handlers,
     Latest,
     LatestDecided,
+    Sink,
     UploadCheckpoint,
+    ignore,
 )
 from horovodrunner.wire.upload import TransferClient, in_thread
 
@@ -86,8 +89,10 @@ class CheckpointUploader:
         backend: CheckpointBackend,
         note: Callable[[str], None],
         on_error: Callable[[str], None],
+        to_driver: Sink = ignore,
     ) -> None:
         self._backend = backend
+        self._to_driver = to_driver
         self._note = note
         self._on_error = on_error
         self._waiting: tuple[int, Path] | None = None
@@ -144,6 +149,7 @@ class CheckpointUploader:
         for attempt in range(1, PUT_ATTEMPTS + 1):
             try:
                 await in_thread(self._backend.put, step, directory)
+                self._to_driver(CheckpointStored(step))
             except (ConnectionError, TimeoutError) as error:
                 if attempt < PUT_ATTEMPTS and self._waiting is None:
                     await asyncio.sleep(RETRY_SECONDS)  # the network may come back

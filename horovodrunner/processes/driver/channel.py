@@ -7,11 +7,12 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.artifacts.driver import BroughtFiles, file_handler
+from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.checkpoints.driver import checkpoint_handlers
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
@@ -24,12 +25,14 @@ from horovodrunner.wire.events import (
     Event,
     Failed,
     Gather,
+    Handlers,
     Leave,
     Placed,
     Refused,
     Register,
     Stop,
     Storing,
+    UploadArtifacts,
     UploadFile,
     UploadResult,
     dispatcher,
@@ -65,7 +68,9 @@ class DriverChannel:
         store: CheckpointStore | None = None,
         *,
         files: BroughtFiles | None = None,
+        artifacts: ArtifactStore | None = None,
         size: int = 1,
+        flows: Sequence[Handlers] = (),
     ) -> None:
         self._run_id = run_id
         self._console = console
@@ -80,6 +85,8 @@ class DriverChannel:
         }
         if store is not None:
             self._transfer_handlers |= checkpoint_handlers(store)
+        if artifacts is not None:
+            self._transfer_handlers[UploadArtifacts] = artifacts.handler
         if files is not None:
             self._transfer_handlers[UploadFile] = file_handler(files, console.note)
         self._transfers: dict[Transfer, threading.Thread] = {}
@@ -106,6 +113,7 @@ class DriverChannel:
         self._emit = dispatcher(
             [
                 console.handlers,
+                *flows,
                 {
                     Failed: self._take_failure,
                     Placed: self._take_placement,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from horovodrunner.errors import BarrierStageError, DataError, StartTimeoutError
 from horovodrunner.flows.artifacts.driver import BroughtFiles
+from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.debug import turn_on_if_wanted
@@ -26,6 +27,7 @@ from horovodrunner.processes.driver.stage_end import StageEnd, data_problem, sta
 from horovodrunner.processes.task.barrier import ROW_SCHEMA, barrier_task
 from horovodrunner.spark.arrow import map_in_arrow
 from horovodrunner.spark.jobs import spark_job, start_thread
+from horovodrunner.wire.events import Handlers
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -62,19 +64,23 @@ class BarrierRun:
         console: Console,
         files: BroughtFiles,
         *,
+        artifacts: ArtifactStore | None = None,
         start_timeout: float,
         waiting_since: float,
         store: CheckpointStore | None = None,
         data: Sequence[UnsharedDataSet] = (),
+        flows: Sequence[Handlers] = (),
     ) -> None:
         self._spark = spark
         self._job = job
         self._request = request
         self._console = console
         self._files = files
+        self._artifacts = artifacts
         self._start_timeout = start_timeout
         self._store = store
         self._data = data
+        self._flows = flows
         self._tag = f"horovodrunner-{job.run_id}"
         self._spark_job = spark_job(
             spark, self._tag, f"HorovodRunner(np={job.size}), run {job.run_id}"
@@ -99,7 +105,9 @@ class BarrierRun:
             on_event=console.wake,
             store=self._store,
             files=self._files,
+            artifacts=self._artifacts,
             size=job.size,
+            flows=self._flows,
         ) as channel:
             port = channel.open(addresses.bind_host(spark), addresses.channel_port(spark))
             job = replace(

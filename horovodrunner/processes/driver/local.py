@@ -9,10 +9,11 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.artifacts.driver import BroughtFiles, copy_file
+from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.debug import turn_on_if_wanted
@@ -26,15 +27,21 @@ from horovodrunner.processes.task.agent import run_task
 from horovodrunner.processes.task.context import TaskContext
 from horovodrunner.processes.task.driver_link import DriverLink
 from horovodrunner.processes.task.network import host_id, loopback_address
-from horovodrunner.wire.events import dispatcher, ignore
+from horovodrunner.wire.events import Handlers, dispatcher, ignore
 
 __all__ = ["run_locally"]
 
 
 def run_locally(
-    job: JobSpec, console: Console, files: BroughtFiles, rows: RowsTaker | None = None
+    job: JobSpec,
+    console: Console,
+    files: BroughtFiles,
+    rows: RowsTaker | None = None,
+    *,
+    artifacts: ArtifactStore,
+    flows: Sequence[Handlers] = (),
 ) -> Outcome:
-    """Run all ranks as processes of this machine."""
+    """Run all ranks as processes of this machine; `flows` take events beside the console."""
     address, interface = loopback_address()
     member = Member(
         partition=0,
@@ -55,7 +62,7 @@ def run_locally(
         if interrupted.is_set():
             on_stop()
         # ignored: what matters to a driver that only hears of the run
-        return DriverLink(dispatcher([console.handlers], ignore))
+        return DriverLink(dispatcher([console.handlers, *flows], ignore))
 
     async def gather(text: str, *, reaches_driver: bool) -> list[str]:
         return [text]
@@ -70,6 +77,7 @@ def run_locally(
         log=lambda lines: None,  # the console shows them
         take_result=take_result,
         take_file=functools.partial(copy_file, files, console.note),
+        take_artifacts=artifacts.take,
         checkpoints=(
             CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
             if job.checkpoint_location is not None

@@ -11,7 +11,7 @@ from typing import IO
 
 from horovodrunner.flows.logs.lines import LineAssembler
 
-__all__ = ["OutputReader"]
+__all__ = ["PAUSE_SECONDS", "OutputReader"]
 
 PAUSE_SECONDS = 0.01
 """Output that comes within this time after other output is coalesced, because waking up for each
@@ -37,9 +37,15 @@ class OutputReader(asyncio.Protocol):
     bar, what it shows every `STATE_SECONDS`, and at last.
     """
 
-    def __init__(self, pipe: IO[bytes], on_lines: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        pipe: IO[bytes],
+        on_lines: Callable[[bytes], None],
+        pause_seconds: float = PAUSE_SECONDS,
+    ) -> None:
         self._pipe = pipe
         self._on_lines = on_lines
+        self._pause_seconds = pause_seconds
         self._lines = LineAssembler()
         with contextlib.suppress(OSError):  # this user's pipes hold too much already
             fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -70,7 +76,7 @@ class OutputReader(asyncio.Protocol):
         if len(data) < self._pipe_bytes // 2 and self._transport is not None:
             self._transport.pause_reading()
             # A pipe that is smaller is full sooner, and then the worker would have to wait.
-            pause = PAUSE_SECONDS * self._pipe_bytes / PIPE_BYTES
+            pause = self._pause_seconds * self._pipe_bytes / PIPE_BYTES
             self._pause = asyncio.get_running_loop().call_later(pause, self._resume)
 
     def connection_lost(self, error: Exception | None) -> None:

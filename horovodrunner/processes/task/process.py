@@ -25,14 +25,14 @@ import psutil
 
 from horovodrunner.flows.call.import_path import start_command
 from horovodrunner.processes.task.exits import ExitStatus, OomWitness
-from horovodrunner.processes.task.output import OutputReader
+from horovodrunner.processes.task.output import PAUSE_SECONDS, OutputReader
 from horovodrunner.processes.task.warm import fork_worker
 from horovodrunner.wire.events import Event, Sink, encode
 from horovodrunner.wire.signals import STACK_SIGNAL
 from horovodrunner.wire.stream import read_event
 from horovodrunner.wire.upload import in_thread
 
-__all__ = ["DRAIN_SECONDS", "GRACE_SECONDS", "WorkerProcess"]
+__all__ = ["DRAIN_SECONDS", "GRACE_SECONDS", "METRICS", "WorkerProcess"]
 
 GRACE_SECONDS = 1.0
 """Time between asking a worker to end (SIGTERM) and ending it (SIGKILL)."""
@@ -50,6 +50,14 @@ _OWN_FRAMES = re.compile(
     r'File "(?:.*/horovodrunner/processes/worker/__main__\.py|<frozen runpy>)"'
     r'|File "<string>", line 1 in <module>$'  # the command itself
 )
+METRICS = "metrics"
+"""The stream of lines in which a rank reports."""
+
+PAUSES = {METRICS: 0.1}
+"""Seconds for which a stream is left alone after something came; people read no faster."""
+
+_DESCRIPTORS = ("control", "report", "stacks", METRICS, "result")
+
 _PIPE_BYTES = 1024 * 1024
 _EXIT_ON_SIGTERM = 128 + signal.SIGTERM
 
@@ -73,8 +81,10 @@ class WorkerProcess:
         control_read, self._control_write = os.pipe()
         report_read, report_write = os.pipe()
         stack_read, stack_write = os.pipe()
+        metrics_read, metrics_write = os.pipe()
         self._report: IO[bytes] = os.fdopen(report_read, "rb", buffering=0)
         self._stacks: IO[bytes] = os.fdopen(stack_read, "rb", buffering=0)
+        self._metrics: IO[bytes] = os.fdopen(metrics_read, "rb", buffering=0)
         self._oom = OomWitness()
         self.killed_by_kernel = ""
         """What the kernel says about a worker that SIGKILL ended; after :meth:`wait`."""
@@ -85,7 +95,7 @@ class WorkerProcess:
         self._output: list[OutputReader] = []
         passed: list[int] = []
         try:
-            for fd in (control_read, report_write, stack_write, result_fd):
+            for fd in (control_read, report_write, stack_write, metrics_write, result_fd):
                 if fd is not None:  # 0 to 2 are free where this process has closed its streams
                     passed.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
             forked = None
@@ -96,9 +106,10 @@ class WorkerProcess:
             os.close(self._control_write)
             self._report.close()
             self._stacks.close()
+            self._metrics.close()
             raise
         finally:
-            for fd in (control_read, report_write, stack_write, *passed):
+            for fd in (control_read, report_write, stack_write, metrics_write, *passed):
                 os.close(fd)
         _logger.debug("worker %s: %s", "forked" if forked else "spawned", self.pid or "(to come)")
 
@@ -145,17 +156,23 @@ class WorkerProcess:
         return _of_the_user(text.decode(errors="replace"))
 
     async def read_output(self, on_lines: Callable[[str, bytes], None]) -> None:
-        """Read stdout and stderr until both end."""
-        streams = {"stdout": self._process.stdout, "stderr": self._process.stderr}
+        """Read stdout, stderr and what the rank reports until all end."""
         self._output = [
-            OutputReader(pipe, functools.partial(on_lines, name))
-            for name, pipe in streams.items()
+            OutputReader(pipe, functools.partial(on_lines, name), PAUSES.get(name, PAUSE_SECONDS))
+            for name, pipe in self._streams().items()
             if pipe
         ]
         await asyncio.gather(*(reader.read_to_end() for reader in self._output))
 
+    def _streams(self) -> dict[str, IO[bytes] | None]:
+        return {
+            "stdout": self._process.stdout,
+            "stderr": self._process.stderr,
+            METRICS: self._metrics,
+        }
+
     def catch_up(self) -> None:
-        """Take at once what the worker has printed up to now."""
+        """Take at once what the worker has printed and reported up to now."""
         for reader in self._output:
             reader.catch_up()
 
@@ -192,7 +209,7 @@ class WorkerProcess:
         if self._process.returncode is None:
             self._process.signal_group(signal.SIGKILL)
             self._process.wait()
-        for pipe in (self._process.stdout, self._process.stderr, self._report, self._stacks):
+        for pipe in (*self._streams().values(), self._report, self._stacks):
             if pipe is not None:
                 pipe.close()
         if self._control_write >= 0:
@@ -211,7 +228,7 @@ class _OwnWorker:
         self, early_imports: Sequence[str], environment: Mapping[str, str], passed: Sequence[int]
     ) -> None:
         command = start_command("horovodrunner.processes.worker")
-        for name, fd in zip(("control", "report", "stacks", "result"), passed, strict=False):
+        for name, fd in zip(_DESCRIPTORS, passed, strict=False):
             command += [f"--{name}", str(fd)]
         for module in early_imports:
             command += ["--import", module]

@@ -10,7 +10,7 @@ from horovodrunner.flows.logs.task import own_line
 from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome, speaks_of_peer_loss
 from horovodrunner.pickling.buffers import Layout
 from horovodrunner.processes.task.exits import ExitStatus, describe_exit
-from horovodrunner.processes.task.process import DRAIN_SECONDS, WorkerProcess
+from horovodrunner.processes.task.process import DRAIN_SECONDS, METRICS, WorkerProcess
 from horovodrunner.wire.events import (
     Ended,
     Event,
@@ -19,6 +19,7 @@ from horovodrunner.wire.events import (
     LatestWanted,
     Lines,
     MainEnded,
+    Points,
     RankPhases,
     Ready,
     Sink,
@@ -164,6 +165,9 @@ class Supervisor:
         self._pass_on(event)
 
     def _on_lines(self, stream: str, lines: bytes) -> None:
+        if stream == METRICS:
+            self._pass_on(Points(self._job.rank, lines))
+            return
         if stream == "stderr":
             self._last_stderr = (self._last_stderr + lines[-LAST_BYTES:])[-LAST_BYTES:]
         self._pass_on(Lines(self._job.rank, stream, lines))

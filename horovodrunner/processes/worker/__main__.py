@@ -1,7 +1,7 @@
 """One rank: load the job, call main, write the outcome. Runs in: the worker.
 
 Started by the task, before the rank is known, as if by ``python -m horovodrunner.processes.worker
---control FD --report FD --stacks FD [--result FD] [--import MODULE ...]``;
+--control FD --report FD --stacks FD --metrics FD [--result FD] [--import MODULE ...]``;
 flows/call/import_path.py says how. The job comes through the control pipe, and what happens goes
 out through the report pipe; what main returned goes to a file.
 """
@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 from horovodrunner.errors import PayloadError
 from horovodrunner.flows.call.import_path import before_stdlib
 from horovodrunner.flows.logs.debug import turn_on_if_wanted
+from horovodrunner.flows.metrics.worker import MetricsPipe
 from horovodrunner.flows.outcome.outcome import (
     Failure,
     FailureKind,
@@ -76,7 +77,8 @@ def main() -> int:
         vars(arguments).update(_forked_from_warm_parent(arguments))
     _move_descriptors(arguments)
     link = TaskLink(arguments.report)
-    control = ControlPipe(arguments.control, link)
+    metrics = MetricsPipe(arguments.metrics)
+    control = ControlPipe(arguments.control, link, metrics)
     _prepare_streams()
     faulthandler.register(STACK_SIGNAL, file=arguments.stacks, all_threads=True)
     link.send(Ready(time.time()))
@@ -87,7 +89,7 @@ def main() -> int:
     imported_at = time.time()
     _logger.debug("has imported %s; waits for its job", arguments.early_imports)
     spec, call = control.wait_for_job()
-    set_context(WorkerContext(spec, link, control))
+    set_context(WorkerContext(spec, link, control, metrics))
     _logger.debug("is rank %d; main and its arguments have %d bytes", spec.rank, len(call))
     outcome, exit_code = run(spec, call, control, arguments.result)
     _logger.debug("main has ended, exit code %d", exit_code)
@@ -309,7 +311,7 @@ def _take_over_process() -> None:
 def _move_descriptors(arguments: Any) -> None:
     """Move our own descriptors out of main's way; those that main forks do not keep them."""
     lowest, moved = lowest_descriptor(), list[int]()
-    for name in ("control", "report", "stacks", "result"):
+    for name in ("control", "report", "stacks", "metrics", "result"):
         if (descriptor := getattr(arguments, name)) is not None:
             moved.append(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest))
             os.close(descriptor)
@@ -364,6 +366,7 @@ def _parse_arguments() -> Any:
     parser.add_argument("--control", type=int, help="file descriptor to read from")
     parser.add_argument("--report", type=int, help="file descriptor to write to")
     parser.add_argument("--stacks", type=int, help="file descriptor to write to")
+    parser.add_argument("--metrics", type=int, help="file descriptor to write to")
     parser.add_argument("--result", type=int, help="file descriptor of an empty file")
     parser.add_argument("--import", dest="early_imports", action="append", default=[])
     parser.set_defaults(warmed=(0.0, 0.0))

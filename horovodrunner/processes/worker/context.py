@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from horovodrunner.flows.logs.showing import show_text
+from horovodrunner.flows.metrics.worker import MetricsPipe
 from horovodrunner.wire.events import Event, Job, Latest, Message, Notice, encode
+from horovodrunner.wire.signals import pipe_at
 
 __all__ = [
     "MAX_MESSAGE_CHARACTERS",
@@ -22,18 +24,11 @@ __all__ = [
     "current_context",
     "log_to_driver",
     "notice",
-    "pipe_at",
     "set_context",
 ]
 
 MAX_MESSAGE_CHARACTERS = 4000
 _TRUNCATED = "...(truncated)"
-
-
-def pipe_at(fd: int) -> tuple[int, int]:
-    """Return what tells a pipe from any other: main may put something else at its descriptor."""
-    found = os.fstat(fd)
-    return found.st_dev, found.st_ino
 
 
 class TaskLink:
@@ -84,6 +79,7 @@ class WorkerContext:
     spec: Job
     link: TaskLink
     control: _AnswersQuestions
+    metrics: MetricsPipe
 
 
 _context: WorkerContext | None = None

@@ -13,7 +13,8 @@ import time
 import traceback
 from typing import NoReturn
 
-from horovodrunner.processes.worker.context import TaskLink, pipe_at
+from horovodrunner.flows.metrics.worker import MetricsPipe
+from horovodrunner.processes.worker.context import TaskLink
 from horovodrunner.processes.worker.watch import MainThreadWatch
 from horovodrunner.wire.events import (
     PREFIX_BYTES,
@@ -22,6 +23,7 @@ from horovodrunner.wire.events import (
     Latest,
     LatestWanted,
     MainEnded,
+    Notice,
     Started,
     WorkerTimes,
     decode,
@@ -29,9 +31,11 @@ from horovodrunner.wire.events import (
     parse_prefix,
     refuse,
 )
-from horovodrunner.wire.signals import EXIT_WITHOUT_PIPES
+from horovodrunner.wire.signals import EXIT_WITHOUT_PIPES, pipe_at
 
 __all__ = ["ControlPipe", "leave_without_pipes"]
+
+_TOO_MANY_REPORTS = "they came faster than they could be read; report once in a while"
 
 SAMPLE_SECONDS = 1.0
 """How often the main thread is looked at, at least; a shorter call is never seen to wait."""
@@ -47,10 +51,11 @@ class ControlPipe:
     _now, _monotonic = staticmethod(time.time), staticmethod(time.monotonic)
     """Kept here: main may put clocks of its own in their place, as freezegun does."""
 
-    def __init__(self, control_fd: int, link: TaskLink) -> None:
+    def __init__(self, control_fd: int, link: TaskLink, metrics: MetricsPipe) -> None:
         self._control_fd = control_fd
         self._pipe = pipe_at(control_fd)
         self._link = link
+        self._metrics = metrics
         self._watch = MainThreadWatch()
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Latest] = queue.SimpleQueue()
@@ -83,6 +88,10 @@ class ControlPipe:
         self._main_runs = False
         self._times["main"] = (self._main_began, self._now())
         with contextlib.suppress(OSError):  # the outcome will meet it, too
+            self._metrics.finish()
+            if self._metrics.dropped:
+                text = f"{self._metrics.dropped} reports of rank {self._rank} are lost: "
+                self._link.send(Notice(self._rank, "metrics", text + _TOO_MANY_REPORTS))
             self._link.send(MainEnded(self._rank))
 
     def times(self, imported_at: float, warmed: tuple[float, float]) -> WorkerTimes:

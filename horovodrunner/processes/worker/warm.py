@@ -30,7 +30,7 @@ from horovodrunner.wire.peers import is_our_own
 
 __all__ = ["DESCRIPTORS", "WarmParent"]
 
-DESCRIPTORS = ("stdout", "stderr", "control", "report", "stacks", "result")
+DESCRIPTORS = ("stdout", "stderr", "control", "report", "stacks", "metrics", "result")
 """What a task sends for its worker, in this order; the last one is not always there."""
 
 _WORD = struct.Struct(">q")

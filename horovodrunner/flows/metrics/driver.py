@@ -1,0 +1,40 @@
+"""Takes what the ranks report. Runs in: the driver."""
+
+from __future__ import annotations
+
+from horovodrunner.flows.metrics.history import History
+from horovodrunner.flows.metrics.records import Bar, decode_records
+from horovodrunner.flows.observer import Observer
+from horovodrunner.wire.events import Points
+
+__all__ = ["MetricsRecorder"]
+
+
+class MetricsRecorder(Observer):
+    """Adds points to a history, and knows how far each rank's progress bars are."""
+
+    title = "keeping the metrics"
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._attempt = 1
+        self.bars: dict[int, dict[int, Bar]] = {}
+        """By rank and number: those that have not ended, and the last that did."""
+        self.handlers = {Points: self._take}
+
+    def begin(self, attempt: int) -> None:
+        """Note that what comes from now on is another attempt's."""
+        self._attempt = attempt
+        self.bars = {}
+
+    def _take(self, event: Points) -> None:
+        for record in decode_records(bytes(event.records), event.rank, self._attempt):
+            if isinstance(record, Bar):
+                self._draw(event.rank, record)
+            else:
+                self._history._add(record)
+
+    def _draw(self, rank: int, bar: Bar) -> None:
+        bars = self.bars.get(rank, {})
+        unended = {number: each for number, each in bars.items() if not each.has_ended}
+        self.bars[rank] = {**unended, bar.number: bar}

@@ -1,0 +1,83 @@
+"""What a rank reports, as lines of JSON that only both ends read. Runs in: worker and driver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from json import dumps, loads  # main may put others in their place in json
+
+__all__ = ["MAX_STEP", "Bar", "Point", "decode_records", "encode_bar", "encode_point"]
+
+MAX_STEP = 2**53
+"""Every number up to here is itself in JSON and in any column of numbers."""
+
+_POINT, _BAR = "point", "bar"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one rank reported at one step.
+
+    Parameters
+    ----------
+    step
+        The step, as it was given to :func:`horovodrunner.metrics.report` or counted by it.
+    values
+        The numbers by name.
+    rank
+        The rank that reported them.
+    attempt
+        1 in the first launch of the run, one more after each restart.
+    time
+        Seconds since the epoch, by the clock of the rank's machine.
+    """
+
+    step: int
+    values: Mapping[str, float]
+    rank: int = 0
+    attempt: int = 1
+    time: float = 0.0
+    is_kept: bool = field(default=True, repr=False)
+    """False for one that only counts in the summary of all ranks."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The state of a progress bar; bars of a rank are nested in the order of their numbers."""
+
+    number: int
+    began: float
+    time: float
+    description: str
+    done: int
+    total: int | None
+    postfix: str = ""
+    has_ended: bool = False
+
+
+def encode_point(step: int, now: float, values: Mapping[str, float], *, is_kept: bool) -> bytes:
+    """Return a point as a line."""
+    return dumps([_POINT, step, now, is_kept, values]).encode() + b"\n"
+
+
+def encode_bar(bar: Bar) -> bytes:
+    """Return a bar's state as a line."""
+    return dumps([_BAR, *vars(bar).values()]).encode() + b"\n"
+
+
+def decode_records(lines: bytes, rank: int, attempt: int) -> Iterator[Point | Bar]:
+    """Return what a rank reported; what is no record, such as a torn line, is left out."""
+    for line in lines.splitlines():
+        try:
+            kind, *fields = loads(line)
+            if kind == _POINT:
+                step, now, is_kept, values = fields
+                numbers = {str(name): float(value) for name, value in values.items()}
+                yield Point(int(step), numbers, rank, attempt, float(now), bool(is_kept))
+            elif kind == _BAR:
+                number, began, now, text, done, total, postfix, has_ended = fields
+                total = None if total is None else int(total)
+                bar = Bar(int(number), float(began), float(now), str(text), int(done), total)
+                yield replace(bar, postfix=str(postfix), has_ended=bool(has_ended))
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+            continue

@@ -1,0 +1,87 @@
+"""What follows a run on the driver, beside the run itself. Runs in: the driver."""
+
+from __future__ import annotations
+
+import logging
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from horovodrunner.formatting import in_one_line
+from horovodrunner.wire.events import Handlers
+
+__all__ = ["Observer", "Observers", "RunFacts"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run before it is launched."""
+
+    run_id: str
+    np: int
+    """As it was given: negative for ranks on the driver, 0 for all slots."""
+    main: str
+    """The name of the training function."""
+    arguments: Mapping[str, Any]
+    """What main is called with."""
+    options: Mapping[str, Any]
+    """The options of HorovodRunner that are not their defaults."""
+    began: float
+    """Seconds since the epoch."""
+
+
+class Observer:
+    """Takes events of a run; what it raises ends its own observing, and never the run.
+
+    Handlers are called in the thread that reads events, and must not wait; :meth:`begin` and
+    :meth:`end` in the one that called ``run()``.
+    """
+
+    title = "observing the run"
+    handlers: Handlers = types.MappingProxyType({})
+
+    def begin(self, attempt: int) -> None:
+        """Note that an attempt is launched, counted from 1."""
+
+    def end(self, error: BaseException | None) -> None:
+        """Note how the run ended, after the last event of the last attempt."""
+
+
+class Observers:
+    """Calls all observers of a run, and leaves out one that has failed."""
+
+    def __init__(self, observers: Sequence[Observer], note: Callable[[str], None]) -> None:
+        self._note = note
+        self._failed: set[Observer] = set()
+        self._observers = observers
+        self.handlers = [
+            {kind: self._guarded(each, handler) for kind, handler in each.handlers.items()}
+            for each in observers
+        ]
+
+    def begin(self, attempt: int) -> None:
+        """Note that an attempt is launched."""
+        for each in self._observers:
+            self._guarded(each, each.begin)(attempt)
+
+    def end(self, error: BaseException | None) -> None:
+        """Note how the run ended."""
+        for each in self._observers:
+            self._guarded(each, each.end)(error)
+
+    def _guarded(self, observer: Observer, act: Callable[[Any], object]) -> Callable[[Any], None]:
+        def call(argument: Any) -> None:
+            if observer in self._failed:
+                return
+            try:
+                act(argument)
+            except Exception as error:
+                self._failed.add(observer)
+                _logger.debug("%s failed", observer.title, exc_info=error)
+                text = f"{type(error).__name__}: {in_one_line(error)}"
+                self._note(f"{observer.title} ends here, the run goes on: {text}")
+
+        return call
