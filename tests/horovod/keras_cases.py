@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import traceback
@@ -115,6 +116,7 @@ def weights_by_epoch(hvd: Any, rank: int, size: int, case: dict[str, Any]) -> li
     """Train on this rank's share of each batch and give the weights after every epoch."""
     keras = _keras(case)
 
+    gc.freeze()  # what is there by now, or the next line would search all of it for garbage
     keras.backend.clear_session()
     with contextlib.ExitStack() as put_back:
         if case.get("policy"):
