@@ -48,6 +48,9 @@ __all__ = ["HorovodRunner", "SavedCheckpoint"]
 AUTO = "auto"
 TOKEN_BYTES = 32
 
+USAGE_SECONDS = 10.0
+"""How often ranks report what they use, to observers that want it."""
+
 
 _OLD_OPTIONS = {"checkpoint_errors": "on_checkpoint_error", "show_phases": "profile_launch"}
 
@@ -303,7 +306,8 @@ class HorovodRunner:
         frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
         data = tuple(attachments.values())
-        console = Console(executors_have_lines=self._np >= 0)
+        shows_output = self._verbosity == "all" or self._np < 0
+        console = Console(executors_have_lines=self._np >= 0, shows_lines=shows_output)
         self._history = History(abs(self._np))
         facts = RunFacts(run_id, self._np, name_of(main), kwargs, self._options, began)
         observers = Observers(self._observers(facts), console.note)
@@ -325,7 +329,9 @@ class HorovodRunner:
                 early_imports=frameworks,
                 environment={k: v for k, v in environment.items() if k not in files.variables},
                 import_path=ImportPath.of_this_process(),
-                stream_output=self._verbosity == "all" or self._np < 0,
+                stream_output=shows_output or observers.wants_output,
+                driver_shows_output=shows_output,
+                usage_seconds=USAGE_SECONDS if observers.wants_usage else None,
                 stall_timeout=self._stall_timeout,
                 checkpoint_location=None if store is None else store.location,
                 keep_checkpoints=3 if store is None else store.keep,

@@ -41,6 +41,10 @@ class Observer:
     """
 
     title = "observing the run"
+    wants_usage = False
+    """Whether ``Usage`` events are to come."""
+    wants_output = False
+    """Whether all output of the ranks is to come, as ``Lines``, even if the cell shows none."""
     handlers: Handlers = types.MappingProxyType({})
 
     def begin(self, attempt: int) -> None:
@@ -57,6 +61,8 @@ class Observers:
         self._note = note
         self._failed: set[Observer] = set()
         self._observers = observers
+        self.wants_usage = any(each.wants_usage for each in observers)
+        self.wants_output = any(each.wants_output for each in observers)
         self.handlers = [
             {kind: self._guarded(each, handler) for kind, handler in each.handlers.items()}
             for each in observers

@@ -222,6 +222,25 @@ class Points(Event):
     records: bytes
 
 
+class Usage(Event):
+    """What a rank's processes, and its host, use at a time (seconds since the epoch).
+
+    ``cpu_percent`` is of one core, ``host_cpu_percent`` of all; memory is in bytes. A GPU has its
+    index, utilisation in percent (NaN: not known), and bytes in use and in all; the first rank of
+    each host reports them.
+    """
+
+    rank: int
+    host: str
+    time: float
+    cpu_percent: float
+    memory: int
+    host_cpu_percent: float
+    host_memory_used: int
+    host_memory_total: int
+    gpus: tuple[tuple[int, float, int, int], ...] = ()
+
+
 class RankPhases(Event):
     """When phases of the rank's launch began and ended, in seconds since the epoch."""
 
