@@ -332,6 +332,7 @@ class HorovodRunner:
                 stream_output=shows_output or observers.wants_output,
                 driver_shows_output=shows_output,
                 usage_seconds=USAGE_SECONDS if observers.wants_usage else None,
+                profiles=observers.wants_profiles,
                 stall_timeout=self._stall_timeout,
                 checkpoint_location=None if store is None else store.location,
                 keep_checkpoints=3 if store is None else store.keep,

@@ -45,6 +45,8 @@ class Observer:
     """Whether ``Usage`` events are to come."""
     wants_output = False
     """Whether all output of the ranks is to come, as ``Lines``, even if the cell shows none."""
+    wants_profiles = False
+    """Whether ``Profile`` events are to come."""
     handlers: Handlers = types.MappingProxyType({})
 
     def begin(self, attempt: int) -> None:
@@ -62,6 +64,7 @@ class Observers:
         self._failed: set[Observer] = set()
         self._observers = observers
         self.wants_usage = any(each.wants_usage for each in observers)
+        self.wants_profiles = any(each.wants_profiles for each in observers)
         self.wants_output = any(each.wants_output for each in observers)
         self.handlers = [
             {kind: self._guarded(each, handler) for kind, handler in each.handlers.items()}
