@@ -42,6 +42,7 @@ from horovodrunner.wire.events import Handlers
 
 if TYPE_CHECKING:
     from horovodrunner.data.unshared import UnsharedDataSet
+    from horovodrunner.flows.rundir.driver import RunDirectory
 
 __all__ = ["HorovodRunner", "SavedCheckpoint"]
 
@@ -138,6 +139,11 @@ class HorovodRunner:
         ``"auto"``: in notebooks and other interactive sessions, not in scripts. Mains that use
         TensorFlow, or that change how frameworks are imported (``os.environ``, ``sys.path``),
         get fresh processes in any case.
+    run_dir
+        Where a record of every run is kept, in a directory of its own: a path on the driver, or a
+        URL of any fsspec file system, to which what is new is uploaded every 30 seconds. It has
+        arguments, versions, metrics, all output, where the time went, and ``report.html``, and
+        it is there after a crash as well. Passwords, tokens and keys are masked.
 
     Raises
     ------
@@ -181,6 +187,7 @@ class HorovodRunner:
         tf_config: bool = False,
         profile_launch: bool = False,
         keep_warm: bool | str = AUTO,
+        run_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         given = locals()
         self._options = {
@@ -213,6 +220,8 @@ class HorovodRunner:
         self._tf_config = checked.boolean("tf_config", tf_config)
         self._profile_launch = checked.boolean("profile_launch", profile_launch)
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
+        self._run_dir = None if run_dir is None else checked.path("run_dir", run_dir)
+        self._run_directory: RunDirectory | None = None  # of the last run
         self._own_history: CheckpointStore | None = None  # of the last run with resume=False
         self._phases: tuple[Phase, ...] = ()
         self._history = History()
@@ -249,6 +258,11 @@ class HorovodRunner:
         It grows while the run goes on, for whoever looks at it in another thread.
         """
         return self._history
+
+    @property
+    def record(self) -> str | None:
+        """The directory of the last run in ``run_dir``, a path or a URL; None without any."""
+        return None if self._run_directory is None else self._run_directory.location
 
     @explained(wrong_run)
     def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
@@ -309,7 +323,16 @@ class HorovodRunner:
         shows_output = self._verbosity == "all" or self._np < 0
         console = Console(executors_have_lines=self._np >= 0, shows_lines=shows_output)
         self._history = History(abs(self._np))
-        facts = RunFacts(run_id, self._np, name_of(main), kwargs, self._options, began)
+        facts = RunFacts(
+            run_id,
+            self._np,
+            name_of(main),
+            kwargs,
+            self._options,
+            began,
+            environment,
+            files.paths,
+        )
         observers = Observers(self._observers(facts), console.note)
         announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
         self._warn(main, kwargs, len(call))
@@ -356,15 +379,27 @@ class HorovodRunner:
             ended_by = error
             raise
         finally:
-            observers.end(ended_by)
             self._note_phases(spans, console, began)
+            observers.end(ended_by)
             if store is not None:
                 store.prune()
             console.show(0)
 
     def _observers(self, facts: RunFacts) -> list[Observer]:
         """Make what follows a run on the driver."""
-        return [MetricsRecorder(self._history)]
+        observers: list[Observer] = [MetricsRecorder(self._history)]
+        self._run_directory = None
+        if self._run_dir is not None:
+            from horovodrunner.flows.rundir.driver import RunDirectory
+
+            self._run_directory = RunDirectory(
+                self._run_dir,
+                facts,
+                phases=lambda: self.phases,
+                checkpoints=lambda: self.checkpoints,
+            )
+            observers.append(self._run_directory)
+        return observers
 
     def _store_of_run(
         self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from horovodrunner.formatting import in_one_line
@@ -31,6 +32,10 @@ class RunFacts:
     """The options of HorovodRunner that are not their defaults."""
     began: float
     """Seconds since the epoch."""
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """The driver's variables that reach the ranks."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Where files that Horovod writes are put on the driver, by the variable that names each."""
 
 
 class Observer:

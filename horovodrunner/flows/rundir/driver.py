@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,6 @@ from horovodrunner.formatting import cut
 from horovodrunner.placement.versions import installed_versions
 from horovodrunner.storage import is_url, local_path
 from horovodrunner.wire.events import (
-    Event,
     Failed,
     Lines,
     Message,
@@ -114,7 +113,7 @@ class RunDirectory(Observer):
             Points: lambda event: self._put(writer.points, event, len(event.records)),
             Usage: lambda event: self._put(writer.usage, event),
             Profile: lambda event: self._put(writer.profile, event, len(event.stacks)),
-            Placed: lambda event: self._put(writer.placed, event),
+            Placed: lambda event: self._put(self._placed, event),
             Failed: lambda event: self._put(self._attempt_failed, event),
         }
 
@@ -125,19 +124,13 @@ class RunDirectory(Observer):
 
     def begin(self, attempt: int) -> None:
         """Note that an attempt is launched."""
-        if not self._thread.is_alive():
-            self._thread.start()
-            if self._upload is not None:
-                self._upload.begin(self.directory)
+        self._start()
         self._put(self._writer.begin, attempt)
 
     def end(self, error: BaseException | None) -> None:
         """Note how the run ended, write the report, and wait for it, for a bounded time."""
         ended = time.time()
-        if not self._thread.is_alive():  # nothing was launched
-            self._thread.start()
-            if self._upload is not None:
-                self._upload.begin(self.directory)
+        self._start()
         self._put(self._finish, (error, ended))
         self._waiting.put(None)
         self._thread.join(END_SECONDS)
@@ -149,6 +142,12 @@ class RunDirectory(Observer):
             self._upload.end()
         if self._error is not None:
             raise self._error
+
+    def _start(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+            if self._upload is not None:
+                self._upload.begin(self.directory)
 
     def _put(self, act: Callable[[Any], object], argument: Any, size: int = 0) -> None:
         if self._error is not None:
@@ -170,7 +169,6 @@ class RunDirectory(Observer):
 
     def _take_all(self) -> None:
         next_flush = time.monotonic() + FLUSH_SECONDS
-        self._writer.know(cluster=_cluster(self._facts.np))
         while True:
             with contextlib.suppress(queue.Empty):
                 item = self._waiting.get(timeout=max(0.0, next_flush - time.monotonic()))
@@ -189,6 +187,10 @@ class RunDirectory(Observer):
                 if self._checkpoints_are_near:  # of others a list may take long
                     self._list_checkpoints()
                 next_flush = time.monotonic() + FLUSH_SECONDS
+
+    def _placed(self, event: Placed) -> None:
+        self._writer.placed(event)
+        self._writer.know(cluster=_cluster(self._facts.np))
 
     def _attempt_failed(self, event: Failed) -> None:
         failure = Outcome.from_bytes(event.outcome).failure
@@ -303,4 +305,3 @@ _CLUSTER_CONFS = (
     "spark.executor.resource.gpu.amount",
     "spark.task.resource.gpu.amount",
 )
-

@@ -20,6 +20,7 @@ __all__ = [
     "TIMELINES",
     "USAGE",
     "append",
+    "is_unfinished",
     "output_of",
     "read_json",
     "read_lines",
@@ -48,6 +49,8 @@ TIMELINES = "horovod"
 ARTIFACTS = "artifacts"
 REPORT = "report.html"
 
+_UNFINISHED = ".new"
+
 
 def output_of(rank: int) -> str:
     """Return the name of the file with what a rank printed."""
@@ -61,9 +64,14 @@ def stacks_of(rank: int) -> str:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file beside its place and move it there: nobody sees half of it."""
-    beside = path.with_name(f".{path.name}.new")
+    beside = path.with_name(f".{path.name}{_UNFINISHED}")
     beside.write_bytes(content)
     beside.replace(path)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Return whether a file is one that :func:`replace_file` writes."""
+    return path.name.endswith(_UNFINISHED)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -11,8 +11,11 @@ from horovodrunner.flows.call.recording import may_be_secret
 
 __all__ = ["Mask"]
 
-MIN_SECRET = 6
+MIN_SECRET = 4
 """A shorter value may stand anywhere in a text by chance."""
+
+MIN_WORD = 12
+"""So may a shorter one that is a word, if its name only may say a secret: ``auth="default"``."""
 
 MAX_SECRETS = 1000
 _MAX_DEPTH = 5
@@ -48,10 +51,18 @@ def _secrets_in(source: Any, depth: int) -> Iterator[bytes]:
         return
     for name, value in _named(source):
         if isinstance(value, str):
-            if len(value) >= MIN_SECRET and may_be_secret(name, value):
+            if may_be_secret(name, value) and _is_telling(name, value):
                 yield value.encode(errors="backslashreplace")
         else:
             yield from _secrets_in(value, depth + 1)
+
+
+def _is_telling(name: str, value: str) -> bool:
+    """Return whether a value in a text would tell the secret; a directory (``PWD``) does not."""
+    if len(value) < MIN_SECRET or value.startswith("/"):
+        return False
+    is_surely_secret = may_be_secret(name, 0)  # as for numbers, few names will do
+    return is_surely_secret or len(value) >= MIN_WORD or not value.isalpha()
 
 
 def _named(source: Any) -> Iterable[tuple[str, Any]]:

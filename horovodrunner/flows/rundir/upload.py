@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 
 from horovodrunner.errors import ConfigurationError
-from horovodrunner.storage import open_storage
+from horovodrunner.flows.rundir import layout
+from horovodrunner.storage import as_os_error, open_storage
 
 __all__ = ["RecordUpload"]
 
@@ -19,6 +20,8 @@ SMALL_BYTES = 8 * 1024 * 1024
 
 END_SECONDS = 300.0
 """How long the run's end waits for the last files."""
+
+_COPIED_BYTES = 1024 * 1024
 
 
 class RecordUpload:
@@ -64,12 +67,12 @@ class RecordUpload:
     def _upload_changed(self, *, is_last: bool) -> None:
         """Upload what has changed; what fails now may succeed the next time."""
         self._error = None
-        try:
-            for path in sorted(self._directory.rglob("*")):
-                if path.is_file() and not path.name.endswith(".new"):
+        for path in sorted(self._directory.rglob("*")):
+            try:
+                if path.is_file() and not layout.is_unfinished(path):
                     self._upload(path, is_last=is_last)
-        except OSError as error:
-            self._error = error
+            except OSError as error:
+                self._error = error
 
     def _upload(self, path: Path, *, is_last: bool) -> None:
         status = path.stat()
@@ -79,6 +82,10 @@ class RecordUpload:
         if now == before or not is_due:
             return
         name = path.relative_to(self._directory).as_posix()
-        with path.open("rb") as source, self._storage.create(f"{self._name}/{name}") as target:
-            shutil.copyfileobj(source, target, 1024 * 1024)
+        with (
+            as_os_error(f"{self.location}/{name}"),
+            path.open("rb") as source,
+            self._storage.create(f"{self._name}/{name}") as target,
+        ):
+            shutil.copyfileobj(source, target, _COPIED_BYTES)
         self._uploaded[path] = now
