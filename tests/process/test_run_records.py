@@ -60,7 +60,7 @@ def test_a_good_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [each["step"] for each in run.facts["checkpoints"]] == [3]
     assert "main" in [each[0] for each in run.facts["phases"]]
     assert run.metrics["loss"].values.column(1) == [(0, 1.0), (1, 1 / 2), (2, 1 / 3), (3, 1 / 4)]
-    assert run.metrics["loss"].span.rows[0] == (0, 1.0, 2.0)
+    assert list(run.metrics["loss"].span.rows[0]) == [0, 1.0, 2.0]
     assert run.metrics["grad"].odd == 4
     for number in (0, 1):
         found = run.ranks[number]

@@ -461,11 +461,11 @@ class TestUpload:
         record.begin(1)
         for text in (b"one\n", b"two\n"):
             send(record, Lines(0, "stdout", text))
-            wait_until(
-                lambda text=text: (
-                    self.files(record.location).get("output/rank-0.log", b"").endswith(text)
-                )
-            )
+
+            def is_there(wanted: bytes = text) -> bool:
+                return wanted in self.files(record.location).get("output/rank-0.log", b"")
+
+            wait_until(is_there)
         record.end(None)
 
     def test_what_cannot_be_uploaded_stays_here(

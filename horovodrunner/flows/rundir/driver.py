@@ -98,6 +98,8 @@ class RunDirectory(Observer):
                 f"run_dir={location!r}: the record of the run cannot be written to "
                 f"{self.directory}: {error}. Choose a directory that this process may write to"
             ) from error
+        self.shown = mask.text(self.location)
+        """The location without a password that is in it."""
         self._error: BaseException | None = None
         self._waiting: queue.SimpleQueue[tuple[Callable[..., object], Any, int] | None]
         self._waiting = queue.SimpleQueue()
