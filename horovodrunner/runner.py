@@ -397,7 +397,8 @@ class HorovodRunner:
 
     def _observers(self, facts: RunFacts) -> list[Observer]:
         """Make what follows a run on the driver."""
-        observers: list[Observer] = [MetricsRecorder(self._history)]
+        recorder = MetricsRecorder(self._history)
+        observers: list[Observer] = [recorder]
         self._run_directory = None
         if self._run_dir is not None:
             from horovodrunner.flows.rundir.driver import RunDirectory
@@ -405,6 +406,7 @@ class HorovodRunner:
             self._run_directory = RunDirectory(
                 self._run_dir,
                 facts,
+                records_of=recorder.records_of,
                 phases=lambda: self.phases,
                 checkpoints=lambda: self.checkpoints,
             )

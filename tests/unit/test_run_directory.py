@@ -15,7 +15,7 @@ import pytest
 
 from horovodrunner import ConfigurationError, HorovodRunner, WorkerFailedError
 from horovodrunner.__main__ import main as command
-from horovodrunner.flows.metrics.records import Bar, Point, encode_bar, encode_point
+from horovodrunner.flows.metrics.records import Bar, Point
 from horovodrunner.flows.observer import RunFacts
 from horovodrunner.flows.rundir import driver, layout, steps, upload, writer
 from horovodrunner.flows.rundir.charts import Line, line_chart, ticks
@@ -26,7 +26,7 @@ from horovodrunner.flows.rundir.report import render, slowest_ranks, write_repor
 from horovodrunner.flows.rundir.steps import StepClock
 from horovodrunner.flows.rundir.writer import RecordWriter
 from horovodrunner.runner import SavedCheckpoint
-from horovodrunner.wire.events import Lines, Message, Note, Placed, Points, Profile, Usage
+from horovodrunner.wire.events import Lines, Message, Note, Placed, Profile, Usage
 from tests.waiting import wait_until
 
 FACTS = {"run_id": "ab12", "main": "train", "np": -2, "began": 1000.0}
@@ -39,7 +39,7 @@ def make_writer(directory: Path, *, size: int = 2, mask: Mask | None = None) -> 
 
 
 def report(record: RecordWriter, rank: int, step: int, **values: float) -> None:
-    record.points(Points(rank, encode_point(step, 5.0 + step, values, is_kept=rank == 0)))
+    record.records(rank, [Point(step, values, rank, record.attempt, 5.0 + step, rank == 0)])
 
 
 def history(directory: Path) -> list[dict[str, Any]]:
@@ -52,6 +52,7 @@ def directory_of(location: str | Path, *, checkpoints: Any = (), **facts: Any) -
     return RunDirectory(
         os.fspath(location),
         RunFacts(**given),
+        records_of=lambda event: [],
         phases=lambda: (),
         checkpoints=lambda: checkpoints,
     )
@@ -315,7 +316,7 @@ class TestReport:
         record.lines(Lines(0, "stdout", evil.encode()))
         record.note(Note(evil))
         report(record, 0, 1, **{evil: 1.0})
-        record.points(Points(0, encode_bar(Bar(1, 5.0, evil, 1, 2))))
+        record.records(0, [Bar(1, 5.0, evil, 1, 2)])
         record.usage(Usage(0, evil, 5.0, 1.0, 1, 1.0, 1, 1, ((0, 5.0, 1, 2),)))
         record.profile(Profile(0, 1.0, {evil: 1.0}, {evil: 1.0}, _stacks(evil)))
         record.checkpoints([{"step": 1, "path": evil, "size": 1, "time": 5.0}])

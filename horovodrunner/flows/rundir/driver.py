@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import os
 import platform
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from horovodrunner.errors import ConfigurationError, WorkerFailedError
 from horovodrunner.flows.call.recording import describe_values
 from horovodrunner.flows.logs.lines import count_lines, missing_mark
+from horovodrunner.flows.metrics.records import Bar, Point
 from horovodrunner.flows.observer import Observer, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.rundir import layout
@@ -54,6 +56,9 @@ END_SECONDS = 60.0
 MAX_WAITING_BYTES = 64 * 1024 * 1024
 """Of events for a disk that is too slow; output and numbers beyond them are left out."""
 
+_OBJECTS_PER_BYTE = 6
+"""A point takes so many bytes for each byte that it travelled in."""
+
 MAX_TEXT = 200_000
 """Of an error's text and traceback."""
 
@@ -72,6 +77,7 @@ class RunDirectory(Observer):
         location: str,
         facts: RunFacts,
         *,
+        records_of: Callable[[Points], list[Point | Bar]],
         phases: Callable[[], Sequence[Phase]],
         checkpoints: Callable[[], Sequence[SavedCheckpoint]],
     ) -> None:
@@ -112,7 +118,11 @@ class RunDirectory(Observer):
             Lines: lambda event: self._put(writer.lines, event, len(event.lines)),
             Message: lambda event: self._put(writer.message, event),
             Note: lambda event: self._put(writer.note, event),
-            Points: lambda event: self._put(writer.points, event, len(event.records)),
+            Points: lambda event: self._put(
+                functools.partial(writer.records, event.rank),
+                records_of(event),
+                len(event.records) * _OBJECTS_PER_BYTE,
+            ),
             Usage: lambda event: self._put(writer.usage, event),
             Profile: lambda event: self._put(writer.profile, event, len(event.stacks)),
             Placed: lambda event: self._put(self._placed, event),

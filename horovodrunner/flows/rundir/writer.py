@@ -10,13 +10,13 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from horovodrunner.flows.metrics.records import Bar, Point, decode_records
+from horovodrunner.flows.metrics.records import Bar, Point
 from horovodrunner.flows.metrics.series import Moments
 from horovodrunner.flows.profile.driver import Stacks, speedscope
 from horovodrunner.flows.rundir import layout
 from horovodrunner.flows.rundir.masking import Mask
 from horovodrunner.flows.rundir.steps import StepClock
-from horovodrunner.wire.events import Lines, Message, Note, Placed, Points, Profile, Usage
+from horovodrunner.wire.events import Lines, Message, Note, Placed, Profile, Usage
 
 __all__ = ["RecordWriter"]
 
@@ -40,7 +40,7 @@ class RecordWriter:
         self._facts: dict[str, Any] = {"format": layout.FORMAT, **facts}
         self._size = size
         self._mask = mask
-        self._attempt = 1
+        self.attempt = 1
         self._ranks: dict[int, _Rank] = {}
         self._history = _Thinned(directory / layout.HISTORY)
         self._usage = _Thinned(directory / layout.USAGE)
@@ -56,7 +56,7 @@ class RecordWriter:
 
     def begin(self, attempt: int) -> None:
         """Note that an attempt is launched."""
-        self._attempt = attempt
+        self.attempt = attempt
         self._write_open_steps()
         for rank in self._ranks.values():
             rank.clock.begin()
@@ -90,10 +90,10 @@ class RecordWriter:
         when = time.strftime("%H:%M:%S", time.gmtime())
         self._log(layout.RUN_LOG, f"{when} {event.text}\n".encode(errors="replace"))
 
-    def points(self, event: Points) -> None:
+    def records(self, number: int, records: Iterable[Point | Bar]) -> None:
         """Keep what a rank reported, and how fast it is."""
-        rank = self._rank(event.rank)
-        for record in decode_records(bytes(event.records), event.rank, self._attempt):
+        rank = self._rank(number)
+        for record in records:
             rank.clock.take(record)
             if isinstance(record, Bar):
                 rank.bar = [self._mask.text(record.description), record.done, record.total]
@@ -110,14 +110,14 @@ class RecordWriter:
     def profile(self, event: Profile) -> None:
         """Keep where a rank's time went."""
         rank = self._rank(event.rank)
-        rank.seconds[self._attempt] = event.seconds
-        rank.waited[self._attempt] = event.waited
-        rank.may_have_waited[self._attempt] = event.may_have_waited
+        rank.seconds[self.attempt] = event.seconds
+        rank.waited[self.attempt] = event.waited
+        rank.may_have_waited[self.attempt] = event.may_have_waited
         self._has_news = True
         if (stacks := Stacks.of(event)) is None or not stacks.seconds:
             return
         title = f"rank {event.rank}"
-        rank.stacks[f"{title}, attempt {self._attempt}"] = stacks
+        rank.stacks[f"{title}, attempt {self.attempt}"] = stacks
         content = dumps(speedscope(rank.stacks, title)).encode()
         layout.replace_file(self.directory / layout.stacks_of(event.rank), content)
 
