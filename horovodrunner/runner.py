@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.artifacts.driver import BroughtFiles
+from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.called import name_of
 from horovodrunner.flows.call.early_imports import early_imports
 from horovodrunner.flows.call.import_path import ImportPath
@@ -27,6 +29,8 @@ from horovodrunner.flows.metrics.driver import MetricsRecorder
 from horovodrunner.flows.metrics.history import History
 from horovodrunner.flows.observer import Observer, Observers, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
+from horovodrunner.flows.progress.driver import ProgressView
+from horovodrunner.flows.progress.screens import find_screen
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
 from horovodrunner.formatting import format_bytes
 from horovodrunner.pickling import payload
@@ -139,6 +143,10 @@ class HorovodRunner:
         ``"auto"``: in notebooks and other interactive sessions, not in scripts. Mains that use
         TensorFlow, or that change how frameworks are imported (``os.environ``, ``sys.path``),
         get fresh processes in any case.
+    progress
+        Whether the progress and the metrics that main reports (:mod:`horovodrunner.metrics`) are
+        shown while the run goes on: in a notebook in an area that is updated in place, in a
+        terminal as tqdm's bars, elsewhere as a line every 30 seconds. ``"auto"`` is as True.
     run_dir
         Where a record of every run is kept, in a directory of its own: a path on the driver, or a
         URL of any fsspec file system, to which what is new is uploaded every 30 seconds. It has
@@ -187,6 +195,7 @@ class HorovodRunner:
         tf_config: bool = False,
         profile_launch: bool = False,
         keep_warm: bool | str = AUTO,
+        progress: bool | str = AUTO,
         run_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         given = locals()
@@ -220,11 +229,13 @@ class HorovodRunner:
         self._tf_config = checked.boolean("tf_config", tf_config)
         self._profile_launch = checked.boolean("profile_launch", profile_launch)
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
+        self._progress = checked.boolean_or(AUTO, "progress", progress)
         self._run_dir = None if run_dir is None else checked.path("run_dir", run_dir)
         self._run_directory: RunDirectory | None = None  # of the last run
         self._own_history: CheckpointStore | None = None  # of the last run with resume=False
         self._phases: tuple[Phase, ...] = ()
         self._history = History()
+        self._artifacts = ArtifactStore()
 
     @property
     def checkpoints(self) -> tuple[SavedCheckpoint, ...]:
@@ -258,6 +269,16 @@ class HorovodRunner:
         It grows while the run goes on, for whoever looks at it in another thread.
         """
         return self._history
+
+    @property
+    def artifacts(self) -> Path | None:
+        """The directory with what the last run's ranks left, ``rank-N/...``; None if nothing.
+
+        See :mod:`horovodrunner.artifacts`. It is a part of the run's record in ``run_dir``. Without
+        one, or behind a URL, the directory goes with the next run of this runner, and with this
+        process.
+        """
+        return self._artifacts.directory
 
     @property
     def record(self) -> str | None:
@@ -319,7 +340,7 @@ class HorovodRunner:
         store = self._store_of_run(run_id, main, kwargs)
         environment = {
             **forwarded_environment(os.environ),
-            **_hash_seed(),
+            **hash_seed(os.environ),
             **self._horovod_variables,
         }
         files = BroughtFiles(environment)
@@ -328,9 +349,13 @@ class HorovodRunner:
         frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
         data = tuple(attachments.values())
-        shows_output = self._verbosity == "all" or self._np < 0
-        console = Console(executors_have_lines=self._np >= 0, shows_lines=shows_output)
         self._history = History(abs(self._np))
+        recorder = MetricsRecorder(self._history)
+        view = self._progress_view(recorder)
+        shows_output = self._verbosity == "all" or self._np < 0
+        console = Console(
+            executors_have_lines=self._np >= 0, shows_lines=shows_output, drawing=view
+        )
         facts = RunFacts(
             run_id,
             self._np,
@@ -341,11 +366,9 @@ class HorovodRunner:
             environment,
             files.paths,
         )
-        observers = Observers(self._observers(facts), console.note)
-        announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
-        if self._run_directory is not None:
-            console.note(f"the record of this run: {self._run_directory.shown}", routine=True)
-        self._warn(main, kwargs, len(call))
+        artifacts = self._make_stores(facts, recorder, console)
+        own = (recorder, artifacts, view, *self._observers(facts), self._run_directory)
+        observers = Observers([each for each in own if each is not None], console.note)
 
         def launch(attempt: int) -> Outcome:
             files.begin(attempt)
@@ -380,6 +403,8 @@ class HorovodRunner:
 
         ended_by: BaseException | None = None
         try:
+            announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
+            self._warn(main, kwargs, len(call))
             return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
         except KeyboardInterrupt as error:
             ended_by = error
@@ -397,21 +422,36 @@ class HorovodRunner:
 
     def _observers(self, facts: RunFacts) -> list[Observer]:
         """Make what follows a run on the driver."""
-        recorder = MetricsRecorder(self._history)
-        observers: list[Observer] = [recorder]
-        self._run_directory = None
-        if self._run_dir is not None:
-            from horovodrunner.flows.rundir.driver import RunDirectory
+        return []
 
-            self._run_directory = RunDirectory(
-                self._run_dir,
-                facts,
-                records_of=recorder.records_of,
-                phases=lambda: self.phases,
-                checkpoints=lambda: self.checkpoints,
-            )
-            observers.append(self._run_directory)
-        return observers
+    def _make_stores(
+        self, facts: RunFacts, recorder: MetricsRecorder, console: Console
+    ) -> ArtifactStore:
+        """Make the directory of this run, if the user wants one, and where artifacts come to."""
+        self._artifacts.discard()
+        self._run_directory = None
+        if self._run_dir is None:
+            self._artifacts = ArtifactStore()
+            return self._artifacts
+        from horovodrunner.flows.rundir.driver import RunDirectory
+
+        self._run_directory = record = RunDirectory(
+            self._run_dir,
+            facts,
+            records_of=recorder.records_of,
+            phases=lambda: self.phases,
+            checkpoints=lambda: self.checkpoints,
+            artifacts=lambda: self._artifacts.directory,
+        )
+        console.note(f"the record of this run: {record.shown}", routine=True)
+        self._artifacts = ArtifactStore(record.artifacts)
+        return self._artifacts
+
+    def _progress_view(self, recorder: MetricsRecorder) -> ProgressView | None:
+        """Make what shows how far the run is, unless the user wants nothing of it."""
+        if self._progress is False:
+            return None
+        return ProgressView(find_screen(), recorder, self._history, self._max_restarts + 1)
 
     def _store_of_run(
         self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]
@@ -466,7 +506,7 @@ class HorovodRunner:
         from horovodrunner.processes.driver.local import run_locally
 
         with stored_here(data, job.run_id, console) as rows:
-            return run_locally(job, console, files, rows, flows)
+            return run_locally(job, console, files, rows, artifacts=self._artifacts, flows=flows)
 
     def _run_on_spark(
         self,
@@ -506,6 +546,7 @@ class HorovodRunner:
                 request,
                 console,
                 files,
+                artifacts=self._artifacts,
                 start_timeout=self._start_timeout,
                 waiting_since=waiting_since,
                 store=store,
@@ -524,13 +565,6 @@ class HorovodRunner:
 
 
 _OPTIONS = [*[*inspect.signature(HorovodRunner.__init__).parameters][1:], *_OLD_OPTIONS]
-
-
-def _hash_seed() -> dict[str, str]:
-    try:
-        return hash_seed(os.environ)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
 
 
 def _horovod_variables(horovodrun_args: str | Sequence[str] | None) -> dict[str, str]:

@@ -80,10 +80,12 @@ class RunDirectory(Observer):
         records_of: Callable[[Points], list[Point | Bar]],
         phases: Callable[[], Sequence[Phase]],
         checkpoints: Callable[[], Sequence[SavedCheckpoint]],
+        artifacts: Callable[[], Path | None],
     ) -> None:
         self._facts = facts
         self._phases = phases
         self._checkpoints = checkpoints
+        self._artifacts = artifacts
         self._checkpoints_are_near = not is_url(str(facts.options.get("checkpoint_dir") or ""))
         when = time.strftime("%Y%m%d-%H%M%S", time.gmtime(facts.began))
         name = f"{when}-{facts.run_id}"
@@ -130,9 +132,12 @@ class RunDirectory(Observer):
         }
 
     @property
-    def artifacts(self) -> Path:
-        """Where files of the ranks are to be put, in ``rank-N``; it travels with the record."""
-        return self.directory / layout.ARTIFACTS
+    def artifacts(self) -> Path | None:
+        """Where files of the ranks are to be put, in ``rank-N``.
+
+        None if the record is behind a URL: the user wants to find them here, too.
+        """
+        return self.directory / layout.ARTIFACTS if self._upload is None else None
 
     def begin(self, attempt: int) -> None:
         """Note that an attempt is launched."""
@@ -221,6 +226,8 @@ class RunDirectory(Observer):
         self._list_checkpoints()
         for path in self._facts.files.values():
             self._writer.keep_file(path)
+        if self._upload is not None and (artifacts := self._artifacts()) is not None:
+            self._writer.keep_artifacts(artifacts)
         phases = [[each.name, each.began, each.ended, each.last_rank] for each in self._phases()]
         self._writer.end({**self._outcome(error), "ended": ended}, phases)
         from horovodrunner.flows.rundir.report import write_report

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class RecordWriter:
         for record in records:
             rank.clock.take(record)
             if isinstance(record, Bar):
-                rank.bar = [self._mask.text(record.description), record.done, record.total]
+                rank.draw(replace(record, description=self._mask.text(record.description)))
             else:
                 self._add(record)
         self._history.write()
@@ -144,10 +145,12 @@ class RecordWriter:
         target = self.directory / layout.TIMELINES / path.name
         target.parent.mkdir(exist_ok=True)
         target.unlink(missing_ok=True)
-        try:
-            os.link(path, target)
-        except OSError:  # another file system
-            shutil.copyfile(path, target)
+        _link_or_copy(path, target)
+
+    def keep_artifacts(self, directory: Path) -> None:
+        """Take what ranks have left, without a copy where that can be."""
+        target = self.directory / layout.ARTIFACTS
+        shutil.copytree(directory, target, copy_function=_link_or_copy, dirs_exist_ok=True)
 
     def end(self, outcome: Mapping[str, Any], phases: Sequence[Sequence[Any]]) -> None:
         """Note how the run ended."""
@@ -228,21 +231,34 @@ class _Rank:
     def __init__(self) -> None:
         self.host = ""
         self.clock = StepClock()
-        self.bar: list[Any] | None = None
+        self.bar: Bar | None = None
         self.seconds: dict[int, float] = {}
         self.waited: dict[int, Mapping[str, float]] = {}
         self.may_have_waited: dict[int, Mapping[str, float]] = {}
         self.stacks: dict[str, Stacks] = {}
 
+    def draw(self, bar: Bar) -> None:
+        """Note the state of a bar; the outermost one says how far the rank is."""
+        if self.bar is None or self.bar.has_ended or bar.number <= self.bar.number:
+            self.bar = bar
+
     def summary(self) -> dict[str, Any]:
+        bar = self.bar
         return {
             "host": self.host,
-            "bar": self.bar,
+            "bar": None if bar is None else [bar.description, bar.done, bar.total],
             "seconds": sum(self.seconds.values()),
             "waited": _sums(self.waited.values()),
             "may_have_waited": _sums(self.may_have_waited.values()),
             **self.clock.summary(),
         }
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
 
 
 def _sums(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
