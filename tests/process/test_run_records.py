@@ -132,6 +132,7 @@ def test_each_run_has_its_own(tmp_path: Path) -> None:
     for _ in range(2):
         runner.run(lambda: None)
         records.append(runner.record)
+        assert record_of(runner).ranks[0].seconds > 0
     assert len(set(records)) == 2
     assert sorted(map(str, tmp_path.iterdir())) == sorted(map(str, records))
 

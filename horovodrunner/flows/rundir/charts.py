@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["COLOURS", "Line", "line_chart", "ticks"]
+__all__ = ["COLOURS", "Line", "line_chart", "ticks", "time_ticks"]
 
 COLOURS = 8
 """The page's style has so many; lines beyond them begin anew."""
@@ -17,8 +17,12 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 24
 LOG_RATIO = 1000.0
 """Numbers above 0 that differ by more are drawn on a logarithmic scale."""
 
+_CLOCK_STEPS = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0, 1800.0)
+_CLOCK_STEPS += (3600.0, 7200.0, 10800.0, 21600.0, 43200.0, 86400.0)
+
 Format = Callable[[float], str]
 Points = Sequence[tuple[float, float]]
+Ticks = Callable[[float, float, int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ def line_chart(
     y_text: Format,
     y_from: float | None = None,
     y_to: float | None = None,
+    x_ticks: Ticks | None = None,
 ) -> str:
     """Return a chart; what is not finite is a gap. "" if there is nothing to draw."""
     xs = [x for line in lines for x, y in line.points if math.isfinite(y)]
@@ -56,7 +61,7 @@ def line_chart(
     scale = _Scale(min(xs), max(xs), low, high, is_log)
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">',
-        *_grid(scale, x_text, y_text),
+        *_grid(scale, x_text, y_text, x_ticks or ticks),
     ]
     for line in lines:
         if area := scale.area(line.band):
@@ -115,7 +120,7 @@ class _Scale:
         return "M" + "L".join(f"{x},{y}" for x, y in [*there, *back]) + "Z"
 
 
-def _grid(scale: _Scale, x_text: Format, y_text: Format) -> list[str]:
+def _grid(scale: _Scale, x_text: Format, y_text: Format, x_ticks: Ticks) -> list[str]:
     parts = []
     marks = _powers(scale.low, scale.high) if scale.is_log else ticks(scale.low, scale.high, 4)
     for value in marks:
@@ -125,7 +130,7 @@ def _grid(scale: _Scale, x_text: Format, y_text: Format) -> list[str]:
             f'<text x="{LEFT - 6}" y="{y + 3.5}" text-anchor="end">'
             f"{html.escape(y_text(value))}</text>"
         )
-    for value in ticks(scale.left, scale.right, 4):
+    for value in x_ticks(scale.left, scale.right, 4):
         x = round(scale.x(value), 1)
         anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
         parts.append(
@@ -151,6 +156,19 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
+
+
+def time_ticks(low: float, high: float, about: int) -> list[float]:
+    """Return times in seconds that one would read off a clock.
+
+    >>> time_ticks(12, 3600, 4)
+    [900.0, 1800.0, 2700.0, 3600.0]
+    """
+    rough = (high - low) / about
+    step = next((each for each in _CLOCK_STEPS if each >= 0.75 * rough), 0.0)
+    if not rough >= 1 or not step:
+        return ticks(low, high, about)
+    return [step * number for number in range(math.ceil(low / step), int(high // step) + 1)]
 
 
 def _powers(low: float, high: float) -> list[float]:

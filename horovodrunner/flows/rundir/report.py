@@ -14,7 +14,7 @@ from typing import Any
 
 from horovodrunner.flows.logs.training_log import format_value
 from horovodrunner.flows.rundir import layout
-from horovodrunner.flows.rundir.charts import COLOURS, Line, line_chart
+from horovodrunner.flows.rundir.charts import COLOURS, Line, line_chart, time_ticks
 from horovodrunner.flows.rundir.reading import Rank, RunData, Samples, read_run
 from horovodrunner.formatting import format_bytes, ranks_in_words
 
@@ -25,6 +25,9 @@ MAX_ROWS = 64
 
 MAX_LINES = 8
 """Of ranks in a chart; of more, the range and the mean are drawn."""
+
+MAX_AVERAGES = 120
+"""Of points of a line that shows what is used."""
 
 WAITING_MATTERS = 0.05
 """Waiting for less than this part of main's time says nothing about who is slow."""
@@ -258,7 +261,8 @@ def _ranks(run: RunData) -> str:
         shown = [rank for rank in ranks if rank.number in first]
         text += f" {len(shown)} of {len(ranks)} ranks are listed."
     longest = max((rank.seconds for rank in ranks), default=0.0)
-    rows = [_rank_row(rank, longest) for rank in shown]
+    short = _short_names({rank.host for rank in ranks})
+    rows = [_rank_row(rank, short[rank.host], longest) for rank in shown]
     may_wait = sorted({name for rank in ranks for name in rank.may_have_waited})
     note = (
         '<span class="legend"><span><i class="c0"></i>main’s own time</span>'
@@ -296,7 +300,7 @@ def _ranks(run: RunData) -> str:
     )
 
 
-def _rank_row(rank: Rank, longest: float) -> list[str]:
+def _rank_row(rank: Rank, host: str, longest: float) -> list[str]:
     waited = min(rank.waited_seconds, rank.seconds)
     own = rank.seconds - waited
     scale = 100 / longest if longest else 0.0
@@ -314,7 +318,7 @@ def _rank_row(rank: Rank, longest: float) -> list[str]:
     in_which = ", ".join(f"{name} {_seconds(each)}" for name, each in rank.waited.items())
     return [
         str(rank.number),
-        _text(rank.host),
+        f'<span title="{_text(rank.host)}">{_text(host)}</span>',
         bar,
         _seconds(own) if rank.seconds else "–",
         f'<span title="{_text(in_which)}">{_seconds(waited)}</span>' if rank.seconds else "–",
@@ -329,8 +333,11 @@ def _rank_row(rank: Rank, longest: float) -> list[str]:
 def _usage(run: RunData) -> str:
     ranks = [rank for rank in sorted(run.ranks.values(), key=lambda r: r.number) if rank.usage.rows]
     of_ranks = [(f"rank {rank.number}", rank.usage) for rank in ranks]
-    of_hosts = sorted(run.hosts.items())
-    of_gpus = [(f"{host} GPU {number}", each) for (host, number), each in sorted(run.gpus.items())]
+    short = _short_names(run.hosts)
+    of_hosts = [(short[host], each) for host, each in sorted(run.hosts.items())]
+    of_gpus = [
+        (f"{short[host]} GPU {number}", each) for (host, number), each in sorted(run.gpus.items())
+    ]
     began = run.began
     charts = [
         _use("Memory of the ranks", of_ranks, 2, began, "resident, of each rank’s processes"),
@@ -382,9 +389,38 @@ def _use(
         for name, samples in named
     ]
     lines = _few(series)
-    chart = line_chart(lines, title=title, x_text=_clock, y_text=y_text, y_from=0.0, y_to=top)
+    chart = line_chart(
+        lines,
+        title=title,
+        x_text=_clock,
+        y_text=y_text,
+        y_from=0.0,
+        y_to=top,
+        x_ticks=time_ticks,
+    )
     names = [(line.name, line.colour) for line in lines] if len(named) > 1 else []
     return _figure(title, chart, text, names)
+
+
+def _short_names(hosts: Iterable[str]) -> dict[str, str]:
+    """Return the first part of each host's name, if that tells them apart."""
+    names = {host: host.partition(".")[0] for host in hosts}
+    is_clear = len(set(names.values())) == len(names) and not any(
+        name.isdecimal() or not name for name in names.values()
+    )
+    return names if is_clear else {host: host for host in names}
+
+
+def _averages(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return so few points that lines beside each other can be told apart."""
+    every = math.ceil(len(points) / MAX_AVERAGES)
+    if every < 2:
+        return points
+    boxes = [points[place : place + every] for place in range(0, len(points), every)]
+    return [
+        (statistics.fmean(at for at, _ in box), statistics.fmean(value for _, value in box))
+        for box in boxes
+    ]
 
 
 def _unit(most: float) -> tuple[str, float]:
@@ -401,7 +437,10 @@ def _in(unit: str) -> Callable[[float], str]:
 def _few(named: Sequence[tuple[str, list[tuple[float, float]]]]) -> list[Line]:
     """Return a line each, or the mean and the range of too many."""
     if len(named) <= MAX_LINES:
-        return [Line(name, points, place % COLOURS) for place, (name, points) in enumerate(named)]
+        return [
+            Line(name, _averages(points), place % COLOURS)
+            for place, (name, points) in enumerate(named)
+        ]
     first = min(points[0][0] for _, points in named)
     last = max(points[-1][0] for _, points in named)
     width = max((last - first) / 200, 10.0)
@@ -618,6 +657,10 @@ def _clock(seconds: float) -> str:
     whole = round(seconds)
     if whole < 120:
         return f"{seconds:g} s"
+    if whole % 3600 == 0:
+        return f"{whole // 3600} h"
+    if whole % 60 == 0 and whole < 7200:
+        return f"{whole // 60} min"
     if whole < 7200:
         return f"{whole // 60}:{whole % 60:02}"
     return f"{whole // 3600} h {whole % 3600 // 60:02}"
