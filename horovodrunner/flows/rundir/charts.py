@@ -17,8 +17,8 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 24
 LOG_RATIO = 1000.0
 """Numbers above 0 that differ by more are drawn on a logarithmic scale."""
 
-_CLOCK_STEPS = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0, 1800.0)
-_CLOCK_STEPS += (3600.0, 7200.0, 10800.0, 21600.0, 43200.0, 86400.0)
+_MINUTES = (1, 2, 5, 10, 15, 30, 60, 120, 180, 360, 720, 1440)
+_CLOCK_STEPS = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, *(60.0 * each for each in _MINUTES))
 
 Format = Callable[[float], str]
 Points = Sequence[tuple[float, float]]
