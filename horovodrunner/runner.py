@@ -25,9 +25,11 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
 from horovodrunner.flows.metrics.driver import MetricsRecorder
 from horovodrunner.flows.metrics.history import History
+from horovodrunner.flows.mlflow.driver import reporters, require_mlflow
 from horovodrunner.flows.observer import Observer, Observers, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
+from horovodrunner.flows.tensorboard.driver import TensorBoardWriter, checked_directory
 from horovodrunner.formatting import format_bytes
 from horovodrunner.pickling import payload
 from horovodrunner.placement.environment import forwarded_environment, hash_seed
@@ -138,6 +140,14 @@ class HorovodRunner:
         ``"auto"``: in notebooks and other interactive sessions, not in scripts. Mains that use
         TensorFlow, or that change how frameworks are imported (``os.environ``, ``sys.path``),
         get fresh processes in any case.
+    mlflow
+        Whether the run is reported to MLflow, from the driver: metrics, parameters, versions, what
+        the hosts use, and the outcome. ``"auto"``: to the run that is active here, if there is
+        one. True starts one otherwise, and ends it. ``mlflow.start_run()`` in main goes on with it
+        where the tracking server can be reached.
+    tensorboard_dir
+        A directory on the driver for event files of what main reports, which TensorBoard shows;
+        each run has a directory of its own in it.
 
     Raises
     ------
@@ -146,7 +156,8 @@ class HorovodRunner:
     ArgumentValueError
         If an argument has a value that cannot work.
     ConfigurationError
-        If ``horovodrun_args`` is given where Horovod is not installed.
+        If ``horovodrun_args`` is given where Horovod is not installed, ``mlflow=True`` where
+        MLflow is not, or ``tensorboard_dir`` where TensorBoard is not.
 
     Examples
     --------
@@ -181,6 +192,8 @@ class HorovodRunner:
         tf_config: bool = False,
         profile_launch: bool = False,
         keep_warm: bool | str = AUTO,
+        mlflow: bool | str = AUTO,
+        tensorboard_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         given = locals()
         self._options = {
@@ -213,6 +226,16 @@ class HorovodRunner:
         self._tf_config = checked.boolean("tf_config", tf_config)
         self._profile_launch = checked.boolean("profile_launch", profile_launch)
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
+        self._mlflow = checked.boolean_or(AUTO, "mlflow", mlflow)
+        if self._mlflow is True:
+            require_mlflow()
+        self._tensorboard_dir = (
+            None
+            if tensorboard_dir is None
+            else checked_directory(
+                "tensorboard_dir", checked.path("tensorboard_dir", tensorboard_dir)
+            )
+        )
         self._own_history: CheckpointStore | None = None  # of the last run with resume=False
         self._phases: tuple[Phase, ...] = ()
         self._history = History()
@@ -310,7 +333,7 @@ class HorovodRunner:
         console = Console(executors_have_lines=self._np >= 0, shows_lines=shows_output)
         self._history = History(abs(self._np))
         facts = RunFacts(run_id, self._np, name_of(main), kwargs, self._options, began)
-        observers = Observers(self._observers(facts), console.note)
+        observers = Observers(self._observers(facts, console), console.note)
         announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
         self._warn(main, kwargs, len(call))
 
@@ -327,7 +350,10 @@ class HorovodRunner:
                 token=secrets.token_bytes(TOKEN_BYTES),
                 attempt=attempt,
                 early_imports=frameworks,
-                environment={k: v for k, v in environment.items() if k not in files.variables},
+                environment={
+                    **{k: v for k, v in environment.items() if k not in files.variables},
+                    **observers.environment,
+                },
                 import_path=ImportPath.of_this_process(),
                 stream_output=shows_output or observers.wants_output,
                 driver_shows_output=shows_output,
@@ -361,9 +387,12 @@ class HorovodRunner:
                 store.prune()
             console.show(0)
 
-    def _observers(self, facts: RunFacts) -> list[Observer]:
+    def _observers(self, facts: RunFacts, console: Console) -> list[Observer]:
         """Make what follows a run on the driver."""
-        return [MetricsRecorder(self._history)]
+        observers: list[Observer] = [MetricsRecorder(self._history)]
+        if self._tensorboard_dir is not None:
+            observers.append(TensorBoardWriter(self._tensorboard_dir, facts))
+        return [*observers, *reporters(self._mlflow, facts, console)]
 
     def _store_of_run(
         self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]

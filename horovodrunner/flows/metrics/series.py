@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from horovodrunner.flows.metrics.records import Point
 
-__all__ = ["PointTable", "RankSummary"]
+__all__ = ["Moments", "PointTable", "RankSummary"]
 
 
 class PointTable:
@@ -142,7 +142,7 @@ class RankSummary:
     def __init__(self, most: int) -> None:
         self._most = most
         self._every = 1
-        self._steps: dict[tuple[int, int], dict[str, _Moments]] = {}
+        self._steps: dict[tuple[int, int], dict[str, Moments]] = {}
 
     @property
     def every(self) -> int:
@@ -156,18 +156,18 @@ class RankSummary:
         moments = self._steps.setdefault((point.attempt, point.step), {})
         for name, value in point.values.items():
             if (known := moments.get(name)) is None:
-                known = moments[name] = _Moments()
+                known = moments[name] = Moments()
             known.add(value)
         if len(self._steps) > self._most:
             self._every *= 2
             self._steps = {key: it for key, it in self._steps.items() if key[1] % self._every == 0}
 
-    def at(self, attempt: int, step: int) -> Mapping[str, _Moments]:
+    def at(self, attempt: int, step: int) -> Mapping[str, Moments]:
         """Return what is known of a step."""
         return self._steps.get((attempt, step), {})
 
 
-class _Moments:
+class Moments:
     """Sums up a number over the ranks."""
 
     __slots__ = ("count", "max", "min", "total")
@@ -178,6 +178,7 @@ class _Moments:
         self.min = self.max = float("nan")
 
     def add(self, value: float) -> None:
+        """Take a number."""
         self.count += 1
         self.total += value
         if math.isnan(value):
@@ -189,4 +190,5 @@ class _Moments:
 
     @property
     def mean(self) -> float:
+        """The mean of all, NaN if one is."""
         return self.total / self.count
