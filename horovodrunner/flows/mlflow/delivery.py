@@ -18,6 +18,7 @@ from horovodrunner.flows.mlflow.tracking import (
     RunInMlflow,
     UnavailableError,
 )
+from horovodrunner.formatting import in_one_line
 
 __all__ = ["END_SECONDS", "Delivery"]
 
@@ -63,7 +64,7 @@ class Delivery:
         self.delivered = self.thinned = 0
         self.refused: dict[str, str] = {}
         """The names of what MLflow does not store, and why."""
-        self.error: UnavailableError | None = None
+        self.error: Exception | None = None
         """What the last try met, if it failed."""
         self._thread = threading.Thread(target=self._work, name="horovodrunner-mlflow", daemon=True)
 
@@ -122,16 +123,15 @@ class Delivery:
                 if is_ending:
                     return
                 wait = SEND_SECONDS
-            except UnavailableError as error:
-                self._note_failure(error)
+            except (UnavailableError, RefusedError) as error:
+                may_pass = isinstance(error, UnavailableError) and error.may_pass
+                self._note_failure(error, may_pass=may_pass)
                 wait, pause = pause, min(2 * pause, LAST_PAUSE)
-                if is_ending and not error.may_pass:
+                if is_ending and not may_pass:
                     return
             except Exception as error:  # ours, or MLflow's of a version that is not known
-                self.error = UnavailableError(f"{type(error).__name__}: {error}")
+                self.error = UnavailableError(in_one_line(error))
                 _logger.exception("the delivery to MLflow ends")
-                self._note(f"reporting to MLflow ends here, the run goes on: {self.error}")
-                self._has_told = True
                 return
             finally:
                 self.was_tried.set()
@@ -208,12 +208,12 @@ class Delivery:
         self._waiting = deque(kept())
         self.thinned += before - len(self._waiting)
 
-    def _note_failure(self, error: UnavailableError) -> None:
+    def _note_failure(self, error: Exception, *, may_pass: bool) -> None:
         self.error = error
         now = time.monotonic()
         since = self._failing_since = self._failing_since or now
         _logger.debug("MLflow takes nothing: %s", error)
-        if not self._has_told and (now - since > SILENT_SECONDS or not error.may_pass):
+        if not self._has_told and (now - since > SILENT_SECONDS or not may_pass):
             self._has_told = True
             self._note(
                 f"MLflow takes nothing ({error}): the run goes on, and what it reports is sent "

@@ -147,8 +147,8 @@ class MlflowReporter(Observer):
             if not is_announced and time.monotonic() - began > PATIENCE_SECONDS:
                 is_announced = True
                 self._console.note(
-                    f"waiting for MLflow to take {self._delivery.left} numbers, for "
-                    f"{END_SECONDS:.0f} seconds at most; an interrupt ends the wait"
+                    f"waiting for MLflow to take the outcome and {self._delivery.left} numbers, "
+                    f"for {END_SECONDS:.0f} seconds at most; an interrupt ends the wait"
                 )
             self._console.show(0)
 
@@ -182,9 +182,9 @@ class MlflowReporter(Observer):
         return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
 
     def _first_tags(self) -> dict[str, str]:
-        versions = {name: version for name, version in installed_versions().items() if version}
+        versions = {f"versions.{name}": each for name, each in installed_versions().items() if each}
         facts = {"run_id": self._facts.run_id, "main": self._facts.main, "status": "running"}
-        return {f"{_TAGS}{name}": naming.bounded(text) for name, text in (versions | facts).items()}
+        return {f"{_TAGS}{name}": naming.bounded(text) for name, text in (facts | versions).items()}
 
     def _last_tags(self, error: BaseException | None) -> dict[str, str]:
         status = "finished" if error is None else "failed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from horovodrunner import validation as checked
@@ -22,6 +23,7 @@ MAX_TEXT_CHARACTERS = 400
 """Of a parameter or tag, less a mark for what is cut: before MLflow 2.8 only 500 were taken."""
 
 MAX_ITEMS = 20
+_SCALARS = (bool, int, float, str)
 _MAX_DEPTH = 4
 
 _OPTIONS = "horovodrunner."
@@ -75,7 +77,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_scalar(value: Any) -> bool:
-    return value is None or type(value) in (bool, int, float, str)
+    return value is None or isinstance(value, PurePath) or type(value) in _SCALARS
 
 
 def system_metrics(usage: Usage) -> Iterator[tuple[str, float]]:
