@@ -105,8 +105,8 @@ def test_a_run_is_started_and_has_all_of_it(
 ) -> None:
     def main(lr: float, token: str) -> None:
         for step in range(3):
-            loss = lr * step + int(os.environ["RANK"])
-            metrics.report(step=step, loss=loss, **{"acc@1": float("nan")})
+            numbers = {"loss": lr * step + int(os.environ["RANK"]), "acc@1": float("nan")}
+            metrics.report(step, **numbers)  # type: ignore[arg-type]
 
     HorovodRunner(np=-2, mlflow=True, max_restarts=1).run(main, lr=0.5, token="x")
     run = only_run(client)
