@@ -44,6 +44,7 @@ from horovodrunner.wire.events import Handlers
 
 if TYPE_CHECKING:
     from horovodrunner.data.unshared import UnsharedDataSet
+    from horovodrunner.flows.rundir.driver import RunDirectory
 
 __all__ = ["HorovodRunner", "SavedCheckpoint"]
 
@@ -140,6 +141,11 @@ class HorovodRunner:
         ``"auto"``: in notebooks and other interactive sessions, not in scripts. Mains that use
         TensorFlow, or that change how frameworks are imported (``os.environ``, ``sys.path``),
         get fresh processes in any case.
+    run_dir
+        Where a record of every run is kept, in a directory of its own: a path on the driver, or a
+        URL of any fsspec file system, to which what is new is uploaded every 30 seconds. It has
+        arguments, versions, metrics, all output, where the time went, and ``report.html``, and
+        it is there after a crash as well. Passwords, tokens and keys are masked.
     mlflow
         Whether the run is reported to MLflow, from the driver: metrics, parameters, versions, what
         the hosts use, and the outcome. ``"auto"``: to the run that is active here, if there is
@@ -192,6 +198,7 @@ class HorovodRunner:
         tf_config: bool = False,
         profile_launch: bool = False,
         keep_warm: bool | str = AUTO,
+        run_dir: str | os.PathLike[str] | None = None,
         mlflow: bool | str = AUTO,
         tensorboard_dir: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -226,6 +233,8 @@ class HorovodRunner:
         self._tf_config = checked.boolean("tf_config", tf_config)
         self._profile_launch = checked.boolean("profile_launch", profile_launch)
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
+        self._run_dir = None if run_dir is None else checked.path("run_dir", run_dir)
+        self._run_directory: RunDirectory | None = None  # of the last run
         self._mlflow = checked.boolean_or(AUTO, "mlflow", mlflow)
         if self._mlflow is True:
             require_mlflow()
@@ -272,6 +281,11 @@ class HorovodRunner:
         It grows while the run goes on, for whoever looks at it in another thread.
         """
         return self._history
+
+    @property
+    def record(self) -> str | None:
+        """The directory of the last run in ``run_dir``, a path or a URL; None without any."""
+        return None if self._run_directory is None else self._run_directory.location
 
     @explained(wrong_run)
     def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
@@ -332,7 +346,16 @@ class HorovodRunner:
         shows_output = self._verbosity == "all" or self._np < 0
         console = Console(executors_have_lines=self._np >= 0, shows_lines=shows_output)
         self._history = History(abs(self._np))
-        facts = RunFacts(run_id, self._np, name_of(main), kwargs, self._options, began)
+        facts = RunFacts(
+            run_id,
+            self._np,
+            name_of(main),
+            kwargs,
+            self._options,
+            began,
+            environment,
+            files.paths,
+        )
         observers = Observers(self._observers(facts, console), console.note)
         announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
         self._warn(main, kwargs, len(call))
@@ -358,6 +381,7 @@ class HorovodRunner:
                 stream_output=shows_output or observers.wants_output,
                 driver_shows_output=shows_output,
                 usage_seconds=USAGE_SECONDS if observers.wants_usage else None,
+                profiles=observers.wants_profiles,
                 stall_timeout=self._stall_timeout,
                 checkpoint_location=None if store is None else store.location,
                 keep_checkpoints=3 if store is None else store.keep,
@@ -381,8 +405,8 @@ class HorovodRunner:
             ended_by = error
             raise
         finally:
-            observers.end(ended_by)
             self._note_phases(spans, console, began)
+            observers.end(ended_by)
             if store is not None:
                 store.prune()
             console.show(0)
@@ -390,9 +414,21 @@ class HorovodRunner:
     def _observers(self, facts: RunFacts, console: Console) -> list[Observer]:
         """Make what follows a run on the driver."""
         observers: list[Observer] = [MetricsRecorder(self._history)]
+        self._run_directory = None
+        if self._run_dir is not None:
+            from horovodrunner.flows.rundir.driver import RunDirectory
+
+            self._run_directory = RunDirectory(
+                self._run_dir,
+                facts,
+                phases=lambda: self.phases,
+                checkpoints=lambda: self.checkpoints,
+            )
+            observers.append(self._run_directory)
         if self._tensorboard_dir is not None:
             observers.append(TensorBoardWriter(self._tensorboard_dir, facts))
-        return [*observers, *reporters(self._mlflow, facts, console)]
+        # the last one: what the record has at its end is to be in MLflow, too
+        return [*observers, *reporters(self._mlflow, facts, console, self._run_directory)]
 
     def _store_of_run(
         self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]

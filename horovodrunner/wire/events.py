@@ -137,6 +137,16 @@ class Beat(Event):
     seconds: float = 0.0
 
 
+class Profile(Event):
+    """Where main's time went: by stack (flows/profile), and in calls that wait, or may wait."""
+
+    rank: int
+    seconds: float
+    waited: dict[str, float]
+    may_have_waited: dict[str, float]
+    stacks: bytes
+
+
 class Message(Event):
     """A call of ``log_to_driver``."""
 
@@ -186,6 +196,7 @@ class Job(Event):
     scratch: str = ""
     keeps_checkpoints: bool = False
     beat_seconds: float = 5.0
+    profiles: bool = False
     call: bytes = b""
 
 

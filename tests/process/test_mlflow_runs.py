@@ -108,7 +108,8 @@ def test_a_run_is_started_and_has_all_of_it(
             numbers = {"loss": lr * step + int(os.environ["RANK"]), "acc@1": float("nan")}
             metrics.report(step, **numbers)  # type: ignore[arg-type]
 
-    HorovodRunner(np=-2, mlflow=True, max_restarts=1).run(main, lr=0.5, token="x")
+    runner = HorovodRunner(np=-2, mlflow=True, max_restarts=1, run_dir=tmp_path)
+    runner.run(main, lr=0.5, token="x")
     run = only_run(client)
     assert run.info.status == "FINISHED"
     assert run.info.run_name.endswith("main")
@@ -121,6 +122,8 @@ def test_a_run_is_started_and_has_all_of_it(
     assert run.data.params["horovodrunner.max_restarts"] == "1"
     assert run.data.tags["horovodrunner.status"] == "finished"
     assert run.data.tags["horovodrunner.versions.Python"].startswith("3.")
+    assert run.data.tags["horovodrunner.record"] == runner.record
+    assert [each.path for each in client.list_artifacts(run.info.run_id)] == ["report.html"]
     assert f"MLflow's run {run.info.run_id} at http://127.0.0.1" in capsys.readouterr().out
 
 
@@ -244,9 +247,10 @@ def test_a_server_that_is_not_there_costs_nothing(
 
 
 def test_nothing_is_lost_while_the_server_is_stopped_and_started_again(
-    server: Server, client: Any, tmp_path: Path
+    server: Server, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last test of the file: it leaves no server."""
+    monkeypatch.setattr(delivery, "SEND_SECONDS", 0.1)
 
     def main() -> None:
         for step in range(3):
@@ -260,7 +264,7 @@ def test_nothing_is_lost_while_the_server_is_stopped_and_started_again(
     (tmp_path / "step 0").touch()
     wait_until(lambda: len(runner.history) == 1)
     experiment = os.environ["MLFLOW_EXPERIMENT_ID"]
-    wait_until(lambda: [each for each in client.search_runs([experiment]) if each.data.metrics])
+    wait_until(lambda: client.search_runs([experiment]) and only_run(client).data.metrics)
     server.stop()
     (tmp_path / "step 1").touch()
     wait_until(lambda: len(runner.history) == 2)

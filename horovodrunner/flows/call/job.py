@@ -32,6 +32,8 @@ class JobSpec:
     """Whether the driver shows that output; it may only keep it."""
     usage_seconds: float | None = None
     """How often the use of processors and memory is reported; None: never."""
+    profiles: bool = False
+    """Whether the ranks report where main's time goes."""
     shares_terminal: bool = False
     """Whether the tasks' own log is the driver's terminal."""
     max_result_bytes: int | None = None

@@ -24,7 +24,7 @@ from typing import Any
 from horovodrunner.flows.call.record import HIDDEN, MAX_ENTRIES, MAX_TEXT, RunRecord
 from horovodrunner.pickling.installed import is_of_a_python
 
-__all__ = ["looks_secret", "may_be_secret", "record_call"]
+__all__ = ["describe_values", "looks_secret", "may_be_secret", "record_call"]
 
 _MAX_ITEMS = 100
 """A longer collection is data, not a setting: only its length counts."""
@@ -92,6 +92,15 @@ def record_call(
         writer.variables,
         {name: _digest("".join(texts)) for name, texts in writer.code.items()},
     )
+
+
+def describe_values(values: Mapping[str, Any]) -> dict[str, str]:
+    """Write values as texts, what a configuration consists of one by one; no secret is shown."""
+    writer = _Writer()
+    with contextlib.suppress(Exception):  # anybody's objects may do anything
+        for name, value in values.items():
+            writer.describe(writer.arguments, name, value)
+    return writer.arguments
 
 
 def _arguments(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -384,7 +393,7 @@ def _concealed(text: str) -> str:
 
 
 def may_be_secret(name: str, value: Any) -> bool:
-    """Return whether a value may be a secret, going by its name."""
+    """Whether a name says that its value is a password, a token, a key or the like."""
     if value is None or isinstance(value, bool):
         return False
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name.partition(" of ")[0]).lower()
@@ -394,7 +403,7 @@ def may_be_secret(name: str, value: Any) -> bool:
 
 
 def looks_secret(text: str) -> bool:
-    """Return whether a text has the form of a secret, or has one in it."""
+    """Whether a text has the form of a secret, or has one in it."""
     start = text[:20_000]
     return _SECRET_TEXT.search(start) is not None or _LOOKS_RANDOM.fullmatch(start) is not None
 

@@ -34,6 +34,9 @@ FIRST_PAUSE, LAST_PAUSE = 0.5, 15.0
 END_SECONDS = 30.0
 """How long after the run's end what is left may take."""
 
+SLOWEST = 2**20
+"""Bytes a second: files may take longer."""
+
 SILENT_SECONDS = 10.0
 """A server that cannot be reached for longer is reported."""
 
@@ -92,6 +95,11 @@ class Delivery:
         self._last_steps = list(steps)
         self._wake.set()
 
+    def allow(self, size: int) -> None:
+        """Let a file of so many bytes take its time."""
+        if self._deadline:  # else it was abandoned
+            self._deadline = time.monotonic() + END_SECONDS + size / SLOWEST
+
     def join(self, seconds: float) -> bool:
         """Wait, and return whether the thread has ended, or its time is up."""
         self._thread.join(seconds)
@@ -109,9 +117,14 @@ class Delivery:
             return len(self._waiting) + len(self._in_flight)
 
     @property
+    def steps_left(self) -> int:
+        """How many of the last steps were not done, and texts before them not sent."""
+        return len(self._steps) + len(self._last_steps or ())
+
+    @property
     def is_complete(self) -> bool:
-        """Whether all was sent, the last steps included."""
-        return not (self.left or self._steps or self._last_steps)
+        """Whether all was sent, and all steps are done."""
+        return not (self.left or self.steps_left)
 
     def _work(self) -> None:
         pause = FIRST_PAUSE

@@ -6,12 +6,15 @@ the driver. Only a main that itself uses MLflow talks to the server from where i
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from horovodrunner.errors import ConfigurationError
@@ -21,10 +24,14 @@ from horovodrunner.flows.mlflow import naming
 from horovodrunner.flows.mlflow.delivery import END_SECONDS, Delivery
 from horovodrunner.flows.mlflow.tracking import Metric, RunInMlflow, is_local
 from horovodrunner.flows.observer import Observer, RunFacts
+from horovodrunner.flows.rundir import layout
 from horovodrunner.formatting import in_one_line
 from horovodrunner.placement.environment import MLFLOW
 from horovodrunner.placement.versions import installed_versions
 from horovodrunner.wire.events import Points, Usage
+
+if TYPE_CHECKING:
+    from horovodrunner.flows.rundir.driver import RunDirectory
 
 __all__ = ["MlflowReporter", "reporters", "require_mlflow"]
 
@@ -48,14 +55,16 @@ def require_mlflow() -> None:
         )
 
 
-def reporters(wanted: bool | str, facts: RunFacts, console: Console) -> list[MlflowReporter]:
+def reporters(
+    wanted: bool | str, facts: RunFacts, console: Console, record: RunDirectory | None
+) -> list[MlflowReporter]:
     """Make what reports this run: to the run that is active in this thread, or to a new one."""
     if wanted is True:
-        return [MlflowReporter(facts, _import_mlflow().active_run(), console)]
+        return [MlflowReporter(facts, _import_mlflow().active_run(), console, record)]
     mlflow: Any = sys.modules.get("mlflow") if wanted else None  # not imported only to look
     try:
         run = mlflow.active_run() if hasattr(mlflow, "active_run") else None
-        return [] if run is None else [MlflowReporter(facts, run, console)]
+        return [] if run is None else [MlflowReporter(facts, run, console, record)]
     except Exception as error:
         _logger.debug("mlflow.active_run() failed", exc_info=error)
         console.note(f"this run is not reported to MLflow: {in_one_line(error)}")
@@ -74,15 +83,21 @@ def _import_mlflow() -> Any:
 
 
 class MlflowReporter(Observer):
-    """Reports to a run that is active on the driver, or starts one and ends it."""
+    """Reports to a run that is active on the driver, or starts one and ends it.
+
+    What there is in the run's record at its end becomes MLflow's artifacts.
+    """
 
     title = "reporting to MLflow"
     wants_usage = True
 
-    def __init__(self, facts: RunFacts, active: Any, console: Console) -> None:
+    def __init__(
+        self, facts: RunFacts, active: Any, console: Console, record: RunDirectory | None
+    ) -> None:
         import mlflow
 
         self._facts = facts
+        self._record = record
         self._console = console
         self._uri = str(mlflow.get_tracking_uri())
         self._run_id = "" if active is None else str(active.info.run_id)
@@ -124,14 +139,16 @@ class MlflowReporter(Observer):
             return
         delivery.add(map(_metric, self._scalars.rest()))
         delivery.add_texts("tags", self._last_tags(error))
-        delivery.finish([lambda run: run.set_status(self._status(error))])
+        status = functools.partial(RunInMlflow.set_status, status=self._status(error))
+        files = list(self._files())
+        delivery.finish([status, *files])
         try:
             self._wait()
         except KeyboardInterrupt:  # of the wait alone: what main returned is not to be lost
             _logger.debug("the wait for MLflow was interrupted")
         if not delivery.is_complete:
             delivery.abandon()
-            self._console.note(self._undelivered())
+            self._console.note(self._undelivered(len(files)))
         elif delivery.thinned:
             self._console.note(
                 f"MLflow was too slow for {delivery.thinned} of "
@@ -140,6 +157,25 @@ class MlflowReporter(Observer):
             )
         if delivery.refused:
             self._console.note(self._refused())
+
+    def _files(self) -> Iterator[Callable[[RunInMlflow], None]]:
+        """Yield what stores each file, in directories of its own if the run is not our own."""
+        if self._record is None:
+            return
+        root, name = self._record.directory, self._record.directory.name
+        at = PurePosixPath("" if self._is_own else name)
+        artifacts = self._record.artifacts
+        for path in [root / layout.REPORT, *sorted(artifacts.rglob("*"))]:
+            if path.is_file():
+                base = artifacts if path.is_relative_to(artifacts) else root
+                directory = at / path.parent.relative_to(base).as_posix()
+                text = "" if directory == PurePosixPath() else str(directory)
+                yield functools.partial(self._store, path, text)
+
+    def _store(self, path: Path, directory: str, run: RunInMlflow) -> None:
+        if path.exists():
+            self._delivery.allow(path.stat().st_size)
+            run.log_file(str(path), directory)
 
     def _wait(self) -> None:
         began, is_announced = time.monotonic(), False
@@ -191,6 +227,8 @@ class MlflowReporter(Observer):
         if isinstance(error, KeyboardInterrupt):
             status = "killed"
         facts = {"status": status, "attempts": str(self._attempts), "cluster": self._cluster()}
+        if self._record is not None:
+            facts["record"] = shown_uri(self._record.location)
         if self._reporting_ranks:
             facts["hosts"] = ", ".join(sorted(self._reporting_ranks))
         if error is not None:
@@ -211,15 +249,18 @@ class MlflowReporter(Observer):
             _logger.debug("the session cannot be asked", exc_info=error)
             return "unknown"
 
-    def _undelivered(self) -> str:
-        delivery = self._delivery
-        what = f"{delivery.left} of {delivery.left + delivery.delivered} numbers"
-        if not delivery.left:
+    def _undelivered(self, files: int) -> str:
+        delivery, where = self._delivery, ""
+        if delivery.left:
+            what = f"{delivery.left} of {delivery.left + delivery.delivered} numbers"
+            where = "; runner.history has the metrics"
+        elif delivery.steps_left > files:
             what = "the outcome"
-        return (
-            f"MLflow at {shown_uri(self._uri)} has not got {what}: {delivery.error or 'no answer'}"
-            "; runner.history has them"
-        )
+        else:
+            what = f"{delivery.steps_left} of {files} files"
+            where = f"; they are in {self._record.directory}" if self._record is not None else ""
+        why = delivery.error or "no answer"
+        return f"MLflow at {shown_uri(self._uri)} has not got {what}: {why}{where}"
 
     def _refused(self) -> str:
         names = list(self._delivery.refused)

@@ -116,13 +116,9 @@ class RunInMlflow:
         rows = [{"key": name, "value": text} for name, text in texts.items()]
         self._post("log-batch", **{kind: rows})
 
-    def log_file(self, path: str) -> None:
-        """Store a file as an artifact."""
-        self._call(self._client.log_artifact, self.run_id, path)
-
-    def log_files(self, directory: str, name: str) -> None:
-        """Store all files of a directory as artifacts below a name."""
-        self._call(self._client.log_artifacts, self.run_id, directory, name)
+    def log_file(self, path: str, directory: str) -> None:
+        """Store a file as an artifact in a directory, "" for none."""
+        self._call(self._client.log_artifact, self.run_id, path, directory or None)
 
     def set_status(self, status: str) -> None:
         """Set ``"RUNNING"``, ``"FINISHED"``, ``"FAILED"`` or ``"KILLED"``."""

@@ -362,6 +362,7 @@ class _Agent:
             attempt=self._job.attempt,
             scratch=str(self._scratch),
             keeps_checkpoints=self._context.checkpoints is not None,
+            profiles=self._job.profiles,
             beat_seconds=min(BEAT_SECONDS, (self._job.stall_timeout or math.inf) / 4),
             call=self._job.payload,
         )
