@@ -101,7 +101,7 @@ def history(client: Any, run: Any, name: str) -> list[tuple[int, float]]:
 
 
 def test_a_run_is_started_and_has_all_of_it(
-    client: Any, capsys: pytest.CaptureFixture[str]
+    client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def main(lr: float, token: str) -> None:
         for step in range(3):
