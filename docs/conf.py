@@ -16,7 +16,9 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "adr/0000-template.md"]
 nitpicky = True
 # Names in numpydoc type fields that are words, not classes.
-nitpick_ignore_regex = [("py:class", r"object|optional|np|callable.*|.*Any|.*Callable.*")]
+nitpick_ignore_regex = [
+    ("py:class", r"object|optional|np|collections\.abc\..*|callable.*|.*Any|.*Callable.*"),
+]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

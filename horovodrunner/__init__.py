@@ -10,51 +10,25 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.errors import (
-    ArgumentTypeError,
-    ArgumentValueError,
-    BarrierStageError,
-    CheckpointError,
-    ClusterCapacityError,
-    ConfigurationError,
-    DataError,
-    HorovodBuildError,
-    HorovodRunnerError,
-    PayloadError,
-    PredictionError,
-    StallTimeoutError,
-    StartTimeoutError,
-    WorkerFailedError,
-)
+from horovodrunner import errors
+from horovodrunner.errors import *  # noqa: F403 - what its __all__ names
 
 if TYPE_CHECKING:
-    from horovodrunner import checkpoint, metrics
+    from horovodrunner import artifacts, checkpoint, metrics
     from horovodrunner.processes.worker.context import log_to_driver
     from horovodrunner.runner import HorovodRunner, SavedCheckpoint
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
-    "ArgumentTypeError",
-    "ArgumentValueError",
-    "BarrierStageError",
-    "CheckpointError",
-    "ClusterCapacityError",
-    "ConfigurationError",
-    "DataError",
-    "HorovodBuildError",
     "HorovodRunner",
-    "HorovodRunnerError",
-    "PayloadError",
-    "PredictionError",
     "SavedCheckpoint",
-    "StallTimeoutError",
-    "StartTimeoutError",
-    "WorkerFailedError",
+    "artifacts",
     "checkpoint",
     "log_to_driver",
     "metrics",
 ]
+__all__ += errors.__all__
 
 __version__ = "0.1.0"
 
@@ -66,7 +40,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("checkpoint", "metrics"):
+    if name in ("artifacts", "checkpoint", "metrics"):
         return importlib.import_module(f"horovodrunner.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from horovodrunner.errors import ArgumentTypeError
 from horovodrunner.flows.logs.showing import warn
 
-__all__ = ["renamed_keywords", "replace_old_keywords", "warn_renamed"]
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+__all__ = ["replace_old_keywords", "warn_renamed"]
 
 
-def renamed_keywords(**new_names: str) -> Callable[[_Function], _Function]:
-    """Let a function take keywords by their old names: ``@renamed_keywords(old="new")``."""
-
-    def decorate(function: _Function) -> _Function:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            __tracebackhide__ = True
-            return function(*args, **replace_old_keywords(kwargs, new_names, stacklevel=2))
-
-        return call  # type: ignore[return-value]
-
-    return decorate
-
-
-def replace_old_keywords(
-    kwargs: Mapping[str, Any], new_names: Mapping[str, str], stacklevel: int = 1
-) -> dict[str, Any]:
-    """Return the keywords by their new names, and warn of each old one.
-
-    The warning points at the caller's line with ``stacklevel=1``, at the line that called the
-    caller with 2.
-    """
+def replace_old_keywords(kwargs: Mapping[str, Any], new_names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the keywords by their new names; warn of old ones where the caller was called."""
     replaced = dict(kwargs)
     for old, new in new_names.items():
         if old in replaced:
             if new in replaced:
                 raise ArgumentTypeError(f"{old}= is the old name of {new}=: give {new}= alone")
-            warn_renamed(f"{old}=", f"{new}=", stacklevel + 1)
+            warn_renamed(f"{old}=", f"{new}=", stacklevel=3)
             replaced[new] = replaced.pop(old)
     return replaced
 

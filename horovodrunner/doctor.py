@@ -15,11 +15,10 @@ import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import psutil
 
@@ -49,12 +48,10 @@ print(f"answer:{gpus} GPUs" if tf.test.is_built_with_cuda() else "answer:CPU bui
 }
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One line of the report: a problem stops a run, a note is good to know."""
 
     verdict: Literal["ok", "problem", "note"]
-    subject: str
     text: str
     remedy: str = ""
 
@@ -62,32 +59,34 @@ class Finding:
 def run_doctor(say: Callable[[str], None] = print) -> int:
     """Pass the report to `say`, line by line, and return 1 if it holds a problem, else 0."""
     problems = 0
-    for finding in examine():
-        problems += finding.verdict == "problem"
-        say(f"{finding.verdict:<8} {finding.subject:<11} {finding.text}")
-        if finding.remedy:
-            say(f"{'':<8} {'':<11} -> {finding.remedy}")
+    for subject, findings in examine():
+        for finding in findings:
+            problems += finding.verdict == "problem"
+            say(f"{finding.verdict:<8} {subject:<11} {finding.text}")
+            if finding.remedy:
+                say(f"{'':<8} {'':<11} -> {finding.remedy}")
     say(f"\n{problems} problem{'s' * (problems != 1)} found" if problems else "\nno problem found")
     return 1 if problems else 0
 
 
-def examine() -> Iterator[Finding]:
-    """Examine everything, in the order of a run: from Python to the network."""
+def examine() -> Iterator[tuple[str, Iterable[Finding]]]:
+    """Examine everything, by subject, in the order of a run: from Python to the network."""
     with ThreadPoolExecutor() as pool:  # frameworks are slow, and ready when their line comes
         frameworks = [
-            pool.submit(_framework, name, version, _PROGRAMS[name])
+            (name, pool.submit(_framework, name, version, _PROGRAMS[name]))
             for name, version in framework_versions().items()
         ]
-        yield _python()
-        yield from _worker_python()
-        yield _java()
-        yield from _spark()
-        for framework in frameworks:
-            yield framework.result()
-    yield _horovod()
-    yield from _sparkdl()
-    yield from _gpus()
-    yield from _network()
+        yield "Python", [_python()]
+        yield "executors", _worker_python()
+        yield "Java", [_java()]
+        yield "Spark", _spark()
+        for name, framework in frameworks:
+            yield name, [framework.result()]
+    yield "Horovod", [_horovod()]
+    yield "sparkdl", _sparkdl()
+    yield "GPUs", _gpus()
+    yield "NIC", _interfaces()
+    yield "host name", [_host_name()]
 
 
 def _python() -> Finding:
@@ -96,7 +95,6 @@ def _python() -> Finding:
     cores = len(psutil.Process().cpu_affinity()) if has_affinity else psutil.cpu_count()
     return Finding(
         "ok",
-        "Python",
         f"{platform.python_version()} ({sys.executable}), {cores} cores, "
         f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB memory free",
     )
@@ -112,7 +110,6 @@ def _worker_python() -> Iterator[Finding]:
     if code != 0:
         yield Finding(
             "note",
-            "executors",
             f"PYSPARK_PYTHON={other} cannot be run on this machine ({text.strip()[:80]})",
             "make sure that it exists on every executor, with the same packages as here",
         )
@@ -122,28 +119,26 @@ def _worker_python() -> Iterator[Finding]:
     if version != ours:
         yield Finding(
             "problem",
-            "executors",
             f"PYSPARK_PYTHON={other} is Python {version}, this is Python {ours}",
             f"Spark refuses to mix them: set PYSPARK_PYTHON={sys.executable}",
         )
     elif prefix != sys.prefix:
         yield Finding(
             "note",
-            "executors",
             f"PYSPARK_PYTHON={other} is another environment ({prefix}) than this one",
             f"executors see its packages only; for this one set PYSPARK_PYTHON={sys.executable}",
         )
     else:
-        yield Finding("ok", "executors", f"PYSPARK_PYTHON={other} is this environment")
+        yield Finding("ok", f"PYSPARK_PYTHON={other} is this environment")
 
 
 def _java() -> Finding:
     problem = prerequisites.java_problem()
     if problem:
-        return Finding("problem", "Java", problem.text, problem.remedy)
+        return Finding("problem", problem.text, problem.remedy)
     command = prerequisites.java_command() or "java"
     _, text = prerequisites.output_of([command, "-version"])
-    return Finding("ok", "Java", f"{prerequisites.java_major(text)} ({command})")
+    return Finding("ok", f"{prerequisites.java_major(text)} ({command})")
 
 
 def _spark() -> Iterator[Finding]:
@@ -151,19 +146,17 @@ def _spark() -> Iterator[Finding]:
     if spec is None or spec.origin is None:
         yield Finding(
             "problem",
-            "Spark",
             "pyspark is not installed; only np < 0 works without it",
             prerequisites.INSTALL_SPARK,
         )
         return
     # The imported one counts: SPARK_HOME's pyspark has no distribution that pip knows.
     version = str(runpy.run_path(str(Path(spec.origin).with_name("version.py")))["__version__"])
-    yield Finding("ok", "Spark", f"pyspark {version} ({Path(spec.origin).parent})")
+    yield Finding("ok", f"pyspark {version} ({Path(spec.origin).parent})")
     home = os.environ.get("SPARK_HOME")
     if home and not Path(home, "bin", "spark-submit").exists():
         yield Finding(
             "problem",
-            "Spark",
             f"SPARK_HOME={home} holds no bin/spark-submit",
             "unset SPARK_HOME to use the Spark that comes with pyspark, or correct it",
         )
@@ -171,7 +164,6 @@ def _spark() -> Iterator[Finding]:
     if absent:
         yield Finding(
             "problem",
-            "Spark",
             f"{' and '.join(absent)} missing: the barrier stage exchanges Arrow batches",
             f"pip install {' '.join(absent)}",
         )
@@ -179,32 +171,20 @@ def _spark() -> Iterator[Finding]:
 
 def _framework(name: str, version: str, program: str) -> Finding:
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-            timeout=_IMPORT_SECONDS,
-            check=False,
-        )
+        answer = prerequisites.answer_of(program, timeout=_IMPORT_SECONDS)
     except subprocess.TimeoutExpired:
         return Finding(
             "problem",
-            name,
             f"{version}: its import takes longer than {_IMPORT_SECONDS:.0f} s",
             "look at the disk and the GPU driver (nvidia-smi)",
         )
-    answers = [line[7:] for line in done.stdout.splitlines() if line.startswith("answer:")]
-    if done.returncode == 0 and answers:
-        return Finding("ok", name, f"{version}, {answers[0]}")
-    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return Finding(
-        "problem",
-        name,
-        f"{version} is installed but cannot be imported: {last[:160]}",
-        f"pip install --force-reinstall {distribution_of(name)}=={version.partition('+')[0]}",
-    )
+    except RuntimeError as error:
+        return Finding(
+            "problem",
+            f"{version} is installed but cannot be imported: {str(error)[:160]}",
+            f"pip install --force-reinstall {distribution_of(name)}=={version.partition('+')[0]}",
+        )
+    return Finding("ok", f"{version}, {answer}")
 
 
 def _horovod() -> Finding:
@@ -213,16 +193,15 @@ def _horovod() -> Finding:
     except ConfigurationError:
         return Finding(
             "problem",
-            "Horovod",
             "neither torch nor tensorflow is installed",
             f"{prerequisites.INSTALL_FRAMEWORK}, then {_BUILD}",
         )
     if status.state == "missing":
         text = f"{status.text}, and needed only by a main that imports it"
-        return Finding("note", "Horovod", text, _BUILD)
+        return Finding("note", text, _BUILD)
     if not status.fits:
-        return Finding("problem", "Horovod", status.text, _BUILD)
-    return Finding("ok", "Horovod", status.text)
+        return Finding("problem", status.text, _BUILD)
+    return Finding("ok", status.text)
 
 
 def _sparkdl() -> Iterator[Finding]:
@@ -233,76 +212,84 @@ def _sparkdl() -> Iterator[Finding]:
     if not found.is_ours:
         yield Finding(
             "note",
-            "sparkdl",
             f"{found.path} is what gets imported; that is not horovodrunner's",
             drop_in.remedy(),
         )
     elif others:
         yield Finding(
             "note",
-            "sparkdl",
             f"horovodrunner's is imported ({found.path}); it hides {', '.join(others)}",
             drop_in.remedy(),
         )
     else:
-        yield Finding("ok", "sparkdl", f"horovodrunner's ({found.path})")
+        yield Finding("ok", f"horovodrunner's ({found.path})")
 
 
 def _gpus() -> Iterator[Finding]:
     query = ["nvidia-smi", "--query-gpu=index,name,memory.total,driver_version"]
     code, text = prerequisites.output_of([*query, "--format=csv,noheader"])
     if code == 127:
-        yield Finding("ok", "GPUs", "none (no nvidia-smi): training runs on the CPU")
+        yield Finding("ok", "none (no nvidia-smi): training runs on the CPU")
     elif code != 0:
         yield Finding(
             "problem",
-            "GPUs",
             f"nvidia-smi failed with exit code {code}: {text.strip()[:120]}",
             "repair the NVIDIA driver, or remove it if this machine has no GPU",
         )
     else:
         for line in text.strip().splitlines():
-            yield Finding("ok", "GPUs", line.strip())
+            yield Finding("ok", line.strip())
         home, lack = find_cuda()
         if torch_cuda() and home is None:
             yield Finding(
                 "problem",
-                "GPUs",
                 f"torch has CUDA {torch_cuda()}, but its compiler is not here ({lack}), so Horovod "
                 "cannot be built for them",
                 f"install that toolkit or set CUDA_HOME, then {_BUILD}",
             )
 
 
-def _network() -> Iterator[Finding]:
+def _addresses() -> dict[str, list[str]]:
+    """Return the IPv4 addresses of each interface that is up."""
     up = psutil.net_if_stats()
-    reachable = []
-    for name, addresses in sorted(psutil.net_if_addrs().items()):
-        ipv4 = [a.address for a in addresses if a.family == socket.AF_INET]
-        if ipv4 and name in up and up[name].isup:
-            if not all(ipaddress.ip_address(address).is_loopback for address in ipv4):
-                reachable.append(name)
-            yield Finding("ok", "NIC", f"{name}: {', '.join(ipv4)}")
-    if not reachable:
-        yield Finding("note", "NIC", "only the loopback: runs on this machine alone will work")
+    return {
+        name: ipv4
+        for name, addresses in sorted(psutil.net_if_addrs().items())
+        if (ipv4 := [a.address for a in addresses if a.family == socket.AF_INET])
+        and name in up
+        and up[name].isup
+    }
+
+
+def _has_other_than_loopback() -> bool:
+    return any(not _is_loopback(address) for ipv4 in _addresses().values() for address in ipv4)
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
+
+
+def _interfaces() -> Iterator[Finding]:
+    for name, ipv4 in _addresses().items():
+        yield Finding("ok", f"{name}: {', '.join(ipv4)}")
+    if not _has_other_than_loopback():
+        yield Finding("note", "only the loopback: runs on this machine alone will work")
+
+
+def _host_name() -> Finding:
     host = socket.gethostname()
     try:
         address = socket.gethostbyname(host)
     except OSError:
-        local = os.environ.get("SPARK_LOCAL_IP")
-        yield Finding(
-            "note" if local else "problem",
-            "host name",
-            f"{host} has no address" + (f", but SPARK_LOCAL_IP={local}" if local else ""),
-            "" if local else "add it to /etc/hosts, or set SPARK_LOCAL_IP",
+        if local := os.environ.get("SPARK_LOCAL_IP"):
+            return Finding("note", f"{host} has no address, but SPARK_LOCAL_IP={local}")
+        return Finding(
+            "problem", f"{host} has no address", "add it to /etc/hosts, or set SPARK_LOCAL_IP"
         )
-        return
-    if ipaddress.ip_address(address).is_loopback and reachable:
-        yield Finding(
+    if _is_loopback(address) and _has_other_than_loopback():
+        return Finding(
             "note",
-            "host name",
             f"{host} is {address}: Spark will choose one of the other addresses",
             "on a cluster set SPARK_LOCAL_IP to the address that the executors reach",
         )
-    else:
-        yield Finding("ok", "host name", f"{host} is {address}")
+    return Finding("ok", f"{host} is {address}")

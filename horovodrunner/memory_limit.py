@@ -18,13 +18,7 @@ _RAN_OUT = re.compile(
 
 
 def address_space_limit() -> str:
-    """Return how much memory this process may have, and what sets that limit.
-
-    Returns
-    -------
-    str
-        A clause with what to do about it; empty where there is no limit.
-    """
+    """Return how much memory this process may have, and what to do about it; "" if unlimited."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return ""
@@ -42,18 +36,7 @@ def address_space_limit() -> str:
 
 
 def memory_hint(error: BaseException) -> str:
-    """Name the setting that bounds this process, if memory ran out.
-
-    Parameters
-    ----------
-    error
-        What was raised.
-
-    Returns
-    -------
-    str
-        What to add to its text; empty where it is about something else, or there is no limit.
-    """
+    """Return what to add to an error's text: the limit, if memory ran out and there is one."""
     text = str(error)
     if "CUDA" in text or not (isinstance(error, MemoryError) or _RAN_OUT.search(text)):
         return ""

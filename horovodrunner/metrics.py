@@ -119,6 +119,13 @@ def _number(name: str, value: Any) -> float:
         raise _not_a_number(name, value) from None
 
 
+def is_number(value: Any) -> bool:
+    """Return whether :func:`report` takes a value."""
+    shape = getattr(value, "shape", ())
+    size_is_one = all(length == 1 for length in shape)
+    return size_is_one and not isinstance(value, (str, bytes)) and hasattr(value, "__float__")
+
+
 def _not_a_number(name: str, value: Any) -> ArgumentTypeError:
     shape = getattr(value, "shape", ())
     of_shape = f" of shape {tuple(shape)}" if shape else ""
@@ -150,6 +157,7 @@ class Progress(Generic[_Item]):
         self._pipe = pipe
         self._iterable = iterable
         self._number = next(_bar_numbers)
+        self._began = _now()
         self._has_ended = False
         self._postfix = ""
         self._next_report = 0.0
@@ -210,7 +218,14 @@ class Progress(Generic[_Item]):
     def _report(self) -> None:
         self._next_report = _monotonic() + BAR_SECONDS
         state = Bar(
-            self._number, _now(), self.desc, self.n, self.total, self._postfix, self._has_ended
+            number=self._number,
+            began=self._began,
+            time=_now(),
+            description=self.desc,
+            done=self.n,
+            total=self.total,
+            postfix=self._postfix,
+            has_ended=self._has_ended,
         )
         self._pipe.send(encode_bar(state))
 
@@ -218,7 +233,7 @@ class Progress(Generic[_Item]):
 def progress(
     iterable: Iterable[_Item] | None = None, desc: str | None = None, total: int | None = None
 ) -> Progress[_Item]:
-    """Iterate over something, and show how far it is; called as :class:`tqdm.tqdm` is.
+    """Iterate over something, and show how far it is; called as ``tqdm.tqdm`` is.
 
     In a run the driver draws the bar of rank 0, whatever the driver's log verbosity is; of a
     nested one the innermost, too. Outside a run it is tqdm's own.

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
@@ -82,6 +83,31 @@ def output_of(command: list[str], *, stdin: str = "") -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+def answer_of(program: str, *arguments: str, timeout: float | None = None) -> str:
+    """Return what a program prints after ``answer:``, run by this Python; else a RuntimeError.
+
+    The error's text is the last line that the program wrote to stderr.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        timeout=timeout,
+        check=False,
+    )
+    answers = [line[7:] for line in done.stdout.splitlines() if line.startswith("answer:")]
+    if done.returncode != 0 or not answers:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RuntimeError(last)
+    return answers[0]
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")
+
+
 def java_command() -> str | None:
     """Return the ``java`` that Spark would start: JAVA_HOME's, else the first on PATH."""
     home = os.environ.get("JAVA_HOME")
@@ -118,7 +144,7 @@ def java_problem() -> Problem | None:
     code, text = output_of([command, "-version"])
     major = java_major(text)
     if code != 0 or major is None:
-        said = text.strip().splitlines()[0] if text.strip() else f"exit code {code}"
+        said = _first_line(text) or f"exit code {code}"
         return Problem(f"{command} -version failed ({said})", _JAVA_REMEDY)
     if major < OLDEST_JAVA:
         text = f"{command} is Java {major}; Spark needs {OLDEST_JAVA} or newer"
@@ -137,7 +163,7 @@ def compiler_problem(standard: int = OLDEST_CXX, what: str = "Horovod") -> Probl
         [*command, f"-std=c++{standard}", "-fsyntax-only", "-x", "c++", "-"], stdin=program
     )
     if code != 0:
-        said = text.strip().splitlines()[0] if text.strip() else f"exit code {code}"
+        said = _first_line(text) or f"exit code {code}"
         text = f"{' '.join(command)} does not compile C++{standard} ({said}); {needs}"
         return Problem(text, _COMPILER_REMEDY)
     return None
@@ -152,9 +178,8 @@ def cmake_problem() -> Problem | None:
     found = re.search(r"version (\d+)\.(\d+)", text)
     if not found:
         return Problem(f"{command} --version does not answer with a version", _CMAKE_REMEDY)
-    version = (int(found.group(1)), int(found.group(2)))
-    if version < OLDEST_CMAKE:
-        text = f"{command} is version {version[0]}.{version[1]}; building Horovod needs 3.13"
+    if (int(found[1]), int(found[2])) < OLDEST_CMAKE:
+        text = f"{command} is {found[0]}; building Horovod needs 3.13"
         return Problem(text, _CMAKE_REMEDY)
     if shutil.which("make") is None and "CMAKE_GENERATOR" not in os.environ:
         return Problem("make was not found; cmake needs it to build Horovod", _MAKE_REMEDY)

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.artifacts.driver import BroughtFiles
+from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.called import name_of
 from horovodrunner.flows.call.early_imports import early_imports
 from horovodrunner.flows.call.import_path import ImportPath
@@ -25,9 +27,11 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
 from horovodrunner.flows.metrics.driver import MetricsRecorder
 from horovodrunner.flows.metrics.history import History
-from horovodrunner.flows.mlflow.driver import reporters, require_mlflow
+from horovodrunner.flows.mlflow.driver import KeptFiles, reporters, require_mlflow
 from horovodrunner.flows.observer import Observer, Observers, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
+from horovodrunner.flows.progress.driver import ProgressView
+from horovodrunner.flows.progress.screens import find_screen
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
 from horovodrunner.flows.tensorboard.driver import TensorBoardWriter, checked_directory
 from horovodrunner.formatting import format_bytes
@@ -141,6 +145,10 @@ class HorovodRunner:
         ``"auto"``: in notebooks and other interactive sessions, not in scripts. Mains that use
         TensorFlow, or that change how frameworks are imported (``os.environ``, ``sys.path``),
         get fresh processes in any case.
+    progress
+        Whether the progress and the metrics that main reports (:mod:`horovodrunner.metrics`) are
+        shown while the run goes on: in a notebook in an area that is updated in place, in a
+        terminal as tqdm's bars, elsewhere as a line every 30 seconds. ``"auto"`` is as True.
     run_dir
         Where a record of every run is kept, in a directory of its own: a path on the driver, or a
         URL of any fsspec file system, to which what is new is uploaded every 30 seconds. It has
@@ -198,6 +206,7 @@ class HorovodRunner:
         tf_config: bool = False,
         profile_launch: bool = False,
         keep_warm: bool | str = AUTO,
+        progress: bool | str = AUTO,
         run_dir: str | os.PathLike[str] | None = None,
         mlflow: bool | str = AUTO,
         tensorboard_dir: str | os.PathLike[str] | None = None,
@@ -233,6 +242,7 @@ class HorovodRunner:
         self._tf_config = checked.boolean("tf_config", tf_config)
         self._profile_launch = checked.boolean("profile_launch", profile_launch)
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
+        self._progress = checked.boolean_or(AUTO, "progress", progress)
         self._run_dir = None if run_dir is None else checked.path("run_dir", run_dir)
         self._run_directory: RunDirectory | None = None  # of the last run
         self._mlflow = checked.boolean_or(AUTO, "mlflow", mlflow)
@@ -248,6 +258,7 @@ class HorovodRunner:
         self._own_history: CheckpointStore | None = None  # of the last run with resume=False
         self._phases: tuple[Phase, ...] = ()
         self._history = History()
+        self._artifacts = ArtifactStore()
 
     @property
     def checkpoints(self) -> tuple[SavedCheckpoint, ...]:
@@ -286,6 +297,15 @@ class HorovodRunner:
     def record(self) -> str | None:
         """The directory of the last run in ``run_dir``, a path or a URL; None without any."""
         return None if self._run_directory is None else self._run_directory.location
+
+    @property
+    def artifacts(self) -> Path | None:
+        """The directory with what the last run's ranks left, ``rank-N/...``; None if nothing.
+
+        See :mod:`horovodrunner.artifacts`. The directory goes with the next run of this runner, and
+        with this process.
+        """
+        return self._artifacts.directory
 
     @explained(wrong_run)
     def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
@@ -334,7 +354,7 @@ class HorovodRunner:
         store = self._store_of_run(run_id, main, kwargs)
         environment = {
             **forwarded_environment(os.environ),
-            **_hash_seed(),
+            **hash_seed(os.environ),
             **self._horovod_variables,
         }
         files = BroughtFiles(environment)
@@ -344,8 +364,12 @@ class HorovodRunner:
         spans.add("pickle", began, time.time())
         data = tuple(attachments.values())
         shows_output = self._verbosity == "all" or self._np < 0
-        console = Console(executors_have_lines=self._np >= 0, shows_lines=shows_output)
         self._history = History(abs(self._np))
+        recorder = MetricsRecorder(self._history)
+        view = self._progress_view(recorder)
+        console = Console(
+            executors_have_lines=self._np >= 0, shows_lines=shows_output, drawing=view
+        )
         facts = RunFacts(
             run_id,
             self._np,
@@ -356,7 +380,13 @@ class HorovodRunner:
             environment,
             files.paths,
         )
-        observers = Observers(self._observers(facts, console), console.note)
+        self._artifacts.discard()
+        record = self._run_directory = self._record(facts)
+        artifacts = self._artifacts = ArtifactStore(record.artifacts if record else None)
+        observers = Observers(
+            [recorder, artifacts, *([view] if view else []), *self._observers(facts, console)],
+            console.note,
+        )
         announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
         self._warn(main, kwargs, len(call))
 
@@ -413,22 +443,33 @@ class HorovodRunner:
 
     def _observers(self, facts: RunFacts, console: Console) -> list[Observer]:
         """Make what follows a run on the driver."""
-        observers: list[Observer] = [MetricsRecorder(self._history)]
-        self._run_directory = None
-        if self._run_dir is not None:
-            from horovodrunner.flows.rundir.driver import RunDirectory
-
-            self._run_directory = RunDirectory(
-                self._run_dir,
-                facts,
-                phases=lambda: self.phases,
-                checkpoints=lambda: self.checkpoints,
-            )
+        observers: list[Observer] = []
+        if self._run_directory is not None:
             observers.append(self._run_directory)
         if self._tensorboard_dir is not None:
             observers.append(TensorBoardWriter(self._tensorboard_dir, facts))
         # the last one: what the record has at its end is to be in MLflow, too
-        return [*observers, *reporters(self._mlflow, facts, console, self._run_directory)]
+        kept = KeptFiles(self._artifacts, self._run_directory)
+        return [*observers, *reporters(self._mlflow, facts, console, kept)]
+
+    def _record(self, facts: RunFacts) -> RunDirectory | None:
+        """Make the directory with the record of a run, if one is wanted."""
+        if self._run_dir is None:
+            return None
+        from horovodrunner.flows.rundir.driver import RunDirectory
+
+        return RunDirectory(
+            self._run_dir,
+            facts,
+            phases=lambda: self.phases,
+            checkpoints=lambda: self.checkpoints,
+        )
+
+    def _progress_view(self, recorder: MetricsRecorder) -> ProgressView | None:
+        """Make what shows how far the run is, unless the user wants nothing of it."""
+        if self._progress is False:
+            return None
+        return ProgressView(find_screen(), recorder, self._history, self._max_restarts + 1)
 
     def _store_of_run(
         self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]
@@ -483,7 +524,7 @@ class HorovodRunner:
         from horovodrunner.processes.driver.local import run_locally
 
         with stored_here(data, job.run_id, console) as rows:
-            return run_locally(job, console, files, rows, flows)
+            return run_locally(job, console, files, rows, artifacts=self._artifacts, flows=flows)
 
     def _run_on_spark(
         self,
@@ -523,6 +564,7 @@ class HorovodRunner:
                 request,
                 console,
                 files,
+                artifacts=self._artifacts,
                 start_timeout=self._start_timeout,
                 waiting_since=waiting_since,
                 store=store,
@@ -541,13 +583,6 @@ class HorovodRunner:
 
 
 _OPTIONS = [*[*inspect.signature(HorovodRunner.__init__).parameters][1:], *_OLD_OPTIONS]
-
-
-def _hash_seed() -> dict[str, str]:
-    try:
-        return hash_seed(os.environ)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
 
 
 def _horovod_variables(horovodrun_args: str | Sequence[str] | None) -> dict[str, str]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, TypeAlias, cast
 
 from horovodrunner.errors import ArgumentValueError, ConfigurationError
 from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME
@@ -115,50 +115,7 @@ def path_of_file_url(url: str) -> str | None:
     return path
 
 
-class Storage(Protocol):
-    """A directory; paths in it have ``/`` between their parts. What fails raises OSError."""
-
-    def url(self, path: str) -> str:
-        """Return the full path or URL of what is at `path`."""
-
-    def make(self, path: str) -> None:
-        """Create a directory, and those above it, unless it is there."""
-
-    def directories(self) -> list[str]:
-        """List the names of the directories at the top; none where there is nothing."""
-
-    def refresh(self) -> None:
-        """Forget what is remembered of the content."""
-
-    def size(self, path: str) -> int:
-        """Return a file's size in bytes."""
-
-    def open(self, path: str) -> BinaryIO:
-        """Open a file for reading."""
-
-    def create(self, path: str) -> BinaryIO:
-        """Open a new file for writing, with the directories above it."""
-
-    def begin(self, name: str) -> str:
-        """Make an empty directory where the files that are to stand at `name` are written."""
-
-    def finish(self, incoming: str, name: str) -> None:
-        """Put what was written to `incoming` in its place, instead of what is there."""
-
-    def remove(self, name: str) -> None:
-        """Delete a directory and all that is in it."""
-
-    def remove_file(self, path: str) -> None:
-        """Delete a file."""
-
-    def recover(self) -> None:
-        """Put back what a crash in the middle of :meth:`finish` left aside."""
-
-    def leftovers(self) -> list[str]:
-        """List what writes that were interrupted long ago left."""
-
-
-def open_storage(location: str | os.PathLike[str]) -> LocalStorage | RemoteStorage:
+def open_storage(location: str | os.PathLike[str]) -> Storage:
     """Open a path or a URL, which need not exist yet."""
     text = os.fspath(location)
     if not is_url(text):
@@ -170,59 +127,65 @@ def open_storage(location: str | os.PathLike[str]) -> LocalStorage | RemoteStora
     return RemoteStorage(text)
 
 
-class LocalStorage(Storage):
-    """A directory of a mounted file system."""
+class LocalStorage:
+    """A directory of a mounted file system; paths in it have ``/`` between their parts."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def url(self, path: str) -> str:
+        """Return the full path of what is at `path`."""
         return str(self.root / path)
 
     def make(self, path: str) -> None:
+        """Create a directory, and those above it, unless it is there."""
         (self.root / path).mkdir(parents=True, exist_ok=True)
 
     def directories(self) -> list[str]:
+        """List the names of the directories at the top; none where there is nothing."""
         try:
             return [each.name for each in self.root.iterdir() if each.is_dir()]
         except FileNotFoundError:
             return []
 
     def refresh(self) -> None:
-        pass  # a disk is always asked
+        """Forget what is remembered of the content: nothing, a disk is always asked."""
 
     def size(self, path: str) -> int:
+        """Return a file's size in bytes."""
         return (self.root / path).stat().st_size
 
     def open(self, path: str) -> BinaryIO:
+        """Open a file for reading."""
         return (self.root / path).open("rb")
 
     def create(self, path: str) -> BinaryIO:
+        """Open a new file for writing, with the directories above it."""
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         return target.open("xb")
 
     def begin(self, name: str) -> str:
+        """Make an empty directory where the files that are to stand at `name` are written."""
         incoming = _beside(_INCOMING, name)
         self.make(incoming)
         return incoming
 
     def finish(self, incoming: str, name: str) -> None:
+        """Put what was written to `incoming` in its place, instead of what is there."""
         final, aside = self.root / name, self.root / _beside(_REPLACED, name)
-        replaces = os.path.lexists(final)
-        if replaces:
+        if os.path.lexists(final):
             final.replace(aside)
         try:
             (self.root / incoming).replace(final)
         except OSError:
-            if replaces:
-                aside.replace(final)
+            self.recover()
             raise
-        if replaces:
-            with suppress(OSError):  # it is there now, whatever fails from here on
-                self.remove(aside.name)
+        with suppress(OSError):  # it is there now, whatever fails from here on
+            self.remove(aside.name)
 
     def remove(self, name: str) -> None:
+        """Delete a directory and all that is in it."""
         path = self.root / name
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
@@ -233,9 +196,11 @@ class LocalStorage(Storage):
         shutil.rmtree(path)
 
     def remove_file(self, path: str) -> None:
+        """Delete a file."""
         (self.root / path).unlink()
 
     def recover(self) -> None:
+        """Put back what a crash in the middle of :meth:`finish` left aside."""
         for name in self.directories():
             final = _replaced_name(name)
             if final and not os.path.lexists(self.root / final):
@@ -243,12 +208,12 @@ class LocalStorage(Storage):
                     (self.root / name).replace(self.root / final)
 
     def leftovers(self) -> list[str]:
+        """List what writes that were interrupted long ago left."""
         found = []
         for name in self.directories():
             final = _replaced_name(name)
-            if not name.startswith(_INCOMING) and not final:
-                continue
-            if final and not os.path.lexists(self.root / final):
+            is_needed = final and not os.path.lexists(self.root / final)
+            if is_needed or not (final or name.startswith(_INCOMING)):
                 continue
             with suppress(FileNotFoundError):
                 if time.time() - (self.root / name).stat().st_mtime > _LEFTOVER_SECONDS:
@@ -256,8 +221,8 @@ class LocalStorage(Storage):
         return found
 
 
-class RemoteStorage(Storage):
-    """What is behind a URL. Whatever fsspec's implementations raise becomes an OSError."""
+class RemoteStorage:
+    """The same behind a URL. Whatever fsspec's implementations raise becomes an OSError."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -332,6 +297,9 @@ class RemoteStorage(Storage):
         with as_os_error(self.url(path)):
             full = f"{self._root}/{path}" if path else self._root or "/"
             return getattr(self._fs, method)(full, **options)
+
+
+Storage: TypeAlias = LocalStorage | RemoteStorage
 
 
 def open_file_system(url: str, **options: Any) -> tuple[Any, str]:

@@ -36,7 +36,7 @@ def explained(explain: _Explain | None = None, **new_names: str) -> Callable[[_M
             __tracebackhide__ = True  # for pytest, and IPython's debugger
             handled = sys.exc_info()[1]
             try:
-                kwargs = replace_old_keywords(kwargs, new_names, stacklevel=2)
+                kwargs = replace_old_keywords(kwargs, new_names)
                 try:
                     signature.bind(*args, **kwargs)
                 except TypeError as error:

@@ -202,8 +202,8 @@ MUTATIONS = (
     Mutation(
         "the checkpoint that is in use is deleted",
         "horovodrunner/flows/checkpoints/store.py",
-        "if name == self._held:",
-        "if False:",
+        "if name != self._held:",
+        "if True:",
         "tests/unit/test_store.py",
     ),
     Mutation(

@@ -60,9 +60,9 @@ _some_may_run = True
 """Whether there is a process to look for: reading what all of this machine have takes long."""
 
 
-def _note_start(event: str, _: object) -> None:
+def _note_start(event: str, _: object, starts: set[str] = _STARTS) -> None:
     global _some_may_run
-    if event in _STARTS:
+    if event in starts:  # also when the interpreter ends, and this module is empty
         _some_may_run = True
 
 
@@ -80,8 +80,18 @@ def marked_processes(*, with_janitors: bool = False) -> list[str]:
     return [
         f"process {pid}: {command}"
         for pid, command in found
-        if command and not any(word in command for word in allowed)
+        if command
+        and not any(word in command for word in allowed)
+        and not _is_warm_parent(pid, command)
     ]
+
+
+def _is_warm_parent(pid: int, command: str) -> bool:
+    """Tell it, which ends with its session, from its forks, whose command is the same."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid).ppid()
+        return "--keep-warm" in command and "--keep-warm" not in processes.command_of(parent)
+    return False
 
 
 def workers_left() -> list[str]:

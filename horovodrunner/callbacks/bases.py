@@ -4,32 +4,74 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
 from horovodrunner.flows.logs.training_log import TrainingLog
+from horovodrunner.metrics import is_number, progress, report
+from horovodrunner.processes.worker.context import current_context
 
-__all__ = ["FrameworkCallback", "base_classes"]
+__all__ = ["FrameworkCallback", "Reporter", "WithFrameworkBase", "base_classes"]
 
 
-class FrameworkCallback:
-    """A callback whose instances also have the base class that the framework asks for."""
+class WithFrameworkBase:
+    """Something whose instances also have the base class that the framework asks for."""
 
     _chosen_class: type
-
-    def __init__(self, per_batch_log: bool = False) -> None:
-        super().__init__()
-        self._per_batch_log = per_batch_log
-        self._log = TrainingLog()
+    _options: tuple[Any, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to the workers as a new one, of the framework there."""
-        return self._chosen_class, (self._per_batch_log,)
+        return self._chosen_class, self._options
 
     @classmethod
     def _with_bases(cls, *bases: type) -> Any:
         return object.__new__(type(cls.__name__, (cls, *bases), {"_chosen_class": cls}))
+
+
+class FrameworkCallback(WithFrameworkBase):
+    """A callback that sends lines to the driver."""
+
+    def __init__(self, per_batch_log: bool = False) -> None:
+        super().__init__()
+        self._options = (per_batch_log,)
+        self._per_batch_log = per_batch_log
+        self._log = TrainingLog()
+
+
+class Reporter:
+    """Reports what a framework logs as metrics, and its epochs or steps as a progress bar."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def open(self, description: str, total: int | None) -> None:
+        """Begin a bar; outside a run the framework's own is enough."""
+        self.close()
+        if current_context() is not None:
+            self._bar = progress(desc=description, total=total)
+
+    def at(self, done: int) -> None:
+        """Note how many of them are done."""
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    @staticmethod
+    def report(step: int, logs: Mapping[str, Any] | None) -> None:
+        """Report the numbers among what was logged."""
+        numbers: dict[str, Any] = {}
+        for name, value in (logs or {}).items():
+            if is_number(value):
+                numbers[f"{name}_" if name in ("step", "ranks") else str(name)] = value
+        if numbers:
+            report(step, **numbers)
 
 
 def base_classes(packages: Sequence[str], attribute: str) -> tuple[type, ...]:

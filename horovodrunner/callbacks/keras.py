@@ -1,4 +1,4 @@
-"""LogCallback for Keras 3, with any backend, and for tf_keras. Runs in: the worker."""
+"""Callbacks for Keras 3, with any backend, and for tf_keras. Runs in: the worker."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from horovodrunner.callbacks.bases import FrameworkCallback, base_classes
+from horovodrunner.callbacks.bases import (
+    FrameworkCallback,
+    Reporter,
+    WithFrameworkBase,
+    base_classes,
+)
 from horovodrunner.flows.logs.training_log import TrainingLog, count_or_none
 
-__all__ = ["LogCallback"]
+__all__ = ["LogCallback", "MetricsCallback"]
 
 
 class LogCallback(FrameworkCallback):
@@ -32,12 +37,8 @@ class LogCallback(FrameworkCallback):
 
     def __new__(cls, per_batch_log: bool = False) -> LogCallback:
         """Make an instance whose class has Keras's own base class."""
-        legacy = os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true")
-        packages = ("tf_keras", "keras") if legacy else ("keras", "tf_keras")
-        bases = sorted(base_classes(packages, "callbacks.Callback"), key=_is_of_tf_keras)
         hooks = (_BatchHook,) if per_batch_log else ()
-        beside = (_OfTfKeras,) if len(bases) > 1 else ()
-        instance: LogCallback = cls._with_bases(*hooks, *beside, *bases)
+        instance: LogCallback = cls._with_bases(*hooks, *_keras_bases())
         return instance
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
@@ -47,6 +48,68 @@ class LogCallback(FrameworkCallback):
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Send a line; Keras calls it."""
         self._log.epoch_ends(logs)
+
+
+class MetricsCallback(WithFrameworkBase):
+    """Reports the losses and metrics that Keras logs, and how many epochs are done.
+
+    Pass it to ``model.fit(..., callbacks=[MetricsCallback()], verbose=0)``, after callbacks that
+    change the logs (such as Horovod's ``MetricAverageCallback``). The step is the epoch, from 0;
+    with `per_batch` it is the number of batches, from 0. See :mod:`horovodrunner.metrics`.
+
+    Parameters
+    ----------
+    per_batch
+        A point after each batch, too.
+    """
+
+    def __new__(cls, per_batch: bool = False) -> MetricsCallback:
+        """Make an instance whose class has Keras's own base class."""
+        hooks = (_BatchMetrics,) if per_batch else ()
+        instance: MetricsCallback = cls._with_bases(*hooks, *_keras_bases())
+        return instance
+
+    def __init__(self, per_batch: bool = False) -> None:
+        super().__init__()
+        self._options = (per_batch,)
+        self._reporter = Reporter()
+        self._batches = 0 if per_batch else None
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Begin a progress bar; Keras calls it."""
+        self._reporter.open("epoch", _of(self, "epochs"))
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Move the bar; Keras calls it."""
+        self._reporter.at(epoch)
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Report a point; Keras calls it."""
+        last_batch = None if self._batches is None else self._batches - 1
+        self._reporter.report(epoch if last_batch is None else last_batch, logs)
+        self._reporter.at(epoch + 1)
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        """End the bar; Keras calls it."""
+        self._reporter.close()
+
+
+def _keras_bases() -> list[type]:
+    legacy = os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true")
+    packages = ("tf_keras", "keras") if legacy else ("keras", "tf_keras")
+    bases = sorted(base_classes(packages, "callbacks.Callback"), key=_is_of_tf_keras)
+    return [*([_OfTfKeras] if len(bases) > 1 else []), *bases]
+
+
+class _BatchMetrics:
+    """Apart from the rest, because Keras is faster when no callback looks at batches."""
+
+    _reporter: Reporter
+    _batches: int
+
+    def on_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._reporter.report(self._batches, logs)
+        self._batches += 1
 
 
 class _BatchHook:

@@ -1,14 +1,22 @@
-"""LogCallback for Lightning's Trainer. Runs in: the worker."""
+"""LogCallback and MetricsLogger for Lightning's Trainer. Runs in: the worker."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from horovodrunner.callbacks.bases import FrameworkCallback, base_classes
+from horovodrunner.callbacks.bases import (
+    FrameworkCallback,
+    Reporter,
+    WithFrameworkBase,
+    base_classes,
+)
 from horovodrunner.flows.logs.training_log import count_or_none
 
-__all__ = ["LogCallback"]
+__all__ = ["LogCallback", "MetricsLogger"]
+
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 class LogCallback(FrameworkCallback):
@@ -25,7 +33,7 @@ class LogCallback(FrameworkCallback):
 
     def __new__(cls, per_batch_log: bool = False) -> LogCallback:
         """Make an instance whose class has Lightning's own base class."""
-        bases = base_classes(("lightning.pytorch", "pytorch_lightning"), "Callback")
+        bases = base_classes(_PACKAGES, "Callback")
         instance: LogCallback = cls._with_bases(*bases)
         return instance
 
@@ -44,6 +52,32 @@ class LogCallback(FrameworkCallback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Send a line, with the metrics of the validation; Lightning calls it."""
         self._log.epoch_ends(_once(trainer.callback_metrics))
+
+
+class MetricsLogger(WithFrameworkBase):
+    """Reports what a module logs: ``Trainer(logger=MetricsLogger())``.
+
+    For ``lightning.pytorch`` or ``pytorch_lightning``; beside others in a list of loggers. The
+    step is Lightning's global step. See :mod:`horovodrunner.metrics`.
+    """
+
+    name = "horovodrunner"
+    """As Lightning asks for."""
+    version = ""
+    """As Lightning asks for."""
+
+    def __new__(cls) -> MetricsLogger:
+        """Make an instance whose class has Lightning's own base class."""
+        instance: MetricsLogger = cls._with_bases(*base_classes(_PACKAGES, "loggers.Logger"))
+        return instance
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Report a point; Lightning calls it."""
+        if step is not None:
+            Reporter.report(step, _once(metrics))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Take what Lightning tells of the module's arguments, and keep nothing of it."""
 
 
 def _once(metrics: Mapping[str, Any]) -> dict[str, Any]:

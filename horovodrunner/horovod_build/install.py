@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import tempfile
@@ -51,7 +50,7 @@ def build_horovod(*, force: bool = False, target: Path | None = None, say: Say =
         return
     say(f"looking at {recipe}, the compiler and the cache")
     facts = toolchain_facts(recipe)
-    cxx = facts.get("cxx", {})
+    cxx = facts["cxx"]
     require_build_tools(recipe, cxx)
     home, lack = find_cuda()
     if recipe.cuda and home is None:
@@ -79,10 +78,8 @@ def store_wheel(wheel: Path, key: str) -> Path:
     folder = cache_folder() / "wheels" / key
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="incoming-") as incoming:
-        copied = shutil.copy(wheel, incoming)
-        final = folder / wheel.name
-        os.replace(copied, final)  # noqa: PTH105 - the same call on every platform
-    return final
+        copied = Path(shutil.copy(wheel, incoming))
+        return copied.replace(folder / wheel.name)
 
 
 def _nothing_to_do(recipe: Recipe, say: Say) -> bool:
@@ -107,7 +104,7 @@ def _make_cached_wheel(recipe: Recipe, cxx: Mapping[str, int], key: str, say: Sa
             "set XDG_CACHE_HOME to a folder that can"
         ) from error
     with tempfile.TemporaryDirectory(prefix="horovod-build-", ignore_cleanup_errors=True) as work:
-        made = make_wheel(recipe, cxx=cxx, work=Path(work), log=log, say=say)
+        made = make_wheel(recipe, cxx, Path(work), log, say)
         _prove(made, recipe, say)
         return store_wheel(made, key)
 

@@ -10,7 +10,6 @@ import os
 import platform
 import runpy
 import shutil
-import subprocess
 import sys
 import sysconfig
 from dataclasses import asdict, dataclass
@@ -247,29 +246,22 @@ def toolchain_facts(recipe: Recipe) -> dict[str, Any]:
     The frameworks are imported for this, in a process of their own, before minutes are spent on a
     build.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", _FRAMEWORK_PROGRAM, *recipe.frameworks],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    answers = [line[7:] for line in done.stdout.splitlines() if line.startswith("answer:")]
-    if done.returncode != 0 or not answers:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    try:
+        answer = json.loads(prerequisites.answer_of(_FRAMEWORK_PROGRAM, *recipe.frameworks))
+    except RuntimeError as error:
         raise HorovodBuildError(
-            f"the installed {recipe} cannot be imported by {sys.executable} ({last}); "
+            f"the installed {recipe} cannot be imported by {sys.executable} ({error}); "
             "repair that first, then build Horovod"
-        )
-    answer = json.loads(answers[0])
+        ) from error
     compiler = prerequisites.compiler_command() or ["c++"]
     return {
         "abi": answer["abi"],
         "cxx": {name: max(said, prerequisites.OLDEST_CXX) for name, said in answer["cxx"].items()},
         "platform": [platform.system(), platform.machine(), platform.libc_ver()],
         "processor": _vector_extensions(),
-        "compiler": _first_line([*compiler, "--version"]),
-        "cmake": _first_line([prerequisites.cmake_command() or "cmake", "--version"]),
-        "nvcc": _nvcc_version() if recipe.uses_cuda() else None,
+        "compiler": _version(compiler).split("\n", 1)[0],
+        "cmake": _version([prerequisites.cmake_command() or "cmake"]).split("\n", 1)[0],
+        "nvcc": _version([f"{cuda_home()}/bin/nvcc"]) if recipe.uses_cuda() else None,
     }
 
 
@@ -333,14 +325,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _first_line(command: list[str]) -> str:
-    _, text = prerequisites.output_of(command)
-    return text.strip().split("\n", 1)[0]
-
-
-def _nvcc_version() -> str:
-    home = cuda_home()
-    _, text = prerequisites.output_of([str(Path(home or "") / "bin" / "nvcc"), "--version"])
+def _version(command: list[str]) -> str:
+    _, text = prerequisites.output_of([*command, "--version"])
     return text.strip()
 
 

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -46,15 +45,8 @@ def fingerprint(patches: Sequence[Path] = PATCHES) -> str:
 
 def patched_sources(work: Path, say: Say) -> Path:
     """Fetch, unpack and patch Horovod below the empty folder `work`, and return its folder."""
-    source = unpack(fetch_sdist(work, say), work)
-    apply_patches(source)
-    return source
-
-
-def fetch_sdist(work: Path, say: Say) -> Path:
-    """Download Horovod's source archive with pip, as pip is configured, and check its hash."""
     say(f"fetching Horovod {HOROVOD_VERSION}'s source archive (3.5 MB)")
-    # Hashes are only accepted from a requirements file, not on pip's command line.
+    # pip checks the hash; it takes one from a requirements file only, not on its command line.
     requirements = work / "requirements.txt"
     requirements.write_text(f"horovod=={HOROVOD_VERSION} --hash=sha256:{SDIST_SHA256}\n")
     command = [*PIP, "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
@@ -66,28 +58,10 @@ def fetch_sdist(work: Path, say: Say) -> Path:
             f"pip could not download Horovod {HOROVOD_VERSION}'s source archive "
             f"(exit code {done.returncode}):\n  " + "\n  ".join(lines[-4:])
         )
-    archive = work / f"horovod-{HOROVOD_VERSION}.tar.gz"
-    check_hash(archive)
-    return archive
-
-
-def check_hash(archive: Path, expected: str = SDIST_SHA256) -> None:
-    """Refuse a source archive that is not the one the patches were written for."""
-    actual = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if actual != expected:
-        raise HorovodBuildError(
-            f"{archive.name} has SHA-256 {actual}, expected {expected}: the archive was changed "
-            "or damaged on its way, and is not used"
-        )
-
-
-def unpack(archive: Path, work: Path) -> Path:
-    with tarfile.open(archive) as packed:
-        if hasattr(tarfile, "data_filter"):
-            packed.extractall(work, filter="data")
-        else:  # Pythons before the filters were added; the hash says whose archive this is
-            packed.extractall(work)  # noqa: S202
-    return work / f"horovod-{HOROVOD_VERSION}"
+    source = work / f"horovod-{HOROVOD_VERSION}"
+    shutil.unpack_archive(f"{source}.tar.gz", work)
+    apply_patches(source)
+    return source
 
 
 def apply_patches(source: Path, patches: Sequence[Path] = PATCHES) -> None:

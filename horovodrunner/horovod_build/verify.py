@@ -31,10 +31,9 @@ def verify_allreduce(
 def _verify_one(framework: str, folder: Path | None, timeout: float) -> None:
     # What the user set for training runs must not decide about this one.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
-    if folder is not None:
-        environ["PYTHONPATH"] = os.pathsep.join(
-            [str(folder), *filter(None, [environ.get("PYTHONPATH")])]
-        )
+    environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    paths = [folder, environ.get("PYTHONPATH"), Path(__file__).parents[2]]
+    environ["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
     with tempfile.TemporaryDirectory(prefix="horovod-verify-") as work:
         script = shutil.copy(SCRIPT, work)
         output = Path(work) / "output"

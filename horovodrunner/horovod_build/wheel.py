@@ -27,7 +27,6 @@ from horovodrunner.horovod_build.sources import (
 
 # Import name and distribution name of what a build without isolation needs around it.
 _BUILD_PACKAGES = {
-    "pip": "pip",
     "setuptools": "setuptools",
     "wheel": "wheel",
     "packaging": "packaging",
@@ -58,24 +57,20 @@ _HINTS = (
 )
 
 
-def require_build_tools(recipe: Recipe, cxx: Mapping[str, int] | None = None) -> None:
+def require_build_tools(recipe: Recipe, cxx: Mapping[str, int]) -> None:
     """Raise an error that names all that a build lacks, before anything is downloaded.
 
     `cxx` is the C++ standard that each framework needs, such as ``{"torch": 20}``.
     """
-    if cxx:
-        framework, standard = max(cxx.items(), key=lambda item: item[1])
-        found = prerequisites.build_problems(standard, f"Horovod for {framework}")
-    else:
-        found = prerequisites.build_problems()
+    framework, standard = max(cxx.items(), key=lambda item: item[1])
+    found = prerequisites.build_problems(standard, f"Horovod for {framework}")
     problems = [str(problem) for problem in found]
     absent = [
         distribution
         for name, distribution in _BUILD_PACKAGES.items()
         if importlib.util.find_spec(name) is None
     ]
-    if "pip" in absent:
-        absent.remove("pip")
+    if importlib.util.find_spec("pip") is None:
         problems.append(f"pip is not installed: {sys.executable} -m ensurepip")
     if absent:
         names = " ".join(absent)
@@ -90,20 +85,18 @@ def require_build_tools(recipe: Recipe, cxx: Mapping[str, int] | None = None) ->
         raise HorovodBuildError("Horovod cannot be built yet:\n  " + "\n  ".join(problems))
 
 
-def make_wheel(
-    recipe: Recipe, *, cxx: Mapping[str, int] | None = None, work: Path, log: Path, say: Say
-) -> Path:
+def make_wheel(recipe: Recipe, cxx: Mapping[str, int], work: Path, log: Path, say: Say) -> Path:
     """Fetch, patch and compile Horovod below `work`; `log` keeps the whole output."""
     source = patched_sources(work, say)
     record = json.dumps(asdict(recipe), indent=1)
     (source / "horovod" / RECORD_NAME).write_text(record, encoding="utf-8")
-    return compile_wheel(recipe, cxx=cxx, source=source, work=work, log=log, say=say)
+    return compile_wheel(recipe, cxx, source, log, say)
 
 
-def build_environment(recipe: Recipe, cxx: Mapping[str, int] | None = None) -> dict[str, str]:
+def build_environment(recipe: Recipe, cxx: Mapping[str, int]) -> dict[str, str]:
     environ = {name: v for name, v in os.environ.items() if not name.startswith("HOROVOD_WITH")}
     environ.update(recipe.variables())
-    environ.update({CXX_VARIABLES[name]: str(standard) for name, standard in (cxx or {}).items()})
+    environ.update({CXX_VARIABLES[name]: str(standard) for name, standard in cxx.items()})
     if prerequisites.cmake_command():
         environ["HOROVOD_CMAKE"] = str(prerequisites.cmake_command())
     # Gloo's CMake file asks for a compatibility that CMake 4 gives only on request.
@@ -116,13 +109,7 @@ def build_environment(recipe: Recipe, cxx: Mapping[str, int] | None = None) -> d
 
 
 def compile_wheel(
-    recipe: Recipe,
-    *,
-    cxx: Mapping[str, int] | None = None,
-    source: Path,
-    work: Path,
-    log: Path,
-    say: Say,
+    recipe: Recipe, cxx: Mapping[str, int], source: Path, log: Path, say: Say
 ) -> Path:
     """Compile with ``pip wheel``; a failure shows the first error and where the log is."""
     # Measured on two cores; CUDA kernels are compiled for every architecture of the toolkit.
@@ -132,10 +119,9 @@ def compile_wheel(
         f"{max(2, round(2 * minutes))} minutes"
     )
     say(f"  the full output goes to {log}")
-    wheels = work / "wheels"
+    wheels = source.with_name("wheels")
     command = [*PIP, "wheel", "--verbose", "--no-deps", "--no-build-isolation"]
     command += ["--wheel-dir", str(wheels), str(source)]
-    log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with log.open("wb") as sink:
         process = subprocess.Popen(
@@ -173,11 +159,8 @@ def first_error(log: str, *, before: int = 2, after: int = 3) -> str:
         for index, line in enumerate(lines)
         if pattern.search(line.strip())
     )
-    index = next(hits, None)
-    if index is None:
-        shown = lines[-(before + after + 1) :]
-    else:
-        shown = lines[max(0, index - before) : index + after + 1]
+    index = next(hits, len(lines) - after - 1)
+    shown = lines[max(0, index - before) : index + after + 1]
     text = "\n".join("  " + line.strip()[:300] for line in shown)
     hint = next((hint for pattern, hint in _HINTS if pattern.search(log)), None)
     return f"{text}\n  => {hint}" if hint else text

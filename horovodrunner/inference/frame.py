@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 
 from horovodrunner import validation as checked
-from horovodrunner.deprecated import renamed_keywords
 from horovodrunner.errors import ArgumentValueError, DataError
 from horovodrunner.flows.logs.showing import show_text
 from horovodrunner.inference.files import FileScan, parts_dataframe, plain_scan, read_parts
@@ -20,6 +19,7 @@ from horovodrunner.spark.arrow import map_in_arrow
 from horovodrunner.spark.column_names import fields_twice, numbered
 from horovodrunner.spark.dataframes import check_dataframe
 from horovodrunner.spark.errors import told_as
+from horovodrunner.usage import explained
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -30,7 +30,7 @@ __all__ = ["predict"]
 _SEVERAL = ": join on that name, or give the columns names by their places (df.toDF(...))"
 
 
-@renamed_keywords(keep="keep_columns")
+@explained(keep="keep_columns")
 def predict(
     df: DataFrame,
     model: AnyModel,

@@ -11,6 +11,7 @@ from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 from horovodrunner.keras.backend import collectives, hvd
 from horovodrunner.keras.optimizer import is_distributed
+from horovodrunner.keras.options import key
 from horovodrunner.processes.worker.context import log_to_driver
 
 
@@ -58,7 +59,7 @@ class BroadcastGlobalVariablesCallback(_Callback):
 
     def register_local_var(self, variable: Any) -> None:
         """Leave a variable of the model or of its optimizer as it is."""
-        self._local.add(collectives.key(variable))
+        self._local.add(key(variable))
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._warn_of_a_plain_optimizer()
@@ -90,9 +91,9 @@ class BroadcastGlobalVariablesCallback(_Callback):
         # Not model.variables: that has the seeds of dropout, which had better differ by rank.
         for owner in (self.model.weights, *(each.variables for each in _optimizers(self.model))):
             for variable in owner:
-                key = collectives.key(variable)
-                if key not in self._local and key not in self._sent:
-                    self._sent.add(key)
+                found = key(variable)
+                if found not in self._local and found not in self._sent:
+                    self._sent.add(found)
                     variables.append(variable)
         if variables:
             collectives.broadcast(variables, self.root_rank, self.device)

@@ -10,21 +10,10 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
-import keras
 import tensorflow as tf
 
 from horovodrunner.errors import ConfigurationError
-from horovodrunner.keras.options import Options
-
-
-def key(variable: Any) -> Hashable:
-    """Identify a variable: a Keras variable and the TensorFlow variable in it are the same."""
-    found: Hashable = _native(variable).ref()
-    return found
-
-
-def _native(variable: Any) -> Any:
-    return variable.value if isinstance(variable, keras.Variable) else variable
+from horovodrunner.keras.options import Options, key, native
 
 
 def refuse_compiled_graph() -> None:
@@ -48,9 +37,8 @@ def reduce(
     reduced = list(grads)
     if options.has_no_peers():
         return reduced
-    keys = [key(variable) for variable in variables]
     dense: list[int] = []
-    for index in options.without_local(reduced, keys, local, _divided):
+    for index in options.without_local(reduced, variables, local, _divided):
         grad = reduced[index]
         if isinstance(grad, tf.IndexedSlices) and not options.sparse_as_dense:
             reduced[index] = _reduce_sparse(options, grad, f"{options.name}.gradient.{index}")
@@ -63,7 +51,7 @@ def reduce(
         "compression": options.compression,
         "ignore_name_scope": True,
     }
-    for group in options.grouped(dense, keys, key):
+    for group in options.grouped(dense, variables):
         name = f"{options.name}.gradient.{group[0]}"
         if len(group) == 1:
             reduced[group[0]] = hvd.allreduce(reduced[group[0]], name=name, **settings)
@@ -121,7 +109,7 @@ def average(values: list[float], name: str, device: str) -> list[float]:
 
 def broadcast(variables: Sequence[Any], root_rank: int, device: str) -> None:
     with tf.device(device):
-        hvd.broadcast_variables([_native(variable) for variable in variables], root_rank=root_rank)
+        hvd.broadcast_variables([native(variable) for variable in variables], root_rank=root_rank)
 
 
 def do_if(condition: Any, action: Callable[[], None]) -> None:

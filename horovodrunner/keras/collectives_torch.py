@@ -7,20 +7,10 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import horovod.torch as hvd
-import keras
 import torch
 
 from horovodrunner.errors import ArgumentValueError
-from horovodrunner.keras.options import Options
-
-
-def key(variable: Any) -> Hashable:
-    """Identify a variable: a Keras variable and the torch parameter in it are the same."""
-    return id(_native(variable))
-
-
-def _native(variable: Any) -> Any:
-    return variable.value if isinstance(variable, keras.Variable) else variable
+from horovodrunner.keras.options import Options, key, native
 
 
 def refuse_compiled_graph() -> None:
@@ -44,11 +34,10 @@ def reduce(
     reduced = list(grads)
     if options.has_no_peers():
         return reduced
-    keys = [key(variable) for variable in variables]
-    shared = options.without_local(reduced, keys, local, operator.truediv)
+    shared = options.without_local(reduced, variables, local, operator.truediv)
     settings = options.settings()
     under_way = []
-    for group in options.grouped(shared, keys, key):
+    for group in options.grouped(shared, variables):
         name = f"{options.name}.gradient.{group[0]}"
         dense = [grads[i].to_dense() if grads[i].is_sparse else grads[i] for i in group]
         sent = [options.compression.compress(tensor) for tensor in dense]
@@ -90,7 +79,7 @@ def average(values: list[float], name: str, device: str) -> list[float]:
 def broadcast(variables: Sequence[Any], root_rank: int, device: str) -> None:
     _require_no_device("device", device)
     named = [
-        (f"variable.{number}", _native(variable).data) for number, variable in enumerate(variables)
+        (f"variable.{number}", native(variable).data) for number, variable in enumerate(variables)
     ]
     hvd.broadcast_parameters(named, root_rank=root_rank)
 

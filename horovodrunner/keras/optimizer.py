@@ -13,7 +13,7 @@ import keras
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 from horovodrunner.keras.backend import collectives, hvd
-from horovodrunner.keras.options import Options
+from horovodrunner.keras.options import Options, key
 from horovodrunner.processes.worker.context import log_to_driver
 
 __all__ = ["DistributedOptimizer", "is_distributed", "load_model"]
@@ -173,7 +173,7 @@ class _Distributed:
 
     def register_local_var(self: Any, variable: Any) -> None:
         """Leave the gradient of a variable of the model out of the reduction."""
-        self.__dict__.setdefault("_horovod_local", set()).add(collectives.key(variable))
+        self.__dict__.setdefault("_horovod_local", set()).add(key(variable))
 
     def _named_options(self: Any) -> Options:
         """Return the options with a name that no other optimizer's collectives have.

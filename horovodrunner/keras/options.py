@@ -6,7 +6,9 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Options", "groups_of"]
+import keras
+
+__all__ = ["Options", "groups_of", "key", "native"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Options:
     def without_local(
         self,
         grads: list[Any],
-        keys: Sequence[Hashable],
+        variables: Sequence[Any],
         local: Collection[Hashable],
         divide: Callable[[Any, int], Any],
     ) -> list[int]:
@@ -54,20 +56,18 @@ class Options:
         for index, grad in enumerate(grads):
             if grad is None:
                 continue
-            if keys[index] not in local:
+            if key(variables[index]) not in local:
                 shared.append(index)
             elif self.scales_local_gradients:
                 grads[index] = divide(grad, self.process_set.size())
         return shared
 
-    def grouped(
-        self, indices: list[int], keys: Sequence[Hashable], key: Callable[[Any], Hashable]
-    ) -> list[list[int]]:
-        """Group the indices of what is reduced together; `key` identifies a variable."""
+    def grouped(self, indices: list[int], variables: Sequence[Any]) -> list[list[int]]:
+        """Group the indices of what is reduced together."""
         asked = self.groups
         if isinstance(asked, Sequence):
             asked = [[key(variable) for variable in group] for group in asked]
-        return groups_of(asked, indices, keys)
+        return groups_of(asked, indices, [key(variable) for variable in variables])
 
 
 def groups_of(
@@ -85,8 +85,18 @@ def groups_of(
     if isinstance(asked, int):
         size = -(-len(indices) // asked)
         return [indices[start : start + size] for start in range(0, len(indices), size or 1)]
-    group_of = {key: number for number, group in enumerate(asked) for key in group}
+    group_of = {each: number for number, group in enumerate(asked) for each in group}
     groups: dict[Hashable, list[int]] = {}
     for index in indices:
         groups.setdefault(group_of.get(keys[index], ("alone", index)), []).append(index)
     return list(groups.values())
+
+
+def native(variable: Any) -> Any:
+    """Return the framework's own variable, which may be in one of Keras's."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def key(variable: Any) -> Hashable:
+    """Identify a variable: one of Keras's and the framework's own in it are the same."""
+    return id(native(variable))

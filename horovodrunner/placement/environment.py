@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from horovodrunner.errors import ConfigurationError
+
 if TYPE_CHECKING:  # a worker reads names of variables only
     from horovodrunner.placement.topology import Slot
 
@@ -107,7 +109,7 @@ def hash_seed(environ: Mapping[str, str]) -> dict[str, str]:
         return {HASH_SEED: _random_hash_seed()}
     digits = value.lstrip().removeprefix("+")
     if not (digits.isascii() and digits.isdigit() and int(digits) <= _MAX_HASH_SEED):
-        raise ValueError(
+        raise ConfigurationError(
             f"{HASH_SEED}={value!r} lets no Python process start: set os.environ[{HASH_SEED!r}] "
             f'to "random" or to a whole number from 0 to {_MAX_HASH_SEED}, or delete it'
         )

@@ -22,7 +22,7 @@ from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPSer
 from horovodrunner.errors import ArgumentValueError
 from horovodrunner.placement.topology import Slot
 
-__all__ = ["REFUSED", "Rendezvous", "environment_of", "horovodruns_parser"]
+__all__ = ["REFUSED", "Rendezvous", "environment_of"]
 
 PLAN_SECONDS = 60.0
 """How long a worker's request waits for the plan, which is made right after the gather step."""
@@ -168,13 +168,10 @@ class Rendezvous(RendezvousHTTPServer):  # type: ignore[misc]
     def store(self, scope: str, key: str, value: bytes) -> bool:
         """Store a value if there is room for it."""
         with self.cache_lock:
-            others = sum(
-                len(other) + _ENTRY_BYTES
-                for other_scope, values in self.cache.items()
-                for other_key, other in values.items()
-                if (other_scope, other_key) != (scope, key)
-            )
-            if others + len(value) + len(scope) + len(key) + _ENTRY_BYTES > self._stored_limit:
+            stored = {(s, k): v for s, values in self.cache.items() for k, v in values.items()}
+            stored[scope, key] = value
+            size = sum(len(s) + len(k) + len(v) + _ENTRY_BYTES for (s, k), v in stored.items())
+            if size > self._stored_limit:
                 return False
             self.cache.setdefault(scope, {})[key] = value
             return True
@@ -320,12 +317,9 @@ def environment_of(options: Sequence[str]) -> dict[str, str]:
     return environment
 
 
-def horovodruns_parser() -> argparse.ArgumentParser:
-    """Return Horovod's parser, which raises an ArgumentValueError where argparse would exit."""
-    return _parse([])[0]
-
-
 class _Parser(argparse.ArgumentParser):
+    """Raises an ArgumentValueError where argparse would exit."""
+
     def error(self, message: str) -> NoReturn:
         raise _wrong(message)
 

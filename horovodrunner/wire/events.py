@@ -332,6 +332,18 @@ class Placed(Event):
     ranks: tuple[tuple[int, int, str], ...]
 
 
+class RankStates(Event):
+    """What every rank does, by rank, when it has changed."""
+
+    states: tuple[str, ...]
+
+
+class CheckpointStored(Event):
+    """The checkpoint of a step is where it is kept."""
+
+    step: int
+
+
 class Note(Event):
     """A line of the run's own; `routine` if it says that all goes on as it should."""
 
@@ -374,6 +386,12 @@ class UploadFile(Event):
 
     run_id: str
     variable: str
+
+
+class UploadArtifacts(Event):
+    """What ranks of a task have left is to be uploaded, as ``rank-N/...``."""
+
+    run_id: str
 
 
 class UploadCheckpoint(Event):

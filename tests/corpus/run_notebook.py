@@ -55,6 +55,7 @@ def run(path: Path, spark: SparkSession) -> None:
 
 def main() -> None:
     """Make the session that Databricks would have made, and run the notebooks."""
+    sys.ps1 = ">>> "  # as in a kernel, whose runs share a process that has torch
     spark = (
         SparkSession.builder.master("local-cluster[2,1,1024]")
         .config("spark.ui.enabled", "false")

@@ -15,6 +15,7 @@ pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
+WATCHING = "08_watching.ipynb"
 CELL_SECONDS = 200
 ENOUGH = 0.95
 IMAGE_BYTES = 2000
@@ -216,8 +217,28 @@ def test_images(scratch: Path) -> None:
     assert right / images >= ENOUGH
 
 
+def test_watching(scratch: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("pandas")
+    notebook = read(Path(__file__).resolve().parents[2] / "notebooks" / WATCHING)
+    processes.execute(
+        notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": str(scratch)}}
+    )
+    outputs = [each.get("outputs", []) for each in notebook.cells]
+    areas = [out.data for cell in outputs for out in cell if out.output_type == "display_data"]
+    good, failed = areas
+    assert good["text/plain"].startswith("succeeded")
+    assert "20/20 (100%)" in good["text/html"]
+    assert failed["text/plain"].startswith("failed")
+    assert "the loss is not finite" in failed["text/html"]
+    text = "".join(out.text for cell in outputs for out in cell if out.get("name") == "stdout")
+    assert re.search(r"^best loss 0\.\d+ at step 19$", text, re.MULTILINE)
+    assert len(re.findall(r"^rank-\d \[", text, re.MULTILINE)) == 2
+    assert "<History: 6 points up to step 5: loss 32.0000>" in text
+
+
 def test_every_notebook_is_executed() -> None:
-    others = {"01_quickstart.ipynb", "06_spark_dataframes.ipynb", "07_images.ipynb"}
+    others = {"01_quickstart.ipynb", "06_spark_dataframes.ipynb", "07_images.ipynb", WATCHING}
     assert {path.name for path in NOTEBOOKS} == {*others, *TUTORIALS}
 
 

@@ -12,7 +12,7 @@ from horovodrunner import ArgumentValueError, ConfigurationError, HorovodRunner
 
 pytest.importorskip("horovod")
 
-from horovodrunner.placement.rendezvous import REFUSED, environment_of, horovodruns_parser
+from horovodrunner.placement.rendezvous import REFUSED, _parse, environment_of
 
 pytestmark = pytest.mark.horovod
 
@@ -78,7 +78,7 @@ ACCEPTED: dict[str, tuple[str, dict[str, str]]] = {
 def options_of_horovodrun() -> dict[str, argparse.Action]:
     return {
         option: action
-        for action in horovodruns_parser()._actions
+        for action in _parse([])[0]._actions
         for option in action.option_strings or [action.dest]
     }
 

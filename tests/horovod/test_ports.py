@@ -55,7 +55,8 @@ def ports_while_rank_0_waits_in_init() -> tuple[float, set[int], set[int]]:
 def test_gloo_and_the_tasks_listen_inside_the_range(spark: Any) -> None:
     spark.conf.set("spark.horovodrunner.ports", f"{FIRST}-{LAST}")
     try:
-        total, of_worker, of_task = HorovodRunner(np=2).run(ports_while_rank_0_waits_in_init)
+        runner = HorovodRunner(np=2, keep_warm=False)
+        total, of_worker, of_task = runner.run(ports_while_rank_0_waits_in_init)
     finally:
         spark.conf.unset("spark.horovodrunner.ports")
     assert total == 1

@@ -167,6 +167,6 @@ def test_a_timeline_that_is_lost_with_rank_0s_task_is_told_about(
 
     monkeypatch.setenv("HOROVOD_TIMELINE", str(tmp_path / "t.json"))
     with pytest.raises(BarrierStageError):
-        HorovodRunner(np=2).run(end_the_task)
+        HorovodRunner(np=2, keep_warm=False).run(end_the_task)
     assert f"HOROVOD_TIMELINE={tmp_path}/t.json: nothing came" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []

@@ -45,17 +45,6 @@ def test_torch_ranks_agree_on_who_they_are(np: int) -> None:
     }
 
 
-def test_tensorflow_reduces() -> None:
-    def main() -> float:
-        import horovod.tensorflow as hvd
-        import tensorflow as tf
-
-        hvd.init()
-        return float(hvd.allreduce(tf.constant(float(hvd.rank() + 1)), op=hvd.Sum))
-
-    assert run(main, 2) == 3.0
-
-
 def weights_after_training(rank: int, size: int, steps: int = 5) -> list[float]:
     """Train a linear model on this rank's shard; averaged gradients equal the whole batch's."""
     import torch

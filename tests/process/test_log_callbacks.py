@@ -73,6 +73,7 @@ OWN_LINES = [
 ]
 
 
+@pytest.mark.slow
 def test_legacy_keras(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     def main() -> str:
         import tensorflow as tf

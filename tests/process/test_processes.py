@@ -164,10 +164,10 @@ def test_what_a_test_leaves_fails_it_and_is_ended(stubborn: list[str]) -> None:
     ("how", "workers"),
     [
         ("fails", 0),
-        ("fails", 2),
-        ("waits for Ctrl-C", 0),
+        pytest.param("fails", 2, marks=pytest.mark.slow),
+        pytest.param("waits for Ctrl-C", 0, marks=pytest.mark.slow),
         ("waits for Ctrl-C", 2),
-        ("waits for SIGKILL", 0),
+        pytest.param("waits for SIGKILL", 0, marks=pytest.mark.slow),
         ("waits for SIGKILL", 2),
         ("crashes", 2),
         ("hangs", 2),

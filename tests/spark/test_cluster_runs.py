@@ -482,13 +482,14 @@ def test_main_runs_once_when_spark_tries_the_stage_again(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def hold_a_slot(spark: Any, seconds: float, directory: Path) -> threading.Thread:
-    """Keep one of the two slots busy with a job of somebody else's."""
-    marker = str(directory / "holding")
+def hold_a_slot(spark: Any, directory: Path) -> threading.Thread:
+    """Keep one of the two slots busy with a job of somebody else's, until ``enough`` is there."""
+    marker, enough = str(directory / "holding"), str(directory / "enough")
 
     def hold(rows: Any) -> Any:
         Path(marker).touch()
-        time.sleep(seconds)
+        while not Path(enough).exists():
+            time.sleep(0.02)
         return rows
 
     thread = threading.Thread(
@@ -508,23 +509,27 @@ def test_a_run_waits_until_its_slots_are_free_and_says_who_holds_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(cluster, "FIRST_LOOK_SECONDS", 1.0)
-    holder = hold_a_slot(spark, 4, tmp_path)
+    holder = hold_a_slot(spark, tmp_path)
+    releasing = threading.Timer(2.5, (tmp_path / "enough").touch)
+    releasing.start()
     assert run(place)["WORLD_SIZE"] == 2
-    holder.join(1)
-    assert not holder.is_alive()
+    assert (tmp_path / "enough").exists()
+    releasing.join()
+    holder.join()
     shown = capsys.readouterr().out
     assert re.search(r"waiting for 2 slots, 1 free, 1 held by job \d+\n", shown)
 
 
 def test_slots_that_stay_taken_are_a_start_timeout(spark: Any, tmp_path: Path) -> None:
-    holder = hold_a_slot(spark, 8, tmp_path)
+    holder = hold_a_slot(spark, tmp_path)
     with pytest.raises(
         StartTimeoutError,
         match=r"2 tasks did not all start within 2 s \(1 free, 1 held by job \d+\)",
     ):
         HorovodRunner(np=2, start_timeout=2).run(mains.count_run, directory=str(tmp_path))
-    holder.join()
     assert [path.name for path in tmp_path.iterdir()] == ["holding"]
+    (tmp_path / "enough").touch()
+    holder.join()
     assert run(place)["WORLD_SIZE"] == 2
 
 

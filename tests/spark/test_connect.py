@@ -114,14 +114,103 @@ def drive(server: str, script: str, tmp_path: Path) -> str:
     return done.stdout
 
 
-def test_value_output_and_checkpoints_arrive(server: str, tmp_path: Path) -> None:
-    script = """
-        runner = HorovodRunner(np=2, driver_log_verbosity="all", checkpoint_dir="saved")
-        print("value:", runner.run(train, prefix="ranks: "))
-        print("weights:", Path(runner.checkpoints[0].path, "weights").read_text())
-        print("with resources:", HorovodRunner(np=2, resources={"cpus": 1}).run(train, prefix=""))
-    """
-    shown = drive(server, script, tmp_path).splitlines()
+SECTIONS = """
+    print("SECTION value")
+    runner = HorovodRunner(np=2, driver_log_verbosity="all", checkpoint_dir="saved")
+    print("value:", runner.run(train, prefix="ranks: "))
+    print("weights:", Path(runner.checkpoints[0].path, "weights").read_text())
+    print("with resources:", HorovodRunner(np=2, resources={"cpus": 1}).run(train, prefix=""))
+
+    print("SECTION errors")
+    for np, main in ((2, lambda: 1 / 0), (3, lambda: 1), (0, lambda: os.environ["WORLD_SIZE"])):
+        try:
+            print(HorovodRunner(np=np).run(main), "ranks")
+        except HorovodRunnerError as error:
+            print(type(error).__name__, repr(error.__cause__), error)
+    try:
+        HorovodRunner(np=2, resources={"gpu": 1}).run(lambda: 1)
+    except ConfigurationError as error:
+        print(error)
+    df = spark.range(3)
+    for thing in (spark, df, df.groupBy()):
+        try:
+            HorovodRunner(np=2).run(lambda: thing)
+        except PayloadError as error:
+            print(error)
+
+    print("SECTION not reached")
+    spark.conf.set("spark.horovodrunner.driver.host", "nowhere.invalid")
+    runner = HorovodRunner(np=2, driver_log_verbosity="all", checkpoint_dir="not saved")
+    print("value:", runner.run(train, prefix=""))
+    try:
+        HorovodRunner(np=2).run(lambda: 1 / 0)
+    except WorkerFailedError as error:
+        print(repr(error.__cause__))
+    spark.conf.unset("spark.horovodrunner.driver.host")
+
+    print("SECTION rows")
+    from horovodrunner import data
+
+    def table():
+        return spark.range(101).selectExpr("id", "array(id, -id) AS features")
+
+    with data.from_dataframe(table(), directory) as rows:
+        print("reused:", data.from_dataframe(table(), directory) is rows)
+
+        def main():
+            (batch,) = rows.numpy(batch_size=50)
+            return batch["id"].tolist(), batch["features"].shape
+
+        ids, shape = HorovodRunner(np=2).run(main)
+        print("read:", ids == list(range(50)), shape)
+    print("left:", os.listdir(directory))
+
+    print("SECTION model")
+    import torch
+    from horovodrunner.inference import Model, predict, predict_udf
+    from horovodrunner.inference.loading import load
+
+    def sums(batches):
+        import numpy as np
+        import pyarrow as pa
+        from pyspark import BarrierTaskContext
+        BarrierTaskContext.get().barrier()
+        found = load(handle)(np.ones((1, 300), np.float32))
+        maps = [line.split() for line in open("/proc/self/maps") if "horovodrunner-m" in line]
+        list(batches)
+        row = {"sum": float(found.sum()), "process": os.getpid(), "file": maps[0][4]}
+        yield pa.RecordBatch.from_pylist([row])
+
+    net = torch.nn.Linear(300, 300)
+    with Model.from_torch(net) as model:
+        handle = model.handle(spark)
+        rows = spark.range(0, 2, 1, 2).mapInArrow(
+            sums, "sum double, process long, file string", barrier=True).collect()
+        ones = spark.range(0, 9, 1, 2).selectExpr("id", "array_repeat(float(1), 300) AS x")
+        options = {"return_type": "array<float>", "batch_size": 4}
+        column = predict_udf(model, **options)("x").alias("prediction")
+        scored = [
+            *predict(ones, model, inputs="x", keep_columns=["id"], **options).collect(),
+            *ones.select("id", column).collect(),
+        ]
+    print("scored:", len(scored))
+    print("processes:", len({row["process"] for row in rows}))
+    print("files:", len({row["file"] for row in rows}))
+    expected = net(torch.ones(1, 300)).sum().item()
+    print("right:", all(abs(row["sum"] - expected) < 1e-4 for row in rows))
+    print("also:", all(abs(sum(row["prediction"]) - expected) < 1e-3 for row in scored))
+"""
+
+
+@pytest.fixture(scope="module")
+def sections(server: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What one client shows of one thing after the other."""
+    shown = drive(server, SECTIONS, tmp_path_factory.mktemp("client")).split("SECTION ")
+    return {name: text for name, _, text in (section.partition("\n") for section in shown)}
+
+
+def test_value_output_and_checkpoints_arrive(sections: dict[str, str]) -> None:
+    shown = sections["value"].splitlines()
     assert "value: ranks: 2" in shown
     assert "weights: 1 2 3" in shown
     assert {"[0]<stdout>:training", "[1]<stdout>:training"} <= set(shown)
@@ -129,25 +218,8 @@ def test_value_output_and_checkpoints_arrive(server: str, tmp_path: Path) -> Non
     assert "with resources: 2" in shown
 
 
-def test_errors_are_those_of_any_cluster(server: str, tmp_path: Path) -> None:
-    script = """
-        for np, main in ((2, lambda: 1 / 0), (3, lambda: 1), (0, lambda: os.environ["WORLD_SIZE"])):
-            try:
-                print(HorovodRunner(np=np).run(main), "ranks")
-            except HorovodRunnerError as error:
-                print(type(error).__name__, repr(error.__cause__), error)
-        try:
-            HorovodRunner(np=2, resources={"gpu": 1}).run(lambda: 1)
-        except ConfigurationError as error:
-            print(error)
-        df = spark.range(3)
-        for thing in (spark, df, df.groupBy()):
-            try:
-                HorovodRunner(np=2).run(lambda: thing)
-            except PayloadError as error:
-                print(error)
-    """
-    shown = drive(server, script, tmp_path)
+def test_errors_are_those_of_any_cluster(sections: dict[str, str]) -> None:
+    shown = sections["errors"]
     for kind, reason in [
         ("session.SparkSession", "Spark is on the driver only"),
         ("dataframe.DataFrame", "a Spark DataFrame is on the driver only"),
@@ -162,22 +234,25 @@ def test_errors_are_those_of_any_cluster(server: str, tmp_path: Path) -> None:
 
 
 def test_a_client_that_cannot_be_reached_gets_the_result_and_is_told(
-    server: str, tmp_path: Path
+    sections: dict[str, str],
 ) -> None:
-    script = """
-        spark.conf.set("spark.horovodrunner.driver.host", "nowhere.invalid")
-        runner = HorovodRunner(np=2, driver_log_verbosity="all", checkpoint_dir="saved")
-        print("value:", runner.run(train, prefix=""))
-        try:
-            HorovodRunner(np=2).run(lambda: 1 / 0)
-        except WorkerFailedError as error:
-            print(repr(error.__cause__))
-    """
-    shown = drive(server, script, tmp_path)
+    shown = sections["not reached"]
     assert "value: 2\n" in shown
     assert "could not reach this process at nowhere.invalid: " in shown
     assert "checkpoints were not kept" in shown
     assert "ZeroDivisionError" in shown
+
+
+def test_a_dataframe_feeds_the_ranks(sections: dict[str, str]) -> None:
+    shown = sections["rows"].splitlines()
+    assert {"reused: True", "read: True (50, 2)", "left: []"} <= set(shown)
+
+
+def test_a_model_is_applied_and_its_weights_are_one_file_for_both_executors(
+    sections: dict[str, str],
+) -> None:
+    shown = sections["model"].splitlines()
+    assert {"scored: 18", "processes: 2", "files: 1", "right: True", "also: True"} <= set(shown)
 
 
 def test_an_interrupt_and_a_cancelled_operation_end_the_workers(
@@ -237,67 +312,3 @@ def test_the_server_ends_the_run_of_a_client_that_died(server: str, tmp_path: Pa
         process.kill()
         process.wait()
     assert workers_left() == []
-
-
-def test_a_dataframe_feeds_the_ranks(server: str, tmp_path: Path) -> None:
-    script = """
-        from horovodrunner import data
-
-        def table():
-            return spark.range(101).selectExpr("id", "array(id, -id) AS features")
-
-        with data.from_dataframe(table(), directory) as rows:
-            print("reused:", data.from_dataframe(table(), directory) is rows)
-
-            def main():
-                (batch,) = rows.numpy(batch_size=50)
-                return batch["id"].tolist(), batch["features"].shape
-
-            ids, shape = HorovodRunner(np=2).run(main)
-            print("read:", ids == list(range(50)), shape)
-        print("left:", os.listdir(directory))
-    """
-    shown = drive(server, script, tmp_path).splitlines()
-    assert {"reused: True", "read: True (50, 2)", "left: []"} <= set(shown)
-
-
-def test_a_model_is_applied_and_its_weights_are_one_file_for_both_executors(
-    server: str, tmp_path: Path
-) -> None:
-    script = """
-        import torch
-        from horovodrunner.inference import Model, predict, predict_udf
-        from horovodrunner.inference.loading import load
-
-        def sums(batches):
-            import numpy as np
-            import pyarrow as pa
-            from pyspark import BarrierTaskContext
-            BarrierTaskContext.get().barrier()
-            found = load(handle)(np.ones((1, 300), np.float32))
-            maps = [line.split() for line in open("/proc/self/maps") if "horovodrunner-m" in line]
-            list(batches)
-            row = {"sum": float(found.sum()), "process": os.getpid(), "file": maps[0][4]}
-            yield pa.RecordBatch.from_pylist([row])
-
-        net = torch.nn.Linear(300, 300)
-        with Model.from_torch(net) as model:
-            handle = model.handle(spark)
-            rows = spark.range(0, 2, 1, 2).mapInArrow(
-                sums, "sum double, process long, file string", barrier=True).collect()
-            ones = spark.range(0, 9, 1, 2).selectExpr("id", "array_repeat(float(1), 300) AS x")
-            options = {"return_type": "array<float>", "batch_size": 4}
-            column = predict_udf(model, **options)("x").alias("prediction")
-            scored = [
-                *predict(ones, model, inputs="x", keep_columns=["id"], **options).collect(),
-                *ones.select("id", column).collect(),
-            ]
-        print("scored:", len(scored))
-        print("processes:", len({row["process"] for row in rows}))
-        print("files:", len({row["file"] for row in rows}))
-        expected = net(torch.ones(1, 300)).sum().item()
-        print("right:", all(abs(row["sum"] - expected) < 1e-4 for row in rows))
-        print("also:", all(abs(sum(row["prediction"]) - expected) < 1e-3 for row in scored))
-    """
-    shown = drive(server, script, tmp_path).splitlines()
-    assert {"scored: 18", "processes: 2", "files: 1", "right: True", "also: True"} <= set(shown)

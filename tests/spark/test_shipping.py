@@ -111,7 +111,8 @@ def test_type_checkers_see_the_annotations_of_what_is_installed(
     environment: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "typed.py").write_text(textwrap.dedent(TYPED))
-    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache")]
+    cache = str(ROOT / ".mypy_cache" / "of_what_is_installed")
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", cache]
     command += ["--python-executable", str(environment / "bin/python"), "typed.py"]
     done = processes.run(command, cwd=tmp_path, capture_output=True)
     [error] = [line for line in done.stdout.splitlines() if "error:" in line]
@@ -188,7 +189,7 @@ def test_an_archive_brings_the_executors_their_python(
 
 
 def submit(
-    cluster: Cluster, script: str, tmp_path: Path, *options: str
+    master: str, script: str, tmp_path: Path, *options: str
 ) -> processes.CompletedProcess[str]:
     import pyspark
 
@@ -203,7 +204,7 @@ def submit(
     settings = [part for name, value in confs.items() for part in ("--conf", f"{name}={value}")]
     spark_submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
     return processes.run(
-        [str(spark_submit), "--master", cluster.url, *settings, *options, str(path)],
+        [str(spark_submit), "--master", master, *settings, *options, str(path)],
         capture_output=True,
         env=driver_environment(),
         cwd=tmp_path,
@@ -235,7 +236,7 @@ def test_spark_submit_ships_an_archive_and_modules_of_the_users(
         print("shipped:", json.dumps(result))
     """
     done = submit(
-        cluster,
+        cluster.url,
         script,
         tmp_path,
         *("--archives", f"{archive}#environment"),
@@ -251,7 +252,7 @@ def test_spark_submit_ships_an_archive_and_modules_of_the_users(
 
 
 def test_spark_submit_ends_with_the_cause_of_a_failed_run(
-    cluster: Cluster, environment: Path, tmp_path: Path
+    environment: Path, tmp_path: Path
 ) -> None:
     script = """
         def fail():
@@ -263,7 +264,7 @@ def test_spark_submit_ends_with_the_cause_of_a_failed_run(
         print("not reached")
     """
     python = f"spark.pyspark.python={environment / 'bin/python'}"
-    done = submit(cluster, script, tmp_path, "--conf", python)
+    done = submit("local[2]", script, tmp_path, "--conf", python)
     assert done.returncode == 1
     assert "not reached" not in done.stdout
     # spark-submit shows both streams of the driver's Python on its own standard output.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-import sys
+import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from pyspark.sql import functions
 from horovodrunner import DataError, HorovodRunner, data
 from horovodrunner.compat.petastorm.spark import make_spark_converter
 from horovodrunner.inference import predict
-from tests import processes
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.spark
@@ -114,51 +114,43 @@ def test_predict_tells_of_what_cannot_be_analyzed(spark: Any, tmp_path: Path) ->
         )
 
 
-def test_a_cancelled_job_is_told_as_that(spark: Any) -> None:
-    context = spark.sparkContext
-    stages = context.statusTracker().getActiveStageIds
+@contextlib.contextmanager
+def acting_while_rows_are_stored(spark: Any, act: Callable[[], object]) -> Iterator[Any]:
+    """Lend a DataFrame that is never computed; act from another thread when Spark begins to."""
+    stages = spark.sparkContext.statusTracker().getActiveStageIds
     wait_until(lambda: not stages())  # of the test before
 
-    def stop() -> None:
+    def wait_and_act() -> None:
         wait_until(stages)
-        context.cancelAllJobs()
+        act()
 
-    slow = functions.udf(lambda _: time.sleep(600), "long")
-    df = spark.range(2).select(slow("id").alias("x"))
-    stopping = threading.Thread(target=stop)
-    stopping.start()
-    with pytest.raises(DataError) as caught:
+    acting = threading.Thread(target=wait_and_act)
+    acting.start()
+    yield spark.range(2).select(functions.udf(lambda _: time.sleep(600), "long")("id").alias("x"))
+    acting.join()
+
+
+def test_a_cancelled_job_is_told_as_that(spark: Any) -> None:
+    cancel = spark.sparkContext.cancelAllJobs
+    with acting_while_rows_are_stored(spark, cancel) as df, pytest.raises(DataError) as caught:
         data.from_dataframe(df)
-    stopping.join()
     assert "the Spark job was cancelled" in str(caught.value)
     assert "correct what" not in str(caught.value)
     frames = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
     assert frames == ["test_a_cancelled_job_is_told_as_that", "checked_call"]
 
 
-INTERRUPTED = """
-import os, signal, threading, time
-from pyspark.sql import SparkSession, functions
-from horovodrunner import data
+def test_an_interrupt_says_that_no_rows_are_kept_and_leaves_the_session_as_it_was(
+    spark: Any,
+) -> None:
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
 
-def stop():
-    while not stages():
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGINT)
-
-spark = SparkSession.builder.master("local[1]").getOrCreate()
-stages = spark.sparkContext.statusTracker().getActiveStageIds
-slow = functions.udf(lambda _: time.sleep(600), "long")
-threading.Thread(target=stop).start()
-try:
-    data.from_dataframe(spark.range(2).select(slow("id").alias("x")))
-finally:
+    text = "^the rows were being stored: none of them is kept$"
+    with (
+        acting_while_rows_are_stored(spark, interrupt) as df,
+        pytest.raises(KeyboardInterrupt, match=text),
+    ):
+        data.from_dataframe(df)
     assert [spark.range(n).count() for n in range(20)] == [*range(20)]
-    assert not stages()
-"""
-
-
-def test_an_interrupt_says_that_no_rows_are_kept_and_leaves_the_session_as_it_was() -> None:
-    done = processes.run([sys.executable, "-c", INTERRUPTED], capture_output=True)
-    last = "KeyboardInterrupt: the rows were being stored: none of them is kept"
-    assert last in done.stderr.splitlines(), done.stderr
+    assert not spark.sparkContext.statusTracker().getActiveStageIds()

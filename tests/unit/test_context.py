@@ -160,8 +160,9 @@ def main():
     rows = pd.get_option("display.max_rows"), pd.DataFrame([1]).mine.rows
     return raised, str(np.ones(1) / 3), rows
 """,
-    "keras": """
+    "keras and tensorflow and tf_keras": """
 import os, tempfile, keras, numpy as np
+import tensorflow as tf, tf_keras
 @keras.saving.register_keras_serializable("nb")
 class Scale(keras.layers.Layer):
     def __init__(self, k=2.0, **kw): super().__init__(**kw); self.k = k
@@ -177,6 +178,19 @@ def make():
 captured = make()
 path = tempfile.mkdtemp() + "/saved.keras"
 captured.save(path)
+class Wrapped:
+    def __init__(self, value): self.value = value
+def convert(wrapped, dtype=None, name=None, as_ref=False): return tf.constant(wrapped.value, dtype)
+tf.register_tensor_conversion_function(Wrapped, convert)
+tf.config.run_functions_eagerly(True)
+@tf_keras.saving.register_keras_serializable("nb")
+class Legacy(tf_keras.layers.Layer): pass
+tf_keras.mixed_precision.set_global_policy("mixed_float16")
+def of_tensorflow():
+    import tensorflow as tf, tf_keras
+    name = tf_keras.saving.get_registered_name(Legacy)
+    policy = tf_keras.layers.Dense(1).compute_dtype
+    return name, policy, float(tf.add(Wrapped(1.0), 2.0)), tf.config.functions_run_eagerly()
 def main():
     import keras, numpy as np, tempfile
     one = np.ones((1, 1))
@@ -185,27 +199,12 @@ def main():
     found = [float(captured(one)[0, 0])]
     found += [float(keras.models.load_model(each)(one)[0, 0]) for each in (path, saved)]
     names = keras.saving.get_registered_name(Scale), keras.saving.get_registered_name(square)
-    return found, names, captured.weights[0].dtype, keras.layers.Dense(1).dtype, saved
+    dtypes = captured.weights[0].dtype, keras.layers.Dense(1).dtype
+    return of_tensorflow(), found, names, dtypes, saved
 def check(there, here):
     loaded = keras.models.load_model(there[-1])
     mine = keras.saving.get_registered_object("nb>Scale") is Scale
     return there[:-1] == here[:-1] and float(loaded(np.ones((1, 1)))[0, 0]) == 9.0 and mine
-""",
-    "tensorflow and tf_keras": """
-import tensorflow as tf, tf_keras
-class Wrapped:
-    def __init__(self, value): self.value = value
-def convert(wrapped, dtype=None, name=None, as_ref=False): return tf.constant(wrapped.value, dtype)
-tf.register_tensor_conversion_function(Wrapped, convert)
-tf.config.run_functions_eagerly(True)
-@tf_keras.saving.register_keras_serializable("nb")
-class Scale(tf_keras.layers.Layer): pass
-tf_keras.mixed_precision.set_global_policy("mixed_float16")
-def main():
-    import tensorflow as tf, tf_keras
-    name = tf_keras.saving.get_registered_name(Scale)
-    policy = tf_keras.layers.Dense(1).compute_dtype
-    return name, policy, float(tf.add(Wrapped(1.0), 2.0)), tf.config.functions_run_eagerly()
 """,
 }
 

@@ -6,11 +6,12 @@ import inspect
 
 import pytest
 
-from horovodrunner.deprecated import renamed_keywords, warn_renamed
+from horovodrunner.deprecated import warn_renamed
 from horovodrunner.errors import ArgumentTypeError
+from horovodrunner.usage import explained
 
 
-@renamed_keywords(keep="keep_columns")
+@explained(keep="keep_columns")
 def predict(model: str, *, keep_columns: tuple[str, ...] = ()) -> tuple[str, tuple[str, ...]]:
     return model, keep_columns
 

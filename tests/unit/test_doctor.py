@@ -51,7 +51,7 @@ class TestExitCode:
     def test_notes_are_no_problem(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        fine = doctor.Finding("ok", "Horovod", "fits")
+        fine = doctor.Finding("ok", "fits")
         monkeypatch.setattr(doctor, "_horovod", lambda: fine)
         monkeypatch.setenv("PYSPARK_PYTHON", "/no/such/python")
         assert doctor.run_doctor() == 0
@@ -172,12 +172,12 @@ class TestMachine:
     ) -> None:
         monkeypatch.delenv("SPARK_LOCAL_IP", raising=False)
         monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
-        finding = list(doctor._network())[-1]
+        finding = doctor._host_name()
         assert finding.verdict == "problem"
         assert "SPARK_LOCAL_IP" in finding.remedy
 
     def test_the_loopback_is_listed(self) -> None:
-        assert any("127.0.0.1" in finding.text for finding in doctor._network())
+        assert any("127.0.0.1" in finding.text for finding in doctor._interfaces())
 
     def test_a_spark_home_without_spark_is_a_problem(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

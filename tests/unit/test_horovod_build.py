@@ -29,10 +29,8 @@ from horovodrunner.horovod_build.sources import (
     CXX_VARIABLES,
     PATCHES,
     RECORD_NAME,
-    SDIST_SHA256,
     WITHOUT_CUDA,
     apply_patches,
-    check_hash,
     fingerprint,
 )
 from horovodrunner.horovod_build.verify import verify_allreduce
@@ -47,9 +45,10 @@ RECIPE = Recipe(
     gpu_operations="",
     flags={},
 )
+CXX = {"torch": 17, "tensorflow": 17}
 TOOLCHAIN = {
     "abi": {"torch": ["2.13.0", None, True]},
-    "cxx": {"torch": 20},
+    "cxx": CXX,
     "compiler": "g++ 12",
     "cmake": "3.25",
 }
@@ -329,7 +328,7 @@ class TestCuda:
         monkeypatch.setenv("CUDA_HOME", str(toolkit))
         (toolkit / "bin" / "nvcc").unlink()
         with pytest.raises(HorovodBuildError, match=f"{toolkit} has no bin/nvcc"):
-            wheel.require_build_tools(dataclasses.replace(RECIPE, gpu_operations="NCCL"))
+            wheel.require_build_tools(dataclasses.replace(RECIPE, gpu_operations="NCCL"), CXX)
 
 
 class TestStandards:
@@ -507,12 +506,6 @@ class TestFirstError:
 
 
 class TestWheel:
-    def test_another_archive_is_refused(self, tmp_path: Path) -> None:
-        archive = tmp_path / "horovod-0.28.1.tar.gz"
-        archive.write_bytes(b"something else")
-        with pytest.raises(HorovodBuildError, match=SDIST_SHA256):
-            check_hash(archive)
-
     @pytest.mark.parametrize(
         ("given", "expected"),
         [("-j1", "-j1"), ("", None), ("w", None), (" -j8 --jobserver-auth=3,4", None)],
@@ -522,7 +515,7 @@ class TestWheel:
     ) -> None:
         cores = f"-j{wheel._cores()}"
         monkeypatch.setenv("MAKEFLAGS", given)
-        assert wheel.build_environment(RECIPE)["MAKEFLAGS"] == (expected or cores)
+        assert wheel.build_environment(RECIPE, CXX)["MAKEFLAGS"] == (expected or cores)
 
     def test_every_missing_tool_is_named_before_anything_starts(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -531,7 +524,7 @@ class TestWheel:
         for name in ("CXX", "HOROVOD_CMAKE"):
             monkeypatch.delenv(name, raising=False)
         with pytest.raises(HorovodBuildError) as caught:
-            wheel.require_build_tools(RECIPE)
+            wheel.require_build_tools(RECIPE, CXX)
         assert "no C++ compiler was found" in str(caught.value)
         assert "cmake was not found" in str(caught.value)
         assert "apt install" in str(caught.value)
@@ -545,7 +538,7 @@ class TestWheel:
         log = tmp_path / "build.log"
         said: list[str] = []
         with pytest.raises(HorovodBuildError) as caught:
-            wheel.compile_wheel(RECIPE, source=source, work=tmp_path, log=log, say=said.append)
+            wheel.compile_wheel(RECIPE, CXX, source, log, said.append)
         assert "a.cc:7:3: error: no such type" in str(caught.value)
         assert str(log) in str(caught.value)
         assert "about" in said[0]
@@ -601,8 +594,8 @@ class TestVerify:
             "child.wait()\n"
         )
         folder = self.write_horovod(tmp_path, code)
-        with pytest.raises(HorovodBuildError, match="no answer in 2 s"):
-            verify_allreduce(["torch"], folder=folder, timeout=2)
+        with pytest.raises(HorovodBuildError, match="no answer in 5 s"):
+            verify_allreduce(["torch"], folder=folder, timeout=5)
         pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
         left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
         _, alive = psutil.wait_procs(left, timeout=processes.LEAVING_SECONDS)

@@ -104,7 +104,7 @@ class TestRecords:
         assert list(decode_records(line, 2, 3)) == [Point(7, values, 2, 3, 1.5)]
 
     def test_a_bar_comes_back(self) -> None:
-        bar = Bar(1, 2.5, "epoch\n", 3, None, "loss 1", has_ended=True)
+        bar = Bar(1, 0.5, 2.5, "epoch\n", 3, None, "loss 1", has_ended=True)
         assert list(decode_records(encode_bar(bar), 0, 1)) == [bar]
 
     @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ class TestPipe:
 
 def test_bars_that_have_ended_make_room_for_others() -> None:
     recorder = MetricsRecorder(History())
-    states = [Bar(1, 0.0, "epoch", 0, 2), Bar(2, 0.0, "batch", 5, 5, has_ended=True)]
-    for bar in [*states, Bar(3, 1.0, "batch", 1, 5)]:
+    states = [Bar(1, 0.0, 0.0, "epoch", 0, 2), Bar(2, 0.0, 0.0, "batch", 5, 5, has_ended=True)]
+    for bar in [*states, Bar(3, 0.0, 1.0, "batch", 1, 5)]:
         recorder.handlers[Points](Points(0, encode_bar(bar)))
     assert [bar.number for bar in recorder.bars[0].values()] == [1, 3]

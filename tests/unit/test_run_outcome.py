@@ -115,7 +115,7 @@ class Leader:
         self.spans = Spans()
         log = MergedLog(self.log.append, self.told.append)
         self.outcome = RunOutcome(slots(size))
-        telemetry = Telemetry(slots(size), log, self.outcome, self.spans)
+        telemetry = Telemetry(slots(size), log, self.outcome, self.spans, self.told.append)
         flows = [log.handlers, self.outcome.handlers, telemetry.handlers]
         self.emit = dispatcher(flows, otherwise=self.told.append)
 

@@ -372,7 +372,6 @@ def test_a_large_call_is_warned_about_with_the_culprit(
 
 
 def test_the_public_names_are_exported_and_documented() -> None:
-    assert sorted(horovodrunner.__all__) == horovodrunner.__all__
     for name in horovodrunner.__all__:
         assert getattr(horovodrunner, name).__doc__
 

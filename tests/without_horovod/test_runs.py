@@ -56,6 +56,7 @@ def test_accelerate_finds_the_ranks() -> None:
     assert HorovodRunner(np=-2).run(accelerated) == (2, 0, 0, 3.0)
 
 
+@pytest.mark.slow
 def test_lightning_trains_over_the_ranks() -> None:
     def main() -> tuple[int, int]:
         import warnings
@@ -87,6 +88,7 @@ def test_lightning_trains_over_the_ranks() -> None:
     assert HorovodRunner(np=-2).run(main) == (2, 1)
 
 
+@pytest.mark.slow
 def test_tensorflows_own_strategy_trains() -> None:
     seen = HorovodRunner(np=-2, tf_config=True, stall_timeout=STALL_SECONDS).run(mirrored)
     assert seen["replicas"] == 2

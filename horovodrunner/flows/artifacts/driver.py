@@ -13,7 +13,7 @@ from horovodrunner.storage import is_url
 from horovodrunner.wire.events import FrameError, UploadFile
 from horovodrunner.wire.upload import IncomingPiece, TransferHandler, chunks_of
 
-__all__ = ["BroughtFiles", "copy_file", "file_handler"]
+__all__ = ["BroughtFiles", "copy_file", "file_handler", "put_file"]
 
 TIMELINE = "HOROVOD_TIMELINE"
 AUTOTUNE_LOG = "HOROVOD_AUTOTUNE_LOG"
@@ -56,7 +56,7 @@ class BroughtFiles:
         path = self._paths[variable]
         if variable == TIMELINE:
             repair = TimelineRepair()
-            _put(path, repair.repair(chunks or ()))
+            put_file(path, repair.repair(chunks or ()))
             text = _timeline_in_words(repair, path, was_opened=chunks is not None)
         elif chunks is None:
             return (
@@ -64,7 +64,7 @@ class BroughtFiles:
                 "HOROVOD_AUTOTUNE is not 1"
             )
         else:
-            _put(path, chunks)
+            put_file(path, chunks)
             text = f"autotune log: {path}"
         self._arrived.add(variable)
         return text
@@ -139,7 +139,7 @@ def _timeline_in_words(repair: TimelineRepair, path: Path, *, was_opened: bool) 
     return f"{text}: hvd.init() was not called on rank 0, and Horovod writes none before"
 
 
-def _put(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+def put_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write a file beside its place and move it there."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from horovodrunner.flows.call.record import RunRecord
 
@@ -23,7 +23,8 @@ MANIFEST_NAME = "manifest.json"
 
 _FORMAT = 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_T = TypeVar("_T")
+_FIELDS = {"step": int, "sequence": int, "saved_at": str, "files": list, "directories": list}
+_FIELDS_OF_A_FILE = {"path": str, "size": int, "sha256": str}
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ class Manifest:
     """What the run was called with that saved it; None in checkpoints of earlier releases."""
 
     def __post_init__(self) -> None:
+        try:
+            offset = datetime.fromisoformat(self.saved_at).utcoffset()
+        except ValueError as error:
+            raise ValueError(f"'saved_at' is no time: {error}") from error
+        if offset != timedelta(0):
+            raise ValueError(f"'saved_at' is {self.saved_at!r}, which is not in UTC")
         files = [file.path for file in self.files]
         paths = [*files, *map(safe_path, self.directories)]
         for path, count in Counter(paths).items():
@@ -87,16 +94,13 @@ class Manifest:
         _check("the manifest", fields, dict)
         if type(fields.get("format")) is not int or fields["format"] != _FORMAT:
             raise ValueError(f"its format is {fields.get('format')!r}; known is {_FORMAT}")
-        return cls(
-            step=_number(fields, "step"),
-            sequence=_number(fields, "sequence"),
-            saved_at=_time(fields, "saved_at"),
-            files=tuple(map(_stored_file, _field(fields, "files", list))),
-            directories=tuple(
-                _check("a directory", each, str) for each in _field(fields, "directories", list)
-            ),
-            run=RunRecord.from_fields(fields.get("run")),
-        )
+        found = _checked_fields("the manifest", fields, _FIELDS)
+        files = [_checked_fields("a file", each, _FIELDS_OF_A_FILE) for each in found["files"]]
+        for each in found["directories"]:
+            _check("a directory", each, str)
+        found["files"] = tuple(StoredFile(**each) for each in files)
+        found["directories"] = tuple(found["directories"])
+        return cls(**found, run=RunRecord.from_fields(fields.get("run")))
 
 
 def safe_path(path: str) -> str:
@@ -118,37 +122,18 @@ def safe_path(path: str) -> str:
     return path
 
 
-def _check(what: str, value: Any, kind: type[_T]) -> _T:
+def _check(what: str, value: Any, kind: type) -> None:
     if type(value) is not kind:  # to isinstance, true is a number of bytes
         raise ValueError(f"{what} is {value!r:.100}, not of type {kind.__name__}")
-    return value
 
 
-def _field(fields: dict[str, Any], name: str, kind: type[_T]) -> _T:
-    if name not in fields:
-        raise ValueError(f"{name!r} is not in it")
-    return _check(repr(name), fields[name], kind)
-
-
-def _number(fields: dict[str, Any], name: str) -> int:
-    number = _field(fields, name, int)
-    if number < 0:
-        raise ValueError(f"{name!r} is {number}, below 0")
-    return number
-
-
-def _time(fields: dict[str, Any], name: str) -> str:
-    text = _field(fields, name, str)
-    try:
-        offset = datetime.fromisoformat(text).utcoffset()
-    except ValueError as error:
-        raise ValueError(f"{name!r} is no time: {error}") from error
-    if offset != timedelta(0):
-        raise ValueError(f"{name!r} is {text!r}, which is not in UTC")
-    return text
-
-
-def _stored_file(fields: Any) -> StoredFile:
-    _check("a file", fields, dict)
-    path, sha256 = _field(fields, "path", str), _field(fields, "sha256", str)
-    return StoredFile(path, _number(fields, "size"), sha256)
+def _checked_fields(what: str, fields: Any, kinds: dict[str, type]) -> dict[str, Any]:
+    """Return the fields that `kinds` names, if each is there and of its type; no int below 0."""
+    _check(what, fields, dict)
+    for name, kind in kinds.items():
+        if name not in fields:
+            raise ValueError(f"{name!r} is not in it")
+        _check(repr(name), fields[name], kind)
+        if kind is int and fields[name] < 0:
+            raise ValueError(f"{name!r} is {fields[name]}, below 0")
+    return {name: fields[name] for name in kinds}

@@ -25,9 +25,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
-from horovodrunner.errors import ArgumentValueError, ConfigurationError
+from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.call.record import RunRecord
 from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest, StoredFile, safe_path
 from horovodrunner.storage import as_os_error, open_storage
@@ -49,8 +49,6 @@ class CheckpointStore:
     def __init__(
         self, location: str | os.PathLike[str], keep: int, run: RunRecord | None = None
     ) -> None:
-        if keep < 1:
-            raise ArgumentValueError(f"keep is {keep}; at least 1 checkpoint must be kept.")
         self.keep = keep
         self.run = run
         self._storage = open_storage(location)
@@ -98,8 +96,6 @@ class CheckpointStore:
         A checkpoint of the same step is replaced: on a local path at the end, behind a URL at once.
         Then those that are too old to keep are deleted.
         """
-        if step < 0:
-            raise ValueError(f"step is {step}; it must be 0 or more")
         incoming = self._storage.begin(_name(step))
         try:
             manifest = self._write(step, incoming, pieces)
@@ -133,11 +129,7 @@ class CheckpointStore:
         """
         self._held = None
         self._storage.recover()
-        manifests, unreadable = self._read_manifests()
-        damaged = [
-            self._damage(name, f"its {MANIFEST_NAME} cannot be used: {problem}")
-            for name, problem in unreadable
-        ]
+        manifests, damaged = self._read_manifests()
         for manifest in manifests:
             problem = self.verify(manifest)
             if not problem:
@@ -170,25 +162,17 @@ class CheckpointStore:
             with self._storage.open(path) as stream:
                 yield Piece(file.path, file.size, chunks_of(stream))
 
-    def prune(self) -> list[str]:
+    def prune(self) -> None:
         """Delete all but the newest checkpoints, and what interrupted writes left long ago.
 
-        Return a sentence for each thing that could not be deleted.
+        What cannot be deleted stays.
         """
-        problems = []
-        try:
+        with suppress(OSError):
             old = [_name(manifest.step) for manifest in self.manifests()[self.keep :]]
-            leftovers = self._storage.leftovers()
-        except OSError as error:
-            return [f"{self.location} cannot be listed: {error}"]
-        for name in [*old, *leftovers]:
-            if name == self._held:
-                continue
-            try:
-                self._storage.remove(name)
-            except OSError as error:
-                problems.append(f"{self._storage.url(name)} cannot be deleted: {error}")
-        return problems
+            for name in [*old, *self._storage.leftovers()]:
+                if name != self._held:
+                    with suppress(OSError):
+                        self._storage.remove(name)
 
     def _write(self, step: int, root: str, pieces: Iterable[Piece]) -> Manifest:
         sizes: dict[str, int] = {}
@@ -235,9 +219,9 @@ class CheckpointStore:
         where = self._storage.url(name)
         return f"the checkpoint {where} is damaged and skipped: {problem}"
 
-    def _read_manifests(self) -> tuple[list[Manifest], list[tuple[str, str]]]:
+    def _read_manifests(self) -> tuple[list[Manifest], list[str]]:
         found: list[Manifest] = []
-        unreadable: list[tuple[str, str]] = []
+        unreadable: list[str] = []
         for name in sorted(self._storage.directories(), reverse=True):
             if not _STEP.fullmatch(name):
                 continue
@@ -246,7 +230,8 @@ class CheckpointStore:
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as error:
-                unreadable.append((name, str(error)))
+                problem = f"its {MANIFEST_NAME} cannot be used: {error}"
+                unreadable.append(self._damage(name, problem))
         return sorted(found, key=lambda each: each.sequence, reverse=True), unreadable
 
     def _read_manifest(self, name: str) -> Manifest:
@@ -262,12 +247,9 @@ class CheckpointStore:
         size = self._storage.size(path)
         if size != file.size:
             return f"has {size} bytes instead of {file.size}"
-        digest = hashlib.sha256()
         with as_os_error(self._storage.url(path)), self._storage.open(path) as stream:
-            for chunk in chunks_of(stream):
-                digest.update(chunk)
-        if digest.hexdigest() != file.sha256:
-            return "does not have the content that was saved (its SHA-256 differs)"
+            if _copy(chunks_of(stream)) != file.sha256:
+                return "does not have the content that was saved (its SHA-256 differs)"
         return ""
 
 
@@ -277,17 +259,15 @@ def pieces_of_tree(directory: Path) -> Iterator[Piece]:
     Empty directories, whose names end with ``/``, come first, then the files, and under the
     manifest's name the files' SHA-256: the sender hashes, whoever reads the checkpoint compares.
     """
-    files: list[tuple[str, Path]] = []
-    directories: list[str] = []
-    _walk(directory, "", frozenset(), files, directories)
-    for name, _ in files:
+    files, empty_directories = _files_below(directory)
+    for name in files:
         safe_path(name)  # a file of the manifest's name would pass for the hashes
 
     def read() -> Iterator[Piece]:
-        for name in sorted(directories):
+        for name in sorted(empty_directories):
             yield Piece(f"{name}/", 0, ())
         hashes = {}
-        for name, path in sorted(files):
+        for name, path in sorted(files.items()):
             digest = hashlib.sha256()
             with path.open("rb") as source:
                 yield Piece(name, path.stat().st_size, _hashed(chunks_of(source), digest))
@@ -303,11 +283,9 @@ def restore(manifest: Manifest, directory: Path, pieces: Iterable[Piece]) -> Non
     for file, piece in zip(manifest.files, pieces, strict=True):
         target = directory / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256()
         with target.open("wb") as sink:
-            for chunk in _hashed(piece.chunks, digest):
-                sink.write(chunk)
-        if digest.hexdigest() != file.sha256:
+            sha256 = _copy(piece.chunks, sink)
+        if sha256 != file.sha256:
             raise OSError(
                 f"{file.path} of the checkpoint of step {manifest.step} arrived with another "
                 "SHA-256 than its manifest has"
@@ -316,36 +294,42 @@ def restore(manifest: Manifest, directory: Path, pieces: Iterable[Piece]) -> Non
         (directory / name).mkdir(parents=True, exist_ok=True)
 
 
-def _walk(
-    directory: Path,
-    prefix: str,
-    above: frozenset[tuple[int, int]],
-    files: list[tuple[str, Path]],
-    directories: list[str],
-) -> None:
-    status = directory.stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(directory))
-    entries = list(directory.iterdir())
-    if prefix and not entries:
-        directories.append(prefix)
-    for entry in entries:
-        path = f"{prefix}/{entry.name}" if prefix else entry.name
-        mode = entry.stat().st_mode
-        if stat.S_ISDIR(mode):
-            _walk(entry, path, above | {identity}, files, directories)
-        elif stat.S_ISREG(mode):
-            files.append((path, entry))
-        else:
-            # reading a pipe would wait forever
-            raise OSError(errno.EINVAL, "Neither a file nor a directory", str(entry))
+def _files_below(directory: Path) -> tuple[dict[str, Path], list[str]]:
+    """Find the files below a directory, and its empty directories, by their paths in it."""
+    files: dict[str, Path] = {}
+    empty_directories = []
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    for here, directories, names in os.walk(directory, onerror=fail, followlinks=True):
+        folder = Path(here)
+        path = folder.relative_to(directory)
+        if folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve()):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), here)
+        for name in names:
+            if not stat.S_ISREG((folder / name).stat().st_mode):
+                # reading a pipe would wait forever
+                raise OSError(errno.EINVAL, "Neither a file nor a directory", str(folder / name))
+            files[(path / name).as_posix()] = folder / name
+        if not (names or directories or folder == directory):
+            empty_directories.append(path.as_posix())
+    return files, empty_directories
 
 
 def _hashed(chunks: Chunks, digest: Any) -> Iterator[bytes | memoryview]:
     for chunk in chunks:
         digest.update(chunk)
         yield chunk
+
+
+def _copy(chunks: Chunks, sink: BinaryIO | None = None) -> str:
+    """Read chunks, write them if there is where to, and return their SHA-256."""
+    digest = hashlib.sha256()
+    for chunk in _hashed(chunks, digest):
+        if sink is not None:
+            sink.write(chunk)
+    return digest.hexdigest()
 
 
 def _name(step: int) -> str:

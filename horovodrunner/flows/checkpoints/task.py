@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import Protocol
 
 from horovodrunner.flows.call.job import JobSpec
-from horovodrunner.flows.call.record import RunRecord, calls_another_main, changes
+from horovodrunner.flows.call.record import calls_another_main, changes
 from horovodrunner.flows.checkpoints.manifest import Manifest
 from horovodrunner.flows.checkpoints.store import CheckpointStore, pieces_of_tree, restore
 from horovodrunner.placement.topology import Member
 from horovodrunner.wire.events import (
     CheckpointSaved,
+    CheckpointStored,
     FetchCheckpoint,
     FindCheckpoint,
     Handlers,
     Latest,
     LatestDecided,
+    Sink,
     UploadCheckpoint,
+    ignore,
 )
 from horovodrunner.wire.upload import TransferClient, in_thread
 
@@ -86,8 +89,10 @@ class CheckpointUploader:
         backend: CheckpointBackend,
         note: Callable[[str], None],
         on_error: Callable[[str], None],
+        to_driver: Sink = ignore,
     ) -> None:
         self._backend = backend
+        self._to_driver = to_driver
         self._note = note
         self._on_error = on_error
         self._waiting: tuple[int, Path] | None = None
@@ -144,6 +149,7 @@ class CheckpointUploader:
         for attempt in range(1, PUT_ATTEMPTS + 1):
             try:
                 await in_thread(self._backend.put, step, directory)
+                self._to_driver(CheckpointStored(step))
             except (ConnectionError, TimeoutError) as error:
                 if attempt < PUT_ATTEMPTS and self._waiting is None:
                     await asyncio.sleep(RETRY_SECONDS)  # the network may come back
@@ -272,12 +278,14 @@ class Resumption:
 
     def found(self, manifest: Manifest) -> bool:
         """Return whether a checkpoint is of a run that was called with something else."""
-        record, location = self._job.record, self._job.checkpoint_location
-        if record is None or location is None or _is_of_run(manifest, record):
+        saver, record, location = manifest.run, self._job.record, self._job.checkpoint_location
+        if record is None or location is None:
             return False
-        if manifest.run is None or not calls_another_main(manifest.run, record):
+        if saver is not None and saver.run_id == record.run_id:  # an earlier attempt of this run
+            return False
+        if saver is None or not calls_another_main(saver, record):
             self._went_on_from = manifest
-        found = [] if manifest.run is None else changes(manifest.run, record)
+        found = [] if saver is None else changes(saver, record)
         if self._job.attempt == 1:  # later attempts are announced by the driver
             path = CheckpointStore(location, self._job.keep_checkpoints).path_of(manifest.step)
             for text in _describe_resumption(manifest, path, found):
@@ -292,11 +300,6 @@ class Resumption:
                 "checkpoint. If it has trained nothing, its last epoch was reached before: raise "
                 "the number of epochs, or start anew with resume=False"
             )
-
-
-def _is_of_run(manifest: Manifest, record: RunRecord) -> bool:
-    """Return whether a checkpoint was saved by an attempt of this very run."""
-    return manifest.run is not None and manifest.run.run_id == record.run_id
 
 
 def _describe_resumption(manifest: Manifest, path: str, differences: Sequence[str]) -> list[str]:

@@ -12,10 +12,13 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from typing import Protocol
 
 from horovodrunner.flows.logs.lines import count_lines, missing_mark, prefix_lines
 from horovodrunner.flows.logs.showing import show_text
 from horovodrunner.flows.telemetry.phases import Phase
+from horovodrunner.formatting import in_one_line
 from horovodrunner.spark.interrupt import LOOK_UP_SECONDS, main_thread_was_interrupted
 from horovodrunner.wire.events import Handlers, Lines, Message, Note, Phases, ignore
 
@@ -28,6 +31,19 @@ QUIET = "HOROVODRUNNER_QUIET"
 """Leaves out what a run says of itself as long as all is well, unless it is empty or 0."""
 
 
+class Drawing(Protocol):
+    """What is drawn beside the lines."""
+
+    def is_due(self) -> bool:
+        """Return whether there is something new to draw."""
+
+    def draw(self) -> None:
+        """Draw it."""
+
+    def beside(self) -> contextlib.AbstractContextManager[object]:
+        """Make room for lines of text."""
+
+
 class Console:
     """Takes lines from any thread and prints them in one.
 
@@ -35,8 +51,15 @@ class Console:
     `shows_lines`: whether the ranks' output is shown when it comes; their messages always are.
     """
 
-    def __init__(self, *, executors_have_lines: bool = True, shows_lines: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        executors_have_lines: bool = True,
+        shows_lines: bool = True,
+        drawing: Drawing | None = None,
+    ) -> None:
         self._executors_have_lines = executors_have_lines
+        self._drawing = drawing
         # No Condition or Queue: an interrupt may hit the waiting thread anywhere in their code, and
         # leave them locked for ever. It cannot in a plain lock's.
         self._lock = threading.Lock()
@@ -101,8 +124,12 @@ class Console:
                 self._waiting.clear()
                 self._waiting_bytes = 0
                 woken, self._woken = self._woken, False
-            if text and (why := show_text(text)):
-                self._tell_that_nothing_is_shown(why)
+            if text:
+                with self._beside_drawing():
+                    why = show_text(text)
+                if why:
+                    self._tell_that_nothing_is_shown(why)
+            self._draw()
             if woken:
                 return True
             if deadline is not None and time.monotonic() >= deadline:
@@ -114,6 +141,8 @@ class Console:
             with self._lock:
                 if self._waiting or self._woken:
                     return
+            if self._drawing is not None and self._drawing.is_due():
+                return
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if left == 0.0:
                 return
@@ -121,6 +150,23 @@ class Console:
             self._nothing_new.acquire(timeout=left)
             if main_thread_was_interrupted():
                 raise KeyboardInterrupt
+
+    def _draw(self) -> None:
+        if self._drawing is None or not self._drawing.is_due():
+            return
+        try:
+            self._drawing.draw()
+        except Exception as error:  # noqa: BLE001 - the user may have put anything in its way
+            self._drawing = None
+            self.note(f"the run's progress is no longer shown: {in_one_line(error)}")
+
+    @contextlib.contextmanager
+    def _beside_drawing(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self._drawing is not None:
+                with contextlib.suppress(Exception):
+                    stack.enter_context(self._drawing.beside())
+            yield
 
     def _tell_that_nothing_is_shown(self, why: str) -> None:
         """Report it once, by the only other way there is, which may be as broken."""

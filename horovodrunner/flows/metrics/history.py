@@ -90,6 +90,11 @@ class History:
                 raise KeyError(_unknown(metric, self._leader.names))
             return dict(self._leader.series(metric))
 
+    def series(self, metric: str) -> list[tuple[int, float]]:
+        """Return steps and values of a metric of rank 0, in the order in which they came."""
+        with self._lock:
+            return list(self._leader.series(metric))
+
     def best(self, metric: str, mode: str = "min") -> Point:
         """Return the point of rank 0 at which a metric was best.
 

@@ -46,6 +46,7 @@ class Bar:
     """The state of a progress bar; bars of a rank are nested in the order of their numbers."""
 
     number: int
+    began: float
     time: float
     description: str
     done: int
@@ -74,9 +75,9 @@ def decode_records(lines: bytes, rank: int, attempt: int) -> Iterator[Point | Ba
                 numbers = {str(name): float(value) for name, value in values.items()}
                 yield Point(int(step), numbers, rank, attempt, float(now), bool(is_kept))
             elif kind == _BAR:
-                number, now, text, done, total, postfix, has_ended = fields
+                number, began, now, text, done, total, postfix, has_ended = fields
                 total = None if total is None else int(total)
-                bar = Bar(int(number), float(now), str(text), int(done), total)
+                bar = Bar(int(number), float(began), float(now), str(text), int(done), total)
                 yield replace(bar, postfix=str(postfix), has_ended=bool(has_ended))
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             continue

@@ -13,11 +13,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from horovodrunner.errors import ConfigurationError
+from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.metrics.scalars import Scalar, ScalarStream
 from horovodrunner.flows.mlflow import naming
@@ -33,7 +35,7 @@ from horovodrunner.wire.events import Points, Usage
 if TYPE_CHECKING:
     from horovodrunner.flows.rundir.driver import RunDirectory
 
-__all__ = ["MlflowReporter", "reporters", "require_mlflow"]
+__all__ = ["KeptFiles", "MlflowReporter", "reporters", "require_mlflow"]
 
 START_SECONDS = 5.0
 """How long the launch waits for the id of a run that is started, if the server is slow."""
@@ -46,6 +48,23 @@ _TAGS = "horovodrunner."
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class KeptFiles:
+    """What a run leaves on the driver when it has ended."""
+
+    artifacts: ArtifactStore
+    record: RunDirectory | None = None
+
+    def files(self) -> Iterator[tuple[Path, PurePosixPath]]:
+        """Yield the report, and what the ranks left, each with its name."""
+        if self.record is not None and (report := self.record.directory / layout.REPORT).exists():
+            yield report, PurePosixPath(layout.REPORT)
+        if (root := self.artifacts.directory) is not None:
+            for path in sorted(root.rglob("*")):
+                if path.is_file():
+                    yield path, PurePosixPath(path.relative_to(root))
+
+
 def require_mlflow() -> None:
     """Fail if MLflow is not installed; it is not imported for that."""
     if importlib.util.find_spec("mlflow") is None:
@@ -56,15 +75,15 @@ def require_mlflow() -> None:
 
 
 def reporters(
-    wanted: bool | str, facts: RunFacts, console: Console, record: RunDirectory | None
+    wanted: bool | str, facts: RunFacts, console: Console, kept: KeptFiles
 ) -> list[MlflowReporter]:
     """Make what reports this run: to the run that is active in this thread, or to a new one."""
     if wanted is True:
-        return [MlflowReporter(facts, _import_mlflow().active_run(), console, record)]
+        return [MlflowReporter(facts, _import_mlflow().active_run(), console, kept)]
     mlflow: Any = sys.modules.get("mlflow") if wanted else None  # not imported only to look
     try:
         run = mlflow.active_run() if hasattr(mlflow, "active_run") else None
-        return [] if run is None else [MlflowReporter(facts, run, console, record)]
+        return [] if run is None else [MlflowReporter(facts, run, console, kept)]
     except Exception as error:
         _logger.debug("mlflow.active_run() failed", exc_info=error)
         console.note(f"this run is not reported to MLflow: {in_one_line(error)}")
@@ -91,13 +110,11 @@ class MlflowReporter(Observer):
     title = "reporting to MLflow"
     wants_usage = True
 
-    def __init__(
-        self, facts: RunFacts, active: Any, console: Console, record: RunDirectory | None
-    ) -> None:
+    def __init__(self, facts: RunFacts, active: Any, console: Console, kept: KeptFiles) -> None:
         import mlflow
 
         self._facts = facts
-        self._record = record
+        self._kept = kept
         self._console = console
         self._uri = str(mlflow.get_tracking_uri())
         self._run_id = "" if active is None else str(active.info.run_id)
@@ -160,17 +177,11 @@ class MlflowReporter(Observer):
 
     def _files(self) -> Iterator[Callable[[RunInMlflow], None]]:
         """Yield what stores each file, in directories of its own if the run is not our own."""
-        if self._record is None:
-            return
-        root, name = self._record.directory, self._record.directory.name
-        at = PurePosixPath("" if self._is_own else name)
-        artifacts = self._record.artifacts
-        for path in [root / layout.REPORT, *sorted(artifacts.rglob("*"))]:
-            if path.is_file():
-                base = artifacts if path.is_relative_to(artifacts) else root
-                directory = at / path.parent.relative_to(base).as_posix()
-                text = "" if directory == PurePosixPath() else str(directory)
-                yield functools.partial(self._store, path, text)
+        at = PurePosixPath("" if self._is_own else self._facts.run_id)
+        for path, name in self._kept.files():
+            directory = (at / name).parent
+            text = "" if directory == PurePosixPath() else str(directory)
+            yield functools.partial(self._store, path, text)
 
     def _store(self, path: Path, directory: str, run: RunInMlflow) -> None:
         if path.exists():
@@ -227,8 +238,8 @@ class MlflowReporter(Observer):
         if isinstance(error, KeyboardInterrupt):
             status = "killed"
         facts = {"status": status, "attempts": str(self._attempts), "cluster": self._cluster()}
-        if self._record is not None:
-            facts["record"] = shown_uri(self._record.location)
+        if self._kept.record is not None:
+            facts["record"] = shown_uri(self._kept.record.location)
         if self._reporting_ranks:
             facts["hosts"] = ", ".join(sorted(self._reporting_ranks))
         if error is not None:
@@ -258,7 +269,7 @@ class MlflowReporter(Observer):
             what = "the outcome"
         else:
             what = f"{delivery.steps_left} of {files} files"
-            where = f"; they are in {self._record.directory}" if self._record is not None else ""
+            where = "; they are in runner.artifacts and runner.record"
         why = delivery.error or "no answer"
         return f"MLflow at {shown_uri(self._uri)} has not got {what}: {why}{where}"
 

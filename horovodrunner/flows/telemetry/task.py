@@ -15,12 +15,28 @@ from horovodrunner.flows.outcome.task import RunOutcome
 from horovodrunner.flows.telemetry.phases import Spans
 from horovodrunner.formatting import cut, ranks_in_words
 from horovodrunner.placement.topology import Slot
-from horovodrunner.wire.events import Beat, Ended, Handlers, Lines, RankPhases, Stack, Started
+from horovodrunner.wire.events import (
+    Beat,
+    Ended,
+    Handlers,
+    Lines,
+    RankPhases,
+    RankStates,
+    Sink,
+    Stack,
+    Started,
+)
 
 __all__ = ["Stall", "StallWatch", "Telemetry"]
 
 STALL_WARNING_SECONDS = 60.0
 """A rank that has waited so long in one collective is warned about."""
+
+WAITING_SECONDS = 2.0
+"""A rank that has been in one collective for so long is shown as waiting."""
+
+STATES_SECONDS = 1.0
+"""What the ranks do is told the driver at most so often."""
 
 STACKS_SECONDS = 5.0
 """How long the ranks may take to show their stacks."""
@@ -65,6 +81,14 @@ class StallWatch:
             if beat.waits_in and rank not in self._returned:
                 groups.setdefault(beat.waits_in, []).append(rank)
         return groups
+
+    def waiting_for(self, seconds: float) -> dict[int, str]:
+        """Return the collectives that ranks have been in for so long, by rank."""
+        return {
+            rank: beat.waits_in
+            for rank, (_, beat) in self._beats.items()
+            if beat.waits_in and beat.seconds >= seconds and rank not in self._returned
+        }
 
     def find(self, now: float, threshold: float) -> Stall | None:
         """Look for ranks that have waited for others, or been silent, for so many seconds."""
@@ -119,8 +143,16 @@ class Telemetry:
     """Follows the ranks on partition 0, warns of a stall, and ends a run that stalls for long."""
 
     def __init__(
-        self, slots: Sequence[Slot], log: MergedLog, outcome: RunOutcome, spans: Spans
+        self,
+        slots: Sequence[Slot],
+        log: MergedLog,
+        outcome: RunOutcome,
+        spans: Spans,
+        to_driver: Sink,
     ) -> None:
+        self._to_driver = to_driver
+        self._told_states: tuple[str, ...] = ("starting",) * len(slots)
+        self._states_may_differ = asyncio.Event()
         self._hosts = {slot.rank: slot.host for slot in slots}
         self._log = log
         self._outcome = outcome
@@ -131,7 +163,7 @@ class Telemetry:
         self._all_stacks = asyncio.Event()
         self.handlers: Handlers = {
             Started: self._take_start,
-            Beat: lambda beat: self._watch.heard(beat, time.monotonic()),
+            Beat: self._take_beat,
             Stack: self._take_stack,
             Ended: self._take_end,
             RankPhases: lambda event: spans.add_all(event.spans, event.rank),
@@ -178,10 +210,38 @@ class Telemetry:
             )
         )
 
+    def _take_beat(self, beat: Beat) -> None:
+        self._watch.heard(beat, time.monotonic())
+        self._states_may_differ.set()
+
+    async def tell_states(self) -> None:
+        """Tell the driver what the ranks do, whenever it has changed, until cancelled."""
+        while True:
+            await self._states_may_differ.wait()
+            self._states_may_differ.clear()
+            states = self._states()
+            if states != self._told_states:
+                self._told_states = states
+                self._to_driver(RankStates(states))
+            await asyncio.sleep(STATES_SECONDS)
+
+    def _states(self) -> tuple[str, ...]:
+        waiting = self._watch.waiting_for(WAITING_SECONDS)
+        return tuple(
+            "starting"
+            if rank not in self._started
+            else "ended"
+            if rank in self._ended
+            else f"waiting in {waiting[rank]}"
+            if rank in waiting
+            else "training"
+            for rank in sorted(self._hosts)
+        )
+
     def _take_start(self, event: Started) -> None:
         _logger.debug("rank %d has called main", event.rank)
         self._started.add(event.rank)
-        self._watch.heard(Beat(event.rank), time.monotonic())
+        self._take_beat(Beat(event.rank))
         if len(self._started) == len(self._hosts):
             verb = "is" if len(self._started) == 1 else "are"
             self._log.note(f"{ranks_in_words(self._started)} {verb} running main", routine=True)
@@ -189,6 +249,7 @@ class Telemetry:
     def _take_end(self, event: Ended) -> None:
         self._watch.ended(event.rank)
         self._ended.add(event.rank)
+        self._states_may_differ.set()
 
     def _take_stack(self, event: Stack) -> None:
         self._stacks[event.rank] = bytes(event.text).decode(errors="replace")

@@ -12,6 +12,7 @@ from types import TracebackType
 
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.artifacts.driver import BroughtFiles, file_handler
+from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.checkpoints.driver import checkpoint_handlers
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
@@ -31,6 +32,7 @@ from horovodrunner.wire.events import (
     Register,
     Stop,
     Storing,
+    UploadArtifacts,
     UploadFile,
     UploadResult,
     dispatcher,
@@ -66,6 +68,7 @@ class DriverChannel:
         store: CheckpointStore | None = None,
         *,
         files: BroughtFiles | None = None,
+        artifacts: ArtifactStore | None = None,
         size: int = 1,
         flows: Sequence[Handlers] = (),
     ) -> None:
@@ -82,6 +85,8 @@ class DriverChannel:
         }
         if store is not None:
             self._transfer_handlers |= checkpoint_handlers(store)
+        if artifacts is not None:
+            self._transfer_handlers[UploadArtifacts] = artifacts.handler
         if files is not None:
             self._transfer_handlers[UploadFile] = file_handler(files, console.note)
         self._transfers: dict[Transfer, threading.Thread] = {}

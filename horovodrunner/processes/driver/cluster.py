@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from horovodrunner.errors import BarrierStageError, DataError, StartTimeoutError
 from horovodrunner.flows.artifacts.driver import BroughtFiles
+from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.debug import turn_on_if_wanted
@@ -63,6 +64,7 @@ class BarrierRun:
         console: Console,
         files: BroughtFiles,
         *,
+        artifacts: ArtifactStore | None = None,
         start_timeout: float,
         waiting_since: float,
         store: CheckpointStore | None = None,
@@ -74,6 +76,7 @@ class BarrierRun:
         self._request = request
         self._console = console
         self._files = files
+        self._artifacts = artifacts
         self._start_timeout = start_timeout
         self._store = store
         self._data = data
@@ -102,6 +105,7 @@ class BarrierRun:
             on_event=console.wake,
             store=self._store,
             files=self._files,
+            artifacts=self._artifacts,
             size=job.size,
             flows=self._flows,
         ) as channel:

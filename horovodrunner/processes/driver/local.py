@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.artifacts.driver import BroughtFiles, copy_file
+from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.debug import turn_on_if_wanted
@@ -36,6 +37,8 @@ def run_locally(
     console: Console,
     files: BroughtFiles,
     rows: RowsTaker | None = None,
+    *,
+    artifacts: ArtifactStore,
     flows: Sequence[Handlers] = (),
 ) -> Outcome:
     """Run all ranks as processes of this machine; `flows` take events beside the console."""
@@ -74,6 +77,7 @@ def run_locally(
         log=lambda lines: None,  # the console shows them
         take_result=take_result,
         take_file=functools.partial(copy_file, files, console.note),
+        take_artifacts=artifacts.take,
         checkpoints=(
             CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
             if job.checkpoint_location is not None

@@ -16,6 +16,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from horovodrunner.flows.artifacts.places import directory_of_task
+from horovodrunner.flows.artifacts.task import bring_artifacts
 from horovodrunner.flows.call.import_path import of_worker
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.task import LatestCopy
@@ -249,6 +251,9 @@ class _Agent:
         listening.add_done_callback(stop)  # without partition 0 there is no run
         try:
             outcomes = await asyncio.gather(*(each.run() for each in supervisors))
+            await bring_artifacts(
+                self._context.take_artifacts, directory_of_task(self._scratch), link.emit
+            )
         finally:
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.flows.artifacts.task import upload_file
+from horovodrunner.flows.artifacts.task import upload_artifacts, upload_file
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.checkpoints.task import CheckpointBackend, DriverBackend
@@ -132,6 +132,7 @@ def _context(
         log=log,
         take_result=result.take,
         take_file=functools.partial(upload_file, client),
+        take_artifacts=functools.partial(upload_artifacts, client),
         checkpoints=_checkpoint_backend(job, client),
         abort_transfers=client.abort,
         rows=rows,

@@ -41,6 +41,8 @@ class TaskContext:
     """Takes the file with what rank 0's main returned; blocks."""
     take_file: Callable[[str, Path], None]
     """Takes a file that Horovod wrote on rank 0's host, by the variable that names it; blocks."""
+    take_artifacts: Callable[[dict[str, Path]], None]
+    """Takes files that this task's ranks have left, by name; blocks."""
     checkpoints: CheckpointBackend | None = None
     """Where checkpoints are kept, or None when the run keeps none."""
     abort_transfers: Callable[[], None] = lambda: None

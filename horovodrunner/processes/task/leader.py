@@ -13,6 +13,8 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+from horovodrunner.flows.artifacts.places import directory_of_task
+from horovodrunner.flows.artifacts.task import bring_artifacts
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.task import (
     CheckpointUploader,
@@ -79,7 +81,7 @@ class Leader:
         self._stop_requested = stop_requested
         self._log = MergedLog(context.log, driver.emit)
         self._outcome = RunOutcome(slots)
-        self._telemetry = Telemetry(slots, self._log, self._outcome, spans)
+        self._telemetry = Telemetry(slots, self._log, self._outcome, spans, driver.emit)
         take_result = functools.partial(context.take_result, reaches_driver=driver.is_reached)
         self.result = ResultUploader(
             take_result, result_fd, on_error=functools.partial(self._fail, FailureKind.RESULT)
@@ -87,7 +89,9 @@ class Leader:
         self._uploader = (
             None
             if context.checkpoints is None
-            else CheckpointUploader(context.checkpoints, self._log.note, self._checkpoint_failed)
+            else CheckpointUploader(
+                context.checkpoints, self._log.note, self._checkpoint_failed, driver.emit
+            )
         )
         self._resumption = Resumption(job, self._log.note)
         decision = LatestDecision(
@@ -101,6 +105,7 @@ class Leader:
         )
         self.emit: Sink = dispatcher(
             [
+                {Storing: self._take_storing},
                 self._log.handlers,
                 self._outcome.handlers,
                 self._telemetry.handlers,
@@ -134,6 +139,7 @@ class Leader:
             self._stop_on_request(),
             self._stop_all(supervisors),
             self._telemetry.watch(self._job.stall_timeout, show_stacks),
+            self._telemetry.tell_states(),
         ]
         if self._uploader is not None:
             watchers.append(self._uploader.run())
@@ -161,6 +167,10 @@ class Leader:
             await self._peers.wait_for_leaving(TEARDOWN_SECONDS + STOP_SECONDS)
         await self._finish_storing()
         await self._bring_files()
+        await bring_artifacts(
+            self._context.take_artifacts, directory_of_task(self._scratch), self._driver.emit
+        )
+        await self._peers.wait_for_leaving(0)
         if failure is not None:
             return failure
         has_result = await self.result.finish(self._stop_requested)
@@ -205,6 +215,10 @@ class Leader:
             if (error := bringing.exception()) is not None:
                 text = f"{variable}: the file is lost: {type(error).__name__}: {error}"
                 self._log.say(text)
+
+    def _take_storing(self, event: Storing) -> None:
+        self._peers.storing(event)
+        self._driver.emit(event)
 
     def _fail(self, kind: FailureKind, text: str) -> None:
         own = self._slots[0]

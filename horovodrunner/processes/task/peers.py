@@ -23,6 +23,7 @@ from horovodrunner.wire.events import (
     LatestWanted,
     Sink,
     Stop,
+    Storing,
     dispatcher,
     refuse,
 )
@@ -33,6 +34,9 @@ __all__ = ["PeerLink", "PeerServer"]
 
 CONNECT_SECONDS = 15.0
 """Less than partition 0 waits, so that this task's log has the reason."""
+
+STORING_SECONDS = 10.0
+"""How long a peer's word that files are on their way holds good."""
 
 JOIN_SECONDS = 20.0
 """How long partition 0 waits for its peers' tasks to connect after the gather step."""
@@ -69,6 +73,7 @@ class PeerServer:
         self._not_joined = set(self._ranks) - {0}
         self._not_left = set(self._not_joined)
         self._connections: set[Connection] = set()
+        self._storing_until = 0.0
         self._all_joined = asyncio.Event()
         self._all_left = asyncio.Event()
         self._note_presence()
@@ -98,9 +103,19 @@ class PeerServer:
         self._note_presence()
 
     async def wait_for_leaving(self, timeout: float) -> None:
-        """Wait until every peer has sent all it had and left."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._all_left.wait(), timeout)
+        """Wait until every peer has sent all it had and left, while files are on their way."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while not self._all_left.is_set():
+            left = max(deadline, self._storing_until) - loop.time()
+            if left <= 0:
+                return
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._all_left.wait(), left)
+
+    def storing(self, event: Storing) -> None:
+        """Note that files of a peer's ranks are on their way."""
+        self._storing_until = asyncio.get_running_loop().time() + STORING_SECONDS
 
     def broadcast(self, event: Event) -> None:
         """Send an event to all peers."""

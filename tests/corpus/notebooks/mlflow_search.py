@@ -117,9 +117,8 @@ def train_keras(run_id):
     return len(history.history["loss"])
 
 
-for np_ in (2, -2):
-    with mlflow.start_run() as run:
-        pass
-    epochs = HorovodRunner(np=np_).run(train_keras, run_id=run.info.run_id)
-    print(f"autologged with np={np_}:", epochs, sorted(client.get_run(run.info.run_id).data.metrics))
+with mlflow.start_run() as run:
+    pass
+epochs = HorovodRunner(np=-2).run(train_keras, run_id=run.info.run_id)
+print("autologged:", epochs, sorted(client.get_run(run.info.run_id).data.metrics))
 converter.delete()

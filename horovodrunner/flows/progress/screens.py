@@ -1,0 +1,138 @@
+"""Where a run is shown: a notebook, a terminal, or a log. Runs in: the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from horovodrunner.flows.logs.showing import show_text
+from horovodrunner.flows.logs.training_log import format_logs
+from horovodrunner.flows.progress.html import in_html
+from horovodrunner.flows.progress.view import RunState, in_words
+
+__all__ = ["LogScreen", "NotebookScreen", "Screen", "TerminalScreen", "find_screen"]
+
+
+class Screen(Protocol):
+    """Shows one run; all of it is called in the thread that called ``run()``."""
+
+    pause_seconds: float
+    """So long a state is left as it is."""
+
+    def draw(self, run: RunState, *, is_final: bool) -> None:
+        """Show the run's state."""
+
+    def beside(self) -> contextlib.AbstractContextManager[object]:
+        """Make room for lines of text."""
+
+
+def find_screen() -> Screen:
+    """Return what fits this process: a kernel's area, a terminal's bars, or lines."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if getattr(shell, "kernel", None) is not None:
+        return NotebookScreen()
+    with contextlib.suppress(Exception):  # it is the user's object
+        if sys.stderr.isatty():
+            return TerminalScreen()
+    return LogScreen()
+
+
+class NotebookScreen:
+    """An area below the cell, which is updated in place; the last state is what is saved."""
+
+    pause_seconds = 0.5
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def draw(self, run: RunState, *, is_final: bool) -> None:
+        from IPython.display import display
+
+        texts = {"text/html": in_html(run), "text/plain": in_words(run)}
+        if self._handle is None:
+            self._handle = display(texts, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        else:
+            self._handle.update(texts, raw=True)
+
+    def beside(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+
+class TerminalScreen:
+    """tqdm's bars, at the bottom; from the first thing that main reports."""
+
+    pause_seconds = 0.5
+
+    def __init__(self) -> None:
+        self._bars: dict[int, Any] = {}
+
+    def draw(self, run: RunState, *, is_final: bool) -> None:
+        if not run.has_news:
+            return
+        shown = {bar.number: bar for bar in run.bars}
+        for number in [number for number in self._bars if number not in shown]:
+            self._bars.pop(number).close()
+        metrics = "" if run.history.last is None else format_logs(run.history.last.values)
+        if not shown:
+            bar = self._bars.get(0) or self._open(0, None, "{desc}")
+            self._bars = {0: bar}
+            last = run.history.last
+            bar.set_description_str(f"{run.headline}; step {last.step if last else 0}: {metrics}")
+        for place, state in enumerate(shown.values()):
+            bar = self._bars.get(state.number) or self._open(state.number, state.total, None)
+            bar.n, bar.total, bar.start_t = state.done, state.total, state.began
+            bar.set_description_str(state.description, refresh=False)
+            postfix = [state.postfix] if state.postfix else []
+            bar.set_postfix_str(", ".join([*postfix, *([metrics] if not place else [])]))
+        if is_final:
+            for bar in reversed(self._bars.values()):
+                bar.close()
+            self._bars = {}
+
+    def _open(self, number: int, total: int | None, bar_format: str | None) -> Any:
+        is_first = not self._bars
+        bar = tqdm(
+            total=total,
+            position=len(self._bars),
+            leave=is_first,
+            bar_format=bar_format,
+            dynamic_ncols=True,
+            delay=1e-9,  # nothing before the first state
+        )
+        self._bars[number] = bar
+        return bar
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        for bar in self._bars.values():
+            bar.clear(nolock=True)
+        try:
+            yield
+        finally:
+            for bar in self._bars.values():
+                bar.refresh(nolock=True)
+
+
+class LogScreen:
+    """A line every 30 seconds, of a run that has reported something new."""
+
+    pause_seconds = 30.0
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def draw(self, run: RunState, *, is_final: bool) -> None:
+        if not run.has_news or is_final:
+            return
+        _, *lines = in_words(run).splitlines()
+        text = "; ".join(line.strip() for line in lines)
+        if text != self._last:
+            self._last = text
+            show_text(f"HorovodRunner: {text}\n")
+
+    def beside(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()

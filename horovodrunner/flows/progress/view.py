@@ -1,0 +1,85 @@
+"""What a run looks like at a moment, in words. Runs in: the driver."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from horovodrunner.flows.logs.training_log import format_logs
+from horovodrunner.flows.metrics.history import History
+from horovodrunner.flows.metrics.records import Bar
+
+__all__ = ["RUNNING", "RunState", "bar_in_words", "in_words"]
+
+RUNNING, SUCCEEDED, FAILED, STOPPED = "running", "succeeded", "failed", "stopped"
+
+_BAR_COLUMNS = 79
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run at a moment."""
+
+    state: str
+    seconds: float
+    bars: tuple[Bar, ...]
+    ranks: tuple[str, ...]
+    hosts: int
+    history: History
+    attempt: int = 1
+    attempts: int = 1
+    checkpoint: int | None = None
+    cause: str = ""
+
+    @property
+    def has_news(self) -> bool:
+        """Whether main has reported anything."""
+        return bool(self.bars) or self.history.last is not None
+
+    @property
+    def headline(self) -> str:
+        """The state of the run and its ranks, the time it took, and attempts if several."""
+        parts = [f"{self.state}, {tqdm.format_interval(self.seconds)}"]
+        if self.ranks:
+            parts.append(self._ranks_in_words())
+        if self.attempt > 1:
+            parts.append(f"attempt {self.attempt} of {self.attempts}")
+        if self.checkpoint is not None:
+            parts.append(f"checkpoint of step {self.checkpoint}")
+        return "; ".join(parts)
+
+    def _ranks_in_words(self) -> str:
+        size = f"{len(self.ranks)} rank{'s' * (len(self.ranks) > 1)}"
+        on_hosts = f" on {self.hosts} hosts" if self.hosts > 1 else ""
+        if self.state != RUNNING:
+            return size + on_hosts
+        counts = Counter(self.ranks)
+        states = ", ".join(
+            state if count == len(self.ranks) else f"{count} {state}"
+            for state, count in sorted(counts.items())
+        )
+        return f"{size}{on_hosts} {states}"
+
+
+def in_words(run: RunState) -> str:
+    """Return all of it as lines of text."""
+    lines = [bar_in_words(bar) for bar in run.bars]
+    if (last := run.history.last) is not None:
+        lines.append(f"step {last.step}: {format_logs(last.values)}")
+    return "\n".join([run.headline, *([run.cause] if run.cause else []), *lines])
+
+
+def bar_in_words(bar: Bar, columns: int = _BAR_COLUMNS) -> str:
+    """Return a bar as tqdm draws it."""
+    return str(
+        tqdm.format_meter(
+            bar.done,
+            bar.total,
+            bar.time - bar.began,
+            ncols=columns,
+            prefix=bar.description,
+            postfix=bar.postfix or None,
+        )
+    )

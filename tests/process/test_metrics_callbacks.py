@@ -1,0 +1,122 @@
+"""What the callbacks of frameworks report, in real workers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+
+from horovodrunner import HorovodRunner
+from horovodrunner.callbacks.keras import MetricsCallback
+from tests.process.test_log_callbacks import fit
+
+
+def test_keras_3_on_torch() -> None:
+    def main() -> float:
+        import os
+
+        os.environ["KERAS_BACKEND"] = "torch"
+        import cloudpickle
+        import keras
+
+        history = fit(keras, [cloudpickle.loads(cloudpickle.dumps(MetricsCallback()))])
+        return float(history.history["val_mae"][-1])
+
+    runner = HorovodRunner(np=-1)
+    assert runner.run(main) == pytest.approx(runner.history["val_mae"][1])
+    assert runner.history.metrics == ("loss", "mae", "val_loss", "val_mae")
+    assert list(runner.history["loss"]) == [0, 1]
+
+
+@pytest.mark.heavy
+def test_keras_of_tensorflow_both_kinds() -> None:
+    def main() -> None:
+        import tensorflow as tf
+        import tf_keras
+
+        for keras in (tf_keras, tf.keras):
+            fit(keras, [MetricsCallback(per_batch=True)])
+
+    runner = HorovodRunner(np=-1)
+    runner.run(main)
+    points = [(point.step, "val_loss" in point.values) for point in runner.history]
+    assert points == [(0, False), (1, False), (1, True), (2, False), (3, False), (3, True)] * 2
+
+
+def test_lightning() -> None:
+    def main() -> None:
+        import torch
+
+        from horovodrunner.callbacks.lightning import MetricsLogger
+
+        for package in ("lightning.pytorch", "pytorch_lightning"):
+            lightning: Any = importlib.import_module(package)
+
+            class Model(lightning.LightningModule):  # type: ignore[misc]
+                def __init__(self) -> None:
+                    super().__init__()
+                    self.layer = torch.nn.Linear(2, 1)
+
+                def training_step(self, batch: Any, index: int) -> Any:
+                    loss = self.layer(batch[0]).square().mean()
+                    self.log("loss", loss, on_step=True, on_epoch=True)
+                    return loss
+
+                def configure_optimizers(self) -> Any:
+                    return torch.optim.SGD(self.parameters(), lr=0.001)
+
+            data = torch.utils.data.TensorDataset(torch.ones(8, 2))
+            trainer = lightning.Trainer(
+                max_epochs=2,
+                logger=MetricsLogger(),
+                log_every_n_steps=1,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                accelerator="cpu",
+            )
+            trainer.fit(Model(), torch.utils.data.DataLoader(data, batch_size=4))
+
+    runner = HorovodRunner(np=-1)
+    runner.run(main)
+    assert set(runner.history.metrics) >= {"loss_step", "loss_epoch", "epoch"}
+    steps = [point.step for point in runner.history if "loss_step" in point.values]
+    assert steps == [0, 1, 2, 3] * 2
+
+
+@pytest.mark.heavy
+def test_transformers() -> None:
+    def main(directory: str) -> None:
+        import torch
+        import transformers
+
+        from horovodrunner.callbacks.transformers import MetricsCallback
+
+        class Model(torch.nn.Module):  # type: ignore[misc]
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = torch.nn.Linear(2, 1)
+
+            def forward(self, x: Any) -> dict[str, Any]:
+                return {"loss": self.layer(x).square().mean()}
+
+        transformers.Trainer(
+            model=Model(),
+            args=transformers.TrainingArguments(
+                directory,
+                max_steps=4,
+                logging_steps=2,
+                report_to=[],
+                save_strategy="no",
+                use_cpu=True,
+                disable_tqdm=True,
+            ),
+            train_dataset=[{"x": torch.ones(2)} for _ in range(16)],
+            callbacks=[MetricsCallback()],  # type: ignore[list-item]
+        ).train()
+
+    runner = HorovodRunner(np=-1)
+    runner.run(main, directory="/tmp/unused-by-the-trainer")
+    assert list(runner.history["loss"]) == [2, 4]
+    assert {"learning_rate", "grad_norm", "train_runtime"} <= {*runner.history.metrics}
