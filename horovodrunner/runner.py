@@ -295,7 +295,15 @@ class HorovodRunner:
 
     @property
     def record(self) -> str | None:
-        """The directory of the last run in ``run_dir``, a path or a URL; None without any."""
+        """The directory of the last run in ``run_dir``, a path or a URL; None without any.
+
+        Examples
+        --------
+        >>> runner = HorovodRunner(np=-1, run_dir="runs")
+        >>> runner.run(train)  # doctest: +SKIP
+        >>> runner.record  # doctest: +SKIP
+        '/home/me/runs/20260131-101500-1f0c22ab'
+        """
         return None if self._run_directory is None else self._run_directory.location
 
     @property
@@ -388,6 +396,8 @@ class HorovodRunner:
             console.note,
         )
         announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
+        if self._run_directory is not None:
+            console.note(f"the record of this run: {self._run_directory.shown}", routine=True)
         self._warn(main, kwargs, len(call))
 
         def launch(attempt: int) -> Outcome:

@@ -98,6 +98,8 @@ class RunDirectory(Observer):
                 f"run_dir={location!r}: the record of the run cannot be written to "
                 f"{self.directory}: {error}. Choose a directory that this process may write to"
             ) from error
+        self.shown = mask.text(self.location)
+        """The location without a password that is in it."""
         self._error: BaseException | None = None
         self._waiting: queue.SimpleQueue[tuple[Callable[..., object], Any, int] | None]
         self._waiting = queue.SimpleQueue()
@@ -131,6 +133,8 @@ class RunDirectory(Observer):
         """Note how the run ended, write the report, and wait for it, for a bounded time."""
         ended = time.time()
         self._start()
+        for rank, lines in self._left_out.items():
+            self._put_mark(rank, lines)
         self._put(self._finish, (error, ended))
         self._waiting.put(None)
         self._thread.join(END_SECONDS)
@@ -152,14 +156,22 @@ class RunDirectory(Observer):
     def _put(self, act: Callable[[Any], object], argument: Any, size: int = 0) -> None:
         if self._error is not None:
             raise self._error  # who called leaves this observer out, and says why
+        rank = argument.rank if isinstance(argument, Lines) else -1
         with self._lock:
             if size and self._waiting_bytes > MAX_WAITING_BYTES:
-                if isinstance(argument, Lines):
+                if rank >= 0:
                     lines = count_lines(argument.lines)
-                    self._left_out[argument.rank] = self._left_out.get(argument.rank, 0) + lines
+                    self._left_out[rank] = self._left_out.get(rank, 0) + lines
                 return
             self._waiting_bytes += size
+            missing = self._left_out.pop(rank, 0)
+        if missing:
+            self._put_mark(rank, missing)
         self._waiting.put((act, argument, size))
+
+    def _put_mark(self, rank: int, lines: int) -> None:
+        mark = missing_mark(lines, "the record's disk was too slow")
+        self._waiting.put((self._writer.lines, Lines(rank, "stdout", mark), 0))
 
     def _run(self) -> None:
         try:
@@ -178,10 +190,6 @@ class RunDirectory(Observer):
                 act(argument)
                 with self._lock:
                     self._waiting_bytes -= size
-                    left_out, self._left_out = self._left_out, {}
-                for rank, lines in left_out.items():
-                    mark = missing_mark(lines, "the record's disk was too slow")
-                    self._writer.lines(Lines(rank, "stdout", mark))
             if time.monotonic() >= next_flush:
                 self._writer.flush()
                 if self._checkpoints_are_near:  # of others a list may take long

@@ -37,9 +37,8 @@ class Mask:
 
     def hide(self, content: bytes) -> bytes:
         """Hide secrets in bytes, whatever else they are."""
-        if self._known is not None:
-            content = self._known.sub(HIDDEN.encode(), content)
-        return _IN_URL.sub(f"://{HIDDEN}@".encode(), content)
+        content = _IN_URL.sub(f"://{HIDDEN}@".encode(), content)
+        return content if self._known is None else self._known.sub(HIDDEN.encode(), content)
 
     def text(self, text: str) -> str:
         """Hide secrets in a text."""

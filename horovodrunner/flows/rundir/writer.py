@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
@@ -266,7 +265,7 @@ class _Thinned:
     def add(self, content: Mapping[str, Any], key: int) -> None:
         """Take a line, or leave it out; all keys have their turns."""
         seen = self._seen[key] = self._seen.get(key, -1) + 1
-        every = 2 ** int(math.log2(self._taken // MAX_LINES + 1))
+        every = 2 ** (self._taken // MAX_LINES)
         if seen % every == 0:
             self._taken += 1
             self._waiting.append(dumps(content) + "\n")
