@@ -27,7 +27,7 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
 from horovodrunner.flows.metrics.driver import MetricsRecorder
 from horovodrunner.flows.metrics.history import History
-from horovodrunner.flows.mlflow.driver import KeptFiles, reporters, require_mlflow
+from horovodrunner.flows.mlflow.driver import Sources, reporters, require_mlflow
 from horovodrunner.flows.observer import Observer, Observers, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.progress.driver import ProgressView
@@ -243,8 +243,6 @@ class HorovodRunner:
         self._profile_launch = checked.boolean("profile_launch", profile_launch)
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
         self._progress = checked.boolean_or(AUTO, "progress", progress)
-        self._run_dir = None if run_dir is None else checked.path("run_dir", run_dir)
-        self._run_directory: RunDirectory | None = None  # of the last run
         self._mlflow = checked.boolean_or(AUTO, "mlflow", mlflow)
         if self._mlflow is True:
             require_mlflow()
@@ -255,6 +253,8 @@ class HorovodRunner:
                 "tensorboard_dir", checked.path("tensorboard_dir", tensorboard_dir)
             )
         )
+        self._run_dir = None if run_dir is None else checked.path("run_dir", run_dir)
+        self._run_directory: RunDirectory | None = None  # of the last run
         self._own_history: CheckpointStore | None = None  # of the last run with resume=False
         self._phases: tuple[Phase, ...] = ()
         self._history = History()
@@ -294,6 +294,16 @@ class HorovodRunner:
         return self._history
 
     @property
+    def artifacts(self) -> Path | None:
+        """The directory with what the last run's ranks left, ``rank-N/...``; None if nothing.
+
+        See :mod:`horovodrunner.artifacts`. It is a part of the run's record in ``run_dir``. Without
+        one, or behind a URL, the directory goes with the next run of this runner, and with this
+        process.
+        """
+        return self._artifacts.directory
+
+    @property
     def record(self) -> str | None:
         """The directory of the last run in ``run_dir``, a path or a URL; None without any.
 
@@ -305,15 +315,6 @@ class HorovodRunner:
         '/home/me/runs/20260131-101500-1f0c22ab'
         """
         return None if self._run_directory is None else self._run_directory.location
-
-    @property
-    def artifacts(self) -> Path | None:
-        """The directory with what the last run's ranks left, ``rank-N/...``; None if nothing.
-
-        See :mod:`horovodrunner.artifacts`. The directory goes with the next run of this runner, and
-        with this process.
-        """
-        return self._artifacts.directory
 
     @explained(wrong_run)
     def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
@@ -371,10 +372,10 @@ class HorovodRunner:
         frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
         data = tuple(attachments.values())
-        shows_output = self._verbosity == "all" or self._np < 0
         self._history = History(abs(self._np))
         recorder = MetricsRecorder(self._history)
         view = self._progress_view(recorder)
+        shows_output = self._verbosity == "all" or self._np < 0
         console = Console(
             executors_have_lines=self._np >= 0, shows_lines=shows_output, drawing=view
         )
@@ -388,17 +389,10 @@ class HorovodRunner:
             environment,
             files.paths,
         )
-        self._artifacts.discard()
-        record = self._run_directory = self._record(facts)
-        artifacts = self._artifacts = ArtifactStore(record.artifacts if record else None)
-        observers = Observers(
-            [recorder, artifacts, *([view] if view else []), *self._observers(facts, console)],
-            console.note,
-        )
-        announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
-        if self._run_directory is not None:
-            console.note(f"the record of this run: {self._run_directory.shown}", routine=True)
-        self._warn(main, kwargs, len(call))
+        artifacts = self._make_stores(facts, recorder, console)
+        own = (recorder, artifacts, view, self._run_directory)
+        others = self._observers(facts, recorder, console)
+        observers = Observers([*filter(None, own), *others], console.note)
 
         def launch(attempt: int) -> Outcome:
             files.begin(attempt)
@@ -436,6 +430,8 @@ class HorovodRunner:
 
         ended_by: BaseException | None = None
         try:
+            announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
+            self._warn(main, kwargs, len(call))
             return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
         except KeyboardInterrupt as error:
             ended_by = error
@@ -451,29 +447,40 @@ class HorovodRunner:
                 store.prune()
             console.show(0)
 
-    def _observers(self, facts: RunFacts, console: Console) -> list[Observer]:
-        """Make what follows a run on the driver."""
+    def _observers(
+        self, facts: RunFacts, recorder: MetricsRecorder, console: Console
+    ) -> list[Observer]:
+        """Make what follows a run on the driver, beside what belongs to every run."""
         observers: list[Observer] = []
-        if self._run_directory is not None:
-            observers.append(self._run_directory)
         if self._tensorboard_dir is not None:
-            observers.append(TensorBoardWriter(self._tensorboard_dir, facts))
+            observers.append(TensorBoardWriter(self._tensorboard_dir, facts, recorder.records_of))
         # the last one: what the record has at its end is to be in MLflow, too
-        kept = KeptFiles(self._artifacts, self._run_directory)
-        return [*observers, *reporters(self._mlflow, facts, console, kept)]
+        sources = Sources(recorder.records_of, self._artifacts, self._run_directory)
+        observers += reporters(self._mlflow, facts, sources, console)
+        return observers
 
-    def _record(self, facts: RunFacts) -> RunDirectory | None:
-        """Make the directory with the record of a run, if one is wanted."""
+    def _make_stores(
+        self, facts: RunFacts, recorder: MetricsRecorder, console: Console
+    ) -> ArtifactStore:
+        """Make the directory of this run, if the user wants one, and where artifacts come to."""
+        self._artifacts.discard()
+        self._run_directory = None
         if self._run_dir is None:
-            return None
+            self._artifacts = ArtifactStore()
+            return self._artifacts
         from horovodrunner.flows.rundir.driver import RunDirectory
 
-        return RunDirectory(
+        self._run_directory = record = RunDirectory(
             self._run_dir,
             facts,
+            records_of=recorder.records_of,
             phases=lambda: self.phases,
             checkpoints=lambda: self.checkpoints,
+            artifacts=lambda: self._artifacts.directory,
         )
+        console.note(f"the record of this run: {record.shown}", routine=True)
+        self._artifacts = ArtifactStore(record.artifacts)
+        return self._artifacts
 
     def _progress_view(self, recorder: MetricsRecorder) -> ProgressView | None:
         """Make what shows how far the run is, unless the user wants nothing of it."""

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from horovodrunner.flows.metrics.records import encode_point
+from horovodrunner.flows.metrics.records import Point
 from horovodrunner.flows.rundir.masking import Mask
 from horovodrunner.flows.rundir.report import write_report
 from horovodrunner.flows.rundir.writer import RecordWriter
-from horovodrunner.wire.events import Lines, Placed, Points, Profile, Usage
+from horovodrunner.wire.events import Lines, Placed, Profile, Usage
 from tests import processes
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -35,8 +35,7 @@ def record(directory: Path, outcome: dict[str, object] | None) -> Path:
     for step in range(50):
         for rank in (0, 1):
             values = {"loss": 1 / (step + 1) + rank}
-            line = encode_point(step, 1002.0 + step, values, is_kept=rank == 0)
-            run.points(Points(rank, line))
+            run.records(rank, [Point(step, values, rank, 1, 1002.0 + step, rank == 0)])
     for rank in (0, 1):
         run.lines(Lines(rank, "stdout", b"the last words of %d\n" % rank))
         run.profile(Profile(rank, 50.0, {"allreduce": 40.0 * (1 - rank)}, {}, b""))

@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from horovodrunner import HorovodRunner, WorkerFailedError, checkpoint, log_to_driver, metrics
+from horovodrunner import (
+    HorovodRunner,
+    WorkerFailedError,
+    artifacts,
+    checkpoint,
+    log_to_driver,
+    metrics,
+)
 from horovodrunner.flows.rundir.reading import RunData, read_run
 from tests import processes
 from tests.waiting import wait_until
@@ -43,6 +50,7 @@ def test_a_good_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if rank() == 0:
             with checkpoint.save(step=3) as directory:
                 (directory / "model.txt").write_text("weights")
+        artifacts.path("notes.txt").write_text(f"from {rank()}")
         log_to_driver(f"token {os.environ['MLFLOW_TRACKING_TOKEN']}")
         wait_for(f"*/stacks-rank-{rank()}.speedscope.json", runs)
         wait_for("*/usage.jsonl", runs)
@@ -58,6 +66,8 @@ def test_a_good_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.facts["arguments"]["api_key"].startswith("(not shown)")
     assert run.facts["versions"]["Python"]
     assert [each["step"] for each in run.facts["checkpoints"]] == [3]
+    assert runner.artifacts == run.directory / "artifacts"
+    assert (run.directory / "artifacts/rank-1/notes.txt").read_text() == "from 1"
     assert "main" in [each[0] for each in run.facts["phases"]]
     assert run.metrics["loss"].values.column(1) == [(0, 1.0), (1, 1 / 2), (2, 1 / 3), (3, 1 / 4)]
     assert list(run.metrics["loss"].span.rows[0]) == [0, 1.0, 2.0]

@@ -202,7 +202,7 @@ class TestDoctor:
     PROGRAM = """
         from horovodrunner import doctor
         for finding in doctor._sparkdl():
-            print(finding.verdict, finding.subject, finding.text, "->", finding.remedy)
+            print(finding.verdict, "sparkdl", finding.text, "->", finding.remedy)
     """
 
     def test_ours_is_ok(self) -> None:

@@ -13,18 +13,18 @@ from typing import Any, ClassVar
 import pytest
 
 from horovodrunner import ArgumentTypeError, ConfigurationError, HorovodRunner
-from horovodrunner.flows.metrics.records import encode_point
+from horovodrunner.flows.metrics.records import Point
 from horovodrunner.flows.metrics.scalars import Scalar, ScalarStream
 from horovodrunner.flows.mlflow import delivery as deliveries
 from horovodrunner.flows.mlflow import naming
 from horovodrunner.flows.mlflow.delivery import Delivery
 from horovodrunner.flows.mlflow.tracking import Metric, RefusedError, RunInMlflow, UnavailableError
-from horovodrunner.wire.events import Points, Usage
+from horovodrunner.wire.events import Usage
 from tests.waiting import wait_until
 
 
-def reported(step: int, rank: int = 0, *, is_kept: bool = True, **values: float) -> Points:
-    return Points(rank, encode_point(step, 10.0 * step, values, is_kept=is_kept))
+def reported(step: int, rank: int = 0, *, is_kept: bool = True, **values: float) -> list[Point]:
+    return [Point(step, values, rank, time=10.0 * step, is_kept=is_kept)]
 
 
 class TestScalars:
@@ -73,7 +73,7 @@ class TestScalars:
     def test_steps_of_another_attempt_are_others(self) -> None:
         stream = ScalarStream(size=2)
         list(stream.take(reported(0, 0, loss=1.0)))
-        stream.begin(2)
+        stream.begin()
         assert len(list(stream.take(reported(0, 1, loss=3.0)))) == 1
         assert list(stream.rest()) == []
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from horovodrunner import ConfigurationError, HorovodRunner, WorkerFailedError
 from horovodrunner.__main__ import main as command
-from horovodrunner.flows.metrics.records import Bar, Point, encode_bar, encode_point
+from horovodrunner.flows.metrics.records import Bar, Point
 from horovodrunner.flows.observer import RunFacts
 from horovodrunner.flows.rundir import driver, layout, steps, upload, writer
 from horovodrunner.flows.rundir.charts import Line, line_chart, ticks
@@ -26,7 +27,7 @@ from horovodrunner.flows.rundir.report import render, slowest_ranks, write_repor
 from horovodrunner.flows.rundir.steps import StepClock
 from horovodrunner.flows.rundir.writer import RecordWriter
 from horovodrunner.runner import SavedCheckpoint
-from horovodrunner.wire.events import Lines, Message, Note, Placed, Points, Profile, Usage
+from horovodrunner.wire.events import Lines, Message, Note, Placed, Profile, Usage
 from tests.waiting import wait_until
 
 FACTS = {"run_id": "ab12", "main": "train", "np": -2, "began": 1000.0}
@@ -39,21 +40,29 @@ def make_writer(directory: Path, *, size: int = 2, mask: Mask | None = None) -> 
 
 
 def report(record: RecordWriter, rank: int, step: int, **values: float) -> None:
-    record.points(Points(rank, encode_point(step, 5.0 + step, values, is_kept=rank == 0)))
+    record.records(rank, [Point(step, values, rank, record.attempt, 5.0 + step, rank == 0)])
 
 
 def history(directory: Path) -> list[dict[str, Any]]:
     return list(layout.read_lines(directory / layout.HISTORY))
 
 
-def directory_of(location: str | Path, *, checkpoints: Any = (), **facts: Any) -> RunDirectory:
+def directory_of(
+    location: str | Path,
+    *,
+    checkpoints: Any = (),
+    artifacts: Path | None = None,
+    **facts: Any,
+) -> RunDirectory:
     fields = {"run_id": "ab12", "np": -1, "main": "train", "began": 1000.0, **facts}
     given = {"arguments": {}, "options": {}, **fields}
     return RunDirectory(
         os.fspath(location),
         RunFacts(**given),
+        records_of=lambda event: [],
         phases=lambda: (),
         checkpoints=lambda: checkpoints,
+        artifacts=lambda: artifacts,
     )
 
 
@@ -111,7 +120,7 @@ class TestStepClock:
     def test_bars_count_where_nothing_is_reported(self) -> None:
         clock = StepClock()
         for number, done, at in [(1, 0, 0.0), (1, 4, 2.0), (2, 0, 50.0), (2, 1, 50.5)]:
-            clock.take(Bar(number, at, "", done, None))
+            clock.take(Bar(number, 0.0, at, "", done, None))
         assert clock.summary()["median"] == 0.5
 
     def test_of_many_steps_some_are_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +187,16 @@ class TestWriter:
         assert now.read_text().endswith("the end\n")
         assert 0 < len(now.read_text()) + len(before.read_text()) < 250
         assert "hunter2" not in now.read_text() + before.read_text()
+
+    def test_of_nested_bars_the_outer_one_says_how_far_a_rank_is(self, tmp_path: Path) -> None:
+        record = make_writer(tmp_path)
+        outer, inner = Bar(1, 0.0, 1.0, "epoch", 3, 10), Bar(2, 0.0, 2.0, "batch", 5, 99)
+        record.records(0, [outer, inner])
+        record.flush()
+        assert read_run(tmp_path).ranks[0].bar == ("epoch", 3, 10)
+        record.records(0, [replace(outer, done=10, has_ended=True), replace(inner, number=3)])
+        record.flush()
+        assert read_run(tmp_path).ranks[0].bar == ("batch", 5, 99)
 
     def test_a_checkpoint_that_is_gone_was_there(self, tmp_path: Path) -> None:
         record = make_writer(tmp_path)
@@ -315,7 +334,7 @@ class TestReport:
         record.lines(Lines(0, "stdout", evil.encode()))
         record.note(Note(evil))
         report(record, 0, 1, **{evil: 1.0})
-        record.points(Points(0, encode_bar(Bar(1, 5.0, evil, 1, 2))))
+        record.records(0, [Bar(1, 4.0, 5.0, evil, 1, 2)])
         record.usage(Usage(0, evil, 5.0, 1.0, 1, 1.0, 1, 1, ((0, 5.0, 1, 2),)))
         record.profile(Profile(0, 1.0, {evil: 1.0}, {evil: 1.0}, _stacks(evil)))
         record.checkpoints([{"step": 1, "path": evil, "size": 1, "time": 5.0}])
@@ -452,6 +471,16 @@ class TestUpload:
         assert files["output/rank-0.log"] == b"hello\n"
         assert b"Succeeded" in files["report.html"]
         assert not record.directory.exists()
+
+    def test_the_ranks_files_are_there_and_here(self, tmp_path: Path) -> None:
+        left = tmp_path / "left/rank-1/trace.json"
+        left.parent.mkdir(parents=True)
+        left.write_text("[]")
+        record = directory_of(f"memory://{tmp_path}", artifacts=tmp_path / "left")
+        assert record.artifacts is None
+        record.end(None)
+        assert self.files(record.location)["artifacts/rank-1/trace.json"] == b"[]"
+        assert left.exists()
 
     def test_it_grows_while_the_run_goes_on(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from horovodrunner.flows.metrics.records import Point, decode_records
+from horovodrunner.flows.metrics.records import Bar, Point
 from horovodrunner.flows.metrics.series import Moments
-from horovodrunner.wire.events import Points
 
 __all__ = ["Scalar", "ScalarStream"]
 
@@ -36,18 +35,16 @@ class ScalarStream:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._attempt = 1
         self._open: dict[tuple[int, str], tuple[Moments, float]] = {}
         self._differing: set[str] = set()
 
-    def begin(self, attempt: int) -> None:
+    def begin(self) -> None:
         """Note that what comes from now on is another attempt's."""
-        self._attempt = attempt
         self._open.clear()
 
-    def take(self, event: Points) -> Iterator[Scalar]:
-        """Yield what follows from an event."""
-        for point in decode_records(bytes(event.records), event.rank, self._attempt):
+    def take(self, records: Iterable[Point | Bar]) -> Iterator[Scalar]:
+        """Yield what follows from what a rank has reported."""
+        for point in records:
             if not isinstance(point, Point):
                 continue
             if point.rank == 0 or point.is_kept:

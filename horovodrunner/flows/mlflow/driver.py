@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.metrics.records import Bar, Point
 from horovodrunner.flows.metrics.scalars import Scalar, ScalarStream
 from horovodrunner.flows.mlflow import naming
 from horovodrunner.flows.mlflow.delivery import END_SECONDS, Delivery
@@ -35,7 +36,7 @@ from horovodrunner.wire.events import Points, Usage
 if TYPE_CHECKING:
     from horovodrunner.flows.rundir.driver import RunDirectory
 
-__all__ = ["KeptFiles", "MlflowReporter", "reporters", "require_mlflow"]
+__all__ = ["MlflowReporter", "Sources", "reporters", "require_mlflow"]
 
 START_SECONDS = 5.0
 """How long the launch waits for the id of a run that is started, if the server is slow."""
@@ -49,9 +50,11 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class KeptFiles:
-    """What a run leaves on the driver when it has ended."""
+class Sources:
+    """What a run is reported from, beside its events."""
 
+    records_of: Callable[[Points], Iterable[Point | Bar]]
+    """Returns what an event has, which is decoded once for all that follow the run."""
     artifacts: ArtifactStore
     record: RunDirectory | None = None
 
@@ -75,15 +78,16 @@ def require_mlflow() -> None:
 
 
 def reporters(
-    wanted: bool | str, facts: RunFacts, console: Console, kept: KeptFiles
+    wanted: bool | str, facts: RunFacts, sources: Sources, console: Console
 ) -> list[MlflowReporter]:
     """Make what reports this run: to the run that is active in this thread, or to a new one."""
     if wanted is True:
-        return [MlflowReporter(facts, _import_mlflow().active_run(), console, kept)]
+        active = _import_mlflow().active_run()
+        return [MlflowReporter(facts, active, sources, console)]
     mlflow: Any = sys.modules.get("mlflow") if wanted else None  # not imported only to look
     try:
         run = mlflow.active_run() if hasattr(mlflow, "active_run") else None
-        return [] if run is None else [MlflowReporter(facts, run, console, kept)]
+        return [] if run is None else [MlflowReporter(facts, run, sources, console)]
     except Exception as error:
         _logger.debug("mlflow.active_run() failed", exc_info=error)
         console.note(f"this run is not reported to MLflow: {in_one_line(error)}")
@@ -110,11 +114,11 @@ class MlflowReporter(Observer):
     title = "reporting to MLflow"
     wants_usage = True
 
-    def __init__(self, facts: RunFacts, active: Any, console: Console, kept: KeptFiles) -> None:
+    def __init__(self, facts: RunFacts, active: Any, sources: Sources, console: Console) -> None:
         import mlflow
 
         self._facts = facts
-        self._kept = kept
+        self._sources = sources
         self._console = console
         self._uri = str(mlflow.get_tracking_uri())
         self._run_id = "" if active is None else str(active.info.run_id)
@@ -124,7 +128,10 @@ class MlflowReporter(Observer):
         self._usage_steps: dict[str, int] = {}
         self._reporting_ranks: dict[str, int] = {}
         self._attempts = 0
-        self.handlers = {Points: self._take, Usage: self._take_usage}
+        self.handlers = {
+            Points: lambda event: self._take(sources.records_of(event)),
+            Usage: self._take_usage,
+        }
         options = {name: value for name, value in facts.options.items() if name != "mlflow"}
         self._delivery = Delivery(self._open, console.note)  # starts when the run does
         self._delivery.add_texts("tags", self._first_tags())
@@ -143,7 +150,7 @@ class MlflowReporter(Observer):
     def begin(self, attempt: int) -> None:
         """Wait, for a bounded time, until there is a run."""
         self._attempts = attempt
-        self._scalars.begin(attempt)
+        self._scalars.begin()
         if attempt == 1:
             self._delivery.start()
         if not self._run_id:
@@ -178,7 +185,7 @@ class MlflowReporter(Observer):
     def _files(self) -> Iterator[Callable[[RunInMlflow], None]]:
         """Yield what stores each file, in directories of its own if the run is not our own."""
         at = PurePosixPath("" if self._is_own else self._facts.run_id)
-        for path, name in self._kept.files():
+        for path, name in self._sources.files():
             directory = (at / name).parent
             text = "" if directory == PurePosixPath() else str(directory)
             yield functools.partial(self._store, path, text)
@@ -207,8 +214,8 @@ class MlflowReporter(Observer):
             self._console.note(f"MLflow's run {run.run_id} at {shown_uri(self._uri)}")
         return run
 
-    def _take(self, event: Points) -> None:
-        self._delivery.add(map(_metric, self._scalars.take(event)))
+    def _take(self, records: Iterable[Point | Bar]) -> None:
+        self._delivery.add(map(_metric, self._scalars.take(records)))
 
     def _take_usage(self, event: Usage) -> None:
         # all ranks of a host say the same of it; the first one knows its GPUs
@@ -238,8 +245,8 @@ class MlflowReporter(Observer):
         if isinstance(error, KeyboardInterrupt):
             status = "killed"
         facts = {"status": status, "attempts": str(self._attempts), "cluster": self._cluster()}
-        if self._kept.record is not None:
-            facts["record"] = shown_uri(self._kept.record.location)
+        if self._sources.record is not None:
+            facts["record"] = shown_uri(self._sources.record.location)
         if self._reporting_ranks:
             facts["hosts"] = ", ".join(sorted(self._reporting_ranks))
         if error is not None:

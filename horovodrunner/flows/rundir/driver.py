@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import os
 import platform
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from horovodrunner.errors import ConfigurationError, WorkerFailedError
 from horovodrunner.flows.call.recording import describe_values
 from horovodrunner.flows.logs.lines import count_lines, missing_mark
+from horovodrunner.flows.metrics.records import Bar, Point
 from horovodrunner.flows.observer import Observer, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.rundir import layout
@@ -54,6 +56,9 @@ END_SECONDS = 60.0
 MAX_WAITING_BYTES = 64 * 1024 * 1024
 """Of events for a disk that is too slow; output and numbers beyond them are left out."""
 
+_OBJECTS_PER_BYTE = 6
+"""A point takes so many bytes for each byte that it travelled in."""
+
 MAX_TEXT = 200_000
 """Of an error's text and traceback."""
 
@@ -72,12 +77,15 @@ class RunDirectory(Observer):
         location: str,
         facts: RunFacts,
         *,
+        records_of: Callable[[Points], list[Point | Bar]],
         phases: Callable[[], Sequence[Phase]],
         checkpoints: Callable[[], Sequence[SavedCheckpoint]],
+        artifacts: Callable[[], Path | None],
     ) -> None:
         self._facts = facts
         self._phases = phases
         self._checkpoints = checkpoints
+        self._artifacts = artifacts
         self._checkpoints_are_near = not is_url(str(facts.options.get("checkpoint_dir") or ""))
         when = time.strftime("%Y%m%d-%H%M%S", time.gmtime(facts.began))
         name = f"{when}-{facts.run_id}"
@@ -112,7 +120,11 @@ class RunDirectory(Observer):
             Lines: lambda event: self._put(writer.lines, event, len(event.lines)),
             Message: lambda event: self._put(writer.message, event),
             Note: lambda event: self._put(writer.note, event),
-            Points: lambda event: self._put(writer.points, event, len(event.records)),
+            Points: lambda event: self._put(
+                functools.partial(writer.records, event.rank),
+                records_of(event),
+                len(event.records) * _OBJECTS_PER_BYTE,
+            ),
             Usage: lambda event: self._put(writer.usage, event),
             Profile: lambda event: self._put(writer.profile, event, len(event.stacks)),
             Placed: lambda event: self._put(self._placed, event),
@@ -120,9 +132,12 @@ class RunDirectory(Observer):
         }
 
     @property
-    def artifacts(self) -> Path:
-        """Where files of the ranks are to be put, in ``rank-N``; it travels with the record."""
-        return self.directory / layout.ARTIFACTS
+    def artifacts(self) -> Path | None:
+        """Where files of the ranks are to be put, in ``rank-N``.
+
+        None if the record is behind a URL: the user wants to find them here, too.
+        """
+        return self.directory / layout.ARTIFACTS if self._upload is None else None
 
     def begin(self, attempt: int) -> None:
         """Note that an attempt is launched."""
@@ -211,6 +226,8 @@ class RunDirectory(Observer):
         self._list_checkpoints()
         for path in self._facts.files.values():
             self._writer.keep_file(path)
+        if self._upload is not None and (artifacts := self._artifacts()) is not None:
+            self._writer.keep_artifacts(artifacts)
         phases = [[each.name, each.began, each.ended, each.last_rank] for each in self._phases()]
         self._writer.end({**self._outcome(error), "ended": ended}, phases)
         from horovodrunner.flows.rundir.report import write_report

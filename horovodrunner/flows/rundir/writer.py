@@ -6,17 +6,18 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 from typing import Any
 
-from horovodrunner.flows.metrics.records import Bar, Point, decode_records
+from horovodrunner.flows.metrics.records import Bar, Point
 from horovodrunner.flows.metrics.series import Moments
 from horovodrunner.flows.profile.driver import Stacks, speedscope
 from horovodrunner.flows.rundir import layout
 from horovodrunner.flows.rundir.masking import Mask
 from horovodrunner.flows.rundir.steps import StepClock
-from horovodrunner.wire.events import Lines, Message, Note, Placed, Points, Profile, Usage
+from horovodrunner.wire.events import Lines, Message, Note, Placed, Profile, Usage
 
 __all__ = ["RecordWriter"]
 
@@ -40,7 +41,7 @@ class RecordWriter:
         self._facts: dict[str, Any] = {"format": layout.FORMAT, **facts}
         self._size = size
         self._mask = mask
-        self._attempt = 1
+        self.attempt = 1
         self._ranks: dict[int, _Rank] = {}
         self._history = _Thinned(directory / layout.HISTORY)
         self._usage = _Thinned(directory / layout.USAGE)
@@ -56,7 +57,7 @@ class RecordWriter:
 
     def begin(self, attempt: int) -> None:
         """Note that an attempt is launched."""
-        self._attempt = attempt
+        self.attempt = attempt
         self._write_open_steps()
         for rank in self._ranks.values():
             rank.clock.begin()
@@ -90,13 +91,13 @@ class RecordWriter:
         when = time.strftime("%H:%M:%S", time.gmtime())
         self._log(layout.RUN_LOG, f"{when} {event.text}\n".encode(errors="replace"))
 
-    def points(self, event: Points) -> None:
+    def records(self, number: int, records: Iterable[Point | Bar]) -> None:
         """Keep what a rank reported, and how fast it is."""
-        rank = self._rank(event.rank)
-        for record in decode_records(bytes(event.records), event.rank, self._attempt):
+        rank = self._rank(number)
+        for record in records:
             rank.clock.take(record)
             if isinstance(record, Bar):
-                rank.bar = [self._mask.text(record.description), record.done, record.total]
+                rank.draw(replace(record, description=self._mask.text(record.description)))
             else:
                 self._add(record)
         self._history.write()
@@ -110,14 +111,14 @@ class RecordWriter:
     def profile(self, event: Profile) -> None:
         """Keep where a rank's time went."""
         rank = self._rank(event.rank)
-        rank.seconds[self._attempt] = event.seconds
-        rank.waited[self._attempt] = event.waited
-        rank.may_have_waited[self._attempt] = event.may_have_waited
+        rank.seconds[self.attempt] = event.seconds
+        rank.waited[self.attempt] = event.waited
+        rank.may_have_waited[self.attempt] = event.may_have_waited
         self._has_news = True
         if (stacks := Stacks.of(event)) is None or not stacks.seconds:
             return
         title = f"rank {event.rank}"
-        rank.stacks[f"{title}, attempt {self._attempt}"] = stacks
+        rank.stacks[f"{title}, attempt {self.attempt}"] = stacks
         content = dumps(speedscope(rank.stacks, title)).encode()
         layout.replace_file(self.directory / layout.stacks_of(event.rank), content)
 
@@ -144,10 +145,12 @@ class RecordWriter:
         target = self.directory / layout.TIMELINES / path.name
         target.parent.mkdir(exist_ok=True)
         target.unlink(missing_ok=True)
-        try:
-            os.link(path, target)
-        except OSError:  # another file system
-            shutil.copyfile(path, target)
+        _link_or_copy(path, target)
+
+    def keep_artifacts(self, directory: Path) -> None:
+        """Take what ranks have left, without a copy where that can be."""
+        target = self.directory / layout.ARTIFACTS
+        shutil.copytree(directory, target, copy_function=_link_or_copy, dirs_exist_ok=True)
 
     def end(self, outcome: Mapping[str, Any], phases: Sequence[Sequence[Any]]) -> None:
         """Note how the run ended."""
@@ -228,21 +231,34 @@ class _Rank:
     def __init__(self) -> None:
         self.host = ""
         self.clock = StepClock()
-        self.bar: list[Any] | None = None
+        self.bar: Bar | None = None
         self.seconds: dict[int, float] = {}
         self.waited: dict[int, Mapping[str, float]] = {}
         self.may_have_waited: dict[int, Mapping[str, float]] = {}
         self.stacks: dict[str, Stacks] = {}
 
+    def draw(self, bar: Bar) -> None:
+        """Note the state of a bar; the outermost one says how far the rank is."""
+        if self.bar is None or self.bar.has_ended or bar.number <= self.bar.number:
+            self.bar = bar
+
     def summary(self) -> dict[str, Any]:
+        bar = self.bar
         return {
             "host": self.host,
-            "bar": self.bar,
+            "bar": None if bar is None else [bar.description, bar.done, bar.total],
             "seconds": sum(self.seconds.values()),
             "waited": _sums(self.waited.values()),
             "may_have_waited": _sums(self.may_have_waited.values()),
             **self.clock.summary(),
         }
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
 
 
 def _sums(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:

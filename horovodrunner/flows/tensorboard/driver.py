@@ -8,11 +8,12 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from horovodrunner.errors import ArgumentValueError, ConfigurationError
+from horovodrunner.flows.metrics.records import Bar, Point
 from horovodrunner.flows.metrics.scalars import Scalar, ScalarStream
 from horovodrunner.flows.observer import Observer, RunFacts
 from horovodrunner.storage import is_url, local_path, path_of_file_url
@@ -48,12 +49,17 @@ class TensorBoardWriter(Observer):
 
     title = "writing event files for TensorBoard"
 
-    def __init__(self, directory: Path, facts: RunFacts) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        facts: RunFacts,
+        records_of: Callable[[Points], Iterable[Point | Bar]],
+    ) -> None:
         began = time.strftime("%Y%m%d-%H%M%S", time.localtime(facts.began))
         self._run = self._directory = directory / f"{began}-{facts.run_id}"
         self._scalars = ScalarStream(abs(facts.np))
         self._files: dict[int, EventFile] = {}
-        self.handlers = {Points: self._take}
+        self.handlers = {Points: lambda event: self._take(records_of(event))}
         try:
             self._run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -67,14 +73,14 @@ class TensorBoardWriter(Observer):
         if attempt > 1:
             self._finish()
             self._directory = self._run / f"attempt-{attempt}"
-        self._scalars.begin(attempt)
+        self._scalars.begin()
 
     def end(self, error: BaseException | None) -> None:
         """Complete the files."""
         self._finish()
 
-    def _take(self, event: Points) -> None:
-        self._write(self._scalars.take(event))
+    def _take(self, records: Iterable[Point | Bar]) -> None:
+        self._write(self._scalars.take(records))
         for file in self._files.values():
             file.flush()
 
