@@ -27,11 +27,13 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
 from horovodrunner.flows.metrics.driver import MetricsRecorder
 from horovodrunner.flows.metrics.history import History
+from horovodrunner.flows.mlflow.driver import Sources, reporters, require_mlflow
 from horovodrunner.flows.observer import Observer, Observers, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.progress.driver import ProgressView
 from horovodrunner.flows.progress.screens import find_screen
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
+from horovodrunner.flows.tensorboard.driver import TensorBoardWriter, checked_directory
 from horovodrunner.formatting import format_bytes
 from horovodrunner.pickling import payload
 from horovodrunner.placement.environment import forwarded_environment, hash_seed
@@ -152,6 +154,14 @@ class HorovodRunner:
         URL of any fsspec file system, to which what is new is uploaded every 30 seconds. It has
         arguments, versions, metrics, all output, where the time went, and ``report.html``, and
         it is there after a crash as well. Passwords, tokens and keys are masked.
+    mlflow
+        Whether the run is reported to MLflow, from the driver: metrics, parameters, versions, what
+        the hosts use, and the outcome. ``"auto"``: to the run that is active here, if there is
+        one. True starts one otherwise, and ends it. ``mlflow.start_run()`` in main goes on with it
+        where the tracking server can be reached.
+    tensorboard_dir
+        A directory on the driver for event files of what main reports, which TensorBoard shows;
+        each run has a directory of its own in it.
 
     Raises
     ------
@@ -160,7 +170,8 @@ class HorovodRunner:
     ArgumentValueError
         If an argument has a value that cannot work.
     ConfigurationError
-        If ``horovodrun_args`` is given where Horovod is not installed.
+        If ``horovodrun_args`` is given where Horovod is not installed, ``mlflow=True`` where
+        MLflow is not, or ``tensorboard_dir`` where TensorBoard is not.
 
     Examples
     --------
@@ -197,6 +208,8 @@ class HorovodRunner:
         keep_warm: bool | str = AUTO,
         progress: bool | str = AUTO,
         run_dir: str | os.PathLike[str] | None = None,
+        mlflow: bool | str = AUTO,
+        tensorboard_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         given = locals()
         self._options = {
@@ -230,6 +243,16 @@ class HorovodRunner:
         self._profile_launch = checked.boolean("profile_launch", profile_launch)
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
         self._progress = checked.boolean_or(AUTO, "progress", progress)
+        self._mlflow = checked.boolean_or(AUTO, "mlflow", mlflow)
+        if self._mlflow is True:
+            require_mlflow()
+        self._tensorboard_dir = (
+            None
+            if tensorboard_dir is None
+            else checked_directory(
+                "tensorboard_dir", checked.path("tensorboard_dir", tensorboard_dir)
+            )
+        )
         self._run_dir = None if run_dir is None else checked.path("run_dir", run_dir)
         self._run_directory: RunDirectory | None = None  # of the last run
         self._own_history: CheckpointStore | None = None  # of the last run with resume=False
@@ -367,8 +390,9 @@ class HorovodRunner:
             files.paths,
         )
         artifacts = self._make_stores(facts, recorder, console)
-        own = (recorder, artifacts, view, *self._observers(facts), self._run_directory)
-        observers = Observers([each for each in own if each is not None], console.note)
+        own = (recorder, artifacts, view, self._run_directory)
+        others = self._observers(facts, recorder, console)
+        observers = Observers([*filter(None, own), *others], console.note)
 
         def launch(attempt: int) -> Outcome:
             files.begin(attempt)
@@ -383,7 +407,10 @@ class HorovodRunner:
                 token=secrets.token_bytes(TOKEN_BYTES),
                 attempt=attempt,
                 early_imports=frameworks,
-                environment={k: v for k, v in environment.items() if k not in files.variables},
+                environment={
+                    **{k: v for k, v in environment.items() if k not in files.variables},
+                    **observers.environment,
+                },
                 import_path=ImportPath.of_this_process(),
                 stream_output=shows_output or observers.wants_output,
                 driver_shows_output=shows_output,
@@ -420,9 +447,17 @@ class HorovodRunner:
                 store.prune()
             console.show(0)
 
-    def _observers(self, facts: RunFacts) -> list[Observer]:
-        """Make what follows a run on the driver."""
-        return []
+    def _observers(
+        self, facts: RunFacts, recorder: MetricsRecorder, console: Console
+    ) -> list[Observer]:
+        """Make what follows a run on the driver, beside what belongs to every run."""
+        observers: list[Observer] = []
+        if self._tensorboard_dir is not None:
+            observers.append(TensorBoardWriter(self._tensorboard_dir, facts, recorder.records_of))
+        # the last one: what the record has at its end is to be in MLflow, too
+        sources = Sources(recorder.records_of, self._artifacts, self._run_directory)
+        observers += reporters(self._mlflow, facts, sources, console)
+        return observers
 
     def _make_stores(
         self, facts: RunFacts, recorder: MetricsRecorder, console: Console

@@ -54,6 +54,11 @@ class Observer:
     """Whether ``Profile`` events are to come."""
     handlers: Handlers = types.MappingProxyType({})
 
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables that the ranks of the attempt that has begun are to have."""
+        return {}
+
     def begin(self, attempt: int) -> None:
         """Note that an attempt is launched, counted from 1."""
 
@@ -75,6 +80,14 @@ class Observers:
             {kind: self._guarded(each, handler) for kind, handler in each.handlers.items()}
             for each in observers
         ]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that the ranks of the attempt that has begun are to have."""
+        found: dict[str, str] = {}
+        for each in self._observers:
+            self._guarded(each, lambda each: found.update(each.environment))(each)
+        return found
 
     def begin(self, attempt: int) -> None:
         """Note that an attempt is launched."""

@@ -24,7 +24,7 @@ from typing import Any
 from horovodrunner.flows.call.record import HIDDEN, MAX_ENTRIES, MAX_TEXT, RunRecord
 from horovodrunner.pickling.installed import is_of_a_python
 
-__all__ = ["describe_values", "may_be_secret", "record_call"]
+__all__ = ["describe_values", "looks_secret", "may_be_secret", "record_call"]
 
 _MAX_ITEMS = 100
 """A longer collection is data, not a setting: only its length counts."""
@@ -367,7 +367,7 @@ def _type_text(value: Any) -> str:
 
 
 def _quoted(text: str, length: int | None = None, unit: str = "characters") -> str:
-    if _looks_secret(text):
+    if looks_secret(text):
         return _concealed(text)
     length = len(text) if length is None else length
     shown = repr(text[:MAX_TEXT])
@@ -402,7 +402,8 @@ def may_be_secret(name: str, value: Any) -> bool:
     return not secret.isdisjoint(re.findall(r"[a-z]+", words))
 
 
-def _looks_secret(text: str) -> bool:
+def looks_secret(text: str) -> bool:
+    """Whether a text has the form of a secret, or has one in it."""
     start = text[:20_000]
     return _SECRET_TEXT.search(start) is not None or _LOOKS_RANDOM.fullmatch(start) is not None
 

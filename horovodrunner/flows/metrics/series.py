@@ -178,6 +178,7 @@ class Moments:
         self.min = self.max = float("nan")
 
     def add(self, value: float) -> None:
+        """Take a number."""
         self.count += 1
         self.total += value
         if math.isnan(value):
@@ -189,4 +190,5 @@ class Moments:
 
     @property
     def mean(self) -> float:
+        """The mean of all, NaN if one is."""
         return self.total / self.count
