@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any, TextIO
 
 from horovodrunner import __version__
@@ -27,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
             from horovodrunner.doctor import run_doctor
 
             return run_doctor(_say)
+        if chosen.command == "report":
+            return _report(Path(chosen.directory))
         return _build_horovod(check=chosen.check, force=chosen.force)
     except HorovodRunnerError as error:
         _say(f"error: {error}", sys.stderr)
@@ -34,6 +37,17 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted; nothing was installed", sys.stderr)
         return 130
+
+
+def _report(directory: Path) -> int:
+    from horovodrunner.flows.rundir.report import write_report
+
+    try:
+        _say(str(write_report(directory)))
+    except OSError as error:
+        _say(f"error: the report cannot be written: {error}", sys.stderr)
+        return 1
+    return 0
 
 
 def _build_horovod(*, check: bool, force: bool) -> int:
@@ -83,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
         help="look at Python, Java, Spark, Horovod, frameworks, GPUs and network, "
         "and say what to do about problems",
     )
+    report = commands.add_parser(
+        "report",
+        help="write the report of a run anew, from the directory that run_dir= keeps",
+    )
+    report.add_argument("directory", metavar="DIR", help="the directory of one run")
     build = commands.add_parser(
         "build-horovod",
         help="build and install Horovod for the installed torch and tensorflow",

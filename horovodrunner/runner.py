@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import os
 import secrets
@@ -27,11 +28,13 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
 from horovodrunner.flows.metrics.driver import MetricsRecorder
 from horovodrunner.flows.metrics.history import History
+from horovodrunner.flows.mlflow.driver import Sources, reporters, require_mlflow
 from horovodrunner.flows.observer import Observer, Observers, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.progress.driver import ProgressView
 from horovodrunner.flows.progress.screens import find_screen
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
+from horovodrunner.flows.tensorboard.driver import TensorBoardWriter, checked_directory
 from horovodrunner.formatting import format_bytes
 from horovodrunner.pickling import payload
 from horovodrunner.placement.environment import forwarded_environment, hash_seed
@@ -46,11 +49,15 @@ from horovodrunner.wire.events import Handlers
 
 if TYPE_CHECKING:
     from horovodrunner.data.unshared import UnsharedDataSet
+    from horovodrunner.flows.rundir.driver import RunDirectory
 
 __all__ = ["HorovodRunner", "SavedCheckpoint"]
 
 AUTO = "auto"
 TOKEN_BYTES = 32
+
+USAGE_SECONDS = 10.0
+"""How often ranks report what they use, to observers that want it."""
 
 
 _OLD_OPTIONS = {"checkpoint_errors": "on_checkpoint_error", "show_phases": "profile_launch"}
@@ -143,6 +150,19 @@ class HorovodRunner:
         Whether the progress and the metrics that main reports (:mod:`horovodrunner.metrics`) are
         shown while the run goes on: in a notebook in an area that is updated in place, in a
         terminal as tqdm's bars, elsewhere as a line every 30 seconds. ``"auto"`` is as True.
+    run_dir
+        Where a record of every run is kept, in a directory of its own: a path on the driver, or a
+        URL of any fsspec file system, to which what is new is uploaded every 30 seconds. It has
+        arguments, versions, metrics, all output, where the time went, and ``report.html``, and
+        it is there after a crash as well. Passwords, tokens and keys are masked.
+    mlflow
+        Whether the run is reported to MLflow, from the driver: metrics, parameters, versions, what
+        the hosts use, and the outcome. ``"auto"``: to the run that is active here, if there is
+        one. True starts one otherwise, and ends it. ``mlflow.start_run()`` in main goes on with it
+        where the tracking server can be reached.
+    tensorboard_dir
+        A directory on the driver for event files of what main reports, which TensorBoard shows;
+        each run has a directory of its own in it.
 
     Raises
     ------
@@ -151,7 +171,8 @@ class HorovodRunner:
     ArgumentValueError
         If an argument has a value that cannot work.
     ConfigurationError
-        If ``horovodrun_args`` is given where Horovod is not installed.
+        If ``horovodrun_args`` is given where Horovod is not installed, ``mlflow=True`` where
+        MLflow is not, or ``tensorboard_dir`` where TensorBoard is not.
 
     Examples
     --------
@@ -187,6 +208,9 @@ class HorovodRunner:
         profile_launch: bool = False,
         keep_warm: bool | str = AUTO,
         progress: bool | str = AUTO,
+        run_dir: str | os.PathLike[str] | None = None,
+        mlflow: bool | str = AUTO,
+        tensorboard_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         given = locals()
         self._options = {
@@ -220,6 +244,18 @@ class HorovodRunner:
         self._profile_launch = checked.boolean("profile_launch", profile_launch)
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
         self._progress = checked.boolean_or(AUTO, "progress", progress)
+        self._mlflow = checked.boolean_or(AUTO, "mlflow", mlflow)
+        if self._mlflow is True:
+            require_mlflow()
+        self._tensorboard_dir = (
+            None
+            if tensorboard_dir is None
+            else checked_directory(
+                "tensorboard_dir", checked.path("tensorboard_dir", tensorboard_dir)
+            )
+        )
+        self._run_dir = None if run_dir is None else checked.path("run_dir", run_dir)
+        self._run_directory: RunDirectory | None = None  # of the last run
         self._own_history: CheckpointStore | None = None  # of the last run with resume=False
         self._phases: tuple[Phase, ...] = ()
         self._history = History()
@@ -262,10 +298,40 @@ class HorovodRunner:
     def artifacts(self) -> Path | None:
         """The directory with what the last run's ranks left, ``rank-N/...``; None if nothing.
 
-        See :mod:`horovodrunner.artifacts`. The directory goes with the next run of this runner, and
-        with this process.
+        See :mod:`horovodrunner.artifacts`. It is a part of the run's record in ``run_dir``. Without
+        one, or behind a URL, the directory goes with the next run of this runner, and with this
+        process.
         """
         return self._artifacts.directory
+
+    @property
+    def record(self) -> str | None:
+        """The directory of the last run in ``run_dir``, a path or a URL; None without any.
+
+        Examples
+        --------
+        >>> runner = HorovodRunner(np=-1, run_dir="runs")
+        >>> runner.run(train)  # doctest: +SKIP
+        >>> runner.record  # doctest: +SKIP
+        '/home/me/runs/20260131-101500-1f0c22ab'
+        """
+        return None if self._run_directory is None else self._run_directory.location
+
+    def __repr__(self) -> str:
+        """Return the call that makes this runner, without what a URL has before its ``@``."""
+        from horovodrunner.flows.rundir.masking import Mask
+
+        options = ", ".join(f"{name}={checked.shown(it)}" for name, it in self._options.items())
+        return Mask().text(f"{type(self).__name__}({options})")
+
+    def _repr_html_(self) -> str:
+        """Return the same, and what the last run reported; notebooks show it."""
+        parts = [f"<code>{html.escape(repr(self))}</code>"]
+        if self._history.last is not None:
+            parts.append(self._history._repr_html_())
+        if self.record is not None:
+            parts.append(f"<div>record: <code>{html.escape(self.record)}</code></div>")
+        return "".join(parts)
 
     @explained(wrong_run)
     def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
@@ -325,16 +391,25 @@ class HorovodRunner:
         data = tuple(attachments.values())
         self._history = History(abs(self._np))
         recorder = MetricsRecorder(self._history)
-        self._artifacts.discard()
-        self._artifacts = artifacts = ArtifactStore()
         view = self._progress_view(recorder)
-        console = Console(executors_have_lines=self._np >= 0, drawing=view)
-        facts = RunFacts(run_id, self._np, name_of(main), kwargs, self._options, began)
-        observers = Observers(
-            [recorder, artifacts, *([view] if view else []), *self._observers(facts)], console.note
+        shows_output = self._verbosity == "all" or self._np < 0
+        console = Console(
+            executors_have_lines=self._np >= 0, shows_lines=shows_output, drawing=view
         )
-        announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
-        self._warn(main, kwargs, len(call))
+        facts = RunFacts(
+            run_id,
+            self._np,
+            name_of(main),
+            kwargs,
+            self._options,
+            began,
+            environment,
+            files.paths,
+        )
+        artifacts = self._make_stores(facts, recorder, console)
+        own = (recorder, artifacts, view, self._run_directory)
+        others = self._observers(facts, recorder, console)
+        observers = Observers([*filter(None, own), *others], console.note)
 
         def launch(attempt: int) -> Outcome:
             files.begin(attempt)
@@ -349,9 +424,15 @@ class HorovodRunner:
                 token=secrets.token_bytes(TOKEN_BYTES),
                 attempt=attempt,
                 early_imports=frameworks,
-                environment={k: v for k, v in environment.items() if k not in files.variables},
+                environment={
+                    **{k: v for k, v in environment.items() if k not in files.variables},
+                    **observers.environment,
+                },
                 import_path=ImportPath.of_this_process(),
-                stream_output=self._verbosity == "all" or self._np < 0,
+                stream_output=shows_output or observers.wants_output,
+                driver_shows_output=shows_output,
+                usage_seconds=USAGE_SECONDS if observers.wants_usage else None,
+                profiles=observers.wants_profiles,
                 stall_timeout=self._stall_timeout,
                 checkpoint_location=None if store is None else store.location,
                 keep_checkpoints=3 if store is None else store.keep,
@@ -366,6 +447,8 @@ class HorovodRunner:
 
         ended_by: BaseException | None = None
         try:
+            announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
+            self._warn(main, kwargs, len(call))
             return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
         except KeyboardInterrupt as error:
             ended_by = error
@@ -375,15 +458,46 @@ class HorovodRunner:
             ended_by = error
             raise
         finally:
-            observers.end(ended_by)
             self._note_phases(spans, console, began)
+            observers.end(ended_by)
             if store is not None:
                 store.prune()
             console.show(0)
 
-    def _observers(self, facts: RunFacts) -> list[Observer]:
-        """Make what follows a run on the driver."""
-        return []
+    def _observers(
+        self, facts: RunFacts, recorder: MetricsRecorder, console: Console
+    ) -> list[Observer]:
+        """Make what follows a run on the driver, beside what belongs to every run."""
+        observers: list[Observer] = []
+        if self._tensorboard_dir is not None:
+            observers.append(TensorBoardWriter(self._tensorboard_dir, facts, recorder.records_of))
+        # the last one: what the record has at its end is to be in MLflow, too
+        sources = Sources(recorder.records_of, self._artifacts, self._run_directory)
+        observers += reporters(self._mlflow, facts, sources, console)
+        return observers
+
+    def _make_stores(
+        self, facts: RunFacts, recorder: MetricsRecorder, console: Console
+    ) -> ArtifactStore:
+        """Make the directory of this run, if the user wants one, and where artifacts come to."""
+        self._artifacts.discard()
+        self._run_directory = None
+        if self._run_dir is None:
+            self._artifacts = ArtifactStore()
+            return self._artifacts
+        from horovodrunner.flows.rundir.driver import RunDirectory
+
+        self._run_directory = record = RunDirectory(
+            self._run_dir,
+            facts,
+            records_of=recorder.records_of,
+            phases=lambda: self.phases,
+            checkpoints=lambda: self.checkpoints,
+            artifacts=lambda: self._artifacts.directory,
+        )
+        console.note(f"the record of this run: {record.shown}", routine=True)
+        self._artifacts = ArtifactStore(record.artifacts)
+        return self._artifacts
 
     def _progress_view(self, recorder: MetricsRecorder) -> ProgressView | None:
         """Make what shows how far the run is, unless the user wants nothing of it."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from horovodrunner.formatting import in_one_line
@@ -31,6 +32,10 @@ class RunFacts:
     """The options of HorovodRunner that are not their defaults."""
     began: float
     """Seconds since the epoch."""
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """The driver's variables that reach the ranks."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Where files that Horovod writes are put on the driver, by the variable that names each."""
 
 
 class Observer:
@@ -41,7 +46,18 @@ class Observer:
     """
 
     title = "observing the run"
+    wants_usage = False
+    """Whether ``Usage`` events are to come."""
+    wants_output = False
+    """Whether all output of the ranks is to come, as ``Lines``, even if the cell shows none."""
+    wants_profiles = False
+    """Whether ``Profile`` events are to come."""
     handlers: Handlers = types.MappingProxyType({})
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables that the ranks of the attempt that has begun are to have."""
+        return {}
 
     def begin(self, attempt: int) -> None:
         """Note that an attempt is launched, counted from 1."""
@@ -57,10 +73,21 @@ class Observers:
         self._note = note
         self._failed: set[Observer] = set()
         self._observers = observers
+        self.wants_usage = any(each.wants_usage for each in observers)
+        self.wants_profiles = any(each.wants_profiles for each in observers)
+        self.wants_output = any(each.wants_output for each in observers)
         self.handlers = [
             {kind: self._guarded(each, handler) for kind, handler in each.handlers.items()}
             for each in observers
         ]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that the ranks of the attempt that has begun are to have."""
+        found: dict[str, str] = {}
+        for each in self._observers:
+            self._guarded(each, lambda each: found.update(each.environment))(each)
+        return found
 
     def begin(self, attempt: int) -> None:
         """Note that an attempt is launched."""
@@ -81,7 +108,6 @@ class Observers:
             except Exception as error:
                 self._failed.add(observer)
                 _logger.debug("%s failed", observer.title, exc_info=error)
-                text = f"{type(error).__name__}: {in_one_line(error)}"
-                self._note(f"{observer.title} ends here, the run goes on: {text}")
+                self._note(f"{observer.title} ends here, the run goes on: {in_one_line(error)}")
 
         return call

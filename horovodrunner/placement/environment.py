@@ -32,6 +32,9 @@ KEPT_MODELS = "HOROVODRUNNER_MODELS"
 IMPORT_PATH = "HOROVODRUNNER_IMPORT_PATH"
 """JSON: what ``sys.path`` is to be in a worker, which removes the variable when it starts."""
 
+MLFLOW = "HOROVODRUNNER_MLFLOW"
+"""Set in ranks whose driver reports the run to MLflow."""
+
 MAIN_NAMES = "HOROVODRUNNER_MAIN_NAMES"
 """Where a process that main starts finds the names that ``__main__`` holds in the worker."""
 

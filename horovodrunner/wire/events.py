@@ -137,6 +137,16 @@ class Beat(Event):
     seconds: float = 0.0
 
 
+class Profile(Event):
+    """Where main's time went: by stack (flows/profile), and in calls that wait, or may wait."""
+
+    rank: int
+    seconds: float
+    waited: dict[str, float]
+    may_have_waited: dict[str, float]
+    stacks: bytes
+
+
 class Message(Event):
     """A call of ``log_to_driver``."""
 
@@ -186,6 +196,7 @@ class Job(Event):
     scratch: str = ""
     keeps_checkpoints: bool = False
     beat_seconds: float = 5.0
+    profiles: bool = False
     call: bytes = b""
 
 
@@ -220,6 +231,25 @@ class Points(Event):
 
     rank: int
     records: bytes
+
+
+class Usage(Event):
+    """What a rank's processes, and its host, use at a time (seconds since the epoch).
+
+    ``cpu_percent`` is of one core, ``host_cpu_percent`` of all; memory is in bytes. A GPU has its
+    index, utilisation in percent (NaN: not known), and bytes in use and in all; the first rank of
+    each host reports them.
+    """
+
+    rank: int
+    host: str
+    time: float
+    cpu_percent: float
+    memory: int
+    host_cpu_percent: float
+    host_memory_used: int
+    host_memory_total: int
+    gpus: tuple[tuple[int, float, int, int], ...] = ()
 
 
 class RankPhases(Event):

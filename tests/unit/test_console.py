@@ -17,6 +17,7 @@ from horovodrunner import log_to_driver
 from horovodrunner.flows.logs import driver as console_module
 from horovodrunner.flows.logs import showing
 from horovodrunner.flows.logs.driver import Console
+from horovodrunner.wire.events import Lines, Message
 from tests import processes
 from tests.waiting import wait_until
 
@@ -37,6 +38,14 @@ def test_everything_taken_is_printed_in_order_by_the_thread_that_shows(
     assert console.show(timeout=10)
     thread.join()
     assert capsys.readouterr().out == "HorovodRunner: hello\n[0]<stdout>:a\nm\n"
+
+
+def test_output_that_is_only_kept_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(shows_lines=False)
+    for event in (Lines(0, "stdout", b"printed\n"), Message(0, "sent")):
+        console.handlers[type(event)](event)
+    console.show(timeout=0)
+    assert capsys.readouterr().out == "sent\n"
 
 
 def test_show_returns_when_its_time_is_up(capsys: pytest.CaptureFixture[str]) -> None:

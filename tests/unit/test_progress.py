@@ -42,7 +42,7 @@ class TestWords:
     def test_all_of_it_is_told(self) -> None:
         head, bar, metrics = in_words(state(checkpoint=40, attempt=2, attempts=3)).splitlines()
         assert head == (
-            "running, 01:05; 2 ranks on 2 hosts 1 training, 1 waiting in allreduce; "
+            "running, 01:05; 2 ranks on 2 hosts: 1 training, 1 waiting in allreduce; "
             "attempt 2 of 3; checkpoint of step 40"
         )
         assert bar.startswith("epoch:  25%|")

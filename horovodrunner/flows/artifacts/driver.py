@@ -38,6 +38,11 @@ class BroughtFiles:
         """The variables whose files are to be brought."""
         return tuple(self._paths)
 
+    @property
+    def paths(self) -> Mapping[str, Path]:
+        """Where the files are put, by variable."""
+        return dict(self._paths)
+
     def begin(self, attempt: int) -> None:
         """Keep the files of the attempt before, if they came, beside the ones that will come."""
         for variable in self._arrived:

@@ -28,6 +28,12 @@ class JobSpec:
     driver_address: tuple[str, int] | None = None
     stream_output: bool = False
     """Whether the workers' output goes to the driver, not only ``log_to_driver`` messages."""
+    driver_shows_output: bool = False
+    """Whether the driver shows that output; it may only keep it."""
+    usage_seconds: float | None = None
+    """How often the use of processors and memory is reported; None: never."""
+    profiles: bool = False
+    """Whether the ranks report where main's time goes."""
     shares_terminal: bool = False
     """Whether the tasks' own log is the driver's terminal."""
     max_result_bytes: int | None = None

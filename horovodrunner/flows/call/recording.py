@@ -24,7 +24,7 @@ from typing import Any
 from horovodrunner.flows.call.record import HIDDEN, MAX_ENTRIES, MAX_TEXT, RunRecord
 from horovodrunner.pickling.installed import is_of_a_python
 
-__all__ = ["record_call"]
+__all__ = ["describe_values", "looks_secret", "may_be_secret", "record_call"]
 
 _MAX_ITEMS = 100
 """A longer collection is data, not a setting: only its length counts."""
@@ -94,6 +94,15 @@ def record_call(
     )
 
 
+def describe_values(values: Mapping[str, Any]) -> dict[str, str]:
+    """Write values as texts, what a configuration consists of one by one; no secret is shown."""
+    writer = _Writer()
+    with contextlib.suppress(Exception):  # anybody's objects may do anything
+        for name, value in values.items():
+            writer.describe(writer.arguments, name, value)
+    return writer.arguments
+
+
 def _arguments(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield main's arguments with its defaults: a default that was edited is another argument."""
     try:
@@ -133,7 +142,7 @@ class _Writer:
             self.describe(entries, f"{name}{label}", item, depth + 1)
         if not parts:
             entries.setdefault(
-                _bounded(name), _concealed(text) if _may_be_secret(name, value) else text
+                _bounded(name), _concealed(text) if may_be_secret(name, value) else text
             )
         self._follow(value)
 
@@ -358,7 +367,7 @@ def _type_text(value: Any) -> str:
 
 
 def _quoted(text: str, length: int | None = None, unit: str = "characters") -> str:
-    if _looks_secret(text):
+    if looks_secret(text):
         return _concealed(text)
     length = len(text) if length is None else length
     shown = repr(text[:MAX_TEXT])
@@ -383,7 +392,8 @@ def _concealed(text: str) -> str:
     return text if text.startswith(HIDDEN) else f"{HIDDEN} {_digest(text)[:4]}"
 
 
-def _may_be_secret(name: str, value: Any) -> bool:
+def may_be_secret(name: str, value: Any) -> bool:
+    """Whether a name says that its value is a password, a token, a key or the like."""
     if value is None or isinstance(value, bool):
         return False
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name.partition(" of ")[0]).lower()
@@ -392,7 +402,8 @@ def _may_be_secret(name: str, value: Any) -> bool:
     return not secret.isdisjoint(re.findall(r"[a-z]+", words))
 
 
-def _looks_secret(text: str) -> bool:
+def looks_secret(text: str) -> bool:
+    """Whether a text has the form of a secret, or has one in it."""
     start = text[:20_000]
     return _SECRET_TEXT.search(start) is not None or _LOOKS_RANDOM.fullmatch(start) is not None
 

@@ -20,7 +20,7 @@ from horovodrunner.flows.logs.showing import show_text
 from horovodrunner.flows.telemetry.phases import Phase
 from horovodrunner.formatting import in_one_line
 from horovodrunner.spark.interrupt import LOOK_UP_SECONDS, main_thread_was_interrupted
-from horovodrunner.wire.events import Handlers, Lines, Message, Note, Phases
+from horovodrunner.wire.events import Handlers, Lines, Message, Note, Phases, ignore
 
 __all__ = ["Console"]
 
@@ -48,10 +48,15 @@ class Console:
     """Takes lines from any thread and prints them in one.
 
     `executors_have_lines`: whether what is dropped here can be found in an executor's log.
+    `shows_lines`: whether the ranks' output is shown when it comes; their messages always are.
     """
 
     def __init__(
-        self, *, executors_have_lines: bool = True, drawing: Drawing | None = None
+        self,
+        *,
+        executors_have_lines: bool = True,
+        shows_lines: bool = True,
+        drawing: Drawing | None = None,
     ) -> None:
         self._executors_have_lines = executors_have_lines
         self._drawing = drawing
@@ -69,11 +74,14 @@ class Console:
         self.run_phases: tuple[Phase, ...] = ()
         """What the run told of its phases."""
         self.handlers: Handlers = {
-            Lines: lambda event: self.lines(prefix_lines(event.lines, event.rank, event.stream)),
+            Lines: self._take_lines if shows_lines else ignore,
             Message: lambda event: self.message(event.text),
             Note: lambda event: self.note(event.text, routine=event.routine),
             Phases: self._take_phases,
         }
+
+    def _take_lines(self, event: Lines) -> None:
+        self.lines(prefix_lines(event.lines, event.rank, event.stream))
 
     def lines(self, lines: bytes) -> None:
         """Take whole, prefixed lines of the workers; never blocks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from horovodrunner.flows.metrics.history import History
-from horovodrunner.flows.metrics.records import Bar, decode_records
+from horovodrunner.flows.metrics.records import Bar, Point, decode_records
 from horovodrunner.flows.observer import Observer
 from horovodrunner.wire.events import Points
 
@@ -21,6 +21,8 @@ class MetricsRecorder(Observer):
     def __init__(self, history: History) -> None:
         self._history = history
         self._attempt = 1
+        self._event: Points | None = None
+        self._records: list[Point | Bar] = []
         self.bars: dict[int, dict[int, Bar]] = {}
         """By rank and number: those that have not ended, and the last that did."""
         self.handlers = {Points: self._take}
@@ -30,8 +32,15 @@ class MetricsRecorder(Observer):
         self._attempt = attempt
         self.bars = {}
 
+    def records_of(self, event: Points) -> list[Point | Bar]:
+        """Return what an event has; others who follow the run need not decode it again."""
+        if event is not self._event:
+            decoded = decode_records(bytes(event.records), event.rank, self._attempt)
+            self._event, self._records = event, list(decoded)
+        return self._records
+
     def _take(self, event: Points) -> None:
-        for record in decode_records(bytes(event.records), event.rank, self._attempt):
+        for record in self.records_of(event):
             if isinstance(record, Bar):
                 self._draw(event.rank, record)
             else:

@@ -11,7 +11,7 @@ from itertools import compress
 
 from horovodrunner.flows.metrics.records import Point
 
-__all__ = ["PointTable", "RankSummary"]
+__all__ = ["Moments", "PointTable", "RankSummary"]
 
 _FACTOR, _MODULUS = 0x9E3779B97F4A7C15, 2**61 - 1
 """They mix a step's number: main may report odd steps only, or each 50th."""
@@ -193,7 +193,7 @@ class RankSummary:
     def __init__(self, most: int) -> None:
         self._most = most
         self._every = 1
-        self._steps: dict[tuple[int, int], dict[str, _Moments]] = {}
+        self._steps: dict[tuple[int, int], dict[str, Moments]] = {}
 
     @property
     def every(self) -> int:
@@ -207,7 +207,7 @@ class RankSummary:
         moments = self._steps.setdefault((point.attempt, point.step), {})
         for name, value in point.values.items():
             if (known := moments.get(name)) is None:
-                known = moments[name] = _Moments()
+                known = moments[name] = Moments()
             known.add(value)
         if len(self._steps) > self._most:
             self._every *= 2
@@ -216,12 +216,12 @@ class RankSummary:
     def _is_kept(self, step: int) -> bool:
         return step * _FACTOR % _MODULUS % self._every == 0
 
-    def at(self, attempt: int, step: int) -> Mapping[str, _Moments]:
+    def at(self, attempt: int, step: int) -> Mapping[str, Moments]:
         """Return what is known of a step."""
         return self._steps.get((attempt, step), {})
 
 
-class _Moments:
+class Moments:
     """Sums up a number over the ranks."""
 
     __slots__ = ("count", "max", "min", "total")
@@ -232,6 +232,7 @@ class _Moments:
         self.min = self.max = float("nan")
 
     def add(self, value: float) -> None:
+        """Take a number."""
         self.count += 1
         self.total += value
         if math.isnan(value):
@@ -243,4 +244,5 @@ class _Moments:
 
     @property
     def mean(self) -> float:
+        """The mean of all, NaN if one is."""
         return self.total / self.count

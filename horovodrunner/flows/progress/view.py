@@ -56,11 +56,10 @@ class RunState:
         if self.state != RUNNING:
             return size + on_hosts
         counts = Counter(self.ranks)
-        states = ", ".join(
-            state if count == len(self.ranks) else f"{count} {state}"
-            for state, count in sorted(counts.items())
-        )
-        return f"{size}{on_hosts} {states}"
+        if len(counts) == 1:
+            return f"{size}{on_hosts} {self.ranks[0]}"
+        states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+        return f"{size}{on_hosts}: {states}"
 
 
 def in_words(run: RunState) -> str:

@@ -12,9 +12,9 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from horovodrunner.flows.artifacts.places import directory_of_task
 from horovodrunner.flows.artifacts.task import bring_artifacts
@@ -270,9 +270,26 @@ class _Agent:
         on_result: Callable[[Layout], None] = lambda layout: None,
     ) -> list[Supervisor]:
         return [
-            Supervisor(worker, self._job_of(slot, members), emit, latest.get, on_result)
+            Supervisor(
+                worker,
+                self._job_of(slot, members),
+                emit,
+                latest.get,
+                on_result,
+                beside=self._usage_watch(worker, slot, emit),
+            )
             for worker, slot in zip(workers, slots, strict=True)
         ]
+
+    def _usage_watch(
+        self, worker: WorkerProcess, slot: Slot, emit: Sink
+    ) -> Callable[[], Coroutine[Any, Any, None]] | None:
+        if self._job.usage_seconds is None:
+            return None
+        from horovodrunner.flows.usage.task import watch_usage
+
+        seconds = self._job.usage_seconds
+        return lambda: watch_usage(slot, lambda: worker.pid, emit, seconds)
 
     async def _refuse(self, problem: str) -> Outcome:
         """Let no task go on; what the peers found first may be another problem."""
@@ -350,6 +367,7 @@ class _Agent:
             attempt=self._job.attempt,
             scratch=str(self._scratch),
             keeps_checkpoints=self._context.checkpoints is not None,
+            profiles=self._job.profiles,
             beat_seconds=min(BEAT_SECONDS, (self._job.stall_timeout or math.inf) / 4),
             call=self._job.payload,
         )

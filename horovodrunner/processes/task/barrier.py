@@ -105,7 +105,7 @@ def _context(
 ) -> TaskContext:
     partition = barrier.partitionId()
     # One terminal for all needs every line once: from the driver, or else from partition 0.
-    quiet = job.shares_terminal and (job.stream_output or partition != 0)
+    quiet = job.shares_terminal and (job.driver_shows_output or partition != 0)
     log = (lambda lines: None) if quiet else task_log.write
     gpus, gpu_problem = _gpus(barrier)
     (address, interface), address_problem = _address(job, barrier)

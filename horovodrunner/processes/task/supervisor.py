@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from horovodrunner.flows.logs.task import own_line
 from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome, speaks_of_peer_loss
@@ -47,6 +48,7 @@ class Supervisor:
 
     `emit` takes the events that do not end here. `get_latest` returns the latest checkpoint's copy;
     `on_result` takes the layout of what rank 0's main returned, which is in the worker's file.
+    `beside` runs as long as the worker does.
     """
 
     def __init__(
@@ -56,12 +58,15 @@ class Supervisor:
         emit: Sink,
         get_latest: Callable[[], Awaitable[Latest]],
         on_result: Callable[[Layout], None],
+        *,
+        beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self._worker = worker
         self._job = job
         self._pass_on = emit
         self._get_latest = get_latest
         self._on_result = on_result
+        self._beside = beside
         self._reported: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._answers: list[asyncio.Task[None]] = []
         self._last_stderr = b""
@@ -92,6 +97,8 @@ class Supervisor:
             asyncio.create_task(worker.send(self._job)),
             asyncio.create_task(self._stop_when_slow_to_leave()),
         ]
+        if self._beside is not None:
+            others.append(asyncio.create_task(self._beside()))
         try:
             status = await worker.wait()
             _logger.debug("rank %d: its process ended with %d", self._job.rank, status)

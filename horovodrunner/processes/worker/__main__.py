@@ -31,6 +31,7 @@ from horovodrunner.errors import PayloadError
 from horovodrunner.flows.call.import_path import before_stdlib
 from horovodrunner.flows.logs.debug import turn_on_if_wanted
 from horovodrunner.flows.metrics.worker import MetricsPipe
+from horovodrunner.flows.mlflow.worker import keep_autologging_to_rank_0
 from horovodrunner.flows.outcome.outcome import (
     Failure,
     FailureKind,
@@ -113,6 +114,7 @@ def run(spec: Job, call: bytes, control: ControlPipe, result_fd: int | None) -> 
     own_pid = os.getpid()
     began = time.time()
     os.environ.update(spec.environment)
+    keep_autologging_to_rank_0()
     become_main()
     show_source_of_threads()
     try:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import traceback
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from horovodrunner.flows.metrics.worker import MetricsPipe
 from horovodrunner.processes.worker.context import TaskLink
@@ -33,12 +33,18 @@ from horovodrunner.wire.events import (
 )
 from horovodrunner.wire.signals import EXIT_WITHOUT_PIPES, pipe_at
 
+if TYPE_CHECKING:
+    from horovodrunner.flows.profile.worker import StackProfile
+
 __all__ = ["ControlPipe", "leave_without_pipes"]
 
 _TOO_MANY_REPORTS = "they came faster than they could be read; report once in a while"
 
 SAMPLE_SECONDS = 1.0
 """How often the main thread is looked at, at least; a shorter call is never seen to wait."""
+
+PROFILE_SECONDS = 30.0
+"""How often it is reported where main's time goes, at least; at first more often."""
 
 
 class ControlPipe:
@@ -63,6 +69,8 @@ class ControlPipe:
         self._rank = -1
         self._beat_seconds = SAMPLE_SECONDS
         self._next_beat = 0.0
+        self._profile: StackProfile | None = None
+        self._profile_began = self._next_profile = 0.0
         self._main_runs = False
         self._main_began = 0.0
         self._times: dict[str, tuple[float, float]] = {}
@@ -80,6 +88,9 @@ class ControlPipe:
     def main_begins(self) -> None:
         """Report it, and from now on where main is."""
         self._main_began = self._now()
+        self._profile_began = self._monotonic()
+        self._next_profile = self._profile_began + SAMPLE_SECONDS
+        self._watch.begin()
         self._link.send(Started(self._rank))
         self._main_runs = True
 
@@ -92,6 +103,9 @@ class ControlPipe:
             if self._metrics.dropped:
                 text = f"{self._metrics.dropped} reports of rank {self._rank} are lost: "
                 self._link.send(Notice(self._rank, "metrics", text + _TOO_MANY_REPORTS))
+            if self._profile is not None:
+                with contextlib.suppress(Exception):  # main may have left little room for it
+                    self._link.send(self._profile.event(self._monotonic() - self._profile_began))
             self._link.send(MainEnded(self._rank))
 
     def times(self, imported_at: float, warmed: tuple[float, float]) -> WorkerTimes:
@@ -135,18 +149,27 @@ class ControlPipe:
 
     def _take_job(self, job: Job) -> None:
         self._rank, self._beat_seconds = job.rank, job.beat_seconds
+        if job.profiles:
+            from horovodrunner.flows.profile.worker import StackProfile
+
+            self._profile = StackProfile(job.rank)
         self._jobs.put(job)
 
     def _look_at_main(self) -> None:
         if not self._main_runs:
             return
         try:
-            beat = self._watch.sample(self._rank)
+            beat = self._watch.sample(self._rank, self._profile)
         except Exception:  # noqa: BLE001 - names in main's frames may be any object
             return
         if self._monotonic() >= self._next_beat:
             self._next_beat = self._monotonic() + self._beat_seconds * 0.9
             self._link.send_unless_busy(beat)
+        now = self._monotonic()
+        if self._profile is not None and now >= self._next_profile:
+            seconds = now - self._profile_began
+            self._next_profile = now + min(PROFILE_SECONDS, seconds)
+            self._link.send_unless_busy(self._profile.event(seconds))
 
     def _end_everything(self) -> None:
         """End this process group: the task is gone, or wants us gone."""

@@ -11,8 +11,12 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from horovodrunner.wire.events import Beat
+
+if TYPE_CHECKING:
+    from horovodrunner.flows.profile.worker import StackProfile
 
 __all__ = ["MainThreadWatch", "collective_of"]
 
@@ -94,10 +98,14 @@ class MainThreadWatch:
     def __init__(self) -> None:
         self._thread_id = threading.main_thread().ident
         self._call: FrameType | None = None
-        self._since = 0.0
+        self._since = self._sampled_at = 0.0
 
-    def sample(self, rank: int) -> Beat:
-        """Look at the main thread."""
+    def begin(self) -> None:
+        """Note that main begins."""
+        self._sampled_at = self._now()
+
+    def sample(self, rank: int, profile: StackProfile | None = None) -> Beat:
+        """Look at the main thread, and count the time since the last look where it is now."""
         frame = sys._current_frames().get(self._thread_id or 0)
         frames = list(_outwards(frame))
         call, waits_in, surely = self._waiting_call(frames)
@@ -105,6 +113,9 @@ class MainThreadWatch:
         if call is None or call is not self._call:
             self._since = now
         self._call = call
+        if profile is not None:
+            profile.add(frames, now - self._sampled_at, waits_in, surely=surely)
+        self._sampled_at = now
         return Beat(
             rank,
             where=_user_position(frames),

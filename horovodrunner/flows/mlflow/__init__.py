@@ -1,0 +1,1 @@
+"""Runs in MLflow: metrics, parameters, tags, system metrics and the outcome."""

@@ -1,0 +1,1 @@
+"""The record of a run: a directory that grows while it goes on."""

@@ -1,0 +1,1 @@
+"""Metrics as event files for TensorBoard."""

@@ -1,0 +1,1 @@
+"""What ranks and their hosts use of processors, memory and GPUs, back."""
