@@ -96,8 +96,10 @@ def report(step: int | None = None, *, ranks: str = "summary", **values: Any) ->
     if ranks != "summary":
         ranks = checked.choice("ranks", ranks, ("summary", "all"))
     for name, value in values.items():
-        if type(value) is not float:
-            values[name] = number_of(name, value)
+        kind = type(value)
+        if kind is float or (kind is int and -MAX_STEP <= value <= MAX_STEP):
+            continue
+        values[name] = number_of(name, value)
     context = current_context()
     if context is None:
         return
@@ -130,14 +132,19 @@ def number_of(name: str, value: Any) -> float:
             "have computed it; report every few steps if that costs time",
         )
     try:
-        return float(value.item() if hasattr(value, "item") else value)
+        if not hasattr(value, "item") and callable(getattr(value, "numpy", None)):
+            value = value.numpy()  # of TensorFlow
+        number = float(value.item() if hasattr(value, "item") else value)
+        if type(number) is float:  # in a tf.function it may be a tensor
+            return number
     except OverflowError as error:
         raise ArgumentValueError(
             f"{name}={checked.shown(value)}: {error}; a metric is kept as a float: give its "
             "logarithm, say"
         ) from None
-    except Exception:  # noqa: BLE001 - it is somebody's object
-        raise _not_a_number(name, value) from None
+    except Exception:  # noqa: BLE001, S110 - it is somebody's object
+        pass
+    raise _not_a_number(name, value)
 
 
 def _not_a_number(name: str, value: Any) -> ArgumentTypeError:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from horovodrunner import HorovodRunner
+from horovodrunner import HorovodRunner, metrics
+from horovodrunner.callbacks.bases import Reporter
 from horovodrunner.callbacks.keras import MetricsCallback
 from tests.process.test_log_callbacks import fit
 
@@ -27,6 +28,58 @@ def test_keras_3_on_torch() -> None:
     assert runner.run(main) == pytest.approx(runner.history["val_mae"][1])
     assert runner.history.metrics == ("loss", "mae", "val_loss", "val_mae")
     assert list(runner.history["loss"]) == [0, 1]
+
+
+def test_whatever_is_logged_training_goes_on(capfd: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        import numpy as np
+        import torch
+
+        class Broken:
+            @property
+            def shape(self) -> tuple[int, ...]:
+                raise RuntimeError
+
+        odd: list[Any] = [
+            np.array(["a"]),
+            np.array([None]),
+            torch.tensor(1j),
+            Broken(),
+            10**400,
+            "x",
+            None,
+        ]
+        logs: dict[Any, Any] = {"step": 1, "ranks": 2, 5: 6, "loss": torch.tensor([1.0])}
+        Reporter.report(1.0, logs | {10 + place: value for place, value in enumerate(odd)})
+        Reporter.report(None, {"loss": 2.0})
+        Reporter.report("best", {"loss": 3.0})
+        Reporter.report(3, {f"metric {number}": number for number in range(20_000)})
+
+    runner = HorovodRunner(np=-1)
+    runner.run(main)
+    assert [(point.step, point.values) for point in runner.history] == [
+        (1, {"step_": 1.0, "ranks_": 2.0, "5": 6.0, "loss": 1.0}),
+        (2, {"loss": 2.0}),
+    ]
+    assert capfd.readouterr().out.count("metrics of a callback are not kept") == 1
+
+
+@pytest.mark.heavy
+def test_numbers_of_tensorflow() -> None:
+    def main() -> str:
+        import tensorflow as tf
+
+        metrics.report(one=tf.constant([1.0]), two=tf.Variable([[2.0]]), three=tf.constant(3))
+        try:
+            tf.function(lambda number: metrics.report(loss=number))(tf.constant(1.0))
+        except Exception as error:
+            return str(error)
+        return ""
+
+    runner = HorovodRunner(np=-1)
+    assert "a metric is a number" in runner.run(main)
+    assert runner.history.last is not None
+    assert runner.history.last.values == {"one": 1.0, "two": 2.0, "three": 3.0}
 
 
 @pytest.mark.heavy

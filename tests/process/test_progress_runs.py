@@ -54,9 +54,8 @@ def test_a_notebook_keeps_the_final_state() -> None:
     assert "<svg" in history["text/html"]
 
 
-def test_a_terminal_has_bars_that_lines_do_not_tear(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(MAIN + "\nHorovodRunner(np=-1).run(train, epochs=3)\n")
+def on_terminal(script: Path) -> str:
+    """Run a script on a terminal, and return what it wrote."""
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 90, 0, 0))
     shown = b""
@@ -69,7 +68,33 @@ def test_a_terminal_has_bars_that_lines_do_not_tear(tmp_path: Path) -> None:
             pass
         process.wait()
     os.close(ours)
-    text = shown.decode()
+    return shown.decode()
+
+
+def test_a_terminal_has_bars_without_a_total(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        MAIN
+        + """
+def main():
+    for number, one in enumerate(metrics.progress((n for n in range(9)), desc="first\\nline")):
+        log_to_driver(f"line {number}")
+
+HorovodRunner(np=-1).run(main)
+HorovodRunner(np=-1).run(lambda: list(metrics.progress(range(0), desc="nothing")))
+"""
+    )
+    text = on_terminal(script)
+    assert "no longer shown" not in text
+    assert re.search(r"first line: 9it \[", text)
+    assert re.search(r"nothing: 0it \[", text)
+    assert text.count("nothing: 0it") <= 2  # one bar
+
+
+def test_a_terminal_has_bars_that_lines_do_not_tear(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(MAIN + "\nHorovodRunner(np=-1).run(train, epochs=3)\n")
+    text = on_terminal(script)
     assert re.search(r"epoch: 100%\|█+\| 3/3 \[.*loss 0.3333\]", text)
     lines = re.split(r"[\r\n]|\x1b\[[KA]", text)
     assert [line for line in lines if line.startswith("epoch ")] == [f"epoch {n}" for n in range(3)]

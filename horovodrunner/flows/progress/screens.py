@@ -80,12 +80,11 @@ class TerminalScreen:
             self._bars.pop(number).close()
         metrics = "" if run.history.last is None else first_in_words(run.history.last.values)
         if not shown:
-            bar = self._bars.get(0) or self._open(0, None, "{desc}")
-            self._bars = {0: bar}
+            bar = self._bar(0, None, "{desc}")
             last = run.history.last
             bar.set_description_str(f"{run.headline}; step {last.step if last else 0}: {metrics}")
         for place, state in enumerate(shown.values()):
-            bar = self._bars.get(state.number) or self._open(state.number, state.total, None)
+            bar = self._bar(state.number, state.total)
             bar.n, bar.total = state.done, state.total
             bar.start_t = min(bar.start_t, time.time() - (state.time - state.began))
             bar.set_description_str(printable(state.description), refresh=False)
@@ -96,18 +95,17 @@ class TerminalScreen:
                 bar.close()
             self._bars = {}
 
-    def _open(self, number: int, total: int | None, bar_format: str | None) -> Any:
-        is_first = not self._bars
-        bar = tqdm(
-            total=total,
-            position=len(self._bars),
-            leave=is_first,
-            bar_format=bar_format,
-            dynamic_ncols=True,
-            delay=1e-9,  # nothing before the first state
-        )
-        self._bars[number] = bar
-        return bar
+    def _bar(self, number: int, total: int | None, bar_format: str | None = None) -> Any:
+        if number not in self._bars:
+            self._bars[number] = tqdm(
+                total=total,
+                position=len(self._bars),
+                leave=not self._bars,
+                bar_format=bar_format,
+                dynamic_ncols=True,
+                delay=1e-9,  # nothing before the first state
+            )
+        return self._bars[number]
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
