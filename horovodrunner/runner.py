@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import os
 import secrets
@@ -315,6 +316,22 @@ class HorovodRunner:
         '/home/me/runs/20260131-101500-1f0c22ab'
         """
         return None if self._run_directory is None else self._run_directory.location
+
+    def __repr__(self) -> str:
+        """Return the call that makes this runner, without what a URL has before its ``@``."""
+        from horovodrunner.flows.rundir.masking import Mask
+
+        options = ", ".join(f"{name}={checked.shown(it)}" for name, it in self._options.items())
+        return Mask().text(f"{type(self).__name__}({options})")
+
+    def _repr_html_(self) -> str:
+        """Return the same, and what the last run reported; notebooks show it."""
+        parts = [f"<code>{html.escape(repr(self))}</code>"]
+        if self._history.last is not None:
+            parts.append(self._history._repr_html_())
+        if self.record is not None:
+            parts.append(f"<div>record: <code>{html.escape(self.record)}</code></div>")
+        return "".join(parts)
 
     @explained(wrong_run)
     def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:

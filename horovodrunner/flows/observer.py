@@ -108,7 +108,6 @@ class Observers:
             except Exception as error:
                 self._failed.add(observer)
                 _logger.debug("%s failed", observer.title, exc_info=error)
-                text = f"{type(error).__name__}: {in_one_line(error)}"
-                self._note(f"{observer.title} ends here, the run goes on: {text}")
+                self._note(f"{observer.title} ends here, the run goes on: {in_one_line(error)}")
 
         return call

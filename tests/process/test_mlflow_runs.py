@@ -24,6 +24,17 @@ pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 USER, PASSWORD = "admin", "a long password 1"
 
 
+AUTHENTICATION = """
+[mlflow]
+default_permission = READ
+database_uri = sqlite:///basic_auth.db
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+# else each request costs half a second of a processor
+auth_cache_ttl_seconds = 600
+auth_cache_max_size = 10
+"""
+
+
 class Server:
     """``mlflow server`` on a free port, and on the same one when it is started again."""
 
@@ -43,8 +54,10 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"]
         command += ["--host", "127.0.0.1", "--port", self.port, "--workers", "1"]
         command += ["--backend-store-uri", store, "--artifacts-destination", "artifacts"]
+        (self.directory / "auth.ini").write_text(AUTHENTICATION)
         environment = {
             **os.environ,
+            "MLFLOW_AUTH_CONFIG_PATH": str(self.directory / "auth.ini"),
             "MLFLOW_AUTH_ADMIN_USERNAME": USER,
             "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": "of a test",
@@ -264,7 +277,7 @@ def test_nothing_is_lost_while_the_server_is_stopped_and_started_again(
     (tmp_path / "step 0").touch()
     wait_until(lambda: len(runner.history) == 1)
     experiment = os.environ["MLFLOW_EXPERIMENT_ID"]
-    wait_until(lambda: client.search_runs([experiment]) and only_run(client).data.metrics)
+    wait_until(lambda: any(each.data.metrics for each in client.search_runs([experiment])))
     server.stop()
     (tmp_path / "step 1").touch()
     wait_until(lambda: len(runner.history) == 2)

@@ -15,6 +15,7 @@ import sparkdl
 
 import horovodrunner
 from horovodrunner import ConfigurationError, HorovodRunner
+from horovodrunner.flows.metrics.records import Point
 from horovodrunner.pickling import payload
 
 
@@ -128,7 +129,7 @@ def test_the_old_name_of_an_option_is_taken_with_a_warning(old: str, new: str, v
     with pytest.warns(DeprecationWarning, match=f"^{old}= is deprecated: .* {new}= now") as caught:
         runner = HorovodRunner(np=-1, **{old: value})
     assert caught[0].filename == __file__
-    assert vars(runner) == vars(HorovodRunner(np=-1, **{new: value}))
+    assert repr(runner) == repr(HorovodRunner(np=-1, **{new: value}))
     with pytest.raises(horovodrunner.ArgumentTypeError, match=f"give {new}= alone"):
         HorovodRunner(np=-1, **{old: value, new: value})
 
@@ -400,3 +401,20 @@ def test_resources_are_amounts_by_name(resources: Any) -> None:
 def test_resources_that_cannot_work_are_refused(resources: Any, error: str) -> None:
     with pytest.raises(ConfigurationError, match=f"resources=.*{error}"):
         HorovodRunner(np=2, resources=resources)
+
+
+def test_a_runner_shows_how_it_was_made() -> None:
+    assert repr(HorovodRunner(np=2)) == "HorovodRunner(np=2)"
+    assert repr(sparkdl.HorovodRunner(np=-1)) == "HorovodRunner(np=-1)"
+    runner = HorovodRunner(np=2, checkpoint_dir="memory://me:secret@host/x", max_restarts=1)
+    assert "secret" not in repr(runner)
+    assert repr(runner).startswith("HorovodRunner(np=2, checkpoint_dir='memory://")
+    assert "max_restarts=1" in repr(runner)
+
+
+def test_a_notebook_shows_what_was_reported() -> None:
+    runner = HorovodRunner(np=2, run_dir="<runs>")
+    assert "&lt;runs&gt;" in runner._repr_html_()
+    assert "<table>" not in runner._repr_html_()
+    runner.history._add(Point(3, {"loss": 0.5}))
+    assert "<table>" in runner._repr_html_()
