@@ -16,6 +16,7 @@ What lies below :func:`path` when a rank ends, however it ends, is put on the dr
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 from pathlib import Path, PurePosixPath
@@ -24,14 +25,14 @@ from typing import Any
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentValueError
 from horovodrunner.flows.artifacts.places import directory_of_rank
-from horovodrunner.processes.worker.context import current_context
+from horovodrunner.processes.worker.context import inherited_context
 
 __all__ = ["path", "torch_profiler"]
 
 _outside: Path | None = None
 
 
-def path(name: str = "") -> Path:
+def path(name: str | os.PathLike[str] = "") -> Path:
     """Return where this rank is to write a file, or a directory of files.
 
     All ranks may use the same names. Of each rank 1 GiB is brought to the driver, and of a run
@@ -52,31 +53,36 @@ def path(name: str = "") -> Path:
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        If `name` is not a str, or leads out of the rank's directory.
+        If `name` is neither a str nor a path, or leads out of the rank's directory.
 
     Examples
     --------
     >>> path("samples/7.txt").write_text("a sample")  # doctest: +SKIP
     """
     global _outside
-    name = checked.text("name", name)
+    name = checked.text("name", os.fspath(name) if isinstance(name, os.PathLike) else name)
     parts = PurePosixPath(name).parts
     if PurePosixPath(name).is_absolute() or ".." in parts or "\0" in name:
         raise ArgumentValueError(
             f"artifacts.path({name!r}): give a path relative to the rank's own directory, such as "
             "'trace.json'"
         )
-    context = current_context()
+    context = inherited_context()
     if context is not None:
         directory = directory_of_rank(Path(context.spec.scratch), context.spec.rank)
     else:
         if _outside is None:
             _outside = Path(tempfile.mkdtemp(prefix="horovodrunner-artifacts-"))
-            atexit.register(shutil.rmtree, _outside, ignore_errors=True)
+            atexit.register(_remove, _outside, os.getpid())
         directory = _outside
     found = directory / name
     (found.parent if parts else found).mkdir(parents=True, exist_ok=True)
     return found
+
+
+def _remove(directory: Path, owner_pid: int) -> None:
+    if os.getpid() == owner_pid:  # not one that it forked
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def torch_profiler(

@@ -10,6 +10,7 @@ __all__ = [
     "format_bytes",
     "full_name",
     "in_one_line",
+    "printable",
     "ranks_in_words",
     "short_name",
 ]
@@ -73,6 +74,13 @@ def in_one_line(error: BaseException) -> str:
         text = f"(its text cannot be had: {short_name(type(broken))})"
     name = short_name(type(error))
     return f"{name}: {text}".replace("\n", " ") if text else name
+
+
+def printable(text: str) -> str:
+    """Return a text as one line, without what moves a cursor or has no encoding."""
+    if text.isprintable():
+        return text
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def format_bytes(count: int) -> str:

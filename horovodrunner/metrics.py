@@ -18,8 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import operator
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -38,10 +41,23 @@ MAX_RECORD_BYTES = 128 * 1024
 BAR_SECONDS = 0.1
 """A bar is reported so often, as tqdm draws one."""
 
+TQDM_OPTIONS = {
+    *("leave", "file", "ncols", "mininterval", "maxinterval", "miniters", "ascii", "disable"),
+    *("unit", "unit_scale", "dynamic_ncols", "smoothing", "bar_format", "initial", "position"),
+    *("postfix", "unit_divisor", "write_bytes", "lock_args", "nrows", "colour", "delay", "gui"),
+}
+"""What ``tqdm.tqdm`` takes beside what :func:`progress` names."""
+
 _Item = TypeVar("_Item")
-_now, _monotonic = time.time, time.monotonic  # main may put clocks of its own in their place
 _bar_numbers = itertools.count(1)
 _last_step = -1
+
+
+class _Clocks:
+    """In a class: freezegun puts clocks of its own in the place of a module's."""
+
+    now = staticmethod(time.time)
+    monotonic = staticmethod(time.monotonic)
 
 
 def report(step: int | None = None, *, ranks: str = "summary", **values: Any) -> None:
@@ -60,14 +76,15 @@ def report(step: int | None = None, *, ranks: str = "summary", **values: Any) ->
         ``"summary"`` or ``"all"``: what is kept of ranks other than 0.
     **values
         Numbers by name: of Python, NumPy, PyTorch, TensorFlow, JAX or any library; arrays and
-        tensors of one number, too. NaN and infinities are kept as they are.
+        tensors of one number, too. They are kept as floats, NaN and infinities as they are.
 
     Raises
     ------
     ArgumentTypeError
         If a value is not a number, or step is not an int.
     ArgumentValueError
-        If `ranks` is another word, or the numbers are too many (128 KiB as JSON).
+        If `ranks` is another word, a number is too large for a float, or the numbers are too many
+        (128 KiB as JSON).
 
     Examples
     --------
@@ -79,14 +96,13 @@ def report(step: int | None = None, *, ranks: str = "summary", **values: Any) ->
     if ranks != "summary":
         ranks = checked.choice("ranks", ranks, ("summary", "all"))
     for name, value in values.items():
-        kind = type(value)
-        if kind is not float and kind is not int:
-            values[name] = _number(name, value)
+        if type(value) is not float:
+            values[name] = number_of(name, value)
     context = current_context()
     if context is None:
         return
     is_kept = ranks == "all" or context.spec.rank == 0
-    record = encode_point(step, _now(), values, is_kept=is_kept)
+    record = encode_point(step, _Clocks.now(), values, is_kept=is_kept)
     if len(record) > MAX_RECORD_BYTES:
         raise ArgumentValueError(
             f"a report of {len(values)} numbers has {len(record)} bytes; at most "
@@ -103,9 +119,9 @@ def _checked_step(step: Any) -> int:
     return step  # type: ignore[no-any-return]
 
 
-def _number(name: str, value: Any) -> float:
+def number_of(name: str, value: Any) -> float:
     """Return a number of any library as Python's, without importing that library."""
-    if isinstance(value, (str, bytes)):
+    if isinstance(value, (str, bytes, bytearray)):
         raise _not_a_number(name, value)
     if _is_on_gpu(value):
         notice(
@@ -115,15 +131,13 @@ def _number(name: str, value: Any) -> float:
         )
     try:
         return float(value.item() if hasattr(value, "item") else value)
+    except OverflowError as error:
+        raise ArgumentValueError(
+            f"{name}={checked.shown(value)}: {error}; a metric is kept as a float: give its "
+            "logarithm, say"
+        ) from None
     except Exception:  # noqa: BLE001 - it is somebody's object
         raise _not_a_number(name, value) from None
-
-
-def is_number(value: Any) -> bool:
-    """Return whether :func:`report` takes a value."""
-    shape = getattr(value, "shape", ())
-    size_is_one = all(length == 1 for length in shape)
-    return size_is_one and not isinstance(value, (str, bytes)) and hasattr(value, "__float__")
 
 
 def _not_a_number(name: str, value: Any) -> ArgumentTypeError:
@@ -137,12 +151,14 @@ def _not_a_number(name: str, value: Any) -> ArgumentTypeError:
 
 
 def _is_on_gpu(value: Any) -> bool:
-    if getattr(value, "is_cuda", False):
-        return True
-    device = getattr(value, "device", None)
-    if isinstance(device, str):
-        return "GPU" in device  # TensorFlow's /job:localhost/.../device:GPU:0
-    return getattr(device, "platform", "cpu") in ("gpu", "cuda", "rocm")  # JAX
+    with contextlib.suppress(Exception):  # it is somebody's object
+        if getattr(value, "is_cuda", False):
+            return True
+        device = getattr(value, "device", None)
+        if isinstance(device, str):
+            return "GPU" in device  # TensorFlow's /job:localhost/.../device:GPU:0
+        return getattr(device, "platform", "cpu") in ("gpu", "cuda", "rocm")  # JAX
+    return False
 
 
 class Progress(Generic[_Item]):
@@ -152,24 +168,38 @@ class Progress(Generic[_Item]):
     """
 
     def __init__(
-        self, pipe: MetricsPipe, iterable: Iterable[_Item] | None, desc: str, total: int | None
+        self,
+        pipe: MetricsPipe,
+        iterable: Iterable[_Item] | None,
+        desc: str,
+        total: int | None,
+        *,
+        initial: float = 0,
+        disable: bool = False,
     ) -> None:
         self._pipe = pipe
         self._iterable = iterable
-        self._number = next(_bar_numbers)
-        self._began = _now()
-        self._has_ended = False
+        self._initial = initial
         self._postfix = ""
-        self._next_report = 0.0
+        self.disable = disable
         self.desc = desc
-        self.n = 0
         self.total = total
+        self._begin()
+
+    def _begin(self) -> None:
+        self._number = next(_bar_numbers)
+        self._began = _Clocks.now()
+        self._has_ended = False
+        self._next_count = self._next_postfix = 0.0
+        self.n = self._initial
         self._report()
 
     def __iter__(self) -> Iterator[_Item]:
-        """Iterate, and count."""
+        """Iterate, and count; another time, from the beginning."""
+        if self._has_ended:
+            self._begin()
         try:
-            for item in self._iterable or ():
+            for item in () if self._iterable is None else self._iterable:
                 yield item
                 self.update()
         finally:
@@ -192,22 +222,48 @@ class Progress(Generic[_Item]):
     ) -> None:
         self.close()
 
-    def update(self, n: int = 1) -> None:
-        """Count so many steps."""
-        self.n += n
-        if _monotonic() >= self._next_report:
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # it was not made, or Python is leaving
+            self.close()
+
+    def update(self, n: float = 1) -> None:
+        """Count so many steps; none once the bar has ended."""
+        if self._has_ended:
+            return
+        self.n += n if type(n) is int else _count(n)
+        if (now := _Clocks.monotonic()) >= self._next_count:
+            self._next_count = now + BAR_SECONDS
             self._report()
 
-    def set_description(self, desc: str = "") -> None:
+    def set_description(self, desc: str | None = None, refresh: bool = True) -> None:
         """Change the text before the bar."""
-        self.desc = str(desc)
+        self.desc = _text(desc)
         self._report()
 
-    def set_postfix(self, **values: Any) -> None:
+    set_description_str = set_description
+
+    def set_postfix(
+        self, ordered_dict: Mapping[str, Any] | None = None, refresh: bool = True, **values: Any
+    ) -> None:
         """Show values behind the bar."""
-        self._postfix = format_logs(values)
-        if _monotonic() >= self._next_report:
+        self.set_postfix_str(format_logs({**(ordered_dict or {}), **values}))
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """Show a text behind the bar."""
+        self._postfix = str(s)
+        if (now := _Clocks.monotonic()) >= self._next_postfix:
+            self._next_postfix = now + BAR_SECONDS
             self._report()
+
+    def refresh(self) -> None:
+        """Show the bar as it is now, after a change of ``n`` or ``total``."""
+        self._report()
+
+    def reset(self, total: float | None = None) -> None:
+        """Begin anew."""
+        self.close()
+        self.total = self.total if total is None else _checked_total(total)
+        self._begin()
 
     def close(self) -> None:
         """End the bar, as far as it got."""
@@ -216,22 +272,50 @@ class Progress(Generic[_Item]):
             self._report()
 
     def _report(self) -> None:
-        self._next_report = _monotonic() + BAR_SECONDS
+        if self.disable:
+            return
         state = Bar(
             number=self._number,
             began=self._began,
-            time=_now(),
+            time=_Clocks.now(),
             description=self.desc,
-            done=self.n,
-            total=self.total,
+            done=_whole(self.n),
+            total=None if self.total is None else _whole(self.total),
             postfix=self._postfix,
             has_ended=self._has_ended,
         )
         self._pipe.send(encode_bar(state))
 
 
+def _count(n: Any) -> float:
+    """Return a number of steps that a library counted."""
+    try:
+        return operator.index(n)
+    except Exception:  # noqa: BLE001 - it is somebody's object
+        return number_of("n", n)
+
+
+def _whole(n: float) -> int:
+    return int(min(max(0, n), MAX_STEP))  # 0 for NaN, because it comes first
+
+
+def _text(desc: Any) -> str:
+    return "" if desc is None else str(desc)
+
+
+def _checked_total(total: Any) -> int | None:
+    """Check a number of steps, which tqdm takes as a float, too."""
+    found = checked.number("total", total)
+    if not found >= 0:
+        raise ArgumentValueError(f"total={checked.shown(total)}: it must be at least 0")
+    return None if math.isinf(found) else math.ceil(found)
+
+
 def progress(
-    iterable: Iterable[_Item] | None = None, desc: str | None = None, total: int | None = None
+    iterable: Iterable[_Item] | None = None,
+    desc: str | None = None,
+    total: float | None = None,
+    **options: Any,
 ) -> Progress[_Item]:
     """Iterate over something, and show how far it is; called as ``tqdm.tqdm`` is.
 
@@ -246,38 +330,51 @@ def progress(
         A text before the bar.
     total
         How many steps there are; None takes ``len(iterable)``, where there is one.
+    **options
+        Others of ``tqdm.tqdm``, such as ``leave`` and ``unit``, for the bar outside a run. In a run
+        ``disable`` and ``initial`` count.
 
     Returns
     -------
     Progress
-        The iterable, with ``update(n)``, ``set_description(text)``, ``set_postfix(**values)`` and
-        ``close()``; also a context manager.
+        The iterable, with tqdm's ``update(n)``, ``set_description(text)``, ``set_postfix(...)``,
+        ``refresh()``, ``reset()`` and ``close()``; also a context manager.
 
     Raises
     ------
     ArgumentTypeError
-        If `iterable` is none, or `total` is not an int.
+        If `iterable` is none, `total` is not a number, or tqdm has no such option.
+    ArgumentValueError
+        If `total` is negative.
 
     Examples
     --------
     >>> for epoch in progress(range(3), desc="epoch"):  # doctest: +SKIP
     ...     train_one_epoch()
     """
-    try:
-        iter(() if iterable is None else iterable)
-    except TypeError:
+    # not iter(): that of a DataLoader starts its workers
+    if not (iterable is None or hasattr(iterable, "__iter__") or hasattr(iterable, "__getitem__")):
         raise ArgumentTypeError(
             f"progress({checked.shown(iterable)}): give something to iterate over, range(...) say"
-        ) from None
+        )
+    if unknown := options.keys() - TQDM_OPTIONS:
+        raise ArgumentTypeError(
+            f"progress() has no option {sorted(unknown)[0]!r}: it takes desc, total and tqdm's own"
+        )
     if total is not None:
-        total = checked.integer("total", total, at_least=0)
-    else:
-        with contextlib.suppress(TypeError, AttributeError):  # as of a generator
+        total = _checked_total(total)
+    elif iterable is not None:
+        with contextlib.suppress(Exception):  # as of a generator, or of a stream
             total = len(iterable)  # type: ignore[arg-type]
     context = current_context()
     if context is None:
-        from tqdm.auto import tqdm
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where ipywidgets is missing
+            from tqdm.auto import tqdm
 
-        bar: Progress[_Item] = tqdm(iterable, desc=desc, total=total)
-        return bar
-    return Progress(context.metrics, iterable, desc or "", total)
+        outside: Progress[_Item] = tqdm(iterable, desc=desc, total=total, **options)
+        return outside
+    initial = _count(options.get("initial", 0))
+    is_off = bool(options.get("disable"))
+    whole = None if total is None else _whole(total)
+    return Progress(context.metrics, iterable, _text(desc), whole, initial=initial, disable=is_off)

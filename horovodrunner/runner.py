@@ -481,7 +481,9 @@ class HorovodRunner:
     ) -> ArtifactStore:
         """Make the directory of this run, if the user wants one, and where artifacts come to."""
         self._artifacts.discard()
-        self._run_directory = None
+        if self._run_directory is not None:
+            self._run_directory.discard()
+            self._run_directory = None
         if self._run_dir is None:
             self._artifacts = ArtifactStore()
             return self._artifacts

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
+from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 from horovodrunner.flows.logs.training_log import TrainingLog
-from horovodrunner.metrics import is_number, progress, report
-from horovodrunner.processes.worker.context import current_context
+from horovodrunner.metrics import number_of, progress, report
+from horovodrunner.processes.worker.context import current_context, notice
 
 __all__ = ["FrameworkCallback", "Reporter", "WithFrameworkBase", "base_classes"]
 
@@ -64,14 +66,29 @@ class Reporter:
             self._bar = None
 
     @staticmethod
-    def report(step: int, logs: Mapping[str, Any] | None) -> None:
-        """Report the numbers among what was logged."""
+    def report(step: Any, logs: Mapping[str, Any] | None) -> None:
+        """Report the numbers among what was logged; whatever else is there, training goes on."""
         numbers: dict[str, Any] = {}
         for name, value in (logs or {}).items():
-            if is_number(value):
-                numbers[f"{name}_" if name in ("step", "ranks") else str(name)] = value
+            if _may_be_number(value):
+                own_name = f"{name}_" if name in ("step", "ranks") else str(name)
+                with contextlib.suppress(ArgumentTypeError, ArgumentValueError):
+                    numbers[own_name] = number_of(own_name, value)
         if numbers:
-            report(step, **numbers)
+            try:
+                # Lightning takes a float that somebody logs as "step"
+                report(None if step is None else int(step), **numbers)
+            except (ArgumentTypeError, ArgumentValueError, TypeError, ValueError) as error:
+                notice("metrics.callback", f"metrics of a callback are not kept: {error}")
+
+
+def _may_be_number(value: Any) -> bool:
+    """Leave out what it takes long to find out about, such as a large tensor."""
+    try:
+        size_is_one = all(length == 1 for length in getattr(value, "shape", ()))
+        return size_is_one and not isinstance(value, (str, bytes)) and hasattr(value, "__float__")
+    except Exception:  # noqa: BLE001 - it is somebody's object
+        return False
 
 
 def base_classes(packages: Sequence[str], attribute: str) -> tuple[type, ...]:

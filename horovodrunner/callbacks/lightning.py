@@ -73,8 +73,7 @@ class MetricsLogger(WithFrameworkBase):
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Report a point; Lightning calls it."""
-        if step is not None:
-            Reporter.report(step, _once(metrics))
+        Reporter.report(step, _once(metrics))
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Take what Lightning tells of the module's arguments, and keep nothing of it."""

@@ -91,6 +91,8 @@ def write_pickle(value: object, descriptor: int) -> Layout:
 class _Sink:
     """Writes everything at once; a pickler takes no notice of how much was written."""
 
+    _os_write = staticmethod(os.write)  # main may have put another in its place
+
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self.written = 0
@@ -99,7 +101,7 @@ class _Sink:
         view = memoryview(data).cast("B")
         try:
             while view:
-                count = os.write(self._descriptor, view)
+                count = self._os_write(self._descriptor, view)
                 self.written += count
                 view = view[count:]
         except OSError as error:

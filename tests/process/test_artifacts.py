@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from pathlib import Path
@@ -115,6 +116,57 @@ def test_what_is_too_much_of_a_run_is_refused(
         kept._put(piece("rank-0/b"))
     assert tree(kept.directory) == {"rank-0/a": "xxx"}
     assert places.MAX_RUN_BYTES > places.MAX_RANK_BYTES
+
+
+def test_one_file_that_cannot_be_taken_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "MAX_RUN_BYTES", 10)
+    kept = ArtifactStore(tmp_path)
+    pieces = [piece("rank-0/a"), piece("rank-0/b", 9), piece("rank-0/c\\d"), piece("rank-1/e")]
+    with pytest.raises(OSError, match=r"^rank-0/b has 9 bytes.*1 more like it.*others are kept"):
+        kept._put_all(pieces)
+    assert tree(kept.directory) == {"rank-0/a": "xxx", "rank-1/e": "xxx"}
+    with pytest.raises(OSError, match=r"^rank-0/gone: No such file.*others are kept"):
+        kept.take({"rank-0/gone": tmp_path / "gone", "rank-0/f": tmp_path / "rank-0/a"})
+    assert "rank-0/f" in tree(kept.directory)
+
+
+def test_odd_names_and_processes_that_main_forks() -> None:
+    names = ["ä\n☃", "l" * 255, os.fsdecode(b"\xff")]
+
+    def main() -> None:
+        for name in names:
+            artifacts.path(Path(name)).write_text("x")
+        os.chdir("/")
+        child = os.fork()  # noqa: TID251 - a rank's
+        if child == 0:
+            artifacts.path("of a child").write_text("x")
+            os._exit(0)
+        os.waitpid(child, 0)
+
+    runner = HorovodRunner(np=-1)
+    runner.run(main)
+    assert sorted(tree(runner.artifacts)) == sorted(f"rank-0/{it}" for it in [*names, "of a child"])
+
+
+def test_a_copy_of_a_runner_leaves_its_files_alone() -> None:
+    runner = HorovodRunner(np=-2)
+    runner.run(leave, text="of ")
+    twin = copy.deepcopy(runner)
+    twin._artifacts.discard()
+    del twin
+    assert "rank-0/notes.txt" in tree(runner.artifacts)
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rank-0").mkdir()
+    for name in ("secret", "x"):
+        (tmp_path / "rank-0" / name).touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "secret")  # root reads all
+    files, left_out = files_to_bring(tmp_path)
+    assert [*files] == ["rank-0/x"]
+    assert left_out == "artifacts are left out, because they cannot be read: rank-0/secret"
 
 
 def test_a_profile_is_an_artifact() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from horovodrunner import ArgumentTypeError, HorovodRunner, WorkerFailedError, metrics
+from horovodrunner.flows.metrics.driver import MetricsRecorder
+from horovodrunner.flows.metrics.records import Bar
 
 
 def rank() -> int:
@@ -134,6 +137,98 @@ def test_main_may_close_what_it_did_not_open() -> None:
     runner = HorovodRunner(np=-1)
     runner.run(main)
     assert runner.history["loss"] == {0: 1.0}
+
+
+def bars_of(runner: HorovodRunner, monkeypatch: pytest.MonkeyPatch) -> list[Bar]:
+    """Collect what the driver hears of the bars of a runner's next run."""
+    heard: list[Bar] = []
+
+    def draw(recorder: MetricsRecorder, rank: int, bar: Bar) -> None:
+        heard.append(bar)
+
+    monkeypatch.setattr(MetricsRecorder, "_draw", draw)
+    return heard
+
+
+def test_progress_takes_what_loops_give_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        started = 0
+
+        def __iter__(self) -> Iterator[int]:
+            Stream.started += 1
+            return iter((1, 2))
+
+        def __len__(self) -> int:
+            raise NotImplementedError
+
+    def main() -> int:
+        for _ in metrics.progress(np.arange(3), desc="array"):
+            pass
+        list(metrics.progress(Stream(), desc=Path("stream"), leave=False))  # type: ignore[arg-type]
+        bar: Any
+        with metrics.progress(desc="counts", total=4.5, initial=1) as bar:
+            bar.update(np.int64(2))
+            bar.update(np.float32(0.5))
+            bar.set_postfix({"loss": 1.0}, refresh=False)
+            bar.refresh()
+        bar.update(10)
+        metrics.progress(desc="off", total=1, disable=True).close()
+        metrics.progress(desc="back", total=3).update(-2)
+        again = metrics.progress(range(2), desc="again")
+        list(again), list(again)
+        return Stream.started
+
+    runner = HorovodRunner(np=-1)
+    bars = bars_of(runner, monkeypatch)
+    assert runner.run(main) == 1
+    last = {bar.number: bar for bar in bars}
+    assert all(bar.has_ended for bar in last.values())
+    assert [(bar.description, bar.done, bar.total) for bar in last.values()] == [
+        ("array", 3, 3),
+        ("stream", 2, None),
+        ("counts", 3, 5),
+        ("back", 0, 3),
+        ("again", 2, 2),
+        ("again", 2, 2),
+    ]
+    assert last[3].postfix == "loss 1.0000"
+
+
+def test_a_bar_moves_after_its_postfix_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "BAR_SECONDS", 1e9)
+
+    def main() -> None:
+        bar: Any = metrics.progress(total=10)
+        bar.set_postfix(loss=1.0)
+        bar.update(7)
+        os._exit(0)  # in the middle of a long evaluation
+
+    runner = HorovodRunner(np=-1)
+    bars = bars_of(runner, monkeypatch)
+    with pytest.raises(WorkerFailedError):
+        runner.run(main)
+    assert bars[-1].done == 7
+
+
+def test_main_may_replace_clocks_and_functions() -> None:
+    def main() -> None:
+        import json
+        import sys
+        import time
+
+        real = {id(time.time), id(time.monotonic)}
+        for module in list(sys.modules.values()):  # as freezegun does
+            for name, value in list(vars(module).items()):
+                if id(value) in real:
+                    setattr(module, name, lambda: 1e9)
+        json.dumps = json.loads = os.write = None  # type: ignore[assignment]
+        for step in metrics.progress(range(3)):
+            metrics.report(step=step, loss=1.0)
+
+    runner = HorovodRunner(np=-1)
+    runner.run(main)
+    assert [point.step for point in runner.history] == [0, 1, 2]
+    assert all(point.time > 1.5e9 for point in runner.history)
 
 
 @pytest.mark.heavy

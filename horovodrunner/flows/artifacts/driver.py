@@ -141,7 +141,7 @@ def _timeline_in_words(repair: TimelineRepair, path: Path, *, was_opened: bool) 
 
 def put_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write a file beside its place and move it there."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    beside = path.with_name(f".{secrets.token_hex(8)}")  # path's own name may be as long as can be
     try:
         with beside.open("xb") as target:
             for chunk in chunks:

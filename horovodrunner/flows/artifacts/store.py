@@ -7,16 +7,18 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from horovodrunner.flows.artifacts.driver import put_file
 from horovodrunner.flows.artifacts.places import MAX_RUN_BYTES
+from horovodrunner.flows.artifacts.task import pieces_of
 from horovodrunner.flows.checkpoints.manifest import safe_path
 from horovodrunner.flows.observer import Observer
 from horovodrunner.formatting import format_bytes
 from horovodrunner.wire.events import FrameError, UploadArtifacts
-from horovodrunner.wire.upload import Piece, TransferHandler, chunks_of
+from horovodrunner.wire.upload import Piece, TransferHandler
 
 __all__ = ["ArtifactStore"]
 
@@ -42,6 +44,13 @@ class ArtifactStore(Observer):
         self.discard: Callable[[], object] = lambda: None
         """Deletes a temporary directory now."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the directory to this one: a copy knows where it is, and does not delete it."""
+        return {**vars(self), "_lock": None, "discard": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock(), discard=lambda: None)
+
     @property
     def handler(self) -> TransferHandler:
         """What takes in uploads."""
@@ -57,14 +66,24 @@ class ArtifactStore(Observer):
 
     def take(self, files: dict[str, Path]) -> None:
         """Copy files of ranks that ran on the driver itself."""
-        for name, path in files.items():
-            with path.open("rb") as file:
-                size = path.stat().st_size
-                self._put(Piece(name, size, chunks_of(file, size)))
+        self._put_all(pieces_of(files))
 
     def _receive(self, request: UploadArtifacts, pieces: Iterator[Piece]) -> None:
+        self._put_all(pieces)
+
+    def _put_all(self, pieces: Iterable[Piece]) -> None:
+        """Take all that can be taken, and raise what was wrong with the others at the end."""
+        problems = []
         for piece in pieces:
-            self._put(piece)
+            try:
+                self._put(piece)
+            except (ConnectionError, TimeoutError):  # nothing comes after it
+                raise
+            except (OSError, ValueError) as error:
+                problems.append(str(error))
+        if problems:
+            more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
+            raise OSError(f"{problems[0]}{more}; the others are kept")
 
     def _put(self, piece: Piece) -> None:
         if not _OF_A_RANK.match(piece.name):
@@ -74,13 +93,18 @@ class ArtifactStore(Observer):
             if self._bytes + piece.size > MAX_RUN_BYTES:
                 raise OSError(
                     f"{name} has {format_bytes(piece.size)}, and with it the run's artifacts have "
-                    f"more than {format_bytes(MAX_RUN_BYTES)}; what came before it is kept"
+                    f"more than {format_bytes(MAX_RUN_BYTES)}"
                 )
             self._bytes += piece.size
             directory = self._make_directory()
         target = directory / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        put_file(target, piece.chunks)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            put_file(target, piece.chunks)
+        except BaseException:
+            with self._lock:
+                self._bytes -= piece.size
+            raise
 
     def _make_directory(self) -> Path:
         if self.directory is None:

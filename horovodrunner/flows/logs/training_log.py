@@ -9,6 +9,7 @@ from typing import Any
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError
+from horovodrunner.formatting import printable
 from horovodrunner.processes.worker.context import log_to_driver
 
 __all__ = ["TrainingLog", "count_or_none", "format_logs", "format_value"]
@@ -65,7 +66,8 @@ def _rank_prefix() -> str:
 
 def format_logs(logs: Mapping[str, Any] | None) -> str:
     """Write named values in one line."""
-    return ", ".join(f"{name} {format_value(value)}" for name, value in (logs or {}).items())
+    items = (logs or {}).items()
+    return ", ".join(f"{printable(str(name))} {format_value(value)}" for name, value in items)
 
 
 def format_value(value: Any) -> str:

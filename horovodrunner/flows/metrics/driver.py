@@ -9,6 +9,9 @@ from horovodrunner.wire.events import Points
 
 __all__ = ["MetricsRecorder"]
 
+MAX_BARS = 10
+"""Of one rank; of more, the first one and the last ones are known."""
+
 
 class MetricsRecorder(Observer):
     """Adds points to a history, and knows how far each rank's progress bars are."""
@@ -46,4 +49,7 @@ class MetricsRecorder(Observer):
     def _draw(self, rank: int, bar: Bar) -> None:
         bars = self.bars.get(rank, {})
         unended = {number: each for number, each in bars.items() if not each.has_ended}
-        self.bars[rank] = {**unended, bar.number: bar}
+        bars = {**unended, bar.number: bar}
+        if len(bars) > MAX_BARS:
+            del bars[sorted(bars)[1]]
+        self.bars[rank] = bars

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import html
 import math
+import pickle
 import threading
+from array import array
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentValueError, ConfigurationError
-from horovodrunner.flows.logs.training_log import format_value
+from horovodrunner.flows.logs.training_log import format_logs, format_value
 from horovodrunner.flows.metrics.records import Point
 from horovodrunner.flows.metrics.series import PointTable, RankSummary
+from horovodrunner.formatting import cut, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +29,13 @@ MAX_POINTS = 1_000_000
 
 MAX_SUMMARISED_STEPS = 200_000
 
+MAX_SHOWN = 12
+"""So many metrics are shown in one line."""
+
+MAX_LISTED = 100
+"""So many metrics are shown in a table."""
+
+_NAMES_CHARACTERS = 500
 _SPARK_POINTS = 120
 _SPARK_WIDTH, _SPARK_HEIGHT = 160, 28
 
@@ -33,9 +44,11 @@ class History:
     """The metrics of a run, in the order in which they came; it grows while the run goes on.
 
     Iterating over it yields the points of rank 0, ``len`` counts them, and ``history["loss"]`` is
-    one metric of rank 0 by step. A million points of rank 0 are kept. Beyond that every second one
-    is left out (then three of four, and so on); :meth:`best` still knows them all. What all ranks
-    reported at a step is summed up for 200,000 steps, and beyond that for the even ones, and so on.
+    one metric of rank 0 by step. A million points of rank 0 are kept. Beyond that one of two is
+    left out (then three of four, and so on); :meth:`best` still knows them all. What all ranks
+    reported at a step is summed up for 200,000 steps, and beyond that for half of them, and so on.
+
+    A copy, and what pickle makes of one, stays as it was at that moment.
     """
 
     def __init__(self, size: int = 1) -> None:
@@ -53,6 +66,19 @@ class History:
                 self._others.add(point)
             if self._size != 1:
                 self._ranks.add(point)
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            return {
+                "_size": self._size,
+                "_leader": self._leader.copy(),
+                "_others": self._others.copy(),
+                "_ranks": pickle.dumps(self._ranks),
+            }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        ranks = pickle.loads(state["_ranks"])  # noqa: S301 - what __getstate__ has made
+        vars(self).update(state, _lock=threading.Lock(), _ranks=ranks)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -74,8 +100,12 @@ class History:
     def __iter__(self) -> Iterator[Point]:
         """Yield the points of rank 0."""
         with self._lock:
-            points = list(self._leader)
+            points = self._leader.copy()
         return iter(points)
+
+    def __contains__(self, metric: object) -> bool:
+        """Return whether rank 0 has reported a metric."""
+        return metric in self.metrics
 
     def __getitem__(self, metric: str) -> dict[int, float]:
         """Return a metric of rank 0 by step; of a step that ran again, the last value.
@@ -94,6 +124,11 @@ class History:
         """Return steps and values of a metric of rank 0, in the order in which they came."""
         with self._lock:
             return list(self._leader.series(metric))
+
+    def samples(self, metric: str, most: int = _SPARK_POINTS) -> list[tuple[int, float]]:
+        """Return about so many steps and values of a metric of rank 0, and the last ones."""
+        with self._lock:
+            return self._leader.samples(metric, most)
 
     def best(self, metric: str, mode: str = "min") -> Point:
         """Return the point of rank 0 at which a metric was best.
@@ -145,7 +180,8 @@ class History:
         -------
         pandas.DataFrame
             With the columns ``step``, ``time`` (UTC), ``rank``, ``attempt`` and a column of floats
-            for each metric, NaN where it was not reported.
+            for each metric, NaN where it was not reported. A metric that is called as another
+            column has ``_`` behind its name.
 
         Raises
         ------
@@ -164,30 +200,42 @@ class History:
         except ImportError as error:
             raise ConfigurationError(f"history.to_pandas() needs pandas: {error}") from error
         with self._lock:
-            columns = self._leader.columns()
-            if ranks == "summary":
-                columns |= self._summary_columns(columns)
-            frame = _frame(columns)
+            tables = [self._leader.copy()]
+            summary = {}
             if ranks == "all":
-                frame = pd.concat([frame, _frame(self._others.columns())], ignore_index=True)
-                frame = frame.sort_values("time", kind="stable", ignore_index=True)
+                tables.append(self._others.copy())
+            elif self._size != 1:
+                summary = self._summary_columns(tables[0])
+        names = dict.fromkeys(name for table in tables for name in table.names)
+        taken = {*tables[0].places(), *names}
+        frames = []
+        for table in tables:
+            columns: dict[str, Any] = dict(table.places())
+            for name in names:
+                columns[_free(name, taken) if name in columns else name] = table.column(name)
+            for name, column in summary.items():
+                columns[_free(name, taken) if name in taken else name] = column
+            frames.append(pd.DataFrame(columns))
+        frame = frames[0]
+        if ranks == "all":
+            frame = pd.concat(frames, ignore_index=True)
+            frame = frame.sort_values("time", kind="stable", ignore_index=True)
         frame["time"] = pd.to_datetime(frame["time"], unit="s", utc=True)
         return frame
 
-    def _summary_columns(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        if self._size == 1:
-            return {}
-        table: dict[str, list[Any]] = {}
+    def _summary_columns(self, table: PointTable) -> dict[str, array[float]]:
         at = [
             self._ranks.at(attempt, step)
-            for attempt, step in zip(columns["attempt"], columns["step"], strict=True)
+            for attempt, step in zip(table.attempts, table.steps, strict=True)
         ]
-        for name in self._leader.names:
-            for statistic in ("mean", "min", "max"):
-                table[f"{name}.{statistic}"] = [
-                    getattr(each[name], statistic) if name in each else None for each in at
-                ]
-        return table
+        return {
+            f"{name}.{statistic}": array(
+                "d",
+                (getattr(each[name], statistic) if name in each else math.nan for each in at),
+            )
+            for name in table.names
+            for statistic in ("mean", "min", "max")
+        }
 
     def plot(self, *metrics: str) -> Figure:
         """Draw metrics of rank 0 over the step, one below the other, with matplotlib.
@@ -230,10 +278,10 @@ class History:
         figure = Figure(figsize=(7, 1 + 2.2 * len(names)), layout="constrained")
         for place, (name, series) in enumerate(columns.items(), 1):
             axes = figure.add_subplot(len(columns), 1, place)
-            axes.plot(list(series), list(series.values()))
+            axes.plot(*zip(*sorted(series.items()), strict=True))
             if span := self._span(name):
                 axes.fill_between(*span, alpha=0.2, linewidth=0)
-            axes.set_ylabel(name)
+            axes.set_ylabel(printable(name), parse_math=False)
             axes.grid(alpha=0.3)
         axes.set_xlabel("step")
         return figure
@@ -243,12 +291,11 @@ class History:
         if self._size == 1:
             return None
         with self._lock:
-            steps, attempts = (self._leader.columns()[each] for each in ("step", "attempt"))
-            rows = [
-                (int(step or 0), found[name].min, found[name].max)
-                for step, attempt in zip(steps, attempts, strict=True)
-                if name in (found := self._ranks.at(int(attempt or 0), int(step or 0)))
-            ]
+            rows = sorted(
+                (step, found[name].min, found[name].max)
+                for step, attempt in zip(self._leader.steps, self._leader.attempts, strict=True)
+                if name in (found := self._ranks.at(attempt, step))
+            )
         if all(low == high for _, low, high in rows):
             return None
         first, lows, highs = zip(*rows, strict=True)
@@ -257,12 +304,9 @@ class History:
     def __repr__(self) -> str:
         with self._lock:
             last, seen = self._leader.last, self._leader.seen
-            names = self._leader.names
         if last is None:
             return "<History: nothing was reported>"
-        shown = ", ".join(
-            f"{name} {format_value(last.values[name])}" for name in last.values if name in names
-        )
+        shown = first_in_words(last.values)
         return f"<History: {seen} point{'s' * (seen != 1)} up to step {last.step}: {shown}>"
 
     def _repr_html_(self) -> str:
@@ -274,19 +318,21 @@ class History:
             f'<th style="text-align:left">{each}</th>' for each in ("metric", "last", "", "")
         )
         rows = []
-        for name in names:
+        for name in names[:MAX_LISTED]:
             with self._lock:
-                series = list(self._leader.series(name))
+                series = self._leader.samples(name, _SPARK_POINTS)
                 extremes = self._leader.extremes(name)
             span = ""
             if extremes is not None:
                 low, high = (format_value(each.values[name]) for each in extremes)
                 span = f"{low} to {high}"
             rows.append(
-                f"<tr><td>{html.escape(name)}</td>"
-                f"<td>{format_value(series[-1][1]) if series else ''}</td>"
+                f"<tr><td>{html.escape(printable(name))}</td>"
+                f"<td>{format_value(series[-1][1])}</td>"
                 f"<td>{sparkline(series)}</td><td>{span}</td></tr>"
             )
+        if len(names) > MAX_LISTED:
+            rows.append(f'<tr><td colspan="4">and {len(names) - MAX_LISTED} more</td></tr>')
         caption = html.escape(repr(self).strip("<>").partition(":")[2].split(":")[0].strip())
         return (
             f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead>"
@@ -298,20 +344,20 @@ def sparkline(
     series: list[tuple[int, float]], width: int = _SPARK_WIDTH, height: int = _SPARK_HEIGHT
 ) -> str:
     """Return a small line chart as SVG; what is not finite is a gap."""
-    every = max(1, len(series) // _SPARK_POINTS)
-    points = [*series[:-1:every], *series[-1:]]
-    values = [value for _, value in points if math.isfinite(value)]
+    values = [value for _, value in series if math.isfinite(value)]
     if not values:
         return ""
-    low, high = min(values), max(values)
-    first, last = points[0][0], points[-1][0]
+    largest = max(1.0, *map(abs, values))  # by which the differences are finite, too
+    low, high = min(values) / largest, max(values) / largest
+    steps = [step for step, _ in series]
+    first, last = min(steps), max(steps)
     parts, pen = [], "M"
-    for step, value in points:
+    for step, value in series:
         if not math.isfinite(value):
             pen = "M"
             continue
         x = (step - first) / ((last - first) or 1) * (width - 4) + 2
-        y = (high - value) / ((high - low) or 1) * (height - 4) + 2
+        y = (high - value / largest) / ((high - low) or 1) * (height - 4) + 2
         parts.append(f"{pen}{x:.1f},{y:.1f}")
         pen = "L"
     return (
@@ -321,15 +367,20 @@ def sparkline(
     )
 
 
-def _frame(columns: Mapping[str, list[Any]]) -> pd.DataFrame:
-    import pandas as pd
+def first_in_words(values: Mapping[str, float]) -> str:
+    """Return numbers by name, as many as one line has place for."""
+    more = len(values) - MAX_SHOWN
+    text = format_logs(dict(islice(values.items(), MAX_SHOWN)))
+    return f"{text} and {more} more" if more > 0 else text
 
-    kinds = dict.fromkeys(("step", "rank", "attempt"), "int64")
-    return pd.DataFrame(
-        {name: pd.Series(it, dtype=kinds.get(name, "float64")) for name, it in columns.items()}
-    )
+
+def _free(name: str, taken: set[str]) -> str:
+    """Return a column's name that no other column has."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _unknown(metric: str, names: tuple[str, ...]) -> str:
-    reported = ", ".join(map(repr, names)) or "nothing"
+    reported = cut(", ".join(map(repr, names)), _NAMES_CHARACTERS) or "nothing"
     return f"{metric!r} was not reported by rank 0, which reported {reported}"

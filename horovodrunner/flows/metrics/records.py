@@ -72,12 +72,17 @@ def decode_records(lines: bytes, rank: int, attempt: int) -> Iterator[Point | Ba
             kind, *fields = loads(line)
             if kind == _POINT:
                 step, now, is_kept, values = fields
-                numbers = {str(name): float(value) for name, value in values.items()}
+                numbers = {_text(name): float(value) for name, value in values.items()}
                 yield Point(int(step), numbers, rank, attempt, float(now), bool(is_kept))
             elif kind == _BAR:
                 number, began, now, text, done, total, postfix, has_ended = fields
                 total = None if total is None else int(total)
-                bar = Bar(int(number), float(began), float(now), str(text), int(done), total)
-                yield replace(bar, postfix=str(postfix), has_ended=bool(has_ended))
+                bar = Bar(int(number), float(began), float(now), _text(text), int(done), total)
+                yield replace(bar, postfix=_text(postfix), has_ended=bool(has_ended))
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             continue
+
+
+def _text(text: str) -> str:
+    """Replace halves of characters: nothing else that gets this text could write them."""
+    return text if text.isascii() else text.encode(errors="replace").decode()

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import random
 from array import array
 from collections.abc import Iterator, Mapping
+from itertools import compress
 
 from horovodrunner.flows.metrics.records import Point
 
 __all__ = ["Moments", "PointTable", "RankSummary"]
 
+_FACTOR, _MODULUS = 0x9E3779B97F4A7C15, 2**61 - 1
+"""They mix a step's number: main may report odd steps only, or each 50th."""
+
 
 class PointTable:
     """Points in columns; of a point that has no number of a name, that column has no entry.
 
-    When there are more than `most`, every second one is left out, and from then on every second
-    one that comes, and so on. The extremes and the last point of every name are kept apart.
+    When there are more than `most` (an even number), one of each two is left out, and from then on
+    one of each two that come, and so on. Chance says which: what alternates, such as two names or
+    two ranks, is kept alike. The extremes and the last number of every name are kept apart.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
+        self._chance = random.Random(0)  # noqa: S311 - the same each time
+        self._next = 0
         self._steps, self._times = array("q"), array("d")
         self._ranks, self._attempts = array("i"), array("i")
         self._columns: dict[str, tuple[array[int], array[float]]] = {}
@@ -27,6 +36,7 @@ class PointTable:
         self._seen = 0
         self._last: Point | None = None
         self._extremes: dict[str, tuple[Point, Point]] = {}
+        self._latest: dict[str, tuple[int, float]] = {}
 
     def __len__(self) -> int:
         """Return how many points are kept."""
@@ -34,7 +44,7 @@ class PointTable:
 
     @property
     def every(self) -> int:
-        """1 while all points are kept, 2 when every second one is, and so on."""
+        """1 while all points are kept, 2 when one of two is, and so on."""
         return self._every
 
     @property
@@ -59,15 +69,19 @@ class PointTable:
     def add(self, point: Point) -> None:
         """Take a point."""
         self._last = point
+        number = self._seen
         self._seen += 1
         for name, value in point.values.items():
             self._columns.setdefault(name, (array("I"), array("d")))
+            self._latest[name] = point.step, value
             low, high = self._extremes.get(name, (None, None))
             if not math.isnan(value):
                 low = point if low is None or value < low.values[name] else low
                 high = point if high is None or value > high.values[name] else high
                 self._extremes[name] = low, high
-        if (self._seen - 1) % self._every:
+        if number == self._next and len(self._steps) == self._most:
+            self._thin()
+        if number != self._next:
             return
         row = len(self._steps)
         self._steps.append(point.step)
@@ -78,19 +92,37 @@ class PointTable:
             rows, values = self._columns[name]
             rows.append(row)
             values.append(value)
-        if len(self._steps) > self._most:
-            self._thin()
+        self._choose_next()
+
+    def _choose_next(self) -> None:
+        self._next = len(self._steps) * self._every + self._chance.randrange(self._every)
 
     def _thin(self) -> None:
+        chosen = self._chance.randbytes(len(self._steps) // 2)
+        kept = bytearray(len(self._steps))
+        kept[::2] = bytes(byte & 1 for byte in chosen)
+        kept[1::2] = bytes(not byte & 1 for byte in chosen)
         self._every *= 2
-        self._steps, self._times = self._steps[::2], self._times[::2]
-        self._ranks, self._attempts = self._ranks[::2], self._attempts[::2]
+        self._steps = array("q", compress(self._steps, kept))
+        self._times = array("d", compress(self._times, kept))
+        self._ranks = array("i", compress(self._ranks, kept))
+        self._attempts = array("i", compress(self._attempts, kept))
         for name, (rows, values) in self._columns.items():
-            kept = [place for place, row in enumerate(rows) if row % 2 == 0]
+            in_column = bytes(map(kept.__getitem__, rows))
             self._columns[name] = (
-                array("I", (rows[place] // 2 for place in kept)),
-                array("d", (values[place] for place in kept)),
+                array("I", (row // 2 for row in compress(rows, in_column))),
+                array("d", compress(values, in_column)),
             )
+        self._choose_next()
+
+    def copy(self) -> PointTable:
+        """Return one that stays as it is; it takes little time."""
+        twin = copy.copy(self)
+        twin._steps, twin._times = self._steps[:], self._times[:]
+        twin._ranks, twin._attempts = self._ranks[:], self._attempts[:]
+        twin._columns = {name: (rows[:], it[:]) for name, (rows, it) in self._columns.items()}
+        twin._extremes, twin._latest = dict(self._extremes), dict(self._latest)
+        return twin
 
     def series(self, name: str) -> Iterator[tuple[int, float]]:
         """Yield step and number of the points that have one."""
@@ -98,20 +130,39 @@ class PointTable:
         for row, value in zip(rows, values, strict=True):
             yield self._steps[row], value
 
-    def columns(self) -> dict[str, list[float | int | None]]:
-        """Return all columns, with None where a point has no number of that name."""
-        table: dict[str, list[float | int | None]] = {
-            "step": list(self._steps),
-            "time": list(self._times),
-            "rank": list(self._ranks),
-            "attempt": list(self._attempts),
+    def samples(self, name: str, most: int) -> list[tuple[int, float]]:
+        """Return about so many steps and numbers, evenly, and at last the one that came last."""
+        rows, values = self._columns[name]
+        every = max(1, len(rows) // most)
+        found = [(self._steps[rows[place]], values[place]) for place in range(0, len(rows), every)]
+        latest = self._latest[name]
+        return found if found and found[-1] == latest else [*found, latest]
+
+    @property
+    def steps(self) -> array[int]:
+        """The steps of all points that are kept."""
+        return self._steps
+
+    @property
+    def attempts(self) -> array[int]:
+        """The attempts of all points that are kept."""
+        return self._attempts
+
+    def places(self) -> dict[str, array[int] | array[float]]:
+        """Return the columns that say where and when each point was."""
+        return {
+            "step": self._steps,
+            "time": self._times,
+            "rank": self._ranks,
+            "attempt": self._attempts,
         }
-        for name, (rows, values) in self._columns.items():
-            column: list[float | int | None] = [None] * len(self._steps)
-            for row, value in zip(rows, values, strict=True):
-                column[row] = value
-            table[name] = column
-        return table
+
+    def column(self, name: str) -> array[float]:
+        """Return the numbers of a name, with NaN where a point has none."""
+        column = array("d", [math.nan]) * len(self._steps)
+        for row, value in zip(*self._columns.get(name, ((), ())), strict=True):
+            column[row] = value
+        return column
 
     def __iter__(self) -> Iterator[Point]:
         """Yield all points that are kept."""
@@ -135,8 +186,8 @@ class PointTable:
 class RankSummary:
     """Count, mean, minimum and maximum over the ranks, of each step and name.
 
-    When there are more than `most` steps, those that 2 does not divide are left out, then those
-    that 4 does not, and so on: the same ones of every rank and name.
+    When there are more than `most` steps, about half of them are left out, and so on: the same ones
+    of every rank and name, however many lie between the steps that are reported.
     """
 
     def __init__(self, most: int) -> None:
@@ -146,12 +197,12 @@ class RankSummary:
 
     @property
     def every(self) -> int:
-        """1 while all steps are kept, 2 when the even ones are, and so on."""
+        """1 while all steps are kept, 2 when about half of them are, and so on."""
         return self._every
 
     def add(self, point: Point) -> None:
         """Take a point of any rank."""
-        if point.step % self._every:
+        if not self._is_kept(point.step):
             return
         moments = self._steps.setdefault((point.attempt, point.step), {})
         for name, value in point.values.items():
@@ -160,7 +211,10 @@ class RankSummary:
             known.add(value)
         if len(self._steps) > self._most:
             self._every *= 2
-            self._steps = {key: it for key, it in self._steps.items() if key[1] % self._every == 0}
+            self._steps = {key: it for key, it in self._steps.items() if self._is_kept(key[1])}
+
+    def _is_kept(self, step: int) -> bool:
+        return step * _FACTOR % _MODULUS % self._every == 0
 
     def at(self, attempt: int, step: int) -> Mapping[str, Moments]:
         """Return what is known of a step."""

@@ -15,8 +15,11 @@ from horovodrunner.wire.signals import pipe_at
 
 __all__ = ["MetricsPipe"]
 
-MAX_WAITING_RECORDS = 500_000
-"""So many wait in this process while the pipe is full; what is reported beyond them is dropped."""
+MAX_WAITING_BYTES = 64 * 1024 * 1024
+"""So much waits in this process while the pipe is full; what is reported beyond it is dropped."""
+
+_RECORD_BYTES = 64
+"""What a record takes beside its text."""
 
 WRITES_AT_ONCE = 64
 """Of a backlog, so many records are written with a new one, which takes 0.1 ms."""
@@ -28,7 +31,8 @@ FINISH_SECONDS = 5.0
 class MetricsPipe:
     """Writes records without ever waiting for the reader, which looks ten times a second."""
 
-    _monotonic = staticmethod(time.monotonic)  # main may put a clock of its own in its place
+    _monotonic = staticmethod(time.monotonic)  # main may put others of its own in their place
+    _os_write = staticmethod(os.write)
 
     def __init__(self, fd: int) -> None:
         os.set_blocking(fd, False)
@@ -36,20 +40,26 @@ class MetricsPipe:
         self._pipe = pipe_at(fd)
         self._writing = threading.Lock()
         self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
         self.dropped = 0
         """So many records the task was too slow for."""
 
     def send(self, record: bytes) -> None:
         """Write a line, or keep it until there is room."""
-        if len(self._waiting) >= MAX_WAITING_RECORDS:
+        size = len(record) + _RECORD_BYTES
+        if self._waiting_bytes + size > MAX_WAITING_BYTES:
             self.dropped += 1
         else:
+            self._waiting_bytes += size
             self._waiting.append(record)
-        if self._writing.acquire(blocking=False):  # else whoever writes now writes it, too
+        # where another thread writes, it looks again when it has let go
+        while self._waiting and self._writing.acquire(blocking=False):
             try:
-                self._write()
+                has_room = self._write()
             finally:
                 self._writing.release()
+            if not has_room:
+                break
 
     def finish(self) -> None:
         """Wait, for a bounded time, until all is written."""
@@ -66,18 +76,28 @@ class MetricsPipe:
         finally:
             self._writing.release()
 
-    def _write(self) -> None:
+    def _write(self) -> bool:
+        """Write some of what waits, and return whether it was all."""
         try:
             if pipe_at(self._fd) != self._pipe:  # main has put another file in its place
-                self._waiting.clear()
-            for _ in range(min(WRITES_AT_ONCE, len(self._waiting))):
+                self._forget()
+            for _ in range(WRITES_AT_ONCE):
+                if not self._waiting:
+                    return True
                 record = self._waiting[0]
-                written = os.write(self._fd, record)
+                written = self._os_write(self._fd, record)
                 if written < len(record):
                     self._waiting[0] = record[written:]
+                    self._waiting_bytes -= written
                     break
                 self._waiting.popleft()
+                self._waiting_bytes -= written + _RECORD_BYTES
         except BlockingIOError:
             pass
         except OSError:  # main has closed it, or the task is gone
-            self._waiting.clear()
+            self._forget()
+        return False
+
+    def _forget(self) -> None:
+        self._waiting.clear()
+        self._waiting_bytes = 0

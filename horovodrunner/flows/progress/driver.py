@@ -15,6 +15,9 @@ from horovodrunner.wire.events import CheckpointStored, Failed, Placed, Points, 
 
 __all__ = ["ProgressView"]
 
+LOST = "lost"
+_FAILED_STATES = (FAILED, LOST)
+
 TICK_SECONDS = 5.0
 """The time is drawn so often when nothing else has changed."""
 
@@ -54,7 +57,7 @@ class ProgressView(Observer):
     def end(self, error: BaseException | None) -> None:
         state = SUCCEEDED if error is None else FAILED if isinstance(error, Exception) else STOPPED
         cause = (str(error).splitlines() or [type(error).__name__])[0] if error else ""
-        known = {"failed", "lost", "ended"} if error else set()
+        known = {*_FAILED_STATES, "ended"} if error else set()
         self._ranks = tuple(
             each if each in known else "stopped" if error else "ended" for each in self._ranks
         )
@@ -99,7 +102,13 @@ class ProgressView(Observer):
         self._has_changed = True
 
     def _take_states(self, event: RankStates) -> None:
-        self._ranks = event.states
+        if len(self._ranks) == len(event.states):  # what ended a rank is known better here
+            self._ranks = tuple(
+                known if known in _FAILED_STATES else told
+                for known, told in zip(self._ranks, event.states, strict=True)
+            )
+        else:
+            self._ranks = event.states
         self._has_changed = True
 
     def _take_checkpoint(self, event: CheckpointStored) -> None:
@@ -111,6 +120,6 @@ class ProgressView(Observer):
         if failure is None or failure.rank is None or failure.rank >= len(self._ranks):
             return
         states = list(self._ranks)
-        states[failure.rank] = "lost" if failure.kind is FailureKind.LOST else "failed"
+        states[failure.rank] = LOST if failure.kind is FailureKind.LOST else FAILED
         self._ranks = tuple(states)
         self._has_changed = True

@@ -13,6 +13,7 @@ from horovodrunner.flows.logs.training_log import format_value
 from horovodrunner.flows.metrics.history import sparkline
 from horovodrunner.flows.metrics.records import Bar
 from horovodrunner.flows.progress.view import FAILED, RUNNING, SUCCEEDED, RunState
+from horovodrunner.formatting import printable
 
 __all__ = ["in_html"]
 
@@ -57,10 +58,10 @@ def _bar(bar: Bar, colour: str, *, is_running: bool) -> str:
     if seconds and bar.done:
         rate = bar.done / seconds
         facts.append(f"{rate:.2f}/s" if rate >= 1 else f"{1 / rate:.2f} s each")
-        if bar.total and is_running and not bar.has_ended:
+        if bar.total and bar.done <= bar.total and is_running and not bar.has_ended:
             facts.append(f"{tqdm.format_interval((bar.total - bar.done) / rate)} left")
     if bar.postfix:
-        facts.append(bar.postfix)
+        facts.append(printable(bar.postfix))
     track = (
         '<span style="display:inline-block;width:220px;height:9px;border-radius:4px;'
         'background:rgba(128,128,128,.25);vertical-align:middle;overflow:hidden">'
@@ -68,7 +69,7 @@ def _bar(bar: Bar, colour: str, *, is_running: bool) -> str:
         "</span>"
     )
     text = escape(", ".join(facts))
-    return f"<div>{escape(bar.description)} {track if bar.total else ''} {text}</div>"
+    return f"<div>{escape(printable(bar.description))} {track if bar.total else ''} {text}</div>"
 
 
 def _ranks(ranks: tuple[str, ...]) -> str:
@@ -90,10 +91,10 @@ def _metrics(run: RunState) -> str:
     names = run.history.metrics
     rows = []
     for name in names[:MAX_METRICS]:
-        series = run.history.series(name)
-        last = format_value(series[-1][1]) if series else ""
+        series = run.history.samples(name)
+        last = format_value(series[-1][1])
         rows.append(
-            f'<tr><td style="text-align:left">{escape(name)}</td>'
+            f'<tr><td style="text-align:left">{escape(printable(name))}</td>'
             f'<td style="text-align:right">{last}</td><td>{sparkline(series)}</td></tr>'
         )
     if not rows:

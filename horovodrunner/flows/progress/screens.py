@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from horovodrunner.flows.logs.showing import show_text
-from horovodrunner.flows.logs.training_log import format_logs
+from horovodrunner.flows.metrics.history import first_in_words
 from horovodrunner.flows.progress.html import in_html
 from horovodrunner.flows.progress.view import RunState, in_words
+from horovodrunner.formatting import printable
 
 __all__ = ["LogScreen", "NotebookScreen", "Screen", "TerminalScreen", "find_screen"]
 
@@ -76,7 +78,7 @@ class TerminalScreen:
         shown = {bar.number: bar for bar in run.bars}
         for number in [number for number in self._bars if number not in shown]:
             self._bars.pop(number).close()
-        metrics = "" if run.history.last is None else format_logs(run.history.last.values)
+        metrics = "" if run.history.last is None else first_in_words(run.history.last.values)
         if not shown:
             bar = self._bars.get(0) or self._open(0, None, "{desc}")
             self._bars = {0: bar}
@@ -84,9 +86,10 @@ class TerminalScreen:
             bar.set_description_str(f"{run.headline}; step {last.step if last else 0}: {metrics}")
         for place, state in enumerate(shown.values()):
             bar = self._bars.get(state.number) or self._open(state.number, state.total, None)
-            bar.n, bar.total, bar.start_t = state.done, state.total, state.began
-            bar.set_description_str(state.description, refresh=False)
-            postfix = [state.postfix] if state.postfix else []
+            bar.n, bar.total = state.done, state.total
+            bar.start_t = min(bar.start_t, time.time() - (state.time - state.began))
+            bar.set_description_str(printable(state.description), refresh=False)
+            postfix = [printable(state.postfix)] if state.postfix else []
             bar.set_postfix_str(", ".join([*postfix, *([metrics] if not place else [])]))
         if is_final:
             for bar in reversed(self._bars.values()):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from horovodrunner.flows.logs.training_log import format_logs
-from horovodrunner.flows.metrics.history import History
+from horovodrunner.flows.metrics.history import History, first_in_words
 from horovodrunner.flows.metrics.records import Bar
+from horovodrunner.formatting import printable
 
 __all__ = ["RUNNING", "RunState", "bar_in_words", "in_words"]
 
@@ -66,7 +66,7 @@ def in_words(run: RunState) -> str:
     """Return all of it as lines of text."""
     lines = [bar_in_words(bar) for bar in run.bars]
     if (last := run.history.last) is not None:
-        lines.append(f"step {last.step}: {format_logs(last.values)}")
+        lines.append(f"step {last.step}: {first_in_words(last.values)}")
     return "\n".join([run.headline, *([run.cause] if run.cause else []), *lines])
 
 
@@ -76,9 +76,9 @@ def bar_in_words(bar: Bar, columns: int = _BAR_COLUMNS) -> str:
         tqdm.format_meter(
             bar.done,
             bar.total,
-            bar.time - bar.began,
+            max(0.0, bar.time - bar.began),
             ncols=columns,
-            prefix=bar.description,
-            postfix=bar.postfix or None,
+            prefix=printable(bar.description),
+            postfix=printable(bar.postfix) or None,
         )
     )

@@ -22,6 +22,7 @@ __all__ = [
     "TaskLink",
     "WorkerContext",
     "current_context",
+    "inherited_context",
     "log_to_driver",
     "notice",
     "set_context",
@@ -33,6 +34,8 @@ _TRUNCATED = "...(truncated)"
 
 class TaskLink:
     """The worker's end of the pipe to its task."""
+
+    _os_write = staticmethod(os.write)  # main may put another in its place
 
     def __init__(self, report_fd: int) -> None:
         self._report_fd = report_fd
@@ -65,7 +68,7 @@ class TaskLink:
         for part in parts:
             view = memoryview(part)
             while view:
-                view = view[os.write(self._report_fd, view) :]
+                view = view[self._os_write(self._report_fd, view) :]
 
 
 class _AnswersQuestions(Protocol):
@@ -98,6 +101,11 @@ def set_context(context: WorkerContext) -> None:
 def current_context() -> WorkerContext | None:
     """Return what this process is within its run."""
     return _context if _context is not None and _context.link.is_usable else None
+
+
+def inherited_context() -> WorkerContext | None:
+    """Return the same, also in a process that main forked, which must not use its pipes."""
+    return _context
 
 
 def _notice(context: WorkerContext, key: str, text: str) -> Notice:
