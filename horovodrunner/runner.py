@@ -216,7 +216,7 @@ class HorovodRunner:
         self._options = {
             name: given[name]
             for name, parameter in inspect.signature(HorovodRunner).parameters.items()
-            if given[name] != parameter.default
+            if _differs(given[name], parameter.default)
         }
         self._np = checked.integer("np", np)
         self._verbosity = checked.choice(
@@ -481,7 +481,9 @@ class HorovodRunner:
     ) -> ArtifactStore:
         """Make the directory of this run, if the user wants one, and where artifacts come to."""
         self._artifacts.discard()
-        self._run_directory = None
+        if self._run_directory is not None:
+            self._run_directory.discard()
+            self._run_directory = None
         if self._run_dir is None:
             self._artifacts = ArtifactStore()
             return self._artifacts
@@ -617,6 +619,13 @@ class HorovodRunner:
 
 
 _OPTIONS = [*[*inspect.signature(HorovodRunner.__init__).parameters][1:], *_OLD_OPTIONS]
+
+
+def _differs(value: Any, default: Any) -> bool:
+    try:
+        return bool(value != default)
+    except Exception:  # noqa: BLE001 - an array of several numbers is refused later, by its name
+        return True
 
 
 def _horovod_variables(horovodrun_args: str | Sequence[str] | None) -> dict[str, str]:

@@ -287,7 +287,7 @@ def test_a_child_has_none_of_the_descriptors_and_its_task_waits_for_none(tmp_pat
             os.close(2)
             time.sleep(60)
         open_there = int(os.read(read, 100))
-        assert open_there == open_here + 2 - 4, f"{open_there} there, {open_here} here"
+        assert open_there == open_here + 2 - 5, f"{open_there} there, {open_here} here"
         return pid, open_there
 
     pid, _ = run(main)

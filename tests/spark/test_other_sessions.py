@@ -103,7 +103,7 @@ def sections(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         slots.NOTE_SECONDS = 1.0
         agent = {{"executor_extraJavaOptions": "-javaagent:/nope.jar"}}
         with session("local-cluster[1,1,1024]", **agent):
-            attempt(1, start_timeout=5)
+            attempt(1, start_timeout=15)
 
         print("SECTION dynamic allocation")
         tracking = {{"dynamicAllocation_shuffleTracking_enabled": "true"}}
@@ -162,7 +162,7 @@ def test_executors_that_end_before_they_register_are_told_with_their_last_words(
     shown = sections["executors that end"]
     ended = r"\d+ executors? ha(s|ve) ended, the last one with: .*/nope.jar; .* why: work/app"
     assert re.search(rf"waiting for 1 slots, 0 have registered so far; {ended}", shown)
-    assert re.search(rf"after 5 s there are 0: {ended}.* raise start_timeout", shown)
+    assert re.search(rf"after 15 s there are 0: {ended}.* raise start_timeout", shown)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tests import processes
 def _imported_by(statement: str) -> set[str]:
     code = f"{statement}; import json, sys; print(json.dumps(list(sys.modules)))"
     done = processes.run([sys.executable, "-c", code], check=True, capture_output=True)
-    return set(json.loads(done.stdout))
+    return set(json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_a_worker_imports_nothing_of_the_other_processes() -> None:
@@ -27,6 +27,12 @@ def test_a_worker_imports_nothing_of_the_other_processes() -> None:
 def test_a_task_imports_nothing_of_the_driver() -> None:
     modules = _imported_by("import horovodrunner.processes.task.barrier")
     assert not {name for name in modules if name.startswith("horovodrunner.processes.driver")}
+
+
+def test_the_driver_imports_no_tracking_tool() -> None:
+    run = "horovodrunner.HorovodRunner(np=-1).run(int)"
+    modules = _imported_by(f"import horovodrunner; {run}")
+    assert not modules & {"mlflow", "tensorboard"}
 
 
 def test_every_public_name_is_there_when_it_is_asked_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +17,7 @@ from horovodrunner import ArgumentTypeError, ConfigurationError, HorovodRunner
 from horovodrunner.flows.metrics.records import Point
 from horovodrunner.flows.metrics.scalars import Scalar, ScalarStream
 from horovodrunner.flows.mlflow import delivery as deliveries
-from horovodrunner.flows.mlflow import naming
+from horovodrunner.flows.mlflow import naming, tracking
 from horovodrunner.flows.mlflow.delivery import Delivery
 from horovodrunner.flows.mlflow.tracking import Metric, RefusedError, RunInMlflow, UnavailableError
 from horovodrunner.wire.events import Usage
@@ -342,6 +343,15 @@ class TestRequests:
             run.log_metrics(numbers(1))
         assert caught.value.may_pass
         run.log_metrics(numbers(1))
+
+    def test_a_server_that_never_answers_is_not_waited_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tracking, "REQUEST_SECONDS", 0.2)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            run = RunInMlflow(f"http://127.0.0.1:{silent.getsockname()[1]}", "abc")
+            with pytest.raises(UnavailableError, match="timed out"):
+                run.log_metrics(numbers(1))
 
     def test_what_is_refused_is_told_from_what_fails(self, server: str) -> None:
         Answers.statuses = [400, 403]

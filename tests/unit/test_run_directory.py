@@ -470,6 +470,8 @@ class TestUpload:
         files = self.files(record.location)
         assert files["output/rank-0.log"] == b"hello\n"
         assert b"Succeeded" in files["report.html"]
+        assert (record.directory / "report.html").exists()
+        record.discard()
         assert not record.directory.exists()
 
     def test_the_ranks_files_are_there_and_here(self, tmp_path: Path) -> None:
@@ -510,8 +512,8 @@ class TestUpload:
         record.begin(1)
         with pytest.raises(OSError, match=f"all of it is in {record.directory} on the driver"):
             record.end(None)
+        record.discard()
         assert (record.directory / "report.html").exists()
-        shutil.rmtree(record.directory)
 
     def test_a_scheme_that_nobody_knows_is_refused(self) -> None:
         with pytest.raises(ConfigurationError, match="nosuch"):

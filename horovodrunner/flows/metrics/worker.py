@@ -25,7 +25,10 @@ WRITES_AT_ONCE = 64
 """Of a backlog, so many records are written with a new one, which takes 0.1 ms."""
 
 FINISH_SECONDS = 5.0
-"""How long main's end waits for the backlog to be read."""
+"""How long main's end waits for the backlog when nobody reads it."""
+
+MOST_FINISH_SECONDS = 60.0
+"""How long it waits for one that is read."""
 
 
 class MetricsPipe:
@@ -63,7 +66,8 @@ class MetricsPipe:
 
     def finish(self) -> None:
         """Wait, for a bounded time, until all is written."""
-        deadline = self._monotonic() + FINISH_SECONDS
+        began = self._monotonic()
+        deadline = began + FINISH_SECONDS
         if not self._writing.acquire(timeout=FINISH_SECONDS):
             return
         try:
@@ -71,7 +75,10 @@ class MetricsPipe:
             room.register(self._fd, select.POLLOUT)
             while self._waiting and (left := deadline - self._monotonic()) > 0:
                 room.poll(left * 1000)
+                backlog = len(self._waiting)
                 self._write()
+                if len(self._waiting) < backlog:
+                    deadline = min(self._monotonic() + FINISH_SECONDS, began + MOST_FINISH_SECONDS)
             self.dropped += len(self._waiting)
         finally:
             self._writing.release()

@@ -28,6 +28,7 @@ from horovodrunner.flows.mlflow.delivery import END_SECONDS, Delivery
 from horovodrunner.flows.mlflow.tracking import Metric, RunInMlflow, is_local
 from horovodrunner.flows.observer import Observer, RunFacts
 from horovodrunner.flows.rundir import layout
+from horovodrunner.flows.rundir.masking import Mask
 from horovodrunner.formatting import in_one_line
 from horovodrunner.placement.environment import MLFLOW
 from horovodrunner.placement.versions import installed_versions
@@ -211,7 +212,8 @@ class MlflowReporter(Observer):
         if not self._run_id:
             self._experiment_id = run.start(self._facts.main)
             self._run_id = run.run_id
-            self._console.note(f"MLflow's run {run.run_id} at {shown_uri(self._uri)}")
+            text = f"MLflow's run {run.run_id} at {shown_uri(self._uri)}"
+            self._console.note(text, routine=True)
         return run
 
     def _take(self, records: Iterable[Point | Bar]) -> None:
@@ -250,7 +252,8 @@ class MlflowReporter(Observer):
         if self._reporting_ranks:
             facts["hosts"] = ", ".join(sorted(self._reporting_ranks))
         if error is not None:
-            facts["error"] = in_one_line(error)
+            mask = Mask(os.environ, self._facts.environment, self._facts.arguments)
+            facts["error"] = mask.text(in_one_line(error))
         return {f"{_TAGS}{name}": naming.bounded(text) for name, text in facts.items()}
 
     def _cluster(self) -> str:
@@ -284,10 +287,10 @@ class MlflowReporter(Observer):
         names = list(self._delivery.refused)
         listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
         why = self._delivery.refused[names[0]]
-        return (
-            f"MLflow does not store {listed} ({why}). A parameter keeps its first value: start a "
-            "run for each, mlflow.start_run(nested=True) within another"
-        )
+        advice = ""
+        if "already logged" in why:
+            advice = ". Start a run for each: mlflow.start_run(nested=True) within another"
+        return f"MLflow does not store {listed}: {why}{advice}"
 
 
 def shown_uri(uri: str) -> str:

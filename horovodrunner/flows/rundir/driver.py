@@ -8,11 +8,13 @@ import getpass
 import os
 import platform
 import queue
+import shutil
 import socket
 import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +68,8 @@ MAX_TEXT = 200_000
 class RunDirectory(Observer):
     """The directory of one run.
 
-    Behind a URL it is a temporary one, whose files are uploaded while the run goes on.
+    Behind a URL it is a temporary one, whose files are uploaded while the run goes on. It goes with
+    this object, unless something could not be uploaded.
     """
 
     title = "keeping the record of the run"
@@ -91,9 +94,11 @@ class RunDirectory(Observer):
         name = f"{when}-{facts.run_id}"
         mask = Mask(os.environ, facts.environment, facts.arguments, facts.options)
         self._upload: RecordUpload | None = None
+        self._remove: weakref.finalize[..., RunDirectory] | None = None
         if is_url(location):
             self._upload = RecordUpload(location, name)
-            self.directory = Path(tempfile.mkdtemp(prefix=f"horovodrunner-record-{facts.run_id}-"))
+            self.directory = Path(tempfile.mkdtemp(prefix="record-of-a-run-"))
+            self._remove = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
             self.location = self._upload.location
         else:
             self.directory = local_path(location) / name
@@ -157,10 +162,20 @@ class RunDirectory(Observer):
             self._error = TimeoutError(
                 f"{self.directory} was not written to within {END_SECONDS:g} s"
             )
-        if self._upload is not None and not self._thread.is_alive():
-            self._upload.end()
-        if self._error is not None:
-            raise self._error
+        try:
+            if self._error is not None:
+                raise self._error
+            if self._upload is not None:
+                self._upload.end()
+        except BaseException:
+            if self._remove is not None:
+                self._remove.detach()
+            raise
+
+    def discard(self) -> None:
+        """Delete a temporary directory now."""
+        if self._remove is not None:
+            self._remove()
 
     def _start(self) -> None:
         if self._thread.ident is None:

@@ -50,14 +50,13 @@ class RecordUpload:
         self._thread.start()
 
     def end(self) -> None:
-        """Upload the rest, and delete the directory once all is there; wait for a bounded time."""
+        """Upload the rest, and wait for it, for a bounded time; OSError if it is not there."""
         self._ending.set()
         self._thread.join(END_SECONDS)
         if self._thread.is_alive():
             self._error = TimeoutError(f"the upload takes more than {END_SECONDS:g} s")
         if self._error is not None:
             raise OSError(f"{self._error}; all of it is in {self._directory} on the driver")
-        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _run(self) -> None:
         while not self._ending.wait(PAUSE_SECONDS):

@@ -11,7 +11,7 @@ from typing import IO
 
 from horovodrunner.flows.logs.lines import LineAssembler
 
-__all__ = ["PAUSE_SECONDS", "OutputReader"]
+__all__ = ["OutputReader"]
 
 PAUSE_SECONDS = 0.01
 """Output that comes within this time after other output is coalesced, because waking up for each
@@ -41,11 +41,11 @@ class OutputReader(asyncio.Protocol):
         self,
         pipe: IO[bytes],
         on_lines: Callable[[bytes], None],
-        pause_seconds: float = PAUSE_SECONDS,
+        pause_seconds: float | None = None,
     ) -> None:
         self._pipe = pipe
         self._on_lines = on_lines
-        self._pause_seconds = pause_seconds
+        self._pause_seconds = PAUSE_SECONDS if pause_seconds is None else pause_seconds
         self._lines = LineAssembler()
         with contextlib.suppress(OSError):  # this user's pipes hold too much already
             fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)

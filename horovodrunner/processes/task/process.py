@@ -25,7 +25,7 @@ import psutil
 
 from horovodrunner.flows.call.import_path import start_command
 from horovodrunner.processes.task.exits import ExitStatus, OomWitness
-from horovodrunner.processes.task.output import PAUSE_SECONDS, OutputReader
+from horovodrunner.processes.task.output import OutputReader
 from horovodrunner.processes.task.warm import fork_worker
 from horovodrunner.wire.events import Event, Sink, encode
 from horovodrunner.wire.signals import STACK_SIGNAL
@@ -158,7 +158,7 @@ class WorkerProcess:
     async def read_output(self, on_lines: Callable[[str, bytes], None]) -> None:
         """Read stdout, stderr and what the rank reports until all end."""
         self._output = [
-            OutputReader(pipe, functools.partial(on_lines, name), PAUSES.get(name, PAUSE_SECONDS))
+            OutputReader(pipe, functools.partial(on_lines, name), PAUSES.get(name))
             for name, pipe in self._streams().items()
             if pipe
         ]
