@@ -11,7 +11,7 @@ from pathlib import Path
 from horovodrunner.flows.artifacts.places import MAX_RANK_BYTES
 from horovodrunner.formatting import format_bytes, in_one_line, printable
 from horovodrunner.wire.events import Note, Sink, Storing, UploadArtifacts, UploadFile
-from horovodrunner.wire.upload import Piece, TransferClient, chunks_of, in_thread
+from horovodrunner.wire.upload import PeerFailedError, Piece, TransferClient, chunks_of, in_thread
 
 __all__ = ["bring_artifacts", "files_to_bring", "pieces_of", "upload_artifacts", "upload_file"]
 
@@ -57,7 +57,7 @@ async def bring_artifacts(
         await asyncio.wait([bringing], timeout=STORING_SECONDS)
     if (error := bringing.exception()) is not None:
         ranks = ", ".join(sorted({name.partition("/")[0] for name in files}))
-        why = str(error) if type(error) is OSError else in_one_line(error)
+        why = str(error) if type(error) in (OSError, PeerFailedError) else in_one_line(error)
         emit(Note(f"not all artifacts of {ranks} have come: {why}"))
 
 
