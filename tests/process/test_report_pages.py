@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -49,31 +50,33 @@ def record(directory: Path, outcome: dict[str, object] | None) -> Path:
     return write_report(directory)
 
 
-def browse(page: Path, profile: Path, *, width: int = 1200) -> str:
+def browse(page: Path, *, width: int = 1200) -> str:
     """Return the page's text, as the browser has it; it must have complained of nothing."""
     assert BROWSER is not None
-    done = processes.run(
-        [
-            BROWSER,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--enable-logging=stderr",
-            f"--user-data-dir={profile}",
-            f"--window-size={width},1000",
-            "--dump-dom",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        check=True,
-    )
+    # not in tmp_path: the browser has sockets there, whose paths have 107 bytes at most
+    with tempfile.TemporaryDirectory() as profile:
+        done = processes.run(
+            [
+                BROWSER,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--enable-logging=stderr",
+                f"--user-data-dir={profile}",
+                f"--window-size={width},1000",
+                "--dump-dom",
+                page.as_uri(),
+            ],
+            capture_output=True,
+            check=True,
+        )
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert not complaints
     return re.sub(r"<[^>]+>", " ", done.stdout.partition("</style>")[2])
 
 
 def test_a_good_run(tmp_path: Path) -> None:
-    text = browse(record(tmp_path / "run", {"status": "succeeded"}), tmp_path / "profile")
+    text = browse(record(tmp_path / "run", {"status": "succeeded"}))
     for wanted in ("Succeeded", "2 ranks on 2 hosts", "Rank 1 is slowest", "node-2 GPU 0"):
         assert wanted in text
     assert text.index("Launch") < text.index("Metrics") < text.index("the last words of 0")
@@ -82,13 +85,13 @@ def test_a_good_run(tmp_path: Path) -> None:
 def test_a_failed_run(tmp_path: Path) -> None:
     error = {"type": "WorkerFailedError", "text": "rank 1 failed: diverged", "rank": 1}
     page = record(tmp_path / "run", {"status": "failed", "error": error})
-    text = browse(page, tmp_path / "profile")
+    text = browse(page)
     assert text.index("rank 1 failed: diverged") < text.index("Launch")
     assert text.index("the last words of 1") < text.index("the last words of 0")
 
 
 def test_a_run_whose_driver_was_lost(tmp_path: Path) -> None:
-    text = browse(record(tmp_path / "run", None), tmp_path / "profile")
+    text = browse(record(tmp_path / "run", None))
     assert "Driver lost" in text
     assert "the last words of 1" in text
 
@@ -97,4 +100,4 @@ def test_the_browser_would_complain(tmp_path: Path) -> None:
     page = record(tmp_path / "run", None)
     page.write_text(page.read_text().replace("</main>", f"{NETWORK}</main>"))
     with pytest.raises(AssertionError):
-        browse(page, tmp_path / "profile")
+        browse(page)
