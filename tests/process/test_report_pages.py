@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -53,8 +54,8 @@ def record(directory: Path, outcome: dict[str, object] | None) -> Path:
 def browse(page: Path, *, width: int = 1200) -> str:
     """Return the page's text, as the browser has it; it must have complained of nothing."""
     assert BROWSER is not None
-    # not in tmp_path: the browser has sockets there, whose paths have 107 bytes at most
-    with tempfile.TemporaryDirectory() as profile:
+    # not in our directory: the browser has sockets there, whose paths have 107 bytes at most
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
         done = processes.run(
             [
                 BROWSER,
@@ -62,13 +63,14 @@ def browse(page: Path, *, width: int = 1200) -> str:
                 "--no-sandbox",
                 "--disable-gpu",
                 "--enable-logging=stderr",
-                f"--user-data-dir={profile}",
+                f"--user-data-dir={directory}/profile",
                 f"--window-size={width},1000",
                 "--dump-dom",
                 page.as_uri(),
             ],
             capture_output=True,
             check=True,
+            env={**os.environ, "TMPDIR": directory},
         )
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert not complaints
