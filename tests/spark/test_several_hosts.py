@@ -395,7 +395,7 @@ def test_ranks_that_reach_rank_0_but_not_each_other_say_so(cluster: Cluster) -> 
             )
             if os.environ["RANK"] != "0":
                 for address in set(workers) - {{first, own}}:
-                    processes.run(["ip", "route", "add", "unreachable", address], check=True)
+                    subprocess.run(["ip", "route", "add", "unreachable", address], check=True)
             tell("triangle")
             import horovod.torch as hvd
             hvd.init()
@@ -458,7 +458,7 @@ def test_hosts_without_ipv4_are_refused_and_with_it_beside_ipv6_they_run(
         attempt("alone", 2, tell, section="alone")
         for number, host in ((2, "{hosts["six"].namespace}"), (3, "{hosts["seven"].namespace}")):
             address = f"10.77.0.{{number}}/24"
-            processes.run(["ip", "-n", host, "addr", "add", address, "dev", "lan0"], check=True)
+            subprocess.run(["ip", "-n", host, "addr", "add", address, "dev", "lan0"], check=True)
         attempt("both", 2, main)
         spark.stop()
         """,
