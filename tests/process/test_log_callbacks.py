@@ -103,45 +103,50 @@ def test_tf_keras_beside_keras_3(capfd: pytest.CaptureFixture[str]) -> None:
     assert lines_of(capfd) == OWN_LINES + OWN_LINES
 
 
+def fit_lightning(package: str, **options: Any) -> None:
+    """Train a linear model for two epochs of two batches with a Trainer that has these options."""
+    import torch
+
+    lightning: Any = importlib.import_module(package)
+
+    class Model(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            loss = self.layer(batch[0]).square().mean()
+            self.log("loss", loss, on_step=True, on_epoch=True)
+            return loss
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.log("val_loss", self.layer(batch[0]).square().mean())
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.001)
+
+    data = torch.utils.data.TensorDataset(torch.ones(8, 2))
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        **options,
+    )
+    loaders = [torch.utils.data.DataLoader(data, batch_size=4) for _ in range(2)]
+    trainer.fit(Model(), *loaders)
+
+
 def test_lightning(capfd: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
-        import torch
-
         from horovodrunner.callbacks.lightning import LogCallback
 
         for package in ("lightning.pytorch", "pytorch_lightning"):
-            lightning: Any = importlib.import_module(package)
-
-            class Model(lightning.LightningModule):  # type: ignore[misc]
-                def __init__(self) -> None:
-                    super().__init__()
-                    self.layer = torch.nn.Linear(2, 1)
-
-                def training_step(self, batch: Any, index: int) -> Any:
-                    loss = self.layer(batch[0]).square().mean()
-                    self.log("loss", loss, on_step=True, on_epoch=True)
-                    return loss
-
-                def validation_step(self, batch: Any, index: int) -> None:
-                    self.log("val_loss", self.layer(batch[0]).square().mean())
-
-                def configure_optimizers(self) -> Any:
-                    return torch.optim.SGD(self.parameters(), lr=0.001)
-
-            data = torch.utils.data.TensorDataset(torch.ones(8, 2))
+            lightning = importlib.import_module(package)
             callback = LogCallback(per_batch_log=package == "lightning.pytorch")
             assert isinstance(callback, lightning.Callback)
-            trainer = lightning.Trainer(
-                max_epochs=2,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                accelerator="cpu",
-                callbacks=[callback],
-            )
-            loaders = [torch.utils.data.DataLoader(data, batch_size=4) for _ in range(2)]
-            trainer.fit(Model(), *loaders)
+            fit_lightning(package, logger=False, callbacks=[callback])
 
     HorovodRunner(np=-1).run(main)
     lines = lines_of(capfd)

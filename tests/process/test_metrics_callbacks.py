@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from horovodrunner import HorovodRunner, metrics
 from horovodrunner.callbacks.bases import Reporter
 from horovodrunner.callbacks.keras import MetricsCallback
-from tests.process.test_log_callbacks import fit
+from tests.process.test_log_callbacks import fit, fit_lightning
 
 
 def test_keras_3_on_torch() -> None:
@@ -99,37 +98,10 @@ def test_keras_of_tensorflow_both_kinds() -> None:
 
 def test_lightning() -> None:
     def main() -> None:
-        import torch
-
         from horovodrunner.callbacks.lightning import MetricsLogger
 
         for package in ("lightning.pytorch", "pytorch_lightning"):
-            lightning: Any = importlib.import_module(package)
-
-            class Model(lightning.LightningModule):  # type: ignore[misc]
-                def __init__(self) -> None:
-                    super().__init__()
-                    self.layer = torch.nn.Linear(2, 1)
-
-                def training_step(self, batch: Any, index: int) -> Any:
-                    loss = self.layer(batch[0]).square().mean()
-                    self.log("loss", loss, on_step=True, on_epoch=True)
-                    return loss
-
-                def configure_optimizers(self) -> Any:
-                    return torch.optim.SGD(self.parameters(), lr=0.001)
-
-            data = torch.utils.data.TensorDataset(torch.ones(8, 2))
-            trainer = lightning.Trainer(
-                max_epochs=2,
-                logger=MetricsLogger(),
-                log_every_n_steps=1,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                accelerator="cpu",
-            )
-            trainer.fit(Model(), torch.utils.data.DataLoader(data, batch_size=4))
+            fit_lightning(package, logger=MetricsLogger(), log_every_n_steps=1)
 
     runner = HorovodRunner(np=-1)
     runner.run(main)
