@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,7 +112,7 @@ def test_lightning() -> None:
 
 
 @pytest.mark.heavy
-def test_transformers() -> None:
+def test_transformers(tmp_path: Path) -> None:
     def main(directory: str) -> None:
         import torch
         import transformers
@@ -142,6 +143,6 @@ def test_transformers() -> None:
         ).train()
 
     runner = HorovodRunner(np=-1)
-    runner.run(main, directory="/tmp/unused-by-the-trainer")
+    runner.run(main, directory=str(tmp_path))
     assert list(runner.history["loss"]) == [2, 4]
     assert {"learning_rate", "grad_norm", "train_runtime"} <= {*runner.history.metrics}
