@@ -39,7 +39,6 @@ _WITH_MEMORY = ("cpu", "cuda", "xpu")
 """Devices of torch whose tensors have bytes that the CPU can get."""
 
 
-
 class Call:
     """Pickles as a call, so that its result is what is unpickled."""
 
