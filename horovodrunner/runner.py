@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import inspect
 import os
@@ -43,6 +44,7 @@ from horovodrunner.placement.versions import installed_versions
 from horovodrunner.processes.driver.announcement import announce
 from horovodrunner.processes.driver.attempts import describe_end, run_attempts
 from horovodrunner.processes.driver.interactive import is_interactive, program_arguments
+from horovodrunner.processes.driver.queue import Turn
 from horovodrunner.spark import interrupt
 from horovodrunner.storage import is_url
 from horovodrunner.usage import explained, wrong_options, wrong_run
@@ -438,8 +440,7 @@ class HorovodRunner:
         __tracebackhide__ = True
         began, spans = time.time(), Spans()
         checked.main(main, kwargs, runner_options=_OPTIONS)
-        run_id = run.run_id
-        store = self._store_of_run(run_id, main, kwargs)
+        store = self._store_of_run(run.run_id, main, kwargs)
         environment = {
             **forwarded_environment(os.environ),
             **hash_seed(os.environ),
@@ -453,7 +454,7 @@ class HorovodRunner:
         data = tuple(attachments.values())
         self._history = History(abs(self._np))
         recorder = MetricsRecorder(self._history)
-        view = self._progress_view(recorder)
+        view = self._progress_view(recorder, run)
         shows_output = self._verbosity == "all" or self._np < 0
         console = Console(
             executors_have_lines=self._np >= 0,
@@ -462,7 +463,7 @@ class HorovodRunner:
             run=run,
         )
         facts = RunFacts(
-            run_id,
+            run.run_id,
             self._np,
             name_of(main),
             kwargs,
@@ -470,11 +471,14 @@ class HorovodRunner:
             began,
             environment,
             files.paths,
+            self._name,
         )
         artifacts = self._make_stores(facts, recorder, console)
         own = (recorder, artifacts, view, self._run_directory)
         others = self._observers(facts, recorder, console)
         observers = Observers([*filter(None, own), *others], console.note)
+
+        turn = Turn(run, console.wake)
 
         def launch(attempt: int) -> Outcome:
             run.check()
@@ -483,7 +487,7 @@ class HorovodRunner:
             now = time.time()
             spans.add("stage start", now, now)
             job = JobSpec(
-                run_id=run_id if attempt == 1 else f"{run_id}-{attempt}",
+                run_id=run.run_id if attempt == 1 else f"{run.run_id}-{attempt}",
                 size=abs(self._np),
                 payload=call,
                 # its own secret: nobody of an earlier attempt gets in
@@ -508,7 +512,8 @@ class HorovodRunner:
                 tf_config=self._tf_config,
                 keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
             )
-            run_job = self._run_locally if self._np < 0 else self._run_on_spark
+            on_spark = functools.partial(self._run_on_spark, turn=turn)
+            run_job = self._run_locally if self._np < 0 else on_spark
             return run_job(job, console, files, data, observers.handlers)
 
         ended_by: BaseException | None = None
@@ -530,6 +535,7 @@ class HorovodRunner:
             ended_by = describe_end(run, error, abs(self._np), store)
             raise
         finally:
+            turn.leave()
             self._note_phases(spans, console, began)
             observers.end(ended_by)
             if store is not None:
@@ -575,11 +581,12 @@ class HorovodRunner:
         self._artifacts = ArtifactStore(record.artifacts)
         return self._artifacts
 
-    def _progress_view(self, recorder: MetricsRecorder) -> ProgressView | None:
+    def _progress_view(self, recorder: MetricsRecorder, run: GoingRun) -> ProgressView | None:
         """Make what shows how far the run is, unless the user wants nothing of it."""
         if self._progress is False:
             return None
-        return ProgressView(find_screen(), recorder, self._history, self._max_restarts + 1)
+        attempts = self._max_restarts + 1
+        return ProgressView(find_screen(), recorder, self._history, attempts, run=run)
 
     def _store_of_run(
         self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]
@@ -643,6 +650,8 @@ class HorovodRunner:
         files: BroughtFiles,
         data: Sequence[UnsharedDataSet],
         flows: Sequence[Handlers],
+        *,
+        turn: Turn,
     ) -> Outcome:
         from horovodrunner.processes.driver import slots
         from horovodrunner.processes.driver.cluster import BarrierRun
@@ -654,7 +663,16 @@ class HorovodRunner:
         session.refuse_encrypted_cluster(spark)
         waiting_since = time.monotonic()
         request = task_request(spark, self._resources)
+        turn.join(spark.conf.get("spark.app.id", None) or "")
         size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
+        turn.wait(
+            size,
+            request,
+            lambda: slots.total_slots(spark, request),
+            waiting_since=waiting_since,
+            start_timeout=self._start_timeout,
+            console=console,
+        )
         job = replace(
             job,
             size=size,
@@ -677,6 +695,8 @@ class HorovodRunner:
                 artifacts=self._artifacts,
                 start_timeout=self._start_timeout,
                 waiting_since=waiting_since,
+                on_start=turn.start,
+                name=self._name,
                 store=store,
                 data=data,
                 flows=flows,

@@ -172,16 +172,13 @@ class Console:
         with self._lock:
             calls = list(self._calls)
             self._calls.clear()
-        if not calls:
-            return
-        with self._beside_drawing():
-            for call in calls:
-                self._run.check()
-                try:
-                    call()
-                except BaseException as error:
-                    self._run.stop(error)
-                    raise
+        for call in calls:
+            self._run.check()
+            try:
+                call()
+            except BaseException as error:
+                self._run.stop(error)
+                raise
 
     def _draw(self) -> None:
         if self._drawing is None or not self._drawing.is_due():
@@ -211,6 +208,8 @@ class Console:
                 )
 
     def _put(self, text: str) -> None:
+        if label := self._run.label:
+            text = label + " " + text[:-1].replace("\n", f"\n{label} ") + "\n"
         self._waiting.append(text)
         self._waiting_bytes += len(text)
         self._tell()

@@ -210,7 +210,7 @@ class MlflowReporter(Observer):
     def _open(self) -> RunInMlflow:
         run = RunInMlflow(self._uri, self._run_id)
         if not self._run_id:
-            self._experiment_id = run.start(self._facts.main)
+            self._experiment_id = run.start(self._facts.name or self._facts.main)
             self._run_id = run.run_id
             text = f"MLflow's run {run.run_id} at {shown_uri(self._uri)}"
             self._console.note(text, routine=True)

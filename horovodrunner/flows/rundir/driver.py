@@ -91,7 +91,7 @@ class RunDirectory(Observer):
         self._artifacts = artifacts
         self._checkpoints_are_near = not is_url(str(facts.options.get("checkpoint_dir") or ""))
         when = time.strftime("%Y%m%d-%H%M%S", time.gmtime(facts.began))
-        name = f"{when}-{facts.run_id}"
+        name = f"{when}-{facts.label}"
         mask = Mask(os.environ, facts.environment, facts.arguments, facts.options)
         self._upload: RecordUpload | None = None
         self._remove: weakref.finalize[..., RunDirectory] | None = None
@@ -294,6 +294,7 @@ def _text_of(error: BaseException) -> str:
 def _described(facts: RunFacts) -> dict[str, Any]:
     return {
         "run_id": facts.run_id,
+        "name": facts.name,
         "main": facts.main,
         "np": facts.np,
         "began": facts.began,

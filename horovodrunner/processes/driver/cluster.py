@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.going import GoingRun
 from horovodrunner.flows.logs.debug import turn_on_if_wanted
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.outcome import FailureKind, Outcome, join_rows, with_result
@@ -71,6 +72,8 @@ class BarrierRun:
         artifacts: ArtifactStore | None = None,
         start_timeout: float,
         waiting_since: float,
+        on_start: Callable[[], None] = lambda: None,
+        name: str = "",
         store: CheckpointStore | None = None,
         data: Sequence[UnsharedDataSet] = (),
         flows: Sequence[Handlers] = (),
@@ -82,12 +85,15 @@ class BarrierRun:
         self._files = files
         self._artifacts = artifacts
         self._start_timeout = start_timeout
+        self._on_start = on_start
         self._store = store
         self._data = data
         self._flows = flows
         self._tag = f"horovodrunner-{job.run_id}"
         self._spark_job = spark_job(
-            spark, self._tag, f"HorovodRunner(np={job.size}), run {job.run_id}"
+            spark,
+            self._tag,
+            f"HorovodRunner(np={job.size}), {GoingRun(job.run_id, name).title}",
         )
         self._outcomes: dict[int, Outcome] | None = None
         self._error: Exception | None = None
@@ -190,6 +196,7 @@ class BarrierRun:
             self._console.show(until_look if until_look > 0 else LOOK_SECONDS)
             if time.monotonic() >= first_look and not (self._ended or channel.registered):
                 self._look_whether_it_starts(has_heard=channel.has_heard)
+        self._on_start()
         end_by: float | None = None
         while not self._ended:
             if channel.failure is not None:
@@ -211,6 +218,7 @@ class BarrierRun:
             return
         running = self._spark_job.running_tasks()
         if running == self._job.size:
+            self._on_start()
             self._all_running_since = self._all_running_since or now
             if now - self._all_running_since >= SILENT_SECONDS and not has_heard:
                 self._note(
