@@ -147,7 +147,9 @@ def _address(job: JobSpec, context: Any) -> tuple[HostAddress, str]:
     """Return the address at which the peers reach this task, and what is wrong with it."""
     hosts = [info.address.rpartition(":")[0] for info in context.getTaskInfos()]
     driver = job.driver_address[0] if job.driver_address else None
-    chosen = job.environment.get(GLOO_INTERFACE) or os.environ.get(GLOO_INTERFACE)
+    chosen = job.environment.get(GLOO_INTERFACE)
+    if not chosen and GLOO_INTERFACE not in job.removed_variables:
+        chosen = os.environ.get(GLOO_INTERFACE)
     try:
         return find_address(hosts[context.partitionId()], driver, hosts, chosen), ""
     except ValueError as error:
