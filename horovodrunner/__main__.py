@@ -12,7 +12,7 @@ from horovodrunner import __version__
 from horovodrunner.errors import HorovodRunnerError
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:  # noqa: PLR0911 - one for each command
     """Run one command and return the exit code: 0, or 1 for a problem that is printed.
 
     A reader that goes away (``doctor | head``) changes nothing but what is shown.
@@ -30,12 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
             return run_doctor(_say)
         if chosen.command == "report":
             return _report(Path(chosen.directory))
+        if chosen.command == "pack":
+            return _pack(chosen.output, chosen.python_prefix)
         return _build_horovod(check=chosen.check, force=chosen.force)
     except HorovodRunnerError as error:
         _say(f"error: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        _say("interrupted; nothing was installed", sys.stderr)
+        _say("interrupted; nothing was changed", sys.stderr)
         return 130
 
 
@@ -47,6 +49,13 @@ def _report(directory: Path) -> int:
     except OSError as error:
         _say(f"error: the report cannot be written: {error}", sys.stderr)
         return 1
+    return 0
+
+
+def _pack(output: str | None, python_prefix: str | None) -> int:
+    from horovodrunner.packing import pack
+
+    pack(output, python_prefix, _say)
     return 0
 
 
@@ -102,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write the report of a run anew, from the directory that run_dir= keeps",
     )
     report.add_argument("directory", metavar="DIR", help="the directory of one run")
+    _add_pack(commands)
     build = commands.add_parser(
         "build-horovod",
         help="build and install Horovod for the installed torch and tensorflow",
@@ -116,6 +126,25 @@ def _parser() -> argparse.ArgumentParser:
         "--force", action="store_true", help="build anew, whatever is installed or cached"
     )
     return parser
+
+
+def _add_pack(commands: Any) -> None:
+    pack = commands.add_parser(
+        "pack",
+        help="pack the environment in use into an archive that Spark brings to its executors",
+    )
+    pack.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="the archive, *.tar.gz (default: here, named by its content)",
+    )
+    pack.add_argument(
+        "--python-prefix",
+        metavar="DIR",
+        help="leave out the interpreter of a virtual environment: every executor has the same "
+        "Python at DIR/bin",
+    )
 
 
 if __name__ == "__main__":

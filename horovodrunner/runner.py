@@ -35,11 +35,13 @@ from horovodrunner.flows.observer import Observer, Observers, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.progress.driver import ProgressView
 from horovodrunner.flows.progress.screens import find_screen
+from horovodrunner.flows.rundir.masking import Mask, secret_variables, without_secrets
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
 from horovodrunner.flows.tensorboard.driver import TensorBoardWriter, checked_directory
 from horovodrunner.formatting import format_bytes
 from horovodrunner.pickling import payload
-from horovodrunner.placement.environment import forwarded_environment, hash_seed
+from horovodrunner.placement.environment import DEVICES
+from horovodrunner.placement.forwarding import Variables, checked_patterns, checked_variables
 from horovodrunner.placement.versions import installed_versions
 from horovodrunner.processes.driver.announcement import announce
 from horovodrunner.processes.driver.attempts import describe_end, run_attempts
@@ -142,6 +144,12 @@ class HorovodRunner:
     tf_config
         Whether every rank gets ``TF_CONFIG`` with all ranks as workers, for
         ``tf.distribute.MultiWorkerMirroredStrategy``. Without it no rank has the variable.
+    environment
+        Variables for every rank, from the start of its process: ``{"WANDB_MODE": "offline"}``.
+        They win over the driver's and the executors'; None takes a variable of theirs away.
+    forward
+        Names of the driver's variables that every rank gets, beside those of Horovod and the
+        frameworks: ``["AWS_*", "MY_TOKEN"]``. No record or log shows their values.
     profile_launch
         Whether a table at the end of the run shows how long each phase took: pickling, the start
         of the stage and of the workers, imports, the gather step, main, the way back. ``phases``
@@ -219,6 +227,8 @@ class HorovodRunner:
         max_restarts: int = 0,
         restart_on: tuple[type[BaseException], ...] = (),
         tf_config: bool = False,
+        environment: Mapping[str, str | None] | None = None,
+        forward: Sequence[str] = (),
         profile_launch: bool = False,
         keep_warm: bool | str = AUTO,
         progress: bool | str = AUTO,
@@ -238,7 +248,6 @@ class HorovodRunner:
         self._verbosity = checked.choice(
             "driver_log_verbosity", driver_log_verbosity, ("all", "log_callback_only")
         )
-        self._horovod_variables = _horovod_variables(horovodrun_args)
         self._resources = None if resources is None else checked.resources("resources", resources)
         self._start_timeout = checked.seconds("start_timeout", start_timeout)
         self._stall_timeout = (
@@ -257,6 +266,13 @@ class HorovodRunner:
         self._max_restarts = checked.integer("max_restarts", max_restarts, at_least=0)
         self._restart_on = checked.exception_types("restart_on", restart_on)
         self._tf_config = checked.boolean("tf_config", tf_config)
+        self._variables = Variables(
+            checked_variables("environment", {} if environment is None else environment),
+            checked_patterns("forward", checked.names("forward", forward)),
+            _horovod_variables(horovodrun_args),
+        )
+        if environment:
+            self._options["environment"] = without_secrets(self._variables.environment)
         self._profile_launch = checked.boolean("profile_launch", profile_launch)
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
         self._progress = checked.boolean_or(AUTO, "progress", progress)
@@ -342,8 +358,6 @@ class HorovodRunner:
 
     def __repr__(self) -> str:
         """Return the call that makes this runner, without what a URL has before its ``@``."""
-        from horovodrunner.flows.rundir.masking import Mask
-
         options = ", ".join(f"{name}={checked.shown(it)}" for name, it in self._options.items())
         return Mask().text(f"{type(self).__name__}({options})")
 
@@ -441,11 +455,7 @@ class HorovodRunner:
         began, spans = time.time(), Spans()
         checked.main(main, kwargs, runner_options=_OPTIONS)
         store = self._store_of_run(run.run_id, main, kwargs)
-        environment = {
-            **forwarded_environment(os.environ),
-            **hash_seed(os.environ),
-            **self._horovod_variables,
-        }
+        environment = self._variables.of_run(os.environ)
         files = BroughtFiles(environment)
         with payload.attachments() as attachments:
             call = payload.dump_call(main, kwargs, program_arguments())
@@ -472,6 +482,7 @@ class HorovodRunner:
             environment,
             files.paths,
             self._name,
+            secret_variables(environment, self._variables),
         )
         artifacts = self._make_stores(facts, recorder, console)
         own = (recorder, artifacts, view, self._run_directory)
@@ -494,10 +505,10 @@ class HorovodRunner:
                 token=secrets.token_bytes(TOKEN_BYTES),
                 attempt=attempt,
                 early_imports=frameworks,
-                environment={
-                    **{k: v for k, v in environment.items() if k not in files.variables},
-                    **observers.environment,
-                },
+                environment=self._variables.of_attempt(
+                    environment, observers.environment, files.variables
+                ),
+                removed_variables=self._variables.removed,
                 import_path=ImportPath.of_this_process(),
                 stream_output=shows_output or observers.wants_output,
                 driver_shows_output=shows_output,
@@ -641,7 +652,15 @@ class HorovodRunner:
         from horovodrunner.processes.driver.local import run_locally
 
         with stored_here(data, job.run_id, console) as rows:
-            return run_locally(job, console, files, rows, artifacts=self._artifacts, flows=flows)
+            return run_locally(
+                job,
+                console,
+                files,
+                rows,
+                artifacts=self._artifacts,
+                flows=flows,
+                deals_gpus=DEVICES not in self._variables.environment,
+            )
 
     def _run_on_spark(
         self,
@@ -663,6 +682,11 @@ class HorovodRunner:
         session.refuse_encrypted_cluster(spark)
         waiting_since = time.monotonic()
         request = task_request(spark, self._resources)
+        if request.gpus and DEVICES in self._variables.environment:
+            raise ConfigurationError(
+                f"environment has {DEVICES}, and Spark decides which GPUs each rank has "
+                f"({request.description}): leave it out"
+            )
         turn.join(spark.conf.get("spark.app.id", None) or "")
         size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
         turn.wait(

@@ -36,11 +36,13 @@ class RunFacts:
     began: float
     """Seconds since the epoch."""
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """The driver's variables that reach the ranks."""
+    """The variables that reach the ranks from the driver."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """Where files that Horovod writes are put on the driver, by the variable that names each."""
     name: str = ""
     """What the user calls the run, in one line."""
+    secret_variables: frozenset[str] = frozenset()
+    """Names of those in `environment` whose values nothing may show, whatever they are."""
 
     @property
     def label(self) -> str:
@@ -51,6 +53,10 @@ class RunFacts:
         """
         words = re.findall(r"[\w.+-]+", self.name, re.ASCII)
         return "-".join([self.run_id, *words])[:_MAX_LABEL]
+
+    def secret_values(self) -> list[str]:
+        """Return the values that nothing may show."""
+        return [self.environment[name] for name in self.secret_variables]
 
 
 class Observer:

@@ -23,7 +23,9 @@ class JobSpec:
     early_imports: tuple[str, ...] = ()
     """Modules the worker may import before it knows its rank."""
     environment: dict[str, str] = field(default_factory=dict, repr=False)
-    """The driver's variables that the workers get."""
+    """The variables that the workers get from the driver."""
+    removed_variables: tuple[str, ...] = ()
+    """Names of variables that the workers get neither from the driver nor from the executor."""
     import_path: ImportPath = field(default_factory=ImportPath)
     driver_address: tuple[str, int] | None = None
     stream_output: bool = False

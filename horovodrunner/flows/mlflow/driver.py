@@ -252,7 +252,9 @@ class MlflowReporter(Observer):
         if self._reporting_ranks:
             facts["hosts"] = ", ".join(sorted(self._reporting_ranks))
         if error is not None:
-            mask = Mask(os.environ, self._facts.environment, self._facts.arguments)
+            run = self._facts
+            secrets = run.secret_values()
+            mask = Mask(os.environ, run.environment, run.arguments, values=secrets)
             facts["error"] = mask.text(in_one_line(error))
         return {f"{_TAGS}{name}": naming.bounded(text) for name, text in facts.items()}
 

@@ -40,6 +40,7 @@ def run_locally(
     *,
     artifacts: ArtifactStore,
     flows: Sequence[Handlers] = (),
+    deals_gpus: bool = True,
 ) -> Outcome:
     """Run all ranks as processes of this machine; `flows` take events beside the console."""
     address, interface = loopback_address()
@@ -50,7 +51,7 @@ def run_locally(
         address=address,
         interface=interface,
         workers=job.size,
-        gpus=_gpus_of_the_driver(),
+        gpus=_gpus_of_the_driver() if deals_gpus else (),
     )
     stop: list[Callable[[], object]] = []
     interrupted = threading.Event()

@@ -130,6 +130,7 @@ class _Agent:
             self._job.environment,
             of_worker(self._job.import_path, sys.path),
             self._context.cores_per_worker,
+            self._job.removed_variables,
         )
         worker = WorkerProcess(
             self._job.early_imports,
