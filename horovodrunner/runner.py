@@ -33,9 +33,11 @@ from horovodrunner.flows.observer import Observer, Observers, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.progress.driver import ProgressView
 from horovodrunner.flows.progress.screens import find_screen
+from horovodrunner.flows.results.driver import ResultStore
+from horovodrunner.flows.results.sequence import RankResults
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
 from horovodrunner.flows.tensorboard.driver import TensorBoardWriter, checked_directory
-from horovodrunner.formatting import format_bytes
+from horovodrunner.formatting import format_bytes, in_one_line
 from horovodrunner.pickling import payload
 from horovodrunner.placement.environment import forwarded_environment, hash_seed
 from horovodrunner.placement.versions import installed_versions
@@ -109,6 +111,9 @@ class HorovodRunner:
         What each task of this run takes of its executor, when that is not what the session's
         settings say: ``{"cpus": 4, "gpu": 1}``. Needs pyspark 4.0 and a cluster (standalone, YARN
         or Kubernetes); a negative np ignores it.
+    results
+        Whose return values come back. ``"rank-0"``: what ``run()`` returns. ``"all"``: those of
+        the other ranks as well, in :attr:`results`.
     start_timeout
         Seconds that the Spark tasks may take to start.
     stall_timeout
@@ -196,6 +201,7 @@ class HorovodRunner:
         driver_log_verbosity: str = "log_callback_only",
         horovodrun_args: str | Sequence[str] | None = None,
         resources: Mapping[str, float] | None = None,
+        results: str = "rank-0",
         start_timeout: float = 600.0,
         stall_timeout: float | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -224,6 +230,7 @@ class HorovodRunner:
         )
         self._horovod_variables = _horovod_variables(horovodrun_args)
         self._resources = None if resources is None else checked.resources("resources", resources)
+        self._keeps_all_results = checked.choice("results", results, ("rank-0", "all")) == "all"
         self._start_timeout = checked.seconds("start_timeout", start_timeout)
         self._stall_timeout = (
             None if stall_timeout is None else checked.seconds("stall_timeout", stall_timeout)
@@ -260,6 +267,24 @@ class HorovodRunner:
         self._phases: tuple[Phase, ...] = ()
         self._history = History()
         self._artifacts = ArtifactStore()
+        self._results = RankResults(why_none="nothing has run yet")
+
+    @property
+    def results(self) -> RankResults:
+        """What main returned on every rank of the last run, with ``results="all"``.
+
+        There are none of a run that failed. They go with the next run, unless somebody still has
+        them.
+
+        Examples
+        --------
+        >>> runner = HorovodRunner(np=-2, results="all")
+        >>> runner.run(evaluate)  # doctest: +SKIP
+        0.91
+        >>> runner.results[1]  # doctest: +SKIP
+        0.93
+        """
+        return self._results
 
     @property
     def checkpoints(self) -> tuple[SavedCheckpoint, ...]:
@@ -347,7 +372,7 @@ class HorovodRunner:
         Returns
         -------
         object
-            Rank 0's return value; the other ranks' are dropped.
+            Rank 0's return value; the other ranks' are dropped, or in :attr:`results`.
 
         Raises
         ------
@@ -384,11 +409,10 @@ class HorovodRunner:
             **self._horovod_variables,
         }
         files = BroughtFiles(environment)
-        with payload.attachments() as attachments:
+        with payload.attachments() as data_sets:
             call = payload.dump_call(main, kwargs, program_arguments())
         frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
-        data = tuple(attachments.values())
         self._history = History(abs(self._np))
         recorder = MetricsRecorder(self._history)
         view = self._progress_view(recorder)
@@ -410,6 +434,7 @@ class HorovodRunner:
         own = (recorder, artifacts, view, self._run_directory)
         others = self._observers(facts, recorder, console)
         observers = Observers([*filter(None, own), *others], console.note)
+        results = self._result_store()
 
         def launch(attempt: int) -> Outcome:
             files.begin(attempt)
@@ -433,6 +458,7 @@ class HorovodRunner:
                 driver_shows_output=shows_output,
                 usage_seconds=USAGE_SECONDS if observers.wants_usage else None,
                 profiles=observers.wants_profiles,
+                all_results=self._keeps_all_results,
                 stall_timeout=self._stall_timeout,
                 checkpoint_location=None if store is None else store.location,
                 keep_checkpoints=3 if store is None else store.keep,
@@ -443,13 +469,21 @@ class HorovodRunner:
                 keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
             )
             run_job = self._run_locally if self._np < 0 else self._run_on_spark
-            return run_job(job, console, files, data, observers.handlers)
+            return run_job(
+                job,
+                console,
+                files,
+                results,
+                data=tuple(data_sets.values()),
+                flows=observers.handlers,
+            )
 
         ended_by: BaseException | None = None
         try:
             announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
             self._warn(main, kwargs, len(call))
-            return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
+            first = run_attempts(launch, self._max_restarts, self._restart_on, store, console)
+            return self._keep_results(results, first)
         except KeyboardInterrupt as error:
             ended_by = error
             error.args = (describe_stopped(error, abs(self._np), store),)
@@ -458,7 +492,7 @@ class HorovodRunner:
             ended_by = error
             raise
         finally:
-            self._note_phases(spans, console, began)
+            self._note_end(spans, console, began, ended_by)
             observers.end(ended_by)
             if store is not None:
                 store.prune()
@@ -507,6 +541,21 @@ class HorovodRunner:
             return None
         return ProgressView(find_screen(), recorder, self._history, self._max_restarts + 1)
 
+    def _result_store(self) -> ResultStore:
+        """Make what takes the results of a run; those of the last one go, if nobody has them."""
+        self._results = RankResults(why_none="the run has not ended yet")
+        return ResultStore(of_all_ranks=self._keeps_all_results)
+
+    def _keep_results(self, store: ResultStore, first: Any) -> Any:
+        """Keep what the ranks returned, if the user wants it, and return rank 0's."""
+        if self._keeps_all_results:
+            self._results = RankResults.of(store, first)
+        else:
+            self._results = RankResults(
+                why_none='only HorovodRunner(..., results="all") keeps what ranks return'
+            )
+        return first
+
     def _store_of_run(
         self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]
     ) -> CheckpointStore | None:
@@ -553,6 +602,8 @@ class HorovodRunner:
         job: JobSpec,
         console: Console,
         files: BroughtFiles,
+        results: ResultStore,
+        *,
         data: Sequence[UnsharedDataSet],
         flows: Sequence[Handlers],
     ) -> Outcome:
@@ -560,13 +611,17 @@ class HorovodRunner:
         from horovodrunner.processes.driver.local import run_locally
 
         with stored_here(data, job.run_id, console) as rows:
-            return run_locally(job, console, files, rows, artifacts=self._artifacts, flows=flows)
+            return run_locally(
+                job, console, files, results, rows, artifacts=self._artifacts, flows=flows
+            )
 
     def _run_on_spark(
         self,
         job: JobSpec,
         console: Console,
         files: BroughtFiles,
+        results: ResultStore,
+        *,
         data: Sequence[UnsharedDataSet],
         flows: Sequence[Handlers],
     ) -> Outcome:
@@ -600,6 +655,7 @@ class HorovodRunner:
                 request,
                 console,
                 files,
+                results=results,
                 artifacts=self._artifacts,
                 start_timeout=self._start_timeout,
                 waiting_since=waiting_since,
@@ -608,7 +664,11 @@ class HorovodRunner:
                 flows=flows,
             ).run()
 
-    def _note_phases(self, spans: Spans, console: Console, began: float) -> None:
+    def _note_end(
+        self, spans: Spans, console: Console, began: float, error: BaseException | None
+    ) -> None:
+        if error is not None:
+            self._results = RankResults(why_none=f"the run failed: {in_one_line(error)}")
         for phase in console.run_phases:
             spans.add(phase.name, phase.began, phase.ended, phase.last_rank)
             if phase.name == "main":

@@ -29,6 +29,7 @@ from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataErro
 from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.flows.rows.task import TaskRows, Travelling
 from horovodrunner.pickling import payload
 from horovodrunner.pickling.buffers import loads
@@ -298,6 +299,7 @@ def test_the_start_timeout_begins_when_the_data_sets_are_computed(
         TaskRequest(1, 0, ""),
         console,
         BroughtFiles({}),
+        results=ResultStore(),
         start_timeout=1000,
         waiting_since=time.monotonic() - 2000,
         data=(UnsharedDataSet(IDENTITY, COLUMNS),),

@@ -36,6 +36,8 @@ class JobSpec:
     """Whether the ranks report where main's time goes."""
     shares_terminal: bool = False
     """Whether the tasks' own log is the driver's terminal."""
+    all_results: bool = False
+    """Whether every rank's return value goes to the driver, not only rank 0's."""
     max_result_bytes: int | None = None
     """The largest pickled result that Spark takes back, or None for no limit."""
     attempt: int = 1

@@ -17,7 +17,8 @@ from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.debug import turn_on_if_wanted
 from horovodrunner.flows.logs.driver import Console
-from horovodrunner.flows.outcome.outcome import FailureKind, Outcome, join_rows, with_result
+from horovodrunner.flows.outcome.outcome import FailureKind, Outcome, with_result
+from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.flows.rows.driver import stage_input
 from horovodrunner.processes.driver import addresses
 from horovodrunner.processes.driver.channel import RETRY_REFUSED, DriverChannel
@@ -64,6 +65,7 @@ class BarrierRun:
         console: Console,
         files: BroughtFiles,
         *,
+        results: ResultStore,
         artifacts: ArtifactStore | None = None,
         start_timeout: float,
         waiting_since: float,
@@ -76,6 +78,7 @@ class BarrierRun:
         self._request = request
         self._console = console
         self._files = files
+        self._results = results
         self._artifacts = artifacts
         self._start_timeout = start_timeout
         self._store = store
@@ -98,6 +101,7 @@ class BarrierRun:
         """Launch the stage and wait for its end."""
         turn_on_if_wanted("the driver", "its standard error")
         job, spark, console = self._job, self._spark, self._console
+        self._results.begin(job.size)
         with DriverChannel(
             job.run_id,
             job.token,
@@ -106,6 +110,7 @@ class BarrierRun:
             store=self._store,
             files=self._files,
             artifacts=self._artifacts,
+            results=self._results,
             size=job.size,
             flows=self._flows,
         ) as channel:
@@ -152,7 +157,8 @@ class BarrierRun:
             chunks: dict[int, list[bytes]] = {}
             for partition, chunk in _collect(rows):
                 chunks.setdefault(partition, []).append(chunk)
-            self._outcomes = {partition: join_rows(c) for partition, c in chunks.items()}
+            take_rows = self._results.take_rows
+            self._outcomes = {number: take_rows(each) for number, each in chunks.items()}
         except Exception as error:  # noqa: BLE001 - judged and raised in the caller's thread
             self._error = error
         finally:
@@ -260,7 +266,7 @@ class BarrierRun:
         outcomes = self._outcomes or {}
         if channel.failure is not None:
             return self._with_sparks_reason(channel)
-        leader = with_result(outcomes.get(0, Outcome()), channel.result)
+        leader = with_result(outcomes.get(0, Outcome()), self._results.first)
         if channel.retried:
             raise BarrierStageError(RETRY_REFUSED, executor_was_lost=True)
         if leader.success is not None or leader.failure is not None:
