@@ -95,8 +95,9 @@ class HorovodRunner:
     Parameters
     ----------
     np
-        Number of ranks. Positive: tasks of a Spark barrier stage, one slot each, on the active
-        SparkSession (one is created when there is none). Negative: ``-np`` processes on this
+        Number of ranks. Positive: tasks of a Spark barrier stage, one slot each unless
+        ``ranks_per_task`` says otherwise, on the active SparkSession (one is created when there is
+        none). Negative: ``-np`` processes on this
         machine, without Spark, for debugging. 0: all slots of the cluster; deprecated.
     driver_log_verbosity
         ``"log_callback_only"``: show here only what :func:`horovodrunner.log_to_driver` is given.
@@ -111,6 +112,10 @@ class HorovodRunner:
         What each task of this run takes of its executor, when that is not what the session's
         settings say: ``{"cpus": 4, "gpu": 1}``. Needs pyspark 4.0 and a cluster (standalone, YARN
         or Kubernetes); a negative np ignores it.
+    ranks_per_task
+        How many ranks one task of Spark's runs. ``"gpu"``: as many as it owns GPUs, so that one
+        task on each node uses all of them (``resources={"gpu": 8}``). np counts ranks; the last
+        task has fewer if they do not divide. A negative np ignores it.
     results
         Whose return values come back. ``"rank-0"``: what ``run()`` returns. ``"all"``: those of
         the other ranks as well, in :attr:`results`.
@@ -201,6 +206,7 @@ class HorovodRunner:
         driver_log_verbosity: str = "log_callback_only",
         horovodrun_args: str | Sequence[str] | None = None,
         resources: Mapping[str, float] | None = None,
+        ranks_per_task: int | str = 1,
         results: str = "rank-0",
         start_timeout: float = 600.0,
         stall_timeout: float | None = None,
@@ -230,6 +236,7 @@ class HorovodRunner:
         )
         self._horovod_variables = _horovod_variables(horovodrun_args)
         self._resources = None if resources is None else checked.resources("resources", resources)
+        self._ranks_per_task = checked.integer_or("gpu", "ranks_per_task", ranks_per_task, 1)
         self._keeps_all_results = checked.choice("results", results, ("rank-0", "all")) == "all"
         self._start_timeout = checked.seconds("start_timeout", start_timeout)
         self._stall_timeout = (
@@ -634,11 +641,14 @@ class HorovodRunner:
         spark = session.find_session()
         session.refuse_encrypted_cluster(spark)
         waiting_since = time.monotonic()
-        request = task_request(spark, self._resources)
+        request = task_request(spark, self._resources, self._ranks_per_task)
         size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
+        if rest := request.describe_rest(size):
+            console.note(rest)
         job = replace(
             job,
             size=size,
+            ranks_per_task=request.ranks,
             record=None if job.record is None else replace(job.record, size=size),
             max_result_bytes=session.max_result_bytes(spark),
             versions=installed_versions(),

@@ -69,7 +69,7 @@ class DriverChannel:
         files: BroughtFiles | None = None,
         artifacts: ArtifactStore | None = None,
         results: ResultStore | None = None,
-        size: int = 1,
+        tasks: int = 1,
         flows: Sequence[Handlers] = (),
     ) -> None:
         self._run_id = run_id
@@ -79,7 +79,7 @@ class DriverChannel:
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="horovodrunner-channel", daemon=True
         )
-        self._server = EventServer(token, self._serve, console.note, peers=size)
+        self._server = EventServer(token, self._serve, console.note, peers=tasks)
         self._transfer_handlers: dict[type[Event], TransferHandler] = {}
         if results is not None:
             self._transfer_handlers[UploadResult] = results.handler
@@ -90,7 +90,7 @@ class DriverChannel:
         if files is not None:
             self._transfer_handlers[UploadFile] = file_handler(files, console.note)
         self._transfers: dict[Transfer, threading.Thread] = {}
-        self._gather_point = GatherPoint(size)
+        self._gather_point = GatherPoint(tasks)
         self._leader: Connection | None = None
         self._left = threading.Event()
         self._left.set()

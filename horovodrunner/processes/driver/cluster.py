@@ -75,6 +75,7 @@ class BarrierRun:
     ) -> None:
         self._spark = spark
         self._job = job
+        self._tasks = len(job.workers)
         self._request = request
         self._console = console
         self._files = files
@@ -111,7 +112,7 @@ class BarrierRun:
             files=self._files,
             artifacts=self._artifacts,
             results=self._results,
-            size=job.size,
+            tasks=len(job.workers),
             flows=self._flows,
         ) as channel:
             port = channel.open(addresses.bind_host(spark), addresses.channel_port(spark))
@@ -148,7 +149,7 @@ class BarrierRun:
         try:
             self._spark_job.begin()
             rows = map_in_arrow(
-                stage_input(self._spark, job.size, self._data),
+                stage_input(self._spark, job.workers, self._data),
                 functools.partial(barrier_task, job, self._travelling()),
                 ROW_SCHEMA,
                 barrier=True,
@@ -202,7 +203,7 @@ class BarrierRun:
             self._note(f"computing the data sets that travel with the run: {tasks}", routine=True)
             return
         running = self._spark_job.running_tasks()
-        if running == self._job.size:
+        if running == self._tasks:
             self._all_running_since = self._all_running_since or now
             if now - self._all_running_since >= SILENT_SECONDS and not has_heard:
                 self._note(
@@ -218,15 +219,15 @@ class BarrierRun:
         if now >= self._start_by and running is not None:
             facts = f" ({holders.describe()})" if holders is not None else ""
             raise StartTimeoutError(
-                f"the run's {self._job.size} tasks did not all start within "
-                f"{self._start_timeout:g} s{facts}; other jobs may hold the slots, or "
+                f"the run's {self._request.describe_tasks(self._job.size)} did not all start "
+                f"within {self._start_timeout:g} s{facts}; other jobs may hold the slots, or "
                 "executors cannot be started (see the Spark UI). Free the cluster, ask for "
                 "fewer ranks, or raise start_timeout"
             )
-        if holders is None or holders.free < self._job.size:
+        if holders is None or holders.free < self._tasks:
             self._free_since = None
             facts = f", {holders.describe()}" if holders is not None else ""
-            self._note(f"waiting for {self._job.size} slots{facts}")
+            self._note(f"waiting for {self._tasks} slots{facts}")
             return
         self._free_since = self._free_since or now
         if now - self._free_since >= SILENT_SECONDS:
@@ -303,7 +304,7 @@ class BarrierRun:
         end = self._stage_end(channel)
         if not end.task_was_lost:
             return outcome
-        summary = f"contact with its task was lost: {end.text}"
+        summary = f"{failure.summary.partition(';')[0]}: {end.text}"
         return replace(outcome, failure=replace(failure, summary=summary))
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -15,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.flows.artifacts.places import directory_of_task
@@ -26,7 +28,7 @@ from horovodrunner.flows.logs.lines import prefix_lines
 from horovodrunner.flows.logs.task import own_line
 from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
 from horovodrunner.flows.results.task import ResultUploader, file_without_a_name
-from horovodrunner.flows.rows.taking import data_directory, with_rows
+from horovodrunner.flows.rows.taking import data_directories, with_rows
 from horovodrunner.flows.telemetry.phases import Spans
 from horovodrunner.placement.environment import (
     DATA_DIRECTORY,
@@ -283,10 +285,13 @@ class _Agent:
         latest: LatestCopy,
         results: ResultUploader,
     ) -> list[Supervisor]:
+        data = None
+        if self._context.rows is not None:
+            data = itertools.cycle(data_directories(self._context.rows, members))
         return [
             Supervisor(
                 worker,
-                self._job_of(slot, members),
+                self._job_of(slot, members, next(data) if data is not None else None),
                 emit,
                 latest.get,
                 functools.partial(results.written, slot.rank, file),
@@ -356,7 +361,7 @@ class _Agent:
             return member
         return replace(member, tf_ports=tuple(self._reserve_port() for _ in range(member.workers)))
 
-    def _job_of(self, slot: Slot, members: Sequence[Member]) -> Job:
+    def _job_of(self, slot: Slot, members: Sequence[Member], data: Path | None) -> Job:
         leader = members[0]
         environment = slot_environment(
             slot,
@@ -370,8 +375,8 @@ class _Agent:
         hosts = len({member.host_id for member in members})
         environment |= torchrun_environment(slot, hosts, self._job.run_id, self._job.attempt)
         environment |= tf_config(tf_workers(members), slot.rank)
-        if self._context.rows is not None:
-            environment[DATA_DIRECTORY] = data_directory(self._context.rows, members)
+        if data is not None:
+            environment[DATA_DIRECTORY] = str(data)
         _logger.debug("rank %d is on %s, local rank %d", slot.rank, slot.host, slot.local_rank)
         return Job(
             rank=slot.rank,
