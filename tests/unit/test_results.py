@@ -30,6 +30,7 @@ from horovodrunner.flows.results.sequence import RankResults
 from horovodrunner.flows.results.task import ResultUpload
 from horovodrunner.pickling import buffers as buffers_module
 from horovodrunner.pickling.buffers import BufferedPickle, Layout, SinkError, write_pickle
+from horovodrunner.pickling.pickler import on_device
 from horovodrunner.processes.driver.channel import DriverChannel
 from horovodrunner.wire.events import UploadResult
 from horovodrunner.wire.upload import PeerFailedError, Piece, TransferClient
@@ -158,6 +159,15 @@ def test_tensors_stand_beside_the_pickle_once_and_share_memory_as_before(file: F
         arrived.weight[1:] = 3
     assert (arrived.tied == 3).all()
     assert same_bits.equal(bits)
+
+
+def test_memory_of_a_gpu_stays_on_the_cpu_where_there_is_none() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: scripts/gpu_check.sh sees more of it")
+    memory = torch.arange(3).untyped_storage()
+    assert on_device(memory, "cuda:1").tolist() == memory.tolist()
 
 
 def test_a_small_array_that_is_kept_keeps_no_large_one(file: File) -> None:

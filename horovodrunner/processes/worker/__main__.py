@@ -32,6 +32,7 @@ from horovodrunner.flows.call.import_path import before_stdlib
 from horovodrunner.flows.logs.debug import turn_on_if_wanted
 from horovodrunner.flows.metrics.worker import MetricsPipe
 from horovodrunner.flows.mlflow.worker import keep_autologging_to_rank_0
+from horovodrunner.flows.outcome.gpu_hint import gpu_hint
 from horovodrunner.flows.outcome.outcome import (
     Failure,
     FailureKind,
@@ -211,7 +212,7 @@ def _failed(
     advice = collective = ""
     with contextlib.suppress(BaseException):  # it is the user's object, and so are names in frames
         advice = hint(error) if hint is not None else ""
-        advice += memory_hint(error)
+        advice += memory_hint(error) or gpu_hint(error)
         collective = collective_of(told.frames)
     failure = Failure(
         rank=spec.rank,
