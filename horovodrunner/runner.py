@@ -35,10 +35,12 @@ from horovodrunner.flows.observer import Observer, Observers, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.progress.driver import ProgressView
 from horovodrunner.flows.progress.screens import find_screen
+from horovodrunner.flows.results.driver import ResultStore
+from horovodrunner.flows.results.sequence import RankResults
 from horovodrunner.flows.rundir.masking import Mask, secret_variables, without_secrets
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
 from horovodrunner.flows.tensorboard.driver import TensorBoardWriter, checked_directory
-from horovodrunner.formatting import format_bytes
+from horovodrunner.formatting import format_bytes, in_one_line
 from horovodrunner.pickling import payload
 from horovodrunner.placement.environment import DEVICES
 from horovodrunner.placement.forwarding import Variables, checked_patterns, checked_variables
@@ -102,8 +104,9 @@ class HorovodRunner:
     Parameters
     ----------
     np
-        Number of ranks. Positive: tasks of a Spark barrier stage, one slot each, on the active
-        SparkSession (one is created when there is none). Negative: ``-np`` processes on this
+        Number of ranks. Positive: tasks of a Spark barrier stage, one slot each unless
+        ``ranks_per_task`` says otherwise, on the active SparkSession (one is created when there is
+        none). Negative: ``-np`` processes on this
         machine, without Spark, for debugging. 0: all slots of the cluster; deprecated.
     driver_log_verbosity
         ``"log_callback_only"``: show here only what :func:`horovodrunner.log_to_driver` is given.
@@ -118,6 +121,13 @@ class HorovodRunner:
         What each task of this run takes of its executor, when that is not what the session's
         settings say: ``{"cpus": 4, "gpu": 1}``. Needs pyspark 4.0 and a cluster (standalone, YARN
         or Kubernetes); a negative np ignores it.
+    ranks_per_task
+        How many ranks one task of Spark's runs. ``"gpu"``: as many as it owns GPUs, so that one
+        task on each node uses all of them (``resources={"gpu": 8}``). np counts ranks; the last
+        task has fewer if they do not divide. A negative np ignores it.
+    results
+        Whose return values come back. ``"rank-0"``: what ``run()`` returns. ``"all"``: those of
+        the other ranks as well, in :attr:`results`.
     start_timeout
         Seconds that the Spark tasks may take to start.
     stall_timeout
@@ -218,6 +228,8 @@ class HorovodRunner:
         driver_log_verbosity: str = "log_callback_only",
         horovodrun_args: str | Sequence[str] | None = None,
         resources: Mapping[str, float] | None = None,
+        ranks_per_task: int | str = 1,
+        results: str = "rank-0",
         start_timeout: float = 600.0,
         stall_timeout: float | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -249,6 +261,8 @@ class HorovodRunner:
             "driver_log_verbosity", driver_log_verbosity, ("all", "log_callback_only")
         )
         self._resources = None if resources is None else checked.resources("resources", resources)
+        self._ranks_per_task = checked.integer_or("gpu", "ranks_per_task", ranks_per_task, 1)
+        self._keeps_all_results = checked.choice("results", results, ("rank-0", "all")) == "all"
         self._start_timeout = checked.seconds("start_timeout", start_timeout)
         self._stall_timeout = (
             None if stall_timeout is None else checked.seconds("stall_timeout", stall_timeout)
@@ -299,6 +313,24 @@ class HorovodRunner:
         self._phases: tuple[Phase, ...] = ()
         self._history = History()
         self._artifacts = ArtifactStore()
+        self._results = RankResults(why_none="nothing has run yet")
+
+    @property
+    def results(self) -> RankResults:
+        """What main returned on every rank of the last run, with ``results="all"``.
+
+        There are none of a run that failed. They go with the next run, unless somebody still has
+        them.
+
+        Examples
+        --------
+        >>> runner = HorovodRunner(np=-2, results="all")
+        >>> runner.run(evaluate)  # doctest: +SKIP
+        0.91
+        >>> runner.results[1]  # doctest: +SKIP
+        0.93
+        """
+        return self._results
 
     @property
     def checkpoints(self) -> tuple[SavedCheckpoint, ...]:
@@ -384,7 +416,7 @@ class HorovodRunner:
         Returns
         -------
         object
-            Rank 0's return value; the other ranks' are dropped.
+            Rank 0's return value; the other ranks' are dropped, or in :attr:`results`.
 
         Raises
         ------
@@ -457,11 +489,10 @@ class HorovodRunner:
         store = self._store_of_run(run.run_id, main, kwargs)
         environment = self._variables.of_run(os.environ)
         files = BroughtFiles(environment)
-        with payload.attachments() as attachments:
+        with payload.attachments() as data_sets:
             call = payload.dump_call(main, kwargs, program_arguments())
         frameworks = early_imports(main, call)
         spans.add("pickle", began, time.time())
-        data = tuple(attachments.values())
         self._history = History(abs(self._np))
         recorder = MetricsRecorder(self._history)
         view = self._progress_view(recorder, run)
@@ -488,6 +519,7 @@ class HorovodRunner:
         own = (recorder, artifacts, view, self._run_directory)
         others = self._observers(facts, recorder, console)
         observers = Observers([*filter(None, own), *others], console.note)
+        results = self._result_store()
 
         turn = Turn(run, console.wake)
 
@@ -514,6 +546,7 @@ class HorovodRunner:
                 driver_shows_output=shows_output,
                 usage_seconds=USAGE_SECONDS if observers.wants_usage else None,
                 profiles=observers.wants_profiles,
+                all_results=self._keeps_all_results,
                 stall_timeout=self._stall_timeout,
                 checkpoint_location=None if store is None else store.location,
                 keep_checkpoints=3 if store is None else store.keep,
@@ -525,13 +558,20 @@ class HorovodRunner:
             )
             on_spark = functools.partial(self._run_on_spark, turn=turn)
             run_job = self._run_locally if self._np < 0 else on_spark
-            return run_job(job, console, files, data, observers.handlers)
+            return run_job(
+                job,
+                console,
+                files,
+                results,
+                data=tuple(data_sets.values()),
+                flows=observers.handlers,
+            )
 
         ended_by: BaseException | None = None
         try:
             announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
             self._warn(main, kwargs, len(call))
-            return run_attempts(
+            first = run_attempts(
                 launch,
                 self._max_restarts,
                 self._restart_on,
@@ -539,6 +579,7 @@ class HorovodRunner:
                 console=console,
                 run=run,
             )
+            return self._keep_results(results, first)
         except KeyboardInterrupt as error:
             ended_by = describe_end(run, error, abs(self._np), store)
             raise error from None  # a second Ctrl-C comes while the first one is handled
@@ -547,7 +588,7 @@ class HorovodRunner:
             raise
         finally:
             turn.leave()
-            self._note_phases(spans, console, began)
+            self._note_end(spans, console, began, ended_by)
             observers.end(ended_by)
             if store is not None:
                 store.prune()
@@ -599,6 +640,21 @@ class HorovodRunner:
         attempts = self._max_restarts + 1
         return ProgressView(find_screen(), recorder, self._history, attempts, run=run)
 
+    def _result_store(self) -> ResultStore:
+        """Make what takes the results of a run; those of the last one go, if nobody has them."""
+        self._results = RankResults(why_none="the run has not ended yet")
+        return ResultStore(of_all_ranks=self._keeps_all_results)
+
+    def _keep_results(self, store: ResultStore, first: Any) -> Any:
+        """Keep what the ranks returned, if the user wants it, and return rank 0's."""
+        if self._keeps_all_results:
+            self._results = RankResults.of(store, first)
+        else:
+            self._results = RankResults(
+                why_none='only HorovodRunner(..., results="all") keeps what ranks return'
+            )
+        return first
+
     def _store_of_run(
         self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]
     ) -> CheckpointStore | None:
@@ -645,6 +701,8 @@ class HorovodRunner:
         job: JobSpec,
         console: Console,
         files: BroughtFiles,
+        results: ResultStore,
+        *,
         data: Sequence[UnsharedDataSet],
         flows: Sequence[Handlers],
     ) -> Outcome:
@@ -656,6 +714,7 @@ class HorovodRunner:
                 job,
                 console,
                 files,
+                results,
                 rows,
                 artifacts=self._artifacts,
                 flows=flows,
@@ -667,9 +726,10 @@ class HorovodRunner:
         job: JobSpec,
         console: Console,
         files: BroughtFiles,
+        results: ResultStore,
+        *,
         data: Sequence[UnsharedDataSet],
         flows: Sequence[Handlers],
-        *,
         turn: Turn,
     ) -> Outcome:
         from horovodrunner.processes.driver import slots
@@ -681,7 +741,7 @@ class HorovodRunner:
         spark = session.find_session()
         session.refuse_encrypted_cluster(spark)
         waiting_since = time.monotonic()
-        request = task_request(spark, self._resources)
+        request = task_request(spark, self._resources, self._ranks_per_task)
         if request.gpus and DEVICES in self._variables.environment:
             raise ConfigurationError(
                 f"environment has {DEVICES}, and Spark decides which GPUs each rank has "
@@ -690,16 +750,19 @@ class HorovodRunner:
         turn.join(spark.conf.get("spark.app.id", None) or "")
         size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
         turn.wait(
-            size,
+            request.tasks(size),
             request,
             lambda: slots.total_slots(spark, request),
             waiting_since=waiting_since,
             start_timeout=self._start_timeout,
             console=console,
         )
+        if rest := request.describe_rest(size):
+            console.note(rest)
         job = replace(
             job,
             size=size,
+            ranks_per_task=request.ranks,
             record=None if job.record is None else replace(job.record, size=size),
             max_result_bytes=session.max_result_bytes(spark),
             versions=installed_versions(),
@@ -716,6 +779,7 @@ class HorovodRunner:
                 request,
                 console,
                 files,
+                results=results,
                 artifacts=self._artifacts,
                 start_timeout=self._start_timeout,
                 waiting_since=waiting_since,
@@ -726,7 +790,11 @@ class HorovodRunner:
                 flows=flows,
             ).run()
 
-    def _note_phases(self, spans: Spans, console: Console, began: float) -> None:
+    def _note_end(
+        self, spans: Spans, console: Console, began: float, error: BaseException | None
+    ) -> None:
+        if error is not None:
+            self._results = RankResults(why_none=f"the run failed: {in_one_line(error)}")
         for phase in console.run_phases:
             spans.add(phase.name, phase.began, phase.ended, phase.last_rank)
             if phase.name == "main":

@@ -94,7 +94,7 @@ def write_result(result: object, descriptor: int) -> Layout:
         raise PayloadError(
             "the value that main returned cannot be kept until it is sent to the driver: "
             f"{in_one_line(error.__cause__ or error)}. It needs as much memory (or, where files "
-            "cannot be in memory, as much of the temporary directory) again on rank 0's host: "
+            "cannot be in memory, as much of the temporary directory) again on the rank's host: "
             "free some there, or return less"
         ) from error
     except BaseException as error:  # noqa: BLE001 - a __reduce__ may call sys.exit

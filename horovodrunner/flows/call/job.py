@@ -16,6 +16,7 @@ class JobSpec:
 
     run_id: str
     size: int
+    """How many ranks there are."""
     payload: bytes = field(repr=False)
     """The cloudpickled ``(main, kwargs)``."""
     token: bytes = field(repr=False)
@@ -38,6 +39,10 @@ class JobSpec:
     """Whether the ranks report where main's time goes."""
     shares_terminal: bool = False
     """Whether the tasks' own log is the driver's terminal."""
+    ranks_per_task: int = 1
+    """How many ranks a task runs; the last one may have fewer."""
+    all_results: bool = False
+    """Whether every rank's return value goes to the driver, not only rank 0's."""
     max_result_bytes: int | None = None
     """The largest pickled result that Spark takes back, or None for no limit."""
     attempt: int = 1
@@ -56,3 +61,13 @@ class JobSpec:
     keep_warm: bool = False
     versions: dict[str, str] = field(default_factory=dict, repr=False)
     """What is installed on the driver, by name."""
+
+    @property
+    def workers(self) -> tuple[int, ...]:
+        """How many ranks each task runs, by partition.
+
+        >>> JobSpec("run", 10, b"", b"", ranks_per_task=4).workers
+        (4, 4, 2)
+        """
+        full, rest = divmod(self.size, self.ranks_per_task)
+        return (self.ranks_per_task,) * full + (rest,) * (rest > 0)
