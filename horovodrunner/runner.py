@@ -38,6 +38,7 @@ from horovodrunner.flows.progress.screens import find_screen
 from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.flows.results.sequence import RankResults
 from horovodrunner.flows.rundir.masking import Mask, secret_variables, without_secrets
+from horovodrunner.flows.script.driver import ScriptCall, prepare_script
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
 from horovodrunner.flows.tensorboard.driver import TensorBoardWriter, checked_directory
 from horovodrunner.formatting import format_bytes, in_one_line
@@ -45,13 +46,13 @@ from horovodrunner.pickling import payload
 from horovodrunner.placement.environment import DEVICES
 from horovodrunner.placement.forwarding import Variables, checked_patterns, checked_variables
 from horovodrunner.placement.versions import installed_versions
-from horovodrunner.processes.driver.announcement import announce
+from horovodrunner.processes.driver.announcement import PICKLED, announce
 from horovodrunner.processes.driver.attempts import describe_end, run_attempts
 from horovodrunner.processes.driver.interactive import is_interactive, program_arguments
 from horovodrunner.processes.driver.queue import Turn
 from horovodrunner.spark import interrupt
 from horovodrunner.storage import is_url
-from horovodrunner.usage import explained, wrong_options, wrong_run
+from horovodrunner.usage import explained, wrong_options, wrong_run, wrong_script
 from horovodrunner.wire.events import Handlers
 
 if TYPE_CHECKING:
@@ -489,25 +490,18 @@ class HorovodRunner:
         store = self._store_of_run(run.run_id, main, kwargs)
         environment = self._variables.of_run(os.environ)
         files = BroughtFiles(environment)
-        with payload.attachments() as data_sets:
-            call = payload.dump_call(main, kwargs, program_arguments())
-        frameworks = early_imports(main, call)
+        call, data_sets, frameworks = _pickle(main, kwargs)
         spans.add("pickle", began, time.time())
         self._history = History(abs(self._np))
         recorder = MetricsRecorder(self._history)
         view = self._progress_view(recorder, run)
         shows_output = self._verbosity == "all" or self._np < 0
-        console = Console(
-            executors_have_lines=self._np >= 0,
-            shows_lines=shows_output,
-            drawing=view,
-            run=run,
-        )
+        console = self._make_console(run, shows_lines=shows_output, drawing=view)
         facts = RunFacts(
             run.run_id,
             self._np,
             name_of(main),
-            kwargs,
+            main.named_arguments if isinstance(main, ScriptCall) else kwargs,
             self._options,
             began,
             environment,
@@ -569,7 +563,14 @@ class HorovodRunner:
 
         ended_by: BaseException | None = None
         try:
-            announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
+            announce(
+                console,
+                self._np,
+                self._verbosity,
+                len(call),
+                tf_config=self._tf_config,
+                what=main.what if isinstance(main, ScriptCall) else PICKLED,
+            )
             self._warn(main, kwargs, len(call))
             first = run_attempts(
                 launch,
@@ -593,6 +594,64 @@ class HorovodRunner:
             if store is not None:
                 store.prune()
             console.show(0)
+
+    @explained(wrong_script)
+    def run_script(
+        self,
+        script: str | os.PathLike[str],
+        /,
+        *arguments: object,
+        code_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Run a Python script on every rank, as ``horovodrun`` and ``torchrun`` do.
+
+        Each rank runs it as ``python train.py ...`` would: as ``__main__``, with these arguments in
+        ``sys.argv`` and its directory first in ``sys.path``. With a negative np it runs where it
+        is. On Spark, its directory travels to the executors, and each rank runs in a copy, which
+        is deleted with the run.
+
+        Parameters
+        ----------
+        script
+            Path of the script on the driver, or ``"-m"``: then the first argument is a module's
+            name, and the directory that its package lies in travels.
+        *arguments
+            The script's arguments: texts, numbers and paths.
+        code_dir
+            The directory that travels, if it is not the script's: one that the script is in.
+            Hidden directories, ``__pycache__``, ``node_modules`` and virtual environments in it
+            stay behind. At most 100 MB travel.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If an argument is neither text nor a number nor a path.
+        ArgumentValueError
+            If there is no such script or module, or it is not in ``code_dir``.
+        ConfigurationError
+            If the script is no Python, or the code directory is too large or cannot be read; and
+            as for :meth:`run`.
+        WorkerFailedError
+            If a rank fails; ``exit_code`` is that of the script, where it has left with one.
+        HorovodRunnerError
+            As for :meth:`run`.
+
+        Examples
+        --------
+        >>> HorovodRunner(np=4).run_script("train.py", "--epochs", 3)  # doctest: +SKIP
+        >>> HorovodRunner(np=-2).run_script("-m", "package.train")  # doctest: +SKIP
+        """
+        __tracebackhide__ = True
+        self.run(
+            prepare_script(
+                script, arguments, code_dir, travels=self._np >= 0, left_out=self._left_out()
+            )
+        )
+
+    def _left_out(self) -> list[str]:
+        """List directories of the run's own, which do not travel with the code around them."""
+        own = (self._run_dir, self._tensorboard_dir, self._store and self._store.location)
+        return [str(each) for each in own if each is not None and not is_url(str(each))]
 
     def _observers(
         self, facts: RunFacts, recorder: MetricsRecorder, console: Console
@@ -633,6 +692,13 @@ class HorovodRunner:
         self._artifacts = ArtifactStore(record.artifacts)
         return self._artifacts
 
+    def _make_console(
+        self, run: GoingRun, *, shows_lines: bool, drawing: ProgressView | None
+    ) -> Console:
+        return Console(
+            executors_have_lines=self._np >= 0, shows_lines=shows_lines, drawing=drawing, run=run
+        )
+
     def _progress_view(self, recorder: MetricsRecorder, run: GoingRun) -> ProgressView | None:
         """Make what shows how far the run is, unless the user wants nothing of it."""
         if self._progress is False:
@@ -661,7 +727,7 @@ class HorovodRunner:
         """Choose where this run's checkpoints are, and prove that it can be written to."""
         if self._store is None:
             return None
-        from horovodrunner.flows.call.recording import record_call
+        from horovodrunner.flows.call.recording import record_call, record_script
 
         self._store.check()
         try:
@@ -674,7 +740,11 @@ class HorovodRunner:
                 f"the checkpoints in {self._store.location} cannot be read: {error}. Choose a "
                 "checkpoint_dir that this process may read"
             ) from error
-        record = record_call(run_id, abs(self._np), main, kwargs)
+        record = (
+            record_script(run_id, abs(self._np), main.name, main.named_arguments, main.code)
+            if isinstance(main, ScriptCall)
+            else record_call(run_id, abs(self._np), main, kwargs)
+        )
         return CheckpointStore(history.location, history.keep, record)
 
     def _warn(self, main: Callable[..., Any], kwargs: Mapping[str, Any], call_bytes: int) -> None:
@@ -684,7 +754,15 @@ class HorovodRunner:
                 DeprecationWarning,
                 stacklevel=self._frames_to_user,
             )
-        if call_bytes > payload.WARN_BYTES:
+        if call_bytes > payload.WARN_BYTES and isinstance(main, ScriptCall):
+            warn(
+                f"{main.what} {format_bytes(call_bytes)}, which every executor has to fetch. "
+                f"Largest, before they were packed: {main.largest_entries()}. Name a directory "
+                "that has only the code with code_dir=",
+                UserWarning,
+                stacklevel=self._frames_to_user + 2,
+            )
+        elif call_bytes > payload.WARN_BYTES:
             parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
             named = "; ".join(f"{where} ({format_bytes(n)})" for where, n in parts)
             warn(
@@ -805,6 +883,17 @@ class HorovodRunner:
 
 
 _OPTIONS = [*[*inspect.signature(HorovodRunner.__init__).parameters][1:], *_OLD_OPTIONS]
+
+
+def _pickle(
+    main: Callable[..., Any], kwargs: Mapping[str, Any]
+) -> tuple[bytes, Mapping[str, UnsharedDataSet], tuple[str, ...]]:
+    """Return the pickled call, the data sets that it names, and what workers import early."""
+    if isinstance(main, ScriptCall):  # it is to find a fresh process, as from a shell
+        return payload.dump_call(main, kwargs, with_settings=False), {}, main.early_imports()
+    with payload.attachments() as attachments:
+        call = payload.dump_call(main, kwargs, program_arguments())
+    return call, attachments, early_imports(main, call)
 
 
 def _differs(value: Any, default: Any) -> bool:
