@@ -11,6 +11,7 @@
     ├── PayloadError                main, an argument or a result cannot be pickled or unpickled
     ├── WorkerFailedError           a rank failed: rank, host, exit code or signal, traceback
     │   └── StallTimeoutError       ranks waited for others longer than stall_timeout (TimeoutError)
+    ├── RunStoppedError             runner.stop() has ended the run
     ├── BarrierStageError           Spark lost or cancelled the stage that carried the run
     ├── CheckpointError             a checkpoint could not be fetched, or stored where it had to be
     ├── DataError                   a DataFrame, or what was written of it, cannot feed the ranks
@@ -41,6 +42,7 @@ __all__ = [
     "HorovodRunnerError",
     "PayloadError",
     "PredictionError",
+    "RunStoppedError",
     "StallTimeoutError",
     "StartTimeoutError",
     "WorkerFailedError",
@@ -207,6 +209,27 @@ class StallTimeoutError(WorkerFailedError, TimeoutError):
     def _text(self, *, with_traceback: bool) -> str:
         stacks = [f"Stack of rank {rank}:\n{text.rstrip()}" for rank, text in self.stacks.items()]
         return "\n\n".join([super()._text(with_traceback=with_traceback), *stacks])
+
+
+class RunStoppedError(HorovodRunnerError):
+    """The run was ended from the driver, by :meth:`horovodrunner.HorovodRunner.stop`.
+
+    Parameters
+    ----------
+    text
+        What happened, and what is left.
+    reason
+        What ``stop`` was given.
+
+    Examples
+    --------
+    >>> RunStoppedError("no progress: the run of 2 ranks was stopped", reason="no progress").reason
+    'no progress'
+    """
+
+    def __init__(self, text: str, *, reason: str = "") -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class CheckpointError(HorovodRunnerError):

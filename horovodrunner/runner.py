@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner import validation as checked
-from horovodrunner.errors import ConfigurationError
+from horovodrunner.errors import ConfigurationError, RunStoppedError
 from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.called import name_of
@@ -24,9 +24,10 @@ from horovodrunner.flows.call.import_path import ImportPath
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.driver import new_history, newest_history
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.going import GoingRun
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
-from horovodrunner.flows.metrics.driver import MetricsRecorder
+from horovodrunner.flows.metrics.driver import MetricsRecorder, ReportCalls
 from horovodrunner.flows.metrics.history import History
 from horovodrunner.flows.mlflow.driver import Sources, reporters, require_mlflow
 from horovodrunner.flows.observer import Observer, Observers, RunFacts
@@ -40,7 +41,7 @@ from horovodrunner.pickling import payload
 from horovodrunner.placement.environment import forwarded_environment, hash_seed
 from horovodrunner.placement.versions import installed_versions
 from horovodrunner.processes.driver.announcement import announce
-from horovodrunner.processes.driver.attempts import describe_stopped, run_attempts
+from horovodrunner.processes.driver.attempts import describe_end, run_attempts
 from horovodrunner.processes.driver.interactive import is_interactive, program_arguments
 from horovodrunner.spark import interrupt
 from horovodrunner.storage import is_url
@@ -49,12 +50,16 @@ from horovodrunner.wire.events import Handlers
 
 if TYPE_CHECKING:
     from horovodrunner.data.unshared import UnsharedDataSet
+    from horovodrunner.flows.metrics.records import Point
     from horovodrunner.flows.rundir.driver import RunDirectory
 
 __all__ = ["HorovodRunner", "SavedCheckpoint"]
 
 AUTO = "auto"
 TOKEN_BYTES = 32
+
+MAX_NAME = 100
+"""Characters of a run's name."""
 
 USAGE_SECONDS = 10.0
 """How often ranks report what they use, to observers that want it."""
@@ -163,6 +168,13 @@ class HorovodRunner:
     tensorboard_dir
         A directory on the driver for event files of what main reports, which TensorBoard shows;
         each run has a directory of its own in it.
+    on_report
+        A function that is called with each point that rank 0 reports
+        (:class:`~horovodrunner.flows.metrics.records.Point`: ``step``, ``values``), in the thread
+        that called :meth:`run`. What it raises ends the run, and ``run()`` raises it.
+    name
+        What the run is called in the lines that it prints, in its progress, in Spark's UI, in its
+        record, in MLflow and in TensorBoard: to tell several runs at once apart.
 
     Raises
     ------
@@ -185,7 +197,7 @@ class HorovodRunner:
     'Hello from rank 0 of 2'
     """
 
-    _frames_to_user = 4
+    _frames_to_user = 5
     """From a warning of run() to the line that called it; a subclass adds its own frames."""
 
     @explained(wrong_options, **_OLD_OPTIONS)
@@ -211,12 +223,14 @@ class HorovodRunner:
         run_dir: str | os.PathLike[str] | None = None,
         mlflow: bool | str = AUTO,
         tensorboard_dir: str | os.PathLike[str] | None = None,
+        on_report: Callable[[Point], object] | None = None,
+        name: str | None = None,
     ) -> None:
         given = locals()
         self._options = {
-            name: given[name]
-            for name, parameter in inspect.signature(HorovodRunner).parameters.items()
-            if _differs(given[name], parameter.default)
+            option: given[option]
+            for option, parameter in inspect.signature(HorovodRunner).parameters.items()
+            if _differs(given[option], parameter.default)
         }
         self._np = checked.integer("np", np)
         self._verbosity = checked.choice(
@@ -255,6 +269,13 @@ class HorovodRunner:
             )
         )
         self._run_dir = None if run_dir is None else checked.path("run_dir", run_dir)
+        self._on_report = (
+            None
+            if on_report is None
+            else checked.callback("on_report", on_report, "a point that rank 0 reported")
+        )
+        self._name = "" if name is None else checked.name("name", name, MAX_NAME)
+        self._going: list[GoingRun] = []
         self._run_directory: RunDirectory | None = None  # of the last run
         self._own_history: CheckpointStore | None = None  # of the last run with resume=False
         self._phases: tuple[Phase, ...] = ()
@@ -372,11 +393,52 @@ class HorovodRunner:
             If a data set that travels with the run cannot be computed or stored.
         BarrierStageError
             If Spark lost or cancelled the run's stage.
+        RunStoppedError
+            If :meth:`stop` has ended the run. What ``on_report`` raises is raised as it is.
         """
+        __tracebackhide__ = True
+        run = GoingRun(secrets.token_hex(4), self._name)
+        self._going.append(run)
+        try:
+            with run.going():
+                return self._run(run, main, kwargs)
+        finally:
+            self._going.remove(run)
+
+    def stop(self, reason: str = "") -> bool:
+        """End the run that is going, from another thread, a handler of signals or ``on_report``.
+
+        All ranks end within seconds, and :meth:`run` raises a :class:`RunStoppedError`; there is no
+        restart. What was reported, artifacts and checkpoints stay.
+
+        Parameters
+        ----------
+        reason
+            Why; the error tells it.
+
+        Returns
+        -------
+        bool
+            Whether there was a run to end: True means that ``run()`` raises the error. A run that
+            begins later is not affected.
+
+        Examples
+        --------
+        >>> runner = HorovodRunner(np=2)
+        >>> threading.Timer(3600, runner.stop, ["an hour is over"]).start()  # doctest: +SKIP
+        >>> runner.run(train)  # doctest: +SKIP
+        Traceback (most recent call last):
+        horovodrunner.errors.RunStoppedError: an hour is over: the run of 2 ranks was stopped; ...
+        """
+        reason = checked.text("reason", reason)
+        stops = [run.stop(RunStoppedError(reason, reason=reason)) for run in [*self._going]]
+        return any(stops)
+
+    def _run(self, run: GoingRun, main: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
         __tracebackhide__ = True
         began, spans = time.time(), Spans()
         checked.main(main, kwargs, runner_options=_OPTIONS)
-        run_id = secrets.token_hex(4)
+        run_id = run.run_id
         store = self._store_of_run(run_id, main, kwargs)
         environment = {
             **forwarded_environment(os.environ),
@@ -394,7 +456,10 @@ class HorovodRunner:
         view = self._progress_view(recorder)
         shows_output = self._verbosity == "all" or self._np < 0
         console = Console(
-            executors_have_lines=self._np >= 0, shows_lines=shows_output, drawing=view
+            executors_have_lines=self._np >= 0,
+            shows_lines=shows_output,
+            drawing=view,
+            run=run,
         )
         facts = RunFacts(
             run_id,
@@ -412,6 +477,7 @@ class HorovodRunner:
         observers = Observers([*filter(None, own), *others], console.note)
 
         def launch(attempt: int) -> Outcome:
+            run.check()
             files.begin(attempt)
             observers.begin(attempt)
             now = time.time()
@@ -449,13 +515,19 @@ class HorovodRunner:
         try:
             announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
             self._warn(main, kwargs, len(call))
-            return run_attempts(launch, self._max_restarts, self._restart_on, store, console)
+            return run_attempts(
+                launch,
+                self._max_restarts,
+                self._restart_on,
+                store=store,
+                console=console,
+                run=run,
+            )
         except KeyboardInterrupt as error:
-            ended_by = error
-            error.args = (describe_stopped(error, abs(self._np), store),)
+            ended_by = describe_end(run, error, abs(self._np), store)
             raise error from None  # a second Ctrl-C comes while the first one is handled
         except BaseException as error:
-            ended_by = error
+            ended_by = describe_end(run, error, abs(self._np), store)
             raise
         finally:
             self._note_phases(spans, console, began)
@@ -469,6 +541,8 @@ class HorovodRunner:
     ) -> list[Observer]:
         """Make what follows a run on the driver, beside what belongs to every run."""
         observers: list[Observer] = []
+        if self._on_report is not None:
+            observers.append(ReportCalls(self._on_report, recorder, console.call))
         if self._tensorboard_dir is not None:
             observers.append(TensorBoardWriter(self._tensorboard_dir, facts, recorder.records_of))
         # the last one: what the record has at its end is to be in MLflow, too

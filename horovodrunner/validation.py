@@ -6,6 +6,7 @@ made of it, and that value is the one to use: ``np.int64(2)`` overflows and is n
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 import shlex
@@ -24,11 +25,13 @@ from horovodrunner.storage import is_url
 __all__ = [
     "boolean",
     "boolean_or",
+    "callback",
     "choice",
     "command_line",
     "exception_types",
     "integer",
     "main",
+    "name",
     "names",
     "number",
     "path",
@@ -131,6 +134,20 @@ def text(name: str, value: Any) -> str:
     return str.__str__(found)
 
 
+def name(option: str, value: Any, most: int) -> str:
+    """Check a short text that can be shown in one line."""
+    found = text(option, value)
+    if not found.strip():
+        raise ArgumentValueError(f"{option}={found!r}: it must not be empty")
+    if not found.isprintable():
+        raise ArgumentValueError(f"{option}={shown(found)}: it must be printable, in one line")
+    if len(found) > most:
+        raise ArgumentValueError(
+            f"{option}={shown(found)}: it has {len(found)} characters, and {most} is the most"
+        )
+    return found.strip()
+
+
 def names(name: str, value: Any) -> list[str]:
     """Check a list of names: anything but a str that one can iterate over."""
     value = plain(value)
@@ -225,6 +242,17 @@ def resources(name: str, value: Any) -> dict[str, float]:
         is_int = isinstance(plain(given), int)
         amounts[str.__str__(resource)] = int(amount) if is_int else amount
     return amounts
+
+
+def callback(name: str, value: Any, argument: str) -> Callable[..., Any]:
+    """Check a function that is to be called with one argument, by position."""
+    if not callable(value):
+        raise _wrong_type(name, value, f"a function of {argument}")
+    function: Callable[..., Any] = value
+    if problem := misfit(functools.partial(function, None), {}):
+        raise ArgumentTypeError(f"{name}: it is called with {argument}, and {problem}")
+    runs_at_once(name, function)
+    return function
 
 
 def main(

@@ -12,9 +12,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from horovodrunner.flows.going import GoingRun
 from horovodrunner.flows.logs.lines import count_lines, missing_mark, prefix_lines
 from horovodrunner.flows.logs.showing import show_text
 from horovodrunner.flows.telemetry.phases import Phase
@@ -26,6 +27,9 @@ __all__ = ["Console"]
 
 MAX_WAITING_BYTES = 16 * 1024 * 1024
 """Workers' lines that would make more than this wait to be printed are dropped and counted."""
+
+MAX_WAITING_CALLS = 100_000
+"""Of more calls that wait, the oldest are left out."""
 
 QUIET = "HOROVODRUNNER_QUIET"
 """Leaves out what a run says of itself as long as all is well, unless it is empty or 0."""
@@ -49,6 +53,7 @@ class Console:
 
     `executors_have_lines`: whether what is dropped here can be found in an executor's log.
     `shows_lines`: whether the ranks' output is shown when it comes; their messages always are.
+    `run`: what this shows; when it is stopped, :meth:`show` raises what it is stopped with.
     """
 
     def __init__(
@@ -57,7 +62,9 @@ class Console:
         executors_have_lines: bool = True,
         shows_lines: bool = True,
         drawing: Drawing | None = None,
+        run: GoingRun | None = None,
     ) -> None:
+        self._run = run or GoingRun("")
         self._executors_have_lines = executors_have_lines
         self._drawing = drawing
         # No Condition or Queue: an interrupt may hit the waiting thread anywhere in their code, and
@@ -67,6 +74,7 @@ class Console:
         self._nothing_new.acquire()
         self._waiting: deque[str] = deque()
         self._waiting_bytes = 0
+        self._calls: deque[Callable[[], object]] = deque(maxlen=MAX_WAITING_CALLS)
         self._dropped_lines = 0
         self._woken = False
         self._tells_it_is_not_shown = False
@@ -107,6 +115,12 @@ class Console:
     def _take_phases(self, event: Phases) -> None:
         self.run_phases = tuple(Phase(*fields) for fields in event.phases)
 
+    def call(self, function: Callable[[], object]) -> None:
+        """Have a function called by the thread that shows the run; what it raises stops the run."""
+        with self._lock:
+            self._calls.append(function)
+            self._tell()
+
     def wake(self) -> None:
         """Make :meth:`show` return after it has printed everything."""
         with self._lock:
@@ -130,6 +144,7 @@ class Console:
                 if why:
                     self._tell_that_nothing_is_shown(why)
             self._draw()
+            self._make_calls()
             if woken:
                 return True
             if deadline is not None and time.monotonic() >= deadline:
@@ -138,8 +153,9 @@ class Console:
     def _wait_for_change(self, deadline: float | None) -> None:
         """Wait for something to print, or for an interrupt."""
         while True:
+            self._run.check()
             with self._lock:
-                if self._waiting or self._woken:
+                if self._waiting or self._calls or self._woken:
                     return
             if self._drawing is not None and self._drawing.is_due():
                 return
@@ -150,6 +166,22 @@ class Console:
             self._nothing_new.acquire(timeout=left)
             if main_thread_was_interrupted():
                 raise KeyboardInterrupt
+
+    def _make_calls(self) -> None:
+        """Call what was asked for so far, until the run is stopped or has ended."""
+        with self._lock:
+            calls = list(self._calls)
+            self._calls.clear()
+        if not calls:
+            return
+        with self._beside_drawing():
+            for call in calls:
+                self._run.check()
+                try:
+                    call()
+                except BaseException as error:
+                    self._run.stop(error)
+                    raise
 
     def _draw(self) -> None:
         if self._drawing is None or not self._drawing.is_due():

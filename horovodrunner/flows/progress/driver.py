@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 
+from horovodrunner.errors import RunStoppedError
 from horovodrunner.flows.metrics.driver import MetricsRecorder
 from horovodrunner.flows.metrics.history import History
 from horovodrunner.flows.observer import Observer
@@ -55,7 +56,9 @@ class ProgressView(Observer):
         self._has_changed = True
 
     def end(self, error: BaseException | None) -> None:
-        state = SUCCEEDED if error is None else FAILED if isinstance(error, Exception) else STOPPED
+        state = SUCCEEDED if error is None else STOPPED
+        if isinstance(error, Exception) and not isinstance(error, RunStoppedError):
+            state = FAILED
         cause = (str(error).splitlines() or [type(error).__name__])[0] if error else ""
         known = {*_FAILED_STATES, "ended"} if error else set()
         self._ranks = tuple(

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.errors import ConfigurationError, WorkerFailedError
+from horovodrunner.errors import ConfigurationError, RunStoppedError, WorkerFailedError
 from horovodrunner.flows.call.recording import describe_values
 from horovodrunner.flows.logs.lines import count_lines, missing_mark
 from horovodrunner.flows.metrics.records import Bar, Point
@@ -267,7 +267,9 @@ class RunDirectory(Observer):
         if error is None:
             return {"status": "succeeded"}
         hide = self._writer.hidden
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        status = "failed"
+        if isinstance(error, (KeyboardInterrupt, RunStoppedError)):
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
         told: dict[str, Any] = {"type": type(error).__name__, "text": hide(_text_of(error))}
         if isinstance(error, WorkerFailedError):
             told["summary"] = hide(cut(error.summary, MAX_TEXT))

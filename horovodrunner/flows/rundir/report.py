@@ -38,6 +38,7 @@ _STATUS = {
     "succeeded": "Succeeded",
     "failed": "Failed",
     "interrupted": "Interrupted",
+    "stopped": "Stopped",
     "running": "Still running",
     "lost": "Driver lost",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 __all__ = ["BarrierRun"]
 
 CANCEL_SECONDS = 10.0
+CANCEL_AGAIN_SECONDS = 0.5
+"""Spark forgets a cancellation that comes before the job."""
+
 FIRST_LOOK_SECONDS = 5.0
 """A stage that has not started by then is looked at."""
 
@@ -88,6 +92,7 @@ class BarrierRun:
         self._outcomes: dict[int, Outcome] | None = None
         self._error: Exception | None = None
         self._ended = False
+        self._is_given_up = False
         self._start_by = waiting_since + start_timeout
         self._next_note = time.monotonic() + FIRST_LOOK_SECONDS
         self._all_running_since: float | None = None
@@ -121,8 +126,7 @@ class BarrierRun:
                 self._wait(channel)
             except BaseException:
                 channel.stop_run()
-                self._spark_job.cancel()
-                thread.join(CANCEL_SECONDS)
+                self._cancel(thread)
                 channel.wait_for_leaving(CANCEL_SECONDS)
                 self._note_lost_files(channel)
                 raise
@@ -138,6 +142,14 @@ class BarrierRun:
                 self._note_no_contact()
             return outcome
 
+    def _cancel(self, stage: threading.Thread) -> None:
+        """Cancel the stage, also one that its thread is only about to launch."""
+        self._is_given_up = True
+        end_by = time.monotonic() + CANCEL_SECONDS
+        while stage.is_alive() and time.monotonic() < end_by:
+            self._spark_job.cancel()
+            stage.join(CANCEL_AGAIN_SECONDS)
+
     def _run_stage(self, job: JobSpec) -> None:
         profile = {} if self._request.profile is None else {"profile": self._request.profile}
         try:
@@ -149,6 +161,8 @@ class BarrierRun:
                 barrier=True,
                 **profile,
             )
+            if self._is_given_up:
+                return
             chunks: dict[int, list[bytes]] = {}
             for partition, chunk in _collect(rows):
                 chunks.setdefault(partition, []).append(chunk)
