@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner import validation as checked
-from horovodrunner.errors import ConfigurationError, RunStoppedError
+from horovodrunner.errors import ArgumentValueError, ConfigurationError, RunStoppedError
 from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.called import name_of
@@ -38,6 +38,7 @@ from horovodrunner.flows.progress.screens import find_screen
 from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.flows.results.sequence import RankResults
 from horovodrunner.flows.rundir.masking import Mask, secret_variables, without_secrets
+from horovodrunner.flows.runkeys.driver import REFUSE, RERUN, KeyedRun, KeyRequest, keyed_run
 from horovodrunner.flows.script.driver import ScriptCall, prepare_script
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
 from horovodrunner.flows.tensorboard.driver import TensorBoardWriter, checked_directory
@@ -51,7 +52,7 @@ from horovodrunner.processes.driver.attempts import describe_end, run_attempts
 from horovodrunner.processes.driver.interactive import is_interactive, program_arguments
 from horovodrunner.processes.driver.queue import Turn
 from horovodrunner.spark import interrupt
-from horovodrunner.storage import is_url
+from horovodrunner.storage import is_url, open_storage
 from horovodrunner.usage import explained, wrong_options, wrong_run, wrong_script
 from horovodrunner.wire.events import Handlers
 
@@ -64,6 +65,7 @@ __all__ = ["HorovodRunner", "SavedCheckpoint"]
 
 AUTO = "auto"
 TOKEN_BYTES = 32
+MAX_KEY = 200
 
 MAX_NAME = 100
 """Characters of a run's name."""
@@ -218,7 +220,7 @@ class HorovodRunner:
     'Hello from rank 0 of 2'
     """
 
-    _frames_to_user = 5
+    _frames_to_user = 6
     """From a warning of run() to the line that called it; a subclass adds its own frames."""
 
     @explained(wrong_options, **_OLD_OPTIONS)
@@ -310,7 +312,8 @@ class HorovodRunner:
         self._name = "" if name is None else checked.name("name", name, MAX_NAME)
         self._going: list[GoingRun] = []
         self._run_directory: RunDirectory | None = None  # of the last run
-        self._own_history: CheckpointStore | None = None  # of the last run with resume=False
+        self._stored_record: str | None = None  # of the run whose value was stored
+        self._own_history: CheckpointStore | None = None  # of the last run that has one
         self._phases: tuple[Phase, ...] = ()
         self._history = History()
         self._artifacts = ArtifactStore()
@@ -387,7 +390,9 @@ class HorovodRunner:
         >>> runner.record  # doctest: +SKIP
         '/home/me/runs/20260131-101500-1f0c22ab'
         """
-        return None if self._run_directory is None else self._run_directory.location
+        if self._run_directory is None:
+            return self._stored_record
+        return self._run_directory.location
 
     def __repr__(self) -> str:
         """Return the call that makes this runner, without what a URL has before its ``@``."""
@@ -404,13 +409,30 @@ class HorovodRunner:
         return "".join(parts)
 
     @explained(wrong_run)
-    def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
+    def run(
+        self,
+        /,
+        main: Callable[..., Any],
+        *,
+        run_key: str | None = None,
+        on_change: str = REFUSE,
+        **kwargs: Any,
+    ) -> Any:
         """Run ``main(**kwargs)`` once on every rank and return what rank 0 returned.
 
         Parameters
         ----------
         main
             The training function; it and its arguments travel by cloudpickle.
+        run_key
+            What this run is called in ``run_dir``, so that it is not done twice: any text, such as
+            ``"nightly-2026-11-27"``. If it was done before, its value comes back and nothing is
+            launched. If it has failed, or its driver is gone, it goes on from its own newest
+            checkpoint. If another driver is doing it, this one waits for its value, at most
+            ``start_timeout`` seconds.
+        on_change
+            ``"refuse"``: another main, other code or other arguments under the same key are an
+            error, which names what differs. ``"rerun"``: they start anew under this key.
         **kwargs
             Its keyword arguments.
 
@@ -431,7 +453,11 @@ class HorovodRunner:
         ClusterCapacityError
             If the cluster has fewer slots than np.
         StartTimeoutError
-            If the tasks do not start within ``start_timeout``.
+            If the tasks do not start within ``start_timeout``, or another driver is not done by
+            then with the run of this ``run_key``.
+        RunSupersededError
+            If another driver has taken over the run of this ``run_key``, because this one was not
+            heard of.
         WorkerFailedError
             If a rank fails; its own exception is the ``__cause__``.
         StallTimeoutError
@@ -446,13 +472,63 @@ class HorovodRunner:
             If :meth:`stop` has ended the run. What ``on_report`` raises is raised as it is.
         """
         __tracebackhide__ = True
+        on_change = checked.choice("on_change", on_change, (REFUSE, RERUN))
+        checked.free_names(main, "run_key", "on_change")
+        if run_key is None and on_change != REFUSE:
+            raise ArgumentValueError(f"on_change={on_change!r} needs a run_key")
+        return self._call(main, kwargs, run_key, on_change)
+
+    def _call(
+        self,
+        main: Callable[..., Any],
+        kwargs: Mapping[str, Any],
+        run_key: str | None = None,
+        on_change: str = REFUSE,
+    ) -> Any:
+        __tracebackhide__ = True
         run = GoingRun(secrets.token_hex(4), self._name)
         self._going.append(run)
         try:
             with run.going():
-                return self._run(run, main, kwargs)
+                if run_key is None:
+                    return self._run(run, main, kwargs)
+                checked.main(main, kwargs, runner_options=_OPTIONS)
+                with keyed_run(self._request(run, run_key, on_change, main, kwargs), run) as keyed:
+                    if keyed.is_done:
+                        return self._stored_value(keyed)
+                    return self._run(run, main, kwargs, keyed)
         finally:
             self._going.remove(run)
+
+    def _request(
+        self,
+        run: GoingRun,
+        run_key: str,
+        on_change: str,
+        main: Callable[..., Any],
+        kwargs: Mapping[str, Any],
+    ) -> KeyRequest:
+        from horovodrunner.flows.call.recording import record_call
+
+        key = checked.name("run_key", run_key, MAX_KEY)
+        if self._run_dir is None:
+            raise ArgumentValueError(
+                f"run_key={key!r} needs run_dir, where what was done is kept: "
+                'HorovodRunner(..., run_dir="runs")'
+            )
+        record = record_call(run.run_id, abs(self._np), main, kwargs, exactly=True)
+        return KeyRequest(key, self._run_dir, record, on_change, self._start_timeout)
+
+    def _stored_value(self, keyed: KeyedRun) -> Any:
+        """Return the value of a run that was done before, and be as after that run."""
+        self._forget_last_run()
+        self._history, self._phases = History(), ()
+        self._artifacts = ArtifactStore()
+        if keyed.stored is not None and keyed.stored.record and self._run_dir is not None:
+            self._stored_record = open_storage(self._run_dir).url(keyed.stored.record)
+        if self._store is not None:
+            self._own_history = self._store_of_key(self._store, keyed).newest_epoch()
+        return keyed.value()
 
     def stop(self, reason: str = "") -> bool:
         """End the run that is going, from another thread, a handler of signals or ``on_report``.
@@ -483,11 +559,17 @@ class HorovodRunner:
         stops = [run.stop(RunStoppedError(reason, reason=reason)) for run in [*self._going]]
         return any(stops)
 
-    def _run(self, run: GoingRun, main: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
+    def _run(
+        self,
+        run: GoingRun,
+        main: Callable[..., Any],
+        kwargs: Mapping[str, Any],
+        keyed: KeyedRun | None = None,
+    ) -> Any:
         __tracebackhide__ = True
         began, spans = time.time(), Spans()
         checked.main(main, kwargs, runner_options=_OPTIONS)
-        store = self._store_of_run(run.run_id, main, kwargs)
+        store = self._store_of_run(run.run_id, main, kwargs, keyed)
         environment = self._variables.of_run(os.environ)
         files = BroughtFiles(environment)
         call, data_sets, frameworks = _pickle(main, kwargs)
@@ -544,6 +626,7 @@ class HorovodRunner:
                 stall_timeout=self._stall_timeout,
                 checkpoint_location=None if store is None else store.location,
                 keep_checkpoints=3 if store is None else store.keep,
+                checkpoint_fence=None if store is None else store.fence,
                 record=None if store is None else store.run,
                 fail_on_checkpoint_error=self._on_checkpoint_error == "raise",
                 brought_files=files.variables,
@@ -552,7 +635,7 @@ class HorovodRunner:
             )
             on_spark = functools.partial(self._run_on_spark, turn=turn)
             run_job = self._run_locally if self._np < 0 else on_spark
-            return run_job(
+            outcome = run_job(
                 job,
                 console,
                 files,
@@ -560,6 +643,7 @@ class HorovodRunner:
                 data=tuple(data_sets.values()),
                 flows=observers.handlers,
             )
+            return outcome if keyed is None else keyed.keep(outcome, self.record, console)
 
         ended_by: BaseException | None = None
         try:
@@ -671,10 +755,7 @@ class HorovodRunner:
         self, facts: RunFacts, recorder: MetricsRecorder, console: Console
     ) -> ArtifactStore:
         """Make the directory of this run, if the user wants one, and where artifacts come to."""
-        self._artifacts.discard()
-        if self._run_directory is not None:
-            self._run_directory.discard()
-            self._run_directory = None
+        self._forget_last_run()
         if self._run_dir is None:
             self._artifacts = ArtifactStore()
             return self._artifacts
@@ -691,6 +772,14 @@ class HorovodRunner:
         console.note(f"the record of this run: {record.shown}", routine=True)
         self._artifacts = ArtifactStore(record.artifacts)
         return self._artifacts
+
+    def _forget_last_run(self) -> None:
+        """Delete what goes with the next run."""
+        self._artifacts.discard()
+        self._stored_record = None
+        if self._run_directory is not None:
+            self._run_directory.discard()
+            self._run_directory = None
 
     def _make_console(
         self, run: GoingRun, *, shows_lines: bool, drawing: ProgressView | None
@@ -721,8 +810,16 @@ class HorovodRunner:
             )
         return first
 
+    def _store_of_key(self, root: CheckpointStore, keyed: KeyedRun) -> CheckpointStore:
+        """Return where the checkpoints of all epochs of a key's run are."""
+        return root.below(f"key-{keyed.place.name}").below(keyed.epoch.generation)
+
     def _store_of_run(
-        self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]
+        self,
+        run_id: str,
+        main: Callable[..., Any],
+        kwargs: Mapping[str, Any],
+        keyed: KeyedRun | None,
     ) -> CheckpointStore | None:
         """Choose where this run's checkpoints are, and prove that it can be written to."""
         if self._store is None:
@@ -731,7 +828,12 @@ class HorovodRunner:
 
         self._store.check()
         try:
-            if self._resume:
+            self._own_history = None
+            if keyed is not None:
+                of_key = self._store_of_key(self._store, keyed)
+                history = of_key.begin_epoch(keyed.epoch.number, resume=self._resume)
+                self._own_history = history
+            elif self._resume:
                 history = newest_history(self._store, recover=True)
             else:
                 history = self._own_history = new_history(self._store)
@@ -745,7 +847,7 @@ class HorovodRunner:
             if isinstance(main, ScriptCall)
             else record_call(run_id, abs(self._np), main, kwargs)
         )
-        return CheckpointStore(history.location, history.keep, record)
+        return CheckpointStore(history.location, history.keep, record, history.fence)
 
     def _warn(self, main: Callable[..., Any], kwargs: Mapping[str, Any], call_bytes: int) -> None:
         if self._np == 0:
@@ -849,7 +951,9 @@ class HorovodRunner:
         )
         location, store = job.checkpoint_location, None
         if location is not None and not is_url(location):  # there rank 0 writes itself
-            store = CheckpointStore(location, job.keep_checkpoints, job.record)
+            store = CheckpointStore(
+                location, job.keep_checkpoints, job.record, job.checkpoint_fence
+            )
         with interrupt.only_this_run():
             return BarrierRun(
                 spark,

@@ -18,7 +18,7 @@ from pathlib import PurePath
 from typing import Any
 
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
-from horovodrunner.flows.call.called import misfit, name_of, what_runs_later
+from horovodrunner.flows.call.called import called_signature, misfit, name_of, what_runs_later
 from horovodrunner.formatting import cut
 from horovodrunner.storage import is_url
 
@@ -29,6 +29,7 @@ __all__ = [
     "choice",
     "command_line",
     "exception_types",
+    "free_names",
     "integer",
     "integer_or",
     "main",
@@ -285,6 +286,19 @@ def main(
         raise ArgumentTypeError(f"{problem}{where}")
     runs_at_once("main", checked)
     return checked
+
+
+def free_names(function: Any, *names: str) -> None:
+    """Refuse a training function with a parameter that ``run()`` has itself."""
+    signature = called_signature(function) if callable(function) else None
+    parameters = {} if signature is None else signature.parameters
+    for taken in names:
+        if taken in parameters:
+            called = name_of(function)
+            raise ArgumentTypeError(
+                f"{called} has a parameter {taken!r}, which is run()'s own name: rename that "
+                f"parameter of {called}"
+            )
 
 
 def runs_at_once(name: str, function: Callable[..., Any]) -> None:

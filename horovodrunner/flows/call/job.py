@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from horovodrunner.flows.call.import_path import ImportPath
 from horovodrunner.flows.call.record import RunRecord
+from horovodrunner.flows.checkpoints.fence import Fence
 
 __all__ = ["JobSpec"]
 
@@ -50,6 +51,8 @@ class JobSpec:
     checkpoint_location: str | None = None
     """Path on the driver, or URL."""
     keep_checkpoints: int = 3
+    checkpoint_fence: Fence | None = None
+    """Which driver's checkpoints these are, when several may follow each other."""
     record: RunRecord | None = field(default=None, repr=False)
     """What the run is called with, for those that go on from its checkpoints."""
     fail_on_checkpoint_error: bool = False

@@ -81,7 +81,9 @@ def run_locally(
         take_file=functools.partial(copy_file, files, console.note),
         take_artifacts=artifacts.take,
         checkpoints=(
-            CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
+            CheckpointStore(
+                job.checkpoint_location, job.keep_checkpoints, job.record, job.checkpoint_fence
+            )
             if job.checkpoint_location is not None
             else None
         ),

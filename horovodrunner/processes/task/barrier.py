@@ -190,7 +190,9 @@ def _checkpoint_backend(job: JobSpec, client: TransferClient) -> CheckpointBacke
     if job.checkpoint_location is None:
         return None
     if is_url(job.checkpoint_location):
-        return CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
+        return CheckpointStore(
+            job.checkpoint_location, job.keep_checkpoints, job.record, job.checkpoint_fence
+        )
     return DriverBackend(client)
 
 
