@@ -128,6 +128,11 @@ class HorovodRunner:
         How many ranks one task of Spark's runs. ``"gpu"``: as many as it owns GPUs, so that one
         task on each node uses all of them (``resources={"gpu": 8}``). np counts ranks; the last
         task has fewer if they do not divide. A negative np ignores it.
+    preflight
+        Whether hosts, links and GPUs are tried before main: every pair of hosts is connected, and a
+        small and a large allreduce are timed over what main imports, Horovod or PyTorch. True
+        refuses the run and names the host or the link that is out of reach, broken or ten times
+        slower than the others; ``"warn"`` runs all the same.
     results
         Whose return values come back. ``"rank-0"``: what ``run()`` returns. ``"all"``: those of
         the other ranks as well, in :attr:`results`.
@@ -232,6 +237,7 @@ class HorovodRunner:
         horovodrun_args: str | Sequence[str] | None = None,
         resources: Mapping[str, float] | None = None,
         ranks_per_task: int | str = 1,
+        preflight: bool | str = False,
         results: str = "rank-0",
         start_timeout: float = 600.0,
         stall_timeout: float | None = None,
@@ -265,6 +271,7 @@ class HorovodRunner:
         )
         self._resources = None if resources is None else checked.resources("resources", resources)
         self._ranks_per_task = checked.integer_or("gpu", "ranks_per_task", ranks_per_task, 1)
+        self._preflight = checked.boolean_or("warn", "preflight", preflight)
         self._keeps_all_results = checked.choice("results", results, ("rank-0", "all")) == "all"
         self._start_timeout = checked.seconds("start_timeout", start_timeout)
         self._stall_timeout = (
@@ -622,6 +629,7 @@ class HorovodRunner:
                 driver_shows_output=shows_output,
                 usage_seconds=USAGE_SECONDS if observers.wants_usage else None,
                 profiles=observers.wants_profiles,
+                preflight="refuse" if self._preflight is True else self._preflight or "",
                 all_results=self._keeps_all_results,
                 stall_timeout=self._stall_timeout,
                 checkpoint_location=None if store is None else store.location,
