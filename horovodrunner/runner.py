@@ -734,11 +734,10 @@ class HorovodRunner:
         >>> HorovodRunner(np=-2).run_script("-m", "package.train")  # doctest: +SKIP
         """
         __tracebackhide__ = True
-        self.run(
-            prepare_script(
-                script, arguments, code_dir, travels=self._np >= 0, left_out=self._left_out()
-            )
+        call = prepare_script(
+            script, arguments, code_dir, travels=self._np >= 0, left_out=self._left_out()
         )
+        self._call(call, {})
 
     def _left_out(self) -> list[str]:
         """List directories of the run's own, which do not travel with the code around them."""
@@ -870,7 +869,7 @@ class HorovodRunner:
                 f"Largest, before they were packed: {main.largest_entries()}. Name a directory "
                 "that has only the code with code_dir=",
                 UserWarning,
-                stacklevel=self._frames_to_user + 2,
+                stacklevel=self._frames_to_user,
             )
         elif call_bytes > payload.WARN_BYTES:
             parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)

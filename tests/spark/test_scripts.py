@@ -49,6 +49,7 @@ if __name__ == "__main__":
         "left": sorted(each.name for each in Path(__file__).parents[1].iterdir()),
     }
     Path(sys.argv[1] + os.environ["RANK"]).write_text(json.dumps(facts))
+    Path("model.pt").touch()
 """
 
 
@@ -79,6 +80,8 @@ def test_a_script_runs_in_a_copy_of_its_code(
     monkeypatch.syspath_prepend(str(project / "src"))
     runner = HorovodRunner(np=2, driver_log_verbosity="all", run_dir=project / "runs")
     runner.run_script("src/train.py", tmp_path / "facts", 3, code_dir=".")
+    shown = capfd.readouterr().out
+    assert shown.count("HorovodRunner: model.pt: written into a copy of the code") == 1
     for rank in "01":
         facts = json.loads(Path(f"{tmp_path}/facts{rank}").read_text())
         copy = facts["here"]
