@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import inspect
 import os
@@ -34,19 +35,25 @@ from horovodrunner.flows.observer import Observer, Observers, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.progress.driver import ProgressView
 from horovodrunner.flows.progress.screens import find_screen
+from horovodrunner.flows.results.driver import ResultStore
+from horovodrunner.flows.results.sequence import RankResults
+from horovodrunner.flows.rundir.masking import Mask, secret_variables, without_secrets
 from horovodrunner.flows.runkeys.driver import REFUSE, RERUN, KeyedRun, KeyRequest, keyed_run
+from horovodrunner.flows.script.driver import ScriptCall, prepare_script
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
 from horovodrunner.flows.tensorboard.driver import TensorBoardWriter, checked_directory
-from horovodrunner.formatting import format_bytes
+from horovodrunner.formatting import format_bytes, in_one_line
 from horovodrunner.pickling import payload
-from horovodrunner.placement.environment import forwarded_environment, hash_seed
+from horovodrunner.placement.environment import DEVICES
+from horovodrunner.placement.forwarding import Variables, checked_patterns, checked_variables
 from horovodrunner.placement.versions import installed_versions
-from horovodrunner.processes.driver.announcement import announce
+from horovodrunner.processes.driver.announcement import PICKLED, announce
 from horovodrunner.processes.driver.attempts import describe_end, run_attempts
 from horovodrunner.processes.driver.interactive import is_interactive, program_arguments
+from horovodrunner.processes.driver.queue import Turn
 from horovodrunner.spark import interrupt
 from horovodrunner.storage import is_url, open_storage
-from horovodrunner.usage import explained, wrong_options, wrong_run
+from horovodrunner.usage import explained, wrong_options, wrong_run, wrong_script
 from horovodrunner.wire.events import Handlers
 
 if TYPE_CHECKING:
@@ -100,8 +107,9 @@ class HorovodRunner:
     Parameters
     ----------
     np
-        Number of ranks. Positive: tasks of a Spark barrier stage, one slot each, on the active
-        SparkSession (one is created when there is none). Negative: ``-np`` processes on this
+        Number of ranks. Positive: tasks of a Spark barrier stage, one slot each unless
+        ``ranks_per_task`` says otherwise, on the active SparkSession (one is created when there is
+        none). Negative: ``-np`` processes on this
         machine, without Spark, for debugging. 0: all slots of the cluster; deprecated.
     driver_log_verbosity
         ``"log_callback_only"``: show here only what :func:`horovodrunner.log_to_driver` is given.
@@ -116,6 +124,18 @@ class HorovodRunner:
         What each task of this run takes of its executor, when that is not what the session's
         settings say: ``{"cpus": 4, "gpu": 1}``. Needs pyspark 4.0 and a cluster (standalone, YARN
         or Kubernetes); a negative np ignores it.
+    ranks_per_task
+        How many ranks one task of Spark's runs. ``"gpu"``: as many as it owns GPUs, so that one
+        task on each node uses all of them (``resources={"gpu": 8}``). np counts ranks; the last
+        task has fewer if they do not divide. A negative np ignores it.
+    preflight
+        Whether hosts, links and GPUs are tried before main: every pair of hosts is connected, and a
+        small and a large allreduce are timed over what main imports, Horovod or PyTorch. True
+        refuses the run and names the host or the link that is out of reach, broken or ten times
+        slower than the others; ``"warn"`` runs all the same.
+    results
+        Whose return values come back. ``"rank-0"``: what ``run()`` returns. ``"all"``: those of
+        the other ranks as well, in :attr:`results`.
     start_timeout
         Seconds that the Spark tasks may take to start.
     stall_timeout
@@ -142,6 +162,12 @@ class HorovodRunner:
     tf_config
         Whether every rank gets ``TF_CONFIG`` with all ranks as workers, for
         ``tf.distribute.MultiWorkerMirroredStrategy``. Without it no rank has the variable.
+    environment
+        Variables for every rank, from the start of its process: ``{"WANDB_MODE": "offline"}``.
+        They win over the driver's and the executors'; None takes a variable of theirs away.
+    forward
+        Names of the driver's variables that every rank gets, beside those of Horovod and the
+        frameworks: ``["AWS_*", "MY_TOKEN"]``. No record or log shows their values.
     profile_launch
         Whether a table at the end of the run shows how long each phase took: pickling, the start
         of the stage and of the workers, imports, the gather step, main, the way back. ``phases``
@@ -210,6 +236,9 @@ class HorovodRunner:
         driver_log_verbosity: str = "log_callback_only",
         horovodrun_args: str | Sequence[str] | None = None,
         resources: Mapping[str, float] | None = None,
+        ranks_per_task: int | str = 1,
+        preflight: bool | str = False,
+        results: str = "rank-0",
         start_timeout: float = 600.0,
         stall_timeout: float | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -219,6 +248,8 @@ class HorovodRunner:
         max_restarts: int = 0,
         restart_on: tuple[type[BaseException], ...] = (),
         tf_config: bool = False,
+        environment: Mapping[str, str | None] | None = None,
+        forward: Sequence[str] = (),
         profile_launch: bool = False,
         keep_warm: bool | str = AUTO,
         progress: bool | str = AUTO,
@@ -238,8 +269,10 @@ class HorovodRunner:
         self._verbosity = checked.choice(
             "driver_log_verbosity", driver_log_verbosity, ("all", "log_callback_only")
         )
-        self._horovod_variables = _horovod_variables(horovodrun_args)
         self._resources = None if resources is None else checked.resources("resources", resources)
+        self._ranks_per_task = checked.integer_or("gpu", "ranks_per_task", ranks_per_task, 1)
+        self._preflight = checked.boolean_or("warn", "preflight", preflight)
+        self._keeps_all_results = checked.choice("results", results, ("rank-0", "all")) == "all"
         self._start_timeout = checked.seconds("start_timeout", start_timeout)
         self._stall_timeout = (
             None if stall_timeout is None else checked.seconds("stall_timeout", stall_timeout)
@@ -257,6 +290,13 @@ class HorovodRunner:
         self._max_restarts = checked.integer("max_restarts", max_restarts, at_least=0)
         self._restart_on = checked.exception_types("restart_on", restart_on)
         self._tf_config = checked.boolean("tf_config", tf_config)
+        self._variables = Variables(
+            checked_variables("environment", {} if environment is None else environment),
+            checked_patterns("forward", checked.names("forward", forward)),
+            _horovod_variables(horovodrun_args),
+        )
+        if environment:
+            self._options["environment"] = without_secrets(self._variables.environment)
         self._profile_launch = checked.boolean("profile_launch", profile_launch)
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
         self._progress = checked.boolean_or(AUTO, "progress", progress)
@@ -284,6 +324,24 @@ class HorovodRunner:
         self._phases: tuple[Phase, ...] = ()
         self._history = History()
         self._artifacts = ArtifactStore()
+        self._results = RankResults(why_none="nothing has run yet")
+
+    @property
+    def results(self) -> RankResults:
+        """What main returned on every rank of the last run, with ``results="all"``.
+
+        There are none of a run that failed. They go with the next run, unless somebody still has
+        them.
+
+        Examples
+        --------
+        >>> runner = HorovodRunner(np=-2, results="all")
+        >>> runner.run(evaluate)  # doctest: +SKIP
+        0.91
+        >>> runner.results[1]  # doctest: +SKIP
+        0.93
+        """
+        return self._results
 
     @property
     def checkpoints(self) -> tuple[SavedCheckpoint, ...]:
@@ -345,8 +403,6 @@ class HorovodRunner:
 
     def __repr__(self) -> str:
         """Return the call that makes this runner, without what a URL has before its ``@``."""
-        from horovodrunner.flows.rundir.masking import Mask
-
         options = ", ".join(f"{name}={checked.shown(it)}" for name, it in self._options.items())
         return Mask().text(f"{type(self).__name__}({options})")
 
@@ -390,7 +446,7 @@ class HorovodRunner:
         Returns
         -------
         object
-            Rank 0's return value; the other ranks' are dropped.
+            Rank 0's return value; the other ranks' are dropped, or in :attr:`results`.
 
         Raises
         ------
@@ -520,43 +576,35 @@ class HorovodRunner:
         __tracebackhide__ = True
         began, spans = time.time(), Spans()
         checked.main(main, kwargs, runner_options=_OPTIONS)
-        run_id = run.run_id
-        store = self._store_of_run(run_id, main, kwargs, keyed)
-        environment = {
-            **forwarded_environment(os.environ),
-            **hash_seed(os.environ),
-            **self._horovod_variables,
-        }
+        store = self._store_of_run(run.run_id, main, kwargs, keyed)
+        environment = self._variables.of_run(os.environ)
         files = BroughtFiles(environment)
-        with payload.attachments() as attachments:
-            call = payload.dump_call(main, kwargs, program_arguments())
-        frameworks = early_imports(main, call)
+        call, data_sets, frameworks = _pickle(main, kwargs)
         spans.add("pickle", began, time.time())
-        data = tuple(attachments.values())
         self._history = History(abs(self._np))
         recorder = MetricsRecorder(self._history)
-        view = self._progress_view(recorder)
+        view = self._progress_view(recorder, run)
         shows_output = self._verbosity == "all" or self._np < 0
-        console = Console(
-            executors_have_lines=self._np >= 0,
-            shows_lines=shows_output,
-            drawing=view,
-            run=run,
-        )
+        console = self._make_console(run, shows_lines=shows_output, drawing=view)
         facts = RunFacts(
-            run_id,
+            run.run_id,
             self._np,
             name_of(main),
-            kwargs,
+            main.named_arguments if isinstance(main, ScriptCall) else kwargs,
             self._options,
             began,
             environment,
             files.paths,
+            self._name,
+            secret_variables(environment, self._variables),
         )
         artifacts = self._make_stores(facts, recorder, console)
         own = (recorder, artifacts, view, self._run_directory)
         others = self._observers(facts, recorder, console)
         observers = Observers([*filter(None, own), *others], console.note)
+        results = self._result_store()
+
+        turn = Turn(run, console.wake)
 
         def launch(attempt: int) -> Outcome:
             run.check()
@@ -565,22 +613,24 @@ class HorovodRunner:
             now = time.time()
             spans.add("stage start", now, now)
             job = JobSpec(
-                run_id=run_id if attempt == 1 else f"{run_id}-{attempt}",
+                run_id=run.run_id if attempt == 1 else f"{run.run_id}-{attempt}",
                 size=abs(self._np),
                 payload=call,
                 # its own secret: nobody of an earlier attempt gets in
                 token=secrets.token_bytes(TOKEN_BYTES),
                 attempt=attempt,
                 early_imports=frameworks,
-                environment={
-                    **{k: v for k, v in environment.items() if k not in files.variables},
-                    **observers.environment,
-                },
+                environment=self._variables.of_attempt(
+                    environment, observers.environment, files.variables
+                ),
+                removed_variables=self._variables.removed,
                 import_path=ImportPath.of_this_process(),
                 stream_output=shows_output or observers.wants_output,
                 driver_shows_output=shows_output,
                 usage_seconds=USAGE_SECONDS if observers.wants_usage else None,
                 profiles=observers.wants_profiles,
+                preflight="refuse" if self._preflight is True else self._preflight or "",
+                all_results=self._keeps_all_results,
                 stall_timeout=self._stall_timeout,
                 checkpoint_location=None if store is None else store.location,
                 keep_checkpoints=3 if store is None else store.keep,
@@ -591,15 +641,30 @@ class HorovodRunner:
                 tf_config=self._tf_config,
                 keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
             )
-            run_job = self._run_locally if self._np < 0 else self._run_on_spark
-            outcome = run_job(job, console, files, data, observers.handlers)
+            on_spark = functools.partial(self._run_on_spark, turn=turn)
+            run_job = self._run_locally if self._np < 0 else on_spark
+            outcome = run_job(
+                job,
+                console,
+                files,
+                results,
+                data=tuple(data_sets.values()),
+                flows=observers.handlers,
+            )
             return outcome if keyed is None else keyed.keep(outcome, self.record, console)
 
         ended_by: BaseException | None = None
         try:
-            announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
+            announce(
+                console,
+                self._np,
+                self._verbosity,
+                len(call),
+                tf_config=self._tf_config,
+                what=main.what if isinstance(main, ScriptCall) else PICKLED,
+            )
             self._warn(main, kwargs, len(call))
-            return run_attempts(
+            first = run_attempts(
                 launch,
                 self._max_restarts,
                 self._restart_on,
@@ -607,6 +672,7 @@ class HorovodRunner:
                 console=console,
                 run=run,
             )
+            return self._keep_results(results, first)
         except KeyboardInterrupt as error:
             ended_by = describe_end(run, error, abs(self._np), store)
             raise error from None  # a second Ctrl-C comes while the first one is handled
@@ -614,11 +680,70 @@ class HorovodRunner:
             ended_by = describe_end(run, error, abs(self._np), store)
             raise
         finally:
-            self._note_phases(spans, console, began)
+            turn.leave()
+            self._note_end(spans, console, began, ended_by)
             observers.end(ended_by)
             if store is not None:
                 store.prune()
             console.show(0)
+
+    @explained(wrong_script)
+    def run_script(
+        self,
+        script: str | os.PathLike[str],
+        /,
+        *arguments: object,
+        code_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Run a Python script on every rank, as ``horovodrun`` and ``torchrun`` do.
+
+        Each rank runs it as ``python train.py ...`` would: as ``__main__``, with these arguments in
+        ``sys.argv`` and its directory first in ``sys.path``. With a negative np it runs where it
+        is. On Spark, its directory travels to the executors, and each rank runs in a copy, which
+        is deleted with the run.
+
+        Parameters
+        ----------
+        script
+            Path of the script on the driver, or ``"-m"``: then the first argument is a module's
+            name, and the directory that its package lies in travels.
+        *arguments
+            The script's arguments: texts, numbers and paths.
+        code_dir
+            The directory that travels, if it is not the script's: one that the script is in.
+            Hidden directories, ``__pycache__``, ``node_modules`` and virtual environments in it
+            stay behind. At most 100 MB travel.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If an argument is neither text nor a number nor a path.
+        ArgumentValueError
+            If there is no such script or module, or it is not in ``code_dir``.
+        ConfigurationError
+            If the script is no Python, or the code directory is too large or cannot be read; and
+            as for :meth:`run`.
+        WorkerFailedError
+            If a rank fails; ``exit_code`` is that of the script, where it has left with one.
+        HorovodRunnerError
+            As for :meth:`run`.
+
+        Examples
+        --------
+        >>> HorovodRunner(np=4).run_script("train.py", "--epochs", 3)  # doctest: +SKIP
+        >>> HorovodRunner(np=-2).run_script("-m", "package.train")  # doctest: +SKIP
+        """
+        __tracebackhide__ = True
+        self.run(
+            prepare_script(
+                script, arguments, code_dir, travels=self._np >= 0, left_out=self._left_out()
+            )
+        )
+
+    def _left_out(self) -> list[str]:
+        """List directories of the run's own, which do not travel with the code around them."""
+        own = (self._run_dir, self._tensorboard_dir, self._store and self._store.location)
+        return [str(each) for each in own if each is not None and not is_url(str(each))]
 
     def _observers(
         self, facts: RunFacts, recorder: MetricsRecorder, console: Console
@@ -664,11 +789,34 @@ class HorovodRunner:
             self._run_directory.discard()
             self._run_directory = None
 
-    def _progress_view(self, recorder: MetricsRecorder) -> ProgressView | None:
+    def _make_console(
+        self, run: GoingRun, *, shows_lines: bool, drawing: ProgressView | None
+    ) -> Console:
+        return Console(
+            executors_have_lines=self._np >= 0, shows_lines=shows_lines, drawing=drawing, run=run
+        )
+
+    def _progress_view(self, recorder: MetricsRecorder, run: GoingRun) -> ProgressView | None:
         """Make what shows how far the run is, unless the user wants nothing of it."""
         if self._progress is False:
             return None
-        return ProgressView(find_screen(), recorder, self._history, self._max_restarts + 1)
+        attempts = self._max_restarts + 1
+        return ProgressView(find_screen(), recorder, self._history, attempts, run=run)
+
+    def _result_store(self) -> ResultStore:
+        """Make what takes the results of a run; those of the last one go, if nobody has them."""
+        self._results = RankResults(why_none="the run has not ended yet")
+        return ResultStore(of_all_ranks=self._keeps_all_results)
+
+    def _keep_results(self, store: ResultStore, first: Any) -> Any:
+        """Keep what the ranks returned, if the user wants it, and return rank 0's."""
+        if self._keeps_all_results:
+            self._results = RankResults.of(store, first)
+        else:
+            self._results = RankResults(
+                why_none='only HorovodRunner(..., results="all") keeps what ranks return'
+            )
+        return first
 
     def _store_of_key(self, root: CheckpointStore, keyed: KeyedRun) -> CheckpointStore:
         """Return where the checkpoints of all epochs of a key's run are."""
@@ -684,7 +832,7 @@ class HorovodRunner:
         """Choose where this run's checkpoints are, and prove that it can be written to."""
         if self._store is None:
             return None
-        from horovodrunner.flows.call.recording import record_call
+        from horovodrunner.flows.call.recording import record_call, record_script
 
         self._store.check()
         try:
@@ -702,7 +850,11 @@ class HorovodRunner:
                 f"the checkpoints in {self._store.location} cannot be read: {error}. Choose a "
                 "checkpoint_dir that this process may read"
             ) from error
-        record = record_call(run_id, abs(self._np), main, kwargs)
+        record = (
+            record_script(run_id, abs(self._np), main.name, main.named_arguments, main.code)
+            if isinstance(main, ScriptCall)
+            else record_call(run_id, abs(self._np), main, kwargs)
+        )
         return CheckpointStore(history.location, history.keep, record, history.fence)
 
     def _warn(self, main: Callable[..., Any], kwargs: Mapping[str, Any], call_bytes: int) -> None:
@@ -712,7 +864,15 @@ class HorovodRunner:
                 DeprecationWarning,
                 stacklevel=self._frames_to_user,
             )
-        if call_bytes > payload.WARN_BYTES:
+        if call_bytes > payload.WARN_BYTES and isinstance(main, ScriptCall):
+            warn(
+                f"{main.what} {format_bytes(call_bytes)}, which every executor has to fetch. "
+                f"Largest, before they were packed: {main.largest_entries()}. Name a directory "
+                "that has only the code with code_dir=",
+                UserWarning,
+                stacklevel=self._frames_to_user + 2,
+            )
+        elif call_bytes > payload.WARN_BYTES:
             parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
             named = "; ".join(f"{where} ({format_bytes(n)})" for where, n in parts)
             warn(
@@ -729,6 +889,8 @@ class HorovodRunner:
         job: JobSpec,
         console: Console,
         files: BroughtFiles,
+        results: ResultStore,
+        *,
         data: Sequence[UnsharedDataSet],
         flows: Sequence[Handlers],
     ) -> Outcome:
@@ -736,15 +898,27 @@ class HorovodRunner:
         from horovodrunner.processes.driver.local import run_locally
 
         with stored_here(data, job.run_id, console) as rows:
-            return run_locally(job, console, files, rows, artifacts=self._artifacts, flows=flows)
+            return run_locally(
+                job,
+                console,
+                files,
+                results,
+                rows,
+                artifacts=self._artifacts,
+                flows=flows,
+                deals_gpus=DEVICES not in self._variables.environment,
+            )
 
     def _run_on_spark(
         self,
         job: JobSpec,
         console: Console,
         files: BroughtFiles,
+        results: ResultStore,
+        *,
         data: Sequence[UnsharedDataSet],
         flows: Sequence[Handlers],
+        turn: Turn,
     ) -> Outcome:
         from horovodrunner.processes.driver import slots
         from horovodrunner.processes.driver.cluster import BarrierRun
@@ -755,11 +929,28 @@ class HorovodRunner:
         spark = session.find_session()
         session.refuse_encrypted_cluster(spark)
         waiting_since = time.monotonic()
-        request = task_request(spark, self._resources)
+        request = task_request(spark, self._resources, self._ranks_per_task)
+        if request.gpus and DEVICES in self._variables.environment:
+            raise ConfigurationError(
+                f"environment has {DEVICES}, and Spark decides which GPUs each rank has "
+                f"({request.description}): leave it out"
+            )
+        turn.join(spark.conf.get("spark.app.id", None) or "")
         size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
+        turn.wait(
+            request.tasks(size),
+            request,
+            lambda: slots.total_slots(spark, request),
+            waiting_since=waiting_since,
+            start_timeout=self._start_timeout,
+            console=console,
+        )
+        if rest := request.describe_rest(size):
+            console.note(rest)
         job = replace(
             job,
             size=size,
+            ranks_per_task=request.ranks,
             record=None if job.record is None else replace(job.record, size=size),
             max_result_bytes=session.max_result_bytes(spark),
             versions=installed_versions(),
@@ -778,15 +969,22 @@ class HorovodRunner:
                 request,
                 console,
                 files,
+                results=results,
                 artifacts=self._artifacts,
                 start_timeout=self._start_timeout,
                 waiting_since=waiting_since,
+                on_start=turn.start,
+                name=self._name,
                 store=store,
                 data=data,
                 flows=flows,
             ).run()
 
-    def _note_phases(self, spans: Spans, console: Console, began: float) -> None:
+    def _note_end(
+        self, spans: Spans, console: Console, began: float, error: BaseException | None
+    ) -> None:
+        if error is not None:
+            self._results = RankResults(why_none=f"the run failed: {in_one_line(error)}")
         for phase in console.run_phases:
             spans.add(phase.name, phase.began, phase.ended, phase.last_rank)
             if phase.name == "main":
@@ -797,6 +995,17 @@ class HorovodRunner:
 
 
 _OPTIONS = [*[*inspect.signature(HorovodRunner.__init__).parameters][1:], *_OLD_OPTIONS]
+
+
+def _pickle(
+    main: Callable[..., Any], kwargs: Mapping[str, Any]
+) -> tuple[bytes, Mapping[str, UnsharedDataSet], tuple[str, ...]]:
+    """Return the pickled call, the data sets that it names, and what workers import early."""
+    if isinstance(main, ScriptCall):  # it is to find a fresh process, as from a shell
+        return payload.dump_call(main, kwargs, with_settings=False), {}, main.early_imports()
+    with payload.attachments() as attachments:
+        call = payload.dump_call(main, kwargs, program_arguments())
+    return call, attachments, early_imports(main, call)
 
 
 def _differs(value: Any, default: Any) -> bool:

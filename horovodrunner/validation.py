@@ -31,6 +31,7 @@ __all__ = [
     "exception_types",
     "free_names",
     "integer",
+    "integer_or",
     "main",
     "name",
     "names",
@@ -106,6 +107,16 @@ def integer(name: str, value: Any, at_least: int | None = None) -> int:
     if at_least is not None and found < at_least:
         raise ArgumentValueError(f"{name}={found}: it must be at least {at_least}")
     return found
+
+
+def integer_or(other: str, name: str, value: Any, at_least: int) -> int | str:
+    """Check a whole number that may be left to something else."""
+    found = plain(value)
+    if isinstance(found, str):
+        if found == other:
+            return other
+        raise ArgumentValueError(f"{name}={shown(value)}: it must be {other!r} or a whole number")
+    return integer(name, value, at_least)
 
 
 def number(name: str, value: Any, unit: str = "") -> float:

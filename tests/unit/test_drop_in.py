@@ -86,7 +86,7 @@ class TestHorovodRunner:
         def main() -> int:
             return len(unused)
 
-        monkeypatch.setattr(runner_class, "_run_on_spark", lambda *_: None)
+        monkeypatch.setattr(runner_class, "_run_on_spark", lambda *_, **__: None)
         monkeypatch.setattr("horovodrunner.runner.run_attempts", lambda launch, *_, **__: launch(1))
         runner = runner_class(np=0, driver_log_verbosity="all")
         with pytest.warns() as caught:

@@ -17,6 +17,7 @@ class JobSpec:
 
     run_id: str
     size: int
+    """How many ranks there are."""
     payload: bytes = field(repr=False)
     """The cloudpickled ``(main, kwargs)``."""
     token: bytes = field(repr=False)
@@ -24,7 +25,9 @@ class JobSpec:
     early_imports: tuple[str, ...] = ()
     """Modules the worker may import before it knows its rank."""
     environment: dict[str, str] = field(default_factory=dict, repr=False)
-    """The driver's variables that the workers get."""
+    """The variables that the workers get from the driver."""
+    removed_variables: tuple[str, ...] = ()
+    """Names of variables that the workers get neither from the driver nor from the executor."""
     import_path: ImportPath = field(default_factory=ImportPath)
     driver_address: tuple[str, int] | None = None
     stream_output: bool = False
@@ -37,6 +40,12 @@ class JobSpec:
     """Whether the ranks report where main's time goes."""
     shares_terminal: bool = False
     """Whether the tasks' own log is the driver's terminal."""
+    ranks_per_task: int = 1
+    """How many ranks a task runs; the last one may have fewer."""
+    all_results: bool = False
+    """Whether every rank's return value goes to the driver, not only rank 0's."""
+    preflight: str = ""
+    """``"refuse"`` or ``"warn"``: what becomes of a run whose hosts are not well; "": not tried."""
     max_result_bytes: int | None = None
     """The largest pickled result that Spark takes back, or None for no limit."""
     attempt: int = 1
@@ -57,3 +66,13 @@ class JobSpec:
     keep_warm: bool = False
     versions: dict[str, str] = field(default_factory=dict, repr=False)
     """What is installed on the driver, by name."""
+
+    @property
+    def workers(self) -> tuple[int, ...]:
+        """How many ranks each task runs, by partition.
+
+        >>> JobSpec("run", 10, b"", b"", ranks_per_task=4).workers
+        (4, 4, 2)
+        """
+        full, rest = divmod(self.size, self.ranks_per_task)
+        return (self.ranks_per_task,) * full + (rest,) * (rest > 0)

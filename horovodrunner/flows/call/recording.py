@@ -24,7 +24,7 @@ from typing import Any
 from horovodrunner.flows.call.record import HIDDEN, MAX_ENTRIES, MAX_TEXT, RunRecord
 from horovodrunner.pickling.installed import is_of_a_python
 
-__all__ = ["describe_values", "looks_secret", "may_be_secret", "record_call"]
+__all__ = ["describe_values", "looks_secret", "may_be_secret", "record_call", "record_script"]
 
 _MAX_ITEMS = 100
 """A longer collection is data, not a setting: only its length counts."""
@@ -102,6 +102,15 @@ def record_call(
         writer.variables,
         {name: _digest("".join(texts)) for name, texts in writer.code.items()},
     )
+
+
+def record_script(
+    run_id: str, size: int, name: str, arguments: Mapping[str, Any], code: types.CodeType
+) -> RunRecord:
+    """Record what a run of a script is called with."""
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    digest = {"": _digest(_code_text(code))}
+    return RunRecord(run_id, size, python, _bounded(name), describe_values(arguments), {}, digest)
 
 
 def describe_values(values: Mapping[str, Any]) -> dict[str, str]:

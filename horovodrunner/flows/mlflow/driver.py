@@ -210,7 +210,7 @@ class MlflowReporter(Observer):
     def _open(self) -> RunInMlflow:
         run = RunInMlflow(self._uri, self._run_id)
         if not self._run_id:
-            self._experiment_id = run.start(self._facts.main)
+            self._experiment_id = run.start(self._facts.name or self._facts.main)
             self._run_id = run.run_id
             text = f"MLflow's run {run.run_id} at {shown_uri(self._uri)}"
             self._console.note(text, routine=True)
@@ -252,7 +252,9 @@ class MlflowReporter(Observer):
         if self._reporting_ranks:
             facts["hosts"] = ", ".join(sorted(self._reporting_ranks))
         if error is not None:
-            mask = Mask(os.environ, self._facts.environment, self._facts.arguments)
+            run = self._facts
+            secrets = run.secret_values()
+            mask = Mask(os.environ, run.environment, run.arguments, values=secrets)
             facts["error"] = mask.text(in_one_line(error))
         return {f"{_TAGS}{name}": naming.bounded(text) for name, text in facts.items()}
 

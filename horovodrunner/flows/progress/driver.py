@@ -6,6 +6,7 @@ import contextlib
 import time
 
 from horovodrunner.errors import RunStoppedError
+from horovodrunner.flows.going import GoingRun
 from horovodrunner.flows.metrics.driver import MetricsRecorder
 from horovodrunner.flows.metrics.history import History
 from horovodrunner.flows.observer import Observer
@@ -29,8 +30,15 @@ class ProgressView(Observer):
     title = "showing the run's progress"
 
     def __init__(
-        self, screen: Screen, recorder: MetricsRecorder, history: History, attempts: int
+        self,
+        screen: Screen,
+        recorder: MetricsRecorder,
+        history: History,
+        attempts: int,
+        *,
+        run: GoingRun | None = None,
     ) -> None:
+        self._run = run or GoingRun("")
         self._screen = screen
         self._recorder = recorder
         self._history = history
@@ -94,6 +102,7 @@ class ProgressView(Observer):
             attempts=self._attempts,
             checkpoint=self._checkpoint,
             cause=cause,
+            title=self._run.label,
         )
 
     def _change(self, event: object) -> None:

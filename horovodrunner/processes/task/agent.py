@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -14,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.flows.artifacts.places import directory_of_task
@@ -23,11 +26,11 @@ from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.task import LatestCopy
 from horovodrunner.flows.logs.lines import prefix_lines
 from horovodrunner.flows.logs.task import own_line
-from horovodrunner.flows.outcome.outcome import Failure, Outcome
-from horovodrunner.flows.results.task import file_without_a_name
-from horovodrunner.flows.rows.taking import data_directory, with_rows
+from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
+from horovodrunner.flows.preflight.task import Prober
+from horovodrunner.flows.results.task import ResultUploader, file_without_a_name
+from horovodrunner.flows.rows.taking import data_directories, with_rows
 from horovodrunner.flows.telemetry.phases import Spans
-from horovodrunner.pickling.buffers import Layout
 from horovodrunner.placement.environment import (
     DATA_DIRECTORY,
     slot_environment,
@@ -51,10 +54,14 @@ from horovodrunner.processes.task.process import WorkerProcess
 from horovodrunner.processes.task.scratch import Scratch
 from horovodrunner.processes.task.supervisor import Supervisor
 from horovodrunner.wire.events import (
+    Ended,
+    Event,
     Job,
     Lines,
+    Measure,
     Note,
     Phases,
+    Proceed,
     ShowStacks,
     Sink,
     Stop,
@@ -108,8 +115,9 @@ class _Agent:
         scratch = Scratch(job.run_id, context.scratch_base)
         resources.callback(scratch.delete)
         self._scratch = scratch.path
-        self._result_fd = file_without_a_name()
-        resources.callback(os.close, self._result_fd)
+        self._result_files: list[int] = []
+        self._prober: Prober | None = None
+        self._preflight_rendezvous: Rendezvous | None = None
         resources.callback(context.abort_transfers)
 
     async def run(self) -> Outcome:
@@ -130,11 +138,15 @@ class _Agent:
             self._job.environment,
             of_worker(self._job.import_path, sys.path),
             self._context.cores_per_worker,
+            self._job.removed_variables,
         )
+        result_file = file_without_a_name()
+        self._resources.callback(os.close, result_file)
+        self._result_files.append(result_file)
         worker = WorkerProcess(
             self._job.early_imports,
             environment,
-            self._result_fd,
+            result_file,
             self._context.session_process if self._job.keep_warm else None,
         )
         self._resources.callback(worker.kill)
@@ -153,6 +165,7 @@ class _Agent:
             rendezvous_port=rendezvous.port if rendezvous is not None else 0,
             master_port=self._reserve_port(),
         )
+        member = await self._open_preflight(member)
         try:
             driver = await self._context.open_driver(self._stop_requested.set)
         except StartRefusedError as error:
@@ -166,8 +179,9 @@ class _Agent:
 
         began = time.time()
         slots = assign_slots(members)
-        if rendezvous is not None:
-            rendezvous.set_plan(slots)
+        for each in (rendezvous, self._preflight_rendezvous):
+            if each is not None:
+                each.set_plan(slots)
         self._spans.add("rendezvous", began, time.time())
         try:
             return await self._coordinate(workers, members, slots, driver, listening)
@@ -192,12 +206,12 @@ class _Agent:
             members,
             slots,
             listening=listening,
-            result_fd=self._result_fd,
             scratch=self._scratch,
             spans=self._spans,
             stop_requested=self._stop_requested,
         )
         own = [slot for slot in slots if slot.partition == 0]
+        self._probe(members, leader.emit)
         return await leader.run(
             self._supervisors(
                 workers,
@@ -205,12 +219,12 @@ class _Agent:
                 own,
                 leader.emit,
                 latest=leader.latest,
-                on_result=leader.result.written,
+                results=leader.results,
             )
         )
 
     async def _follow(self, workers: Sequence[WorkerProcess]) -> Outcome:
-        member = self._member()
+        member = await self._open_preflight(self._member())
         members = await self._gather(member)
         if (refusal := self._refusal(members)) is not None:
             return Outcome(failure=refusal)
@@ -237,9 +251,20 @@ class _Agent:
         latest = LatestCopy(
             self._context.checkpoints, self._scratch, ask=link.ask_latest, tell=link.fetched
         )
-        supervisors = self._supervisors(workers, members, own, emit, latest=latest)
+        stopping = asyncio.Event()
+
+        def result_lost(rank: int, text: str) -> None:
+            failure = Failure(rank, own[0].host, text, FailureKind.RESULT)
+            link.emit(Ended(rank, Outcome(failure=failure).to_bytes()))
+
+        results = ResultUploader(
+            functools.partial(self._context.take_result, reaches_driver=True), result_lost
+        )
+        self._resources.push_async_callback(results.close)
+        supervisors = self._supervisors(workers, members, own, emit, latest=latest, results=results)
 
         def stop(_: object) -> None:
+            stopping.set()
             for supervisor in supervisors:
                 supervisor.stop()
 
@@ -247,17 +272,54 @@ class _Agent:
             for supervisor in supervisors:
                 supervisor.show_stack()
 
-        listening = asyncio.create_task(link.listen({Stop: stop, ShowStacks: show}))
+        def tell(event: Event) -> None:
+            for supervisor in supervisors:
+                supervisor.tell(event)
+
+        self._probe(members, link.emit)
+        handlers = {Stop: stop, ShowStacks: show, Measure: tell, Proceed: tell}
+        listening = asyncio.create_task(link.listen(handlers))
         listening.add_done_callback(stop)  # without partition 0 there is no run
         try:
             outcomes = await asyncio.gather(*(each.run() for each in supervisors))
+            await results.finish(stopping, link.emit)
             await bring_artifacts(
                 self._context.take_artifacts, directory_of_task(self._scratch), link.emit
             )
         finally:
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)
-        return outcomes[0]
+        return _of_all(outcomes)
+
+    async def _open_preflight(self, member: Member) -> Member:
+        """Answer the other hosts' probes, if the run wants them tried."""
+        job = self._job
+        if not job.preflight:
+            return member
+        listening = on_free_port(
+            job.ports, lambda port: socket.create_server((member.address, port), backlog=_BACKLOG)
+        )
+        self._resources.callback(listening.close)
+        self._prober = Prober(job.token, lambda why: self._context.log(own_line(why)))
+        self._resources.push_async_callback(self._prober.close)
+        await self._prober.open(listening)
+        ports = [listening.getsockname()[1]]
+        if member.partition == 0:
+            self._preflight_rendezvous = rendezvous = self._open_rendezvous(member.address)
+            ports += [rendezvous.port if rendezvous is not None else 0, self._reserve_port()]
+        return replace(member, preflight_ports=tuple(ports))
+
+    def _probe(self, members: Sequence[Member], emit: Sink) -> None:
+        """Try the links to the other hosts, if the run wants it, and report them."""
+        prober, partition = self._prober, self._context.member.partition
+        if prober is None:
+            return
+
+        async def probe() -> None:
+            emit(await prober.probe(members[partition], members))
+
+        probing = asyncio.create_task(probe())
+        self._resources.callback(probing.cancel)
 
     def _supervisors(
         self,
@@ -267,18 +329,21 @@ class _Agent:
         emit: Sink,
         *,
         latest: LatestCopy,
-        on_result: Callable[[Layout], None] = lambda layout: None,
+        results: ResultUploader,
     ) -> list[Supervisor]:
+        data = None
+        if self._context.rows is not None:
+            data = itertools.cycle(data_directories(self._context.rows, members))
         return [
             Supervisor(
                 worker,
-                self._job_of(slot, members),
+                self._job_of(slot, members, next(data) if data is not None else None),
                 emit,
                 latest.get,
-                on_result,
+                functools.partial(results.written, slot.rank, file),
                 beside=self._usage_watch(worker, slot, emit),
             )
-            for worker, slot in zip(workers, slots, strict=True)
+            for worker, slot, file in zip(workers, slots, self._result_files, strict=True)
         ]
 
     def _usage_watch(
@@ -342,7 +407,7 @@ class _Agent:
             return member
         return replace(member, tf_ports=tuple(self._reserve_port() for _ in range(member.workers)))
 
-    def _job_of(self, slot: Slot, members: Sequence[Member]) -> Job:
+    def _job_of(self, slot: Slot, members: Sequence[Member], data: Path | None) -> Job:
         leader = members[0]
         environment = slot_environment(
             slot,
@@ -356,18 +421,19 @@ class _Agent:
         hosts = len({member.host_id for member in members})
         environment |= torchrun_environment(slot, hosts, self._job.run_id, self._job.attempt)
         environment |= tf_config(tf_workers(members), slot.rank)
-        if self._context.rows is not None:
-            environment[DATA_DIRECTORY] = data_directory(self._context.rows, members)
+        if data is not None:
+            environment[DATA_DIRECTORY] = str(data)
         _logger.debug("rank %d is on %s, local rank %d", slot.rank, slot.host, slot.local_rank)
         return Job(
             rank=slot.rank,
             host=slot.host,
             environment=environment,
-            return_result=slot.rank == 0,
+            return_result=slot.rank == 0 or self._job.all_results,
             attempt=self._job.attempt,
             scratch=str(self._scratch),
             keeps_checkpoints=self._context.checkpoints is not None,
             profiles=self._job.profiles,
+            preflight=_preflight_environment(leader),
             beat_seconds=min(BEAT_SECONDS, (self._job.stall_timeout or math.inf) / 4),
             call=self._job.payload,
         )
@@ -393,6 +459,19 @@ class _Agent:
         keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         on_free_port(self._job.ports, lambda port: keeper.bind(("", port)))
         return int(keeper.getsockname()[1])
+
+
+def _of_all(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return what a task tells of its ranks: a failure, if one failed."""
+    return next((each for each in outcomes if each.failure is not None), outcomes[0])
+
+
+def _preflight_environment(leader: Member) -> dict[str, str]:
+    """Return what differs for a worker that tries its backend before main."""
+    if not leader.preflight_ports:
+        return {}
+    _, rendezvous, master = leader.preflight_ports
+    return {"MASTER_PORT": str(master), "HOROVOD_GLOO_RENDEZVOUS_PORT": str(rendezvous)}
 
 
 def _has_horovod() -> bool:

@@ -21,6 +21,7 @@ from horovodrunner.flows.logs.task import TaskLog
 from horovodrunner.flows.members.task import gather
 from horovodrunner.flows.results.task import ResultUpload
 from horovodrunner.placement.environment import GLOO_INTERFACE
+from horovodrunner.placement.packed import PackedEnvironment
 from horovodrunner.placement.topology import Member, compose_devices
 from horovodrunner.placement.versions import installed_versions
 from horovodrunner.processes.task.agent import run_task
@@ -66,7 +67,7 @@ def barrier_task(job: JobSpec, data: Sequence[Travelling], batches: Iterator[Any
         "this executor's standard error",
         job.environment,
     )
-    rows = _rows(data, partition, batches)
+    rows = _rows(data, job, partition, batches)
     client = TransferClient(job.run_id, job.token, job.driver_address)
     result, log = ResultUpload(job, client), TaskLog(_LOG_FD)
     try:
@@ -84,14 +85,17 @@ def barrier_task(job: JobSpec, data: Sequence[Travelling], batches: Iterator[Any
             )
 
 
-def _rows(data: Sequence[Travelling], partition: int, batches: Iterator[Any]) -> TaskRows | None:
+def _rows(
+    data: Sequence[Travelling], job: JobSpec, partition: int, batches: Iterator[Any]
+) -> TaskRows | None:
     if not data:
         for _ in batches:
             pass
         return None
     from horovodrunner.flows.rows.task import TaskRows
 
-    return TaskRows(data, partition, batches)
+    first = sum(job.workers[:partition])
+    return TaskRows(data, range(first, first + job.workers[partition]), batches)
 
 
 def _context(
@@ -123,8 +127,9 @@ def _context(
             host=socket.gethostname(),
             address=address,
             interface=interface,
+            workers=job.workers[partition],
             gpus=gpus,
-            problem=gpu_problem or address_problem,
+            problem=gpu_problem or address_problem or _packing_problem(),
             versions=installed_versions(),
         ),
         gather=gather_members,
@@ -137,7 +142,7 @@ def _context(
         abort_transfers=client.abort,
         rows=rows,
         scratch_base=_scratch_base(),
-        cores_per_worker=barrier.cpus(),
+        cores_per_worker=barrier.cpus() // job.workers[partition],
         session_process=os.getppid(),  # PySpark's daemon, which forks its Python workers
         environ=_inherited_environment(),
     )
@@ -147,7 +152,9 @@ def _address(job: JobSpec, context: Any) -> tuple[HostAddress, str]:
     """Return the address at which the peers reach this task, and what is wrong with it."""
     hosts = [info.address.rpartition(":")[0] for info in context.getTaskInfos()]
     driver = job.driver_address[0] if job.driver_address else None
-    chosen = job.environment.get(GLOO_INTERFACE) or os.environ.get(GLOO_INTERFACE)
+    chosen = job.environment.get(GLOO_INTERFACE)
+    if not chosen and GLOO_INTERFACE not in job.removed_variables:
+        chosen = os.environ.get(GLOO_INTERFACE)
     try:
         return find_address(hosts[context.partitionId()], driver, hosts, chosen), ""
     except ValueError as error:
@@ -163,6 +170,11 @@ def _gpus(context: Any) -> tuple[tuple[str, ...], str]:
         return compose_devices(resource.addresses, os.environ.get("CUDA_VISIBLE_DEVICES")), ""
     except ValueError as error:
         return (), f"{error}: check the discovery script of spark.worker.resource.gpu"
+
+
+def _packing_problem() -> str:
+    packed = PackedEnvironment.of_this_process()
+    return "" if packed is None else packed.problem_here()
 
 
 def _inherited_environment() -> dict[str, str]:

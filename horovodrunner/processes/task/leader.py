@@ -25,9 +25,11 @@ from horovodrunner.flows.checkpoints.task import (
 from horovodrunner.flows.logs.task import MergedLog
 from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
 from horovodrunner.flows.outcome.task import RunOutcome
+from horovodrunner.flows.preflight.task import PreflightCheck
 from horovodrunner.flows.results.task import ResultUploader
 from horovodrunner.flows.telemetry.phases import Spans
 from horovodrunner.flows.telemetry.task import Telemetry
+from horovodrunner.formatting import in_one_line
 from horovodrunner.placement.topology import Member, Slot
 from horovodrunner.processes.task.context import TaskContext
 from horovodrunner.processes.task.driver_link import DriverLink
@@ -35,6 +37,7 @@ from horovodrunner.processes.task.peers import PeerServer
 from horovodrunner.processes.task.process import GRACE_SECONDS
 from horovodrunner.processes.task.supervisor import TEARDOWN_SECONDS, Supervisor
 from horovodrunner.wire.events import (
+    Event,
     Failed,
     Placed,
     ShowStacks,
@@ -68,7 +71,6 @@ class Leader:
         slots: Sequence[Slot],
         *,
         listening: socket.socket,
-        result_fd: int,
         scratch: Path,
         spans: Spans,
         stop_requested: asyncio.Event,
@@ -82,9 +84,9 @@ class Leader:
         self._log = MergedLog(context.log, driver.emit)
         self._outcome = RunOutcome(slots)
         self._telemetry = Telemetry(slots, self._log, self._outcome, spans, driver.emit)
-        take_result = functools.partial(context.take_result, reaches_driver=driver.is_reached)
-        self.result = ResultUploader(
-            take_result, result_fd, on_error=functools.partial(self._fail, FailureKind.RESULT)
+        self.results = ResultUploader(
+            functools.partial(context.take_result, reaches_driver=driver.is_reached),
+            on_error=functools.partial(self._fail, FailureKind.RESULT),
         )
         self._uploader = (
             None
@@ -103,8 +105,16 @@ class Leader:
             ask=lambda: decision.answer(0),
             tell=lambda directory: decision.fetched(0, directory),
         )
+        self._preflight = PreflightCheck(
+            members,
+            slots,
+            may_refuse=job.preflight == "refuse",
+            note=self._log.note,
+            refuse=lambda text: self._outcome.failed(Failure(None, slots[0].host, text)),
+        )
         self.emit: Sink = dispatcher(
             [
+                self._preflight.handlers,
                 {Storing: self._take_storing},
                 self._log.handlers,
                 self._outcome.handlers,
@@ -143,6 +153,8 @@ class Leader:
         ]
         if self._uploader is not None:
             watchers.append(self._uploader.run())
+        if self._job.preflight:
+            watchers.append(self._check_hosts(supervisors))
         own = asyncio.gather(*(supervisor.run() for supervisor in supervisors))
         tasks: list[asyncio.Future[Any]] = [own, *map(asyncio.create_task, watchers)]
         try:
@@ -151,7 +163,7 @@ class Leader:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self.result.close()
+            await self.results.close()
             await self._peers.close()
 
     async def _run_to_end(self, own: asyncio.Future[list[Outcome]]) -> Outcome:
@@ -173,14 +185,25 @@ class Leader:
         await self._peers.wait_for_leaving(0)
         if failure is not None:
             return failure
-        has_result = await self.result.finish(self._stop_requested)
+        has_results = await self.results.finish(self._stop_requested, self._driver.emit)
         # the last checkpoint may not have been stored, or the result not sent
         if (failure := self._outcome.summary(self._telemetry.waiting_in())) is not None:
             return failure
         has_saved = self._uploader is not None and self._uploader.has_saved
         self._resumption.main_returned(has_saved=has_saved)
-        is_complete = has_result and self._outcome.all_ended.is_set()
+        is_complete = has_results and self._outcome.all_ended.is_set()
         return own.result()[0] if is_complete else Outcome()
+
+    async def _check_hosts(self, supervisors: Sequence[Supervisor]) -> None:
+        def tell(event: Event) -> None:
+            for supervisor in supervisors:
+                supervisor.tell(event)
+            self._peers.broadcast(event)
+
+        try:
+            await self._preflight.run(tell)
+        except Exception as error:  # noqa: BLE001 - the workers wait for its end
+            self._fail(FailureKind.SETUP, 0, f"the preflight failed: {in_one_line(error)}")
 
     async def _stop_on_request(self) -> None:
         await self._stop_requested.wait()
@@ -220,14 +243,13 @@ class Leader:
         self._peers.storing(event)
         self._driver.emit(event)
 
-    def _fail(self, kind: FailureKind, text: str) -> None:
-        own = self._slots[0]
-        self._outcome.failed(Failure(own.rank, own.host, text, kind=kind))
+    def _fail(self, kind: FailureKind, rank: int, text: str) -> None:
+        self._outcome.failed(Failure(rank, self._slots[rank].host, text, kind=kind))
 
     def _checkpoint_failed(self, text: str) -> None:
         self._log.say(text)
         if self._job.fail_on_checkpoint_error:
-            self._fail(FailureKind.STORAGE, text)
+            self._fail(FailureKind.STORAGE, 0, text)
 
 
 def written_file(scratch: Path, variable: str) -> Path:
