@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
+
+if not __package__:  # run by its path, as spark-submit does: its directory is no place for imports
+    _own = Path(__file__).resolve().parent
+    sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != _own]
+    if str(_own.parent) not in sys.path:
+        sys.path.append(str(_own.parent))
+
+import argparse
+import os
 from typing import Any, TextIO
 
 from horovodrunner import __version__
 from horovodrunner.errors import HorovodRunnerError
 
 
-def main(arguments: list[str] | None = None) -> int:  # noqa: PLR0911 - one for each command
+def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code: 0, or 1 for a problem that is printed.
 
     A reader that goes away (``doctor | head``) changes nothing but what is shown.
     """
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["run"]:
+        from horovodrunner.command.run import run_command
+
+        return run_command(words[1:], _say)
     parser = _parser()
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_args(words)
     if chosen.command is None:
         parser.print_help()
         return 0
     # Each command imports what it needs, so that help and --version are immediate.
     try:
-        if chosen.command == "doctor":
-            from horovodrunner.doctor import run_doctor
-
-            return run_doctor(_say)
-        if chosen.command == "report":
-            return _report(Path(chosen.directory))
-        if chosen.command == "pack":
-            return _pack(chosen.output, chosen.python_prefix)
-        return _build_horovod(check=chosen.check, force=chosen.force)
+        return _run_command(chosen)
     except HorovodRunnerError as error:
         _say(f"error: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         _say("interrupted; nothing was changed", sys.stderr)
         return 130
+
+
+def _run_command(chosen: argparse.Namespace) -> int:
+    if chosen.command == "doctor":
+        from horovodrunner.doctor import run_doctor
+
+        return run_doctor(_say)
+    if chosen.command == "report":
+        return _report(Path(chosen.directory))
+    if chosen.command == "pack":
+        return _pack(chosen.output, chosen.python_prefix)
+    return _build_horovod(check=chosen.check, force=chosen.force)
 
 
 def _report(directory: Path) -> int:
@@ -97,10 +113,15 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m horovodrunner",
-        description="HorovodRunner for every Apache Spark: set-up and diagnosis.",
+        description="HorovodRunner for every Apache Spark: runs, set-up and diagnosis.",
     )
     parser.add_argument("--version", action="version", version=f"horovodrunner {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser(
+        "run",
+        add_help=False,
+        help="run a script on every rank, as horovodrun does: run -np 4 -- train.py --epochs 3",
+    )
     commands.add_parser(
         "doctor",
         help="look at Python, Java, Spark, Horovod, frameworks, GPUs and network, "

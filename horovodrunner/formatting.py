@@ -29,11 +29,14 @@ _TEXT_CHARS = 500
 
 
 def ranks_in_words(ranks: Iterable[int]) -> str:
-    """Return "rank 2", "ranks 0, 1 and 3", or how many they are."""
-    names = [str(rank) for rank in sorted(ranks)]
+    """Return "rank 2", "ranks 0, 1 and 3", "ranks 8-23", or how many they are."""
+    numbers = sorted(ranks)
+    names = [str(rank) for rank in numbers]
     if len(names) == 1:
         return f"rank {names[0]}"
     if len(names) > _MAX_NAMED:
+        if numbers[-1] - numbers[0] == len(numbers) - 1:
+            return f"ranks {names[0]}-{names[-1]}"
         return f"{len(names)} ranks"
     return f"ranks {', '.join(names[:-1])} and {names[-1]}"
 

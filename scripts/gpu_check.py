@@ -8,6 +8,7 @@ needed. Without a GPU the same code runs on the CPU where it can, and the rest i
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -15,11 +16,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from horovodrunner import HorovodRunner, HorovodRunnerError, checkpoint
+from horovodrunner import HorovodRunner, HorovodRunnerError, artifacts, checkpoint
 
 # Without torch.cuda: the driver is not to touch the GPU.
 DEVICE = "cuda" if torch.version.cuda and shutil.which("nvidia-smi") else "cpu"
@@ -205,6 +207,230 @@ def results_and_checkpoints_travel(device: str) -> str:
     return f"a tensor on {device} as result (moved to the CPU) and in a checkpoint"
 
 
+def gpu_tensors_come_back() -> str:
+    require_gpus(1)
+
+    def main() -> tuple[Any, str]:
+        torch.manual_seed(3)
+        net = torch.nn.Linear(1024, 1024, device="cuda")
+        net.register_buffer("tied", net.weight.detach()[1:])
+        net.register_buffer("empty", torch.zeros(0, device="cuda"))
+        return net, str(net.weight.sum().item())
+
+    net, total = run(-1, main)
+    require(str(net.weight.sum().item()) == total, "the weights came back as others")
+    require(net.empty.device == net.weight.device, "an empty tensor came back elsewhere")
+    net.tied.zero_()
+    require(not net.weight[1:].any(), "memory that was shared is not shared any more")
+    device = str(net.weight.device)
+    without = (
+        "import os; os.environ['CUDA_VISIBLE_DEVICES'] = ''; from scripts.gpu_check import *; "
+    )
+    code = without + "net = run(-1, on_a_gpu); print('DEVICE', net.weight.device)"
+    environ = {name: v for name, v in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environ, check=False
+    )
+    require("DEVICE cpu" in done.stdout, f"a driver without GPUs: {done.stderr[-300:]}")
+    return f"a model on {device} comes back there, and on the CPU of a driver that sees no GPU"
+
+
+def on_a_gpu() -> Any:
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # the driver's
+    return torch.nn.Linear(4, 4, device="cuda")
+
+
+def warm_workers_use_the_gpu() -> str:
+    require_gpus(1)
+
+    def main() -> float:
+        return float(torch.ones(8, device="cuda").sum())
+
+    runner = HorovodRunner(np=-1, keep_warm=True)
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        require(runner.run(main) == 8.0, "another sum")
+        took.append(time.monotonic() - began)
+    return "runs of " + ", ".join(f"{seconds:.2f} s" for seconds in took) + ", forked workers"
+
+
+def failures_are_told() -> str:
+    require_gpus(1)
+
+    def asserts_on_the_device() -> None:
+        torch.arange(4, device="cuda")[torch.tensor([9], device="cuda")].sum().item()
+
+    def takes_too_much() -> None:
+        torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+
+    def wants_another_gpu() -> None:
+        torch.cuda.set_device(torch.cuda.device_count())
+
+    told = []
+    for main in (asserts_on_the_device, takes_too_much, wants_another_gpu):
+        try:
+            run(-1, main)
+        except HorovodRunnerError as error:
+            told.append(str(error).splitlines()[0])
+            require(main.__name__ in str(error), f"no source line of main: {error}")
+        else:
+            raise AssertionError(f"{main.__name__} did not fail")
+    return "<br>".join(text[:160] for text in told)
+
+
+def two_ranks_on_one_gpu_are_told() -> str:
+    require_horovod()
+    require_gpus(1)
+
+    def main() -> float:
+        import horovod.torch as hvd
+
+        hvd.init()
+        torch.cuda.set_device(0)
+        return float(hvd.allreduce(torch.ones(4, device="cuda"), op=hvd.Sum).sum())
+
+    try:
+        return f"the sum is {run(-2, main)}"
+    except HorovodRunnerError as error:
+        return f"refused by NCCL: {str(error).splitlines()[0]}"
+
+
+def other_collectives(device: str) -> str:
+    require_horovod()
+
+    def main(device: str) -> list[str]:
+        import horovod.torch as hvd
+
+        hvd.init()
+        x = torch.arange(8.0, device=device)
+        seen = {
+            "fp16": hvd.allreduce(x, op=hvd.Sum, compression=hvd.Compression.fp16),
+            "int64": hvd.allreduce(x.long(), op=hvd.Sum),
+            "grouped": hvd.grouped_allreduce([x, x], op=hvd.Sum)[1],
+            "allgather": hvd.allgather(x),
+            "broadcast": hvd.broadcast(x, root_rank=0),
+            "alltoall": hvd.alltoall(x, splits=None),
+            "reducescatter": hvd.reducescatter(x, op=hvd.Sum),
+        }
+        seen["alltoall"] = (
+            seen["alltoall"][0] if isinstance(seen["alltoall"], tuple) else seen["alltoall"]
+        )
+        wrong = [name for name, y in seen.items() if not torch.equal(y.float(), x)]
+        return [*seen, *(f"WRONG {name}" for name in wrong)]
+
+    seen = run(-1, main, device=device)
+    require(not any(name.startswith("WRONG") for name in seen), str(seen))
+    return ", ".join(seen)
+
+
+def use_and_traces_are_recorded() -> str:
+    require_gpus(1)
+
+    def main(seconds: float) -> None:
+        x = torch.randn(4096, 4096, device="cuda")
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            (x @ x).sum().item()
+        with artifacts.torch_profiler(wait=0, warmup=0, active=1) as profiler:
+            (x @ x).sum().item()
+            profiler.step()
+
+    with tempfile.TemporaryDirectory() as kept:
+        runner = HorovodRunner(np=-1, run_dir=kept)
+        runner.run(main, seconds=13.0)
+        record = Path(str(runner.record))
+        uses = [json.loads(line) for line in (record / "usage.jsonl").read_text().splitlines()]
+        busy = [gpu for use in uses for gpu in use.get("gpus", ())]
+        files = runner.artifacts
+        traces = [] if files is None else [*files.rglob("trace-*.json")]
+        kernels = sum(trace.read_text().count('"cat": "kernel"') for trace in traces)
+        page = (record / "report.html").read_text()
+    require(bool(busy), f"no GPU in usage.jsonl: {uses[:1]}")
+    require(kernels > 0, f"no kernels in {traces}")
+    return f"use {busy[-1]}; {kernels} kernels in the trace; {len(page) // 1000} kB of report"
+
+
+def lightning_trains() -> str:
+    require_gpus(1)
+    if importlib.util.find_spec("lightning") is None:
+        raise Skipped("lightning is not installed")
+
+    def main() -> tuple[str, float]:
+        import lightning
+
+        class Net(lightning.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = torch.nn.Linear(8, 1)
+
+            def training_step(self, batch: Any, _: int) -> Any:
+                loss = (self.layer(batch[0]) - batch[0].sum(1, keepdim=True)).square().mean()
+                self.last = float(loss)
+                return loss
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.SGD(self.parameters(), lr=0.05)
+
+        net = Net()
+        data = torch.utils.data.TensorDataset(torch.randn(256, 8))
+        trainer = lightning.Trainer(
+            max_epochs=3, accelerator="gpu", devices=1, strategy="ddp", logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(net, torch.utils.data.DataLoader(data, 32))
+        return type(trainer.strategy).__name__, net.last
+
+    strategy, loss = run(-1, main)
+    require(loss < 1.0, f"the loss is {loss}")
+    return f"Trainer with {strategy}, loss {loss:.3f}"
+
+
+def compiled_model_trains() -> str:
+    require_gpus(1)
+
+    def main() -> tuple[float, float]:
+        torch.manual_seed(4)
+        net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
+        net = torch.compile(net.cuda())
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+        x = torch.randn(512, 64, device="cuda")
+        losses = []
+        for _ in range(30):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = (net(x) - x.sum(1, keepdim=True)).float().square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses[0], losses[-1]
+
+    first, last = run(-1, main)
+    require(last < first, f"the loss went from {first} to {last}")
+    return f"torch.compile and bfloat16: loss {first:.1f} to {last:.1f}"
+
+
+def predicts_on_the_gpu() -> str:
+    require_gpus(1)
+
+    def main() -> float:
+        import numpy
+
+        from horovodrunner.inference.devices import Device
+        from horovodrunner.inference.predictors import torch_predictor
+
+        torch.manual_seed(5)
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten())
+        x = numpy.random.default_rng(1).normal(size=(64, 3, 16, 16)).astype("float32")
+        on_cpu = torch_predictor(net, False, device=Device(None, 0))(x)
+        on_gpu = torch_predictor(net, False, device=Device(0, 0))(x)
+        return float(numpy.abs(on_cpu - on_gpu).max())
+
+    difference = run(-1, main)
+    require(difference < 1e-2, f"the predictions differ by {difference}")
+    return f"predictions differ from the CPU's by at most {difference:.1e}"
+
+
 def checks() -> dict[str, Callable[[], str]]:
     several = -min(2, gpu_count()) if gpu_count() else -2
     found = {
@@ -216,6 +442,15 @@ def checks() -> dict[str, Callable[[], str]]:
         "device choice": main_finds_its_gpu,
         "memory": memory_is_freed,
         "results and checkpoints": lambda: results_and_checkpoints_travel(DEVICE),
+        "tensors on a GPU as results": gpu_tensors_come_back,
+        "other collectives, one rank": lambda: other_collectives(DEVICE),
+        "two ranks on one GPU": two_ranks_on_one_gpu_are_told,
+        "failures": failures_are_told,
+        "warm workers": warm_workers_use_the_gpu,
+        "inference": predicts_on_the_gpu,
+        "torch.compile": compiled_model_trains,
+        "Lightning": lightning_trains,
+        "use and traces in the record": use_and_traces_are_recorded,
     }
     if gpu_count() > 1:  # NCCL takes no two ranks on one GPU
         found["allreduce, a GPU for each rank"] = lambda: horovod_reduces(several, DEVICE)
@@ -231,8 +466,9 @@ def main() -> int:
             outcome = check()
         except Skipped as reason:
             outcome = f"skipped: {reason}"
-        except (AssertionError, HorovodRunnerError) as error:
-            outcome = f"**failed**: {str(error).splitlines()[0]}"
+        except Exception as error:  # noqa: BLE001 - the others are to be tried, too
+            print(error, flush=True)
+            outcome = f"**failed**: {(str(error) or repr(error)).splitlines()[0]}"
             failed += 1
         rows.append(f"| {name} | {outcome} | {time.monotonic() - began:.0f} s |")
         print(rows[-1], flush=True)

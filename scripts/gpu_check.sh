@@ -8,7 +8,7 @@
 # registry: Horovod's source archive and wheels for that Python.
 #   pip download --no-deps --no-binary :all: --no-build-isolation -d build/gpu-check horovod==0.28.1
 #   pip download --only-binary :all: --python-version 3.12 -d build/gpu-check \
-#     cloudpickle packaging platformdirs psutil setuptools wheel pyyaml cffi
+#     cloudpickle packaging platformdirs psutil tqdm setuptools wheel pyyaml cffi pycparser
 # PYTHON names another interpreter than python3; torch has to be there, with nvcc of its CUDA version.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -37,7 +37,7 @@ fi
 architecture=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
 export HOROVOD_BUILD_CUDA_CC_LIST=$architecture
 began=$SECONDS
-timeout 480 "$python" - "$site/packages" <<'PROGRAM'
+timeout 300 "$python" - "$site/packages" <<'PROGRAM'
 import sys
 from pathlib import Path
 from horovodrunner.horovod_build import build_horovod

@@ -35,6 +35,8 @@ SAFE_RECURSION = 10_000
 _cloudpickle = cloudpickle.cloudpickle
 _HOOK = "__init_subclass__"
 _Result = TypeVar("_Result")
+_WITH_MEMORY = ("cpu", "cuda", "xpu")
+"""Devices of torch whose tensors have bytes that the CPU can get."""
 
 
 class Call:
@@ -95,7 +97,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         """Pickle tensors' memory as a buffer: torch would copy it into bytes, for each view."""
         torch: Any = sys.modules["torch"]
         memory = getattr(storage, "_untyped_storage", storage)
-        if memory.device.type != "cpu" and not self.to_cpu:
+        if memory.device.type not in _WITH_MEMORY and not self.to_cpu:
             return NotImplemented
         dtype = torch.uint8  # torch rebuilds tensors from typed memory, whatever it pickled
         if memory is not storage:
@@ -106,8 +108,21 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             array = torch.empty(0, dtype=dtype).set_(memory.cpu()).numpy()
             read = functools.partial(torch.frombuffer, dtype=dtype)
             wrapped = Call(torch.Tensor.untyped_storage, Call(read, pickle.PickleBuffer(array)))
+        if memory is storage and memory.device.type != "cpu" and not self.to_cpu:
+            wrapped = Call(on_device, wrapped, str(memory.device))
         keywords = {"wrap_storage": wrapped, "dtype": dtype, "_internal": True}
         return functools.partial(torch.TypedStorage, **keywords), ()
+
+
+def on_device(storage: Any, device: str) -> Any:
+    """Put memory where it was: on a GPU, or on the CPU where there is no such GPU.
+
+    A model that was trained on an executor's GPU comes back to a driver that has none.
+    """
+    try:
+        return storage.to(device=device)
+    except (RuntimeError, AssertionError):  # torch raises either, whatever is missing
+        return storage
 
 
 def _with_qualname(kind: type, make: Any, args: Any, *rest: Any) -> Any:

@@ -26,7 +26,7 @@ class Member:
     """IPv4 address at which the peers reach this task."""
     interface: str
     workers: int = 1
-    """A barrier task has one worker; the local agent of a run with np < 0 has them all."""
+    """How many ranks it runs; the local agent of a run with np < 0 has them all."""
     gpus: tuple[str, ...] = ()
     """Indices or UUIDs."""
     peer_port: int = 0
@@ -37,8 +37,8 @@ class Member:
     problem: str = ""
     """Why this task cannot go on; no task runs main then."""
     problem_kind: FailureKind = FailureKind.SETUP
-    rows: str = ""
-    """What this task got of the data sets that travel with the run, as JSON."""
+    rows: tuple[str, ...] = ()
+    """What each worker got of the data sets that travel with the run, as JSON."""
     versions: dict[str, str] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> str:
@@ -47,7 +47,7 @@ class Member:
     @classmethod
     def from_json(cls, text: str) -> Member:
         fields = json.loads(text)
-        sequences = {name: tuple(fields[name]) for name in ("gpus", "tf_ports")}
+        sequences = {name: tuple(fields[name]) for name in ("gpus", "tf_ports", "rows")}
         kind = FailureKind(fields["problem_kind"])
         return cls(**{**fields, **sequences, "problem_kind": kind})
 
@@ -174,16 +174,24 @@ def _visible_devices(host: Sequence[Member]) -> list[str | None]:
 
     Every worker sees all GPUs its run owns on the host, its own at index `local_rank`, so that
     ``torch.cuda.set_device(hvd.local_rank())`` picks it; further GPUs of tasks that own several
-    follow. CUDA refuses a list with repetitions: where tasks share a GPU, each sees its own alone.
+    follow. CUDA refuses a list with repetitions: where workers share a GPU, or some own none, each
+    sees its own alone.
     """
     workers_so_far: defaultdict[int, int] = defaultdict(int)
     owned = []
     for member in host:
-        owned.append(member.gpus[workers_so_far[member.partition] :: member.workers])
+        owned.append(_own_gpus(member, workers_so_far[member.partition]))
         workers_so_far[member.partition] += 1
     everything = [gpus[0] for gpus in owned if gpus] + [gpu for gpus in owned for gpu in gpus[1:]]
     if not everything:
         return [None] * len(owned)
-    if len(set(everything)) < len(everything):
+    if len(set(everything)) < len(everything) or not all(owned):
         return [",".join(gpus) for gpus in owned]
     return [",".join(everything)] * len(owned)
+
+
+def _own_gpus(member: Member, worker: int) -> tuple[str, ...]:
+    """Deal out a task's GPUs to its workers; where there are fewer, workers share them."""
+    if len(member.gpus) < member.workers:
+        return member.gpus[worker % len(member.gpus) :][:1] if member.gpus else ()
+    return member.gpus[worker :: member.workers]

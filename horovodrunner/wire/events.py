@@ -375,10 +375,11 @@ class Leave(Event):
 
 
 class UploadResult(Event):
-    """What rank 0's main returned is to be uploaded, in buffers of these sizes."""
+    """What a rank's main returned is to be uploaded, in buffers of these sizes."""
 
     run_id: str
     layout: tuple[int, ...]
+    rank: int = 0
 
 
 class UploadFile(Event):
@@ -416,6 +417,10 @@ class FetchCheckpoint(Event):
 
 class Go(Event):
     """The driver is ready for the pieces."""
+
+
+class NotYet(Event):
+    """The driver takes in what others send first; it says so once a second."""
 
 
 class PieceFollows(Event):

@@ -5,6 +5,7 @@ What travels is a sequence of pieces: names, sizes and bytes, larger than memory
     task ── what it is about ─────────────────▶ driver
     up:   task ◀─ go ────────────────────────── driver, which has made room for it
           task ── (piece, its bytes)*, end ───▶ driver, which answers "end" or "failed"
+    (before "go", the driver says "not yet" while it takes in too many others)
     down: task ◀─ (piece, its bytes)*, end ──── driver; or "failed"
 
 Sockets block here, in threads: an event loop's streams copy every byte twice more, which halves the
@@ -20,7 +21,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
@@ -39,6 +40,7 @@ from horovodrunner.wire.events import (
     Event,
     FrameError,
     Go,
+    NotYet,
     PieceFollows,
     TransferFailed,
     decode,
@@ -64,6 +66,9 @@ HANG_UP_SECONDS = 5.0
 """How long a task may take to notice that the driver does not want the rest."""
 
 CHUNK_BYTES = 1024 * 1024
+
+WAIT_SECONDS = 1.0
+"""How often a task that has to wait for its turn hears so."""
 
 _Result = TypeVar("_Result")
 
@@ -120,6 +125,8 @@ class TransferHandler:
 
     title: str
     handle: Callable[[Any, Iterator[IncomingPiece]], Iterable[Piece] | None]
+    turns: threading.Semaphore | None = None
+    """Bounds how many tasks send at once, or None where so few do that it does not matter."""
 
 
 class Transfer:
@@ -143,7 +150,8 @@ class Transfer:
 
     def upload(self, pieces: Iterable[Piece]) -> None:
         """Send pieces and wait until the driver has taken them in."""
-        self._expect(Go)
+        while isinstance(self._expect(Go, NotYet), NotYet):
+            pass
         try:
             self._send_pieces(pieces)
         except ConnectionError:
@@ -161,11 +169,11 @@ class Transfer:
 
     def serve(self, handler: TransferHandler, request: Event, note: Callable[[str], None]) -> None:
         """Do, on the driver, what the task asks for; `note` takes a sentence for the user."""
-        coming = self._upload()
         try:
-            reply = handler.handle(request, coming)
-            if reply is None and next(coming, None) is not None:
-                raise FrameError("more pieces than belong there")
+            with contextlib.closing(self._upload(handler.turns)) as coming:
+                reply = handler.handle(request, coming)
+                if reply is None and next(coming, None) is not None:
+                    raise FrameError("more pieces than belong there")
             self._send_pieces(reply or ())
         except ConnectionError as error:
             note(f"{handler.title} broke off: {error}")
@@ -184,9 +192,18 @@ class Transfer:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def _upload(self) -> Iterator[IncomingPiece]:
-        self.send(Go())  # once the receiver asks for the first piece, it is ready
-        yield from self.download()
+    def _upload(self, turns: threading.Semaphore | None) -> Generator[IncomingPiece, None, None]:
+        if turns is None:
+            self.send(Go())  # once the receiver asks for the first piece, it is ready
+            yield from self.download()
+            return
+        while not turns.acquire(timeout=WAIT_SECONDS):
+            self.send(NotYet())
+        try:
+            self.send(Go())
+            yield from self.download()
+        finally:
+            turns.release()
 
     def send(self, event: Event) -> None:
         self._socket.sendall(b"".join(encode(event)))

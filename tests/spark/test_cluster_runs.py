@@ -409,7 +409,7 @@ def test_without_the_driver_a_result_comes_in_rows_as_large_as_spark_takes(
 def test_an_interrupt_while_the_result_is_sent_ends_the_run(
     spark: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from horovodrunner.processes.driver import channel
+    from horovodrunner.flows.results.driver import ResultStore
     from horovodrunner.wire.upload import TransferHandler
 
     def slowly(request: Any, pieces: Any) -> None:
@@ -419,7 +419,7 @@ def test_an_interrupt_while_the_result_is_sent_ends_the_run(
             time.sleep(0.1)
 
     handler = TransferHandler("the result's transfer", slowly)
-    monkeypatch.setattr(channel, "result_handler", lambda keep: handler)
+    monkeypatch.setattr(ResultStore, "handler", handler)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with pytest.raises(KeyboardInterrupt):
         run(lambda: bytes(100_000_000))

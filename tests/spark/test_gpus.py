@@ -76,9 +76,9 @@ SCRIPT = """
         names = ["RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"]
         leave(f"{section}-{os.environ['RANK']}", {name: os.environ.get(name) for name in names})
 
-    def attempt(section, np, resources=None):
+    def attempt(section, np, resources=None, **options):
         try:
-            HorovodRunner(np=np, resources=resources).run(main, section=section)
+            HorovodRunner(np=np, resources=resources, **options).run(main, section=section)
         except Exception as error:
             leave(section, f"{type(error).__name__} {error}")
 
@@ -131,6 +131,8 @@ SCRIPT = """
     with session("local-cluster[1,4,1024]", {**gpus("4"), **seen}):
         attempt("own resources", 2, {"cpus": 2, "gpu": 2})
         attempt("too many", 3, {"cpus": 2, "gpu": 1})
+        attempt("all of a task", 4, {"cpus": 2, "gpu": 2}, ranks_per_task="gpu")
+        attempt("none to count", 4, {"cpus": 2}, ranks_per_task="gpu")
 """
 
 
@@ -225,6 +227,17 @@ def test_resources_are_counted_before_anything_is_launched(report: Report) -> No
     error = report.of("too many")
     assert "np=3 needs 3 task slots, and the cluster has 2" in error
     assert "1 executor with 4 cores and 4 GPUs: 2 slots; a task takes resources=" in error
+
+
+@needs_profiles
+def test_a_task_runs_a_rank_on_each_of_its_gpus(report: Report) -> None:
+    seen = report.ranks("all of a task")
+    assert [rank["LOCAL_RANK"] for rank in seen] == ["0", "1", "2", "3"]
+    assert sorted(own_gpus(seen)) == ["4", "5", "6", "7"]
+    assert len({rank["CUDA_VISIBLE_DEVICES"] for rank in seen}) == 1
+    assert [rank["OMP_NUM_THREADS"] for rank in seen] == ["1"] * 4  # of the task's two cores
+    error = report.of("none to count")
+    assert error.startswith('ConfigurationError ranks_per_task="gpu": a task owns no GPU here')
 
 
 def test_threads_that_the_user_chose_are_kept(report: Report) -> None:

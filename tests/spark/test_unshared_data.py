@@ -104,7 +104,7 @@ def test_each_partition_of_the_stage_has_just_its_rows_even_if_there_are_none(sp
         yield pa.RecordBatch.from_pydict({"found": [found]})
 
     for chosen, total in ((handles, [3, 0, ROWS]), (handles[1:2], [0, 0, 0])):
-        rows = stage_input(spark, 7, chosen).mapInArrow(count, "found string").collect()  # type: ignore[arg-type]
+        rows = stage_input(spark, [1] * 7, chosen).mapInArrow(count, "found string").collect()  # type: ignore[arg-type]
         found = sorted(json.loads(row["found"]) for row in rows)
         assert [each[:2] for each in found] == [[target, [target]] for target in range(7)]
         assert [sum(each[2][number] for each in found) for number in range(3)] == total

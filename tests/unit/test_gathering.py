@@ -22,7 +22,7 @@ TOKEN = b"t" * 32
 @contextmanager
 def channel_for(size: int) -> Iterator[tuple[DriverChannel, JobSpec]]:
     console = Console()
-    with DriverChannel("run-1", TOKEN, console, console.wake, size=size) as channel:
+    with DriverChannel("run-1", TOKEN, console, console.wake, tasks=size) as channel:
         port = channel.open("127.0.0.1", 0)
         yield channel, JobSpec("run-1", size, b"", TOKEN, driver_address=("127.0.0.1", port))
 

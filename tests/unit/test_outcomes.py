@@ -10,9 +10,9 @@ from horovodrunner.flows.outcome.outcome import (
     FailureKind,
     Outcome,
     Success,
-    join_rows,
 )
 from horovodrunner.flows.outcome.task import MAX_CONSEQUENCES, RunOutcome
+from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.wire.events import MAX_BODY_BYTES, FrameError
 from tests.unit.test_run_outcome import slots
 
@@ -40,7 +40,7 @@ SECOND = Failure(0, "b", "gone", signal="SIGKILL", exception=b"two", after_peer_
 )
 def test_an_outcome_survives_the_wire_and_a_row(outcome: Outcome) -> None:
     assert Outcome.from_bytes(outcome.to_bytes()) == outcome
-    assert join_rows([outcome.to_bytes()]) == outcome
+    assert ResultStore().take_rows([outcome.to_bytes()]) == outcome
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import pickle
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,12 +22,15 @@ from horovodrunner import PayloadError
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.driver import open_outcome
-from horovodrunner.flows.outcome.outcome import Outcome, Success, join_rows
+from horovodrunner.flows.outcome.outcome import Outcome, Success
+from horovodrunner.flows.results import driver as driver_module
 from horovodrunner.flows.results import task as results
-from horovodrunner.flows.results.driver import read_result
+from horovodrunner.flows.results.driver import ResultStore, read_result
+from horovodrunner.flows.results.sequence import RankResults
 from horovodrunner.flows.results.task import ResultUpload
 from horovodrunner.pickling import buffers as buffers_module
 from horovodrunner.pickling.buffers import BufferedPickle, Layout, SinkError, write_pickle
+from horovodrunner.pickling.pickler import on_device
 from horovodrunner.processes.driver.channel import DriverChannel
 from horovodrunner.wire.events import UploadResult
 from horovodrunner.wire.upload import PeerFailedError, Piece, TransferClient
@@ -156,6 +161,15 @@ def test_tensors_stand_beside_the_pickle_once_and_share_memory_as_before(file: F
     assert same_bits.equal(bits)
 
 
+def test_memory_of_a_gpu_stays_on_the_cpu_where_there_is_none() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: scripts/gpu_check.sh sees more of it")
+    memory = torch.arange(3).untyped_storage()
+    assert on_device(memory, "cuda:1").tolist() == memory.tolist()
+
+
 def test_a_small_array_that_is_kept_keeps_no_large_one(file: File) -> None:
     process = psutil.Process()
     big = 32 * LARGE
@@ -196,14 +210,14 @@ def test_a_result_survives_being_cut_into_rows(file: File, row_bytes: int) -> No
     expected = [large_array()[: 20_000 if row_bytes < 100 else None], "text"]
     layout = file.write(expected)
     task = upload_of(JobSpec("run-1", 1, b"", TOKEN))
-    task.take(file.descriptor, layout, reaches_driver=False)
+    task.take(file.descriptor, layout, 0, reaches_driver=False)
     outcome = Outcome(Success(0, layout))
     rows = [outcome.to_bytes(), *task.rows(row_bytes)]
     task.close()
-    assert all(len(row) <= row_bytes for row in rows[1:])
-    assert_same(open_outcome(join_rows(rows)), expected)
+    assert all(len(row) <= row_bytes for row in rows[2:])
+    assert_same(open_outcome(ResultStore().take_rows(rows)), expected)
     with pytest.raises(EOFError, match="last"):
-        join_rows(rows[:-1])
+        ResultStore().take_rows(rows[:-1])
 
 
 def test_where_only_spark_can_carry_it_its_limit_is_told_before_anything_is_tried(
@@ -213,8 +227,8 @@ def test_where_only_spark_can_carry_it_its_limit_is_told_before_anything_is_trie
     task = upload_of(JobSpec("r", 1, b"", TOKEN, driver_address=("db", 1), max_result_bytes=10**6))
     expected = r"1\.9 MiB .* 976\.6 KiB .* db:1: .*driver\.port.* spark\.driver\.maxResultSize"
     with pytest.raises(PayloadError, match=expected):
-        task.take(file.descriptor, layout, reaches_driver=False)
-    task.take(file.descriptor, (1000,), reaches_driver=False)
+        task.take(file.descriptor, layout, 0, reaches_driver=False)
+    task.take(file.descriptor, (1000,), 0, reaches_driver=False)
     task.close()
 
 
@@ -225,8 +239,10 @@ def upload_of(job: JobSpec) -> ResultUpload:
 class Driver:
     """The driver's end of the channel, and a task's."""
 
-    def __init__(self, channel: DriverChannel, console: Console) -> None:
-        self.channel, self.console = channel, console
+    def __init__(
+        self, channel: DriverChannel, console: Console, results_store: ResultStore
+    ) -> None:
+        self.channel, self.console, self.results = channel, console, results_store
         self.job = JobSpec(
             "run-1",
             1,
@@ -242,17 +258,19 @@ class Driver:
 @pytest.fixture
 def driver() -> Iterator[Driver]:
     console = Console()
-    with DriverChannel("run-1", TOKEN, console, console.wake) as channel:
-        yield Driver(channel, console)
+    store = ResultStore(of_all_ranks=True)
+    store.begin(16)
+    with DriverChannel("run-1", TOKEN, console, console.wake, results=store) as channel:
+        yield Driver(channel, console, store)
 
 
 def test_a_result_above_sparks_limit_comes_through_the_channel(file: File, driver: Driver) -> None:
     expected = {"large": large_array(), "small": np.arange(3), "text": "x"}
     layout = file.write(expected)
-    driver.task.take(file.descriptor, layout, reaches_driver=True)
+    driver.task.take(file.descriptor, layout, 0, reaches_driver=True)
     assert list(driver.task.rows(1000)) == []
-    assert driver.channel.result is not None
-    assert_same(driver.channel.result.load(), expected)
+    assert driver.results.first is not None
+    assert_same(driver.results.first.load(), expected)
 
 
 def test_a_driver_without_memory_says_so_before_anything_is_sent(
@@ -267,19 +285,19 @@ def test_a_driver_without_memory_says_so_before_anything_is_sent(
 
     monkeypatch.setattr(results, "_mapped_chunks", noted)
     with pytest.raises(PeerFailedError, match=r"no memory .* 1073741824\.0 GiB on the driver"):
-        driver.task.take(file.descriptor, layout, reaches_driver=True)
+        driver.task.take(file.descriptor, layout, 0, reaches_driver=True)
     assert not sent
-    assert driver.channel.result is None
+    assert driver.results.first is None
 
 
 def test_a_result_that_cannot_travel_alone_is_kept_for_the_rows(file: File, driver: Driver) -> None:
     driver.channel.close()
     layout = file.write("x" * 1000)
-    driver.task.take(file.descriptor, layout, reaches_driver=True)
-    assert sum(map(len, driver.task.rows(100))) == sum(layout)
+    driver.task.take(file.descriptor, layout, 0, reaches_driver=True)
+    assert sum(map(len, [*driver.task.rows(100)][1:])) == sum(layout)
     driver.task.close()
     with pytest.raises(PayloadError, match=r"cannot be reached: .*refused.*driver\.maxResult"):
-        driver.task.take(file.descriptor, file.write(bytes(2_000_000)), reaches_driver=True)
+        driver.task.take(file.descriptor, file.write(bytes(2_000_000)), 0, reaches_driver=True)
 
 
 @pytest.mark.parametrize("who", ["task", "driver"])
@@ -299,22 +317,22 @@ def test_an_abort_in_the_middle_ends_both_sides(
 
     monkeypatch.setattr(results, "_mapped_chunks", aborting)
     with pytest.raises((OSError, PayloadError)):
-        driver.task.take(file.descriptor, layout, reaches_driver=True)
+        driver.task.take(file.descriptor, layout, 0, reaches_driver=True)
     driver.channel.close()
-    assert driver.channel.result is None
+    assert driver.results.first is None
 
 
 def test_what_does_not_fit_its_announcement_is_refused(driver: Driver) -> None:
     with pytest.raises(PeerFailedError, match="5 bytes where 3 were announced"):
         driver.client.upload(UploadResult("run-1", (3,)), [Piece("result", 5, [b"12345"])])
-    assert driver.channel.result is None
+    assert driver.results.first is None
 
 
 def test_a_result_of_another_attempt_is_not_taken(driver: Driver) -> None:
     other = TransferClient("run-2", TOKEN, driver.job.driver_address)
     with pytest.raises(ConnectionError):
         other.upload(UploadResult("run-2", (3,)), [Piece("result", 3, [b"123"])])
-    assert driver.channel.result is None
+    assert driver.results.first is None
 
 
 def test_a_result_that_cannot_be_unpickled_is_kept_in_a_file_that_pickle_reads(
@@ -407,3 +425,74 @@ def test_a_result_that_cannot_even_be_kept_is_still_explained(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
     with pytest.raises(PayloadError, match=r"could not be kept in .*gone \(No such file"):
         open_outcome(Outcome(Success(0, layout, file.read(layout))))
+
+
+def test_results_of_all_ranks_come_through_the_channel_few_at_a_time(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them waits for its turn, and none is given up meanwhile."""
+    monkeypatch.setattr("horovodrunner.wire.upload.WAIT_SECONDS", 0.01)
+    write, now, most = driver.results._write, [0], [0]
+    counting, all_there = threading.Lock(), threading.Barrier(driver_module.AT_ONCE)
+
+    def counted(*arguments: Any) -> None:
+        with counting:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        all_there.wait()
+        with counting:
+            now[0] -= 1
+        write(*arguments)
+
+    monkeypatch.setattr(driver.results, "_write", counted)
+    files = [File() for _ in range(2 * driver_module.AT_ONCE + 1)]
+    driver.results.begin(len(files))
+
+    def send(rank: int) -> None:
+        layout = files[rank].write([rank, large_array()[:20_000] + rank])
+        driver.task.take(files[rank].descriptor, layout, rank, reaches_driver=True)
+
+    with concurrent.futures.ThreadPoolExecutor(len(files)) as pool:
+        list(pool.map(send, range(1, len(files))))
+    assert most == [driver_module.AT_ONCE]
+    assert driver.results.missing() == []
+    for rank in range(1, len(files)):
+        assert_same(driver.results.read(rank).load(), [rank, large_array()[:20_000] + rank])
+    for each in files:
+        os.close(each.descriptor)
+
+
+@pytest.mark.parametrize("rank", [-1, 16, 10**20])
+def test_a_result_of_no_rank_is_refused(driver: Driver, rank: int) -> None:
+    with pytest.raises(PeerFailedError, match=f"a result of rank {rank}, which is not wanted"):
+        driver.client.upload(UploadResult("run-1", (3,), rank), [Piece("result", 3, [b"123"])])
+
+
+def test_a_result_that_breaks_off_is_missing(driver: Driver) -> None:
+    def broken() -> Iterator[bytes]:
+        yield b"1"
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        driver.client.upload(UploadResult("run-1", (3,), 2), [Piece("result", 3, broken())])
+    driver.client.upload(UploadResult("run-1", (3,), 3), [Piece("result", 3, [b"123"])])
+    assert driver.results.missing() == [1, 2, *range(4, 16)]
+    with pytest.raises(PayloadError, match="what 14 ranks returned did not come"):
+        RankResults.of(driver.results, None)
+
+
+def test_results_of_a_tasks_ranks_survive_the_rows(file: File) -> None:
+    task, store = upload_of(JobSpec("run-1", 3, b"", TOKEN)), ResultStore(of_all_ranks=True)
+    store.begin(3)
+    layouts = []
+    for rank in range(3):
+        layouts.append(file.write([rank, large_array()[:50_000]]))
+        with os.fdopen(results.file_without_a_name(), "wb") as own:
+            layout = write_pickle([rank, large_array()[:50_000]], own.fileno())
+            task.take(own.fileno(), layout, rank, reaches_driver=False)
+    rows = [Outcome(Success(0, layouts[0])).to_bytes(), *task.rows(100_000)]
+    task.close()
+    assert open_outcome(store.take_rows(rows))[0] == 0
+    assert [store.read(rank).load()[0] for rank in (1, 2)] == [1, 2]
+    with pytest.raises(EOFError, match="last"):
+        store.take_rows(rows[:-1])

@@ -21,7 +21,7 @@ from horovodrunner.pickling import payload
 
 @pytest.fixture(autouse=True)
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("something was launched")
 
     monkeypatch.setattr(HorovodRunner, "_run_locally", refuse)

@@ -139,3 +139,44 @@ def test_tensorflows_servers_are_in_rank_order_with_each_ones_own_port() -> None
     ports = [int(worker.rpartition(":")[2]) for worker in tf_workers(scattered)]
     assert ports == [10, 30, 31, 20]
     assert tf_workers([member(0, "a"), member(1, "b")]) == ()
+
+
+def test_tasks_of_several_ranks_use_all_gpus_of_their_hosts() -> None:
+    """Hosts with one, two and three tasks of one to eight GPUs, in any order of partitions."""
+    for seed in range(60):
+        random = Random(seed)
+        shapes = [
+            (host, number)
+            for host in "abc"[: random.randint(1, 3)]
+            for number in range(random.randint(1, 3))
+        ]
+        random.shuffle(shapes)
+        gathered = []
+        for partition, (host, number) in enumerate(shapes):
+            gpus = tuple(f"{host}{number}{i}" for i in range(random.randint(1, 8)))
+            workers = random.randint(1, len(gpus))
+            gathered.append(member(partition, host, workers=workers, gpus=gpus))
+        slots = assign_slots(gathered)
+        own = [(slot.devices or "").split(",")[slot.local_rank] for slot in slots]
+        assert len(set(own)) == len(own) == sum(each.workers for each in gathered)
+        for slot, gpu in zip(slots, own, strict=True):
+            assert gpu in gathered[slot.partition].gpus
+        for host in {slot.host for slot in slots}:
+            seen = {slot.devices for slot in slots if slot.host == host}
+            assert len(seen) == 1  # all that the run owns there
+            owned = sorted(gpu for each in gathered if each.host == host for gpu in each.gpus)
+            assert sorted(seen.pop().split(",")) == owned  # type: ignore[union-attr]
+        ranks = [slot.rank for slot in slots if slot.partition == slots[-1].partition]
+        assert ranks == list(range(ranks[0], ranks[-1] + 1))
+
+
+def test_workers_of_a_task_with_too_few_gpus_share_them() -> None:
+    assert devices(member(0, "a", workers=4, gpus=("5", "7"))) == ["5", "7", "5", "7"]
+    mixed = (member(0, "a", workers=2, gpus=("0",)), member(1, "a", workers=1, gpus=("1", "2")))
+    assert devices(*mixed) == ["0", "0", "1,2"]
+
+
+def test_a_host_where_a_task_owns_no_gpu_gives_it_none_of_the_others() -> None:
+    found = devices(member(0, "a", workers=2), member(1, "a", workers=2, gpus=("0", "1")))
+    assert found[:2] == ["", ""]
+    assert found[2:] == ["0", "1"]

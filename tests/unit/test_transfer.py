@@ -26,6 +26,7 @@ from horovodrunner.flows.checkpoints.manifest import Manifest
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.checkpoints.task import DriverBackend
 from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.processes.driver.channel import DriverChannel
 from horovodrunner.wire import upload
 from horovodrunner.wire.auth import AuthenticationError
@@ -101,7 +102,11 @@ class Driver:
 def driver(tmp_path: Path) -> Iterator[Driver]:
     console, store = Console(), GatedStore(tmp_path / "kept")
     files = BroughtFiles({"HOROVOD_TIMELINE": str(tmp_path / "timeline.json")})
-    with DriverChannel("run-1", TOKEN, console, console.wake, store=store, files=files) as channel:
+    results = ResultStore()
+    results.begin(1)
+    with DriverChannel(
+        "run-1", TOKEN, console, console.wake, store=store, files=files, results=results
+    ) as channel:
         yield Driver(channel, console, store, channel.open("127.0.0.1", 0))
         store.gate.set()
 

@@ -29,6 +29,7 @@ from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataErro
 from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.flows.rows.task import TaskRows, Travelling
 from horovodrunner.pickling import payload
 from horovodrunner.pickling.buffers import loads
@@ -162,14 +163,14 @@ def test_every_row_comes_to_one_rank_and_lengths_are_those_of_all(
     job = Distribution(0, COLUMNS, PLACES, piece_bytes)
     tables = [table(0, 25), table(25, 0), table(25, 1), table(26, 74)]
     tasks = [
-        TaskRows([Travelling(IDENTITY, COLUMNS)], target, batches)
+        TaskRows([Travelling(IDENTITY, COLUMNS)], [target], batches)
         for target, batches in enumerate(dealt_out(tables, monkeypatch, job))
     ]
-    told = [task.take(tmp_path / str(target)) for target, task in enumerate(tasks)]
+    told = [task.take(tmp_path / str(target))[0] for target, task in enumerate(tasks)]
     handle = pickle.loads(pickle.dumps(UnsharedDataSet(IDENTITY, COLUMNS)))
     seen: list[list[int]] = []
     for task in tasks:
-        monkeypatch.setenv(DATA_DIRECTORY, str(task.finish(told)))
+        monkeypatch.setenv(DATA_DIRECTORY, str(task.finish(told)[0]))
         mine = pickle.loads(pickle.dumps(handle))
         assert len(mine) == 100
         kinds = {field.name: str(field.type) for field in mine.schema}
@@ -197,9 +198,9 @@ def test_a_state_fits_the_same_number_of_ranks_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of_targets = dealt_out([table(0, 40)], monkeypatch, Distribution(0, COLUMNS, PLACES, 1000))
-    task = TaskRows([Travelling(IDENTITY, COLUMNS)], 0, of_targets[0])
+    task = TaskRows([Travelling(IDENTITY, COLUMNS)], [0], of_targets[0])
     told = json.dumps([{"rows": 13, "lengths": [[], [[2, 2]], [[2, 3]]]}])
-    monkeypatch.setenv(DATA_DIRECTORY, str(task.finish([task.take(tmp_path), told, told])))
+    monkeypatch.setenv(DATA_DIRECTORY, str(task.finish([*task.take(tmp_path), told, told])[0]))
     handle = UnsharedDataSet(IDENTITY, COLUMNS)
     batches = handle.numpy(batch_size=3, shuffle=True, seed=4)
     begun = list(itertools.islice(iter(batches), 2))
@@ -231,24 +232,24 @@ def test_what_cannot_be_stored_travels_as_a_problem(
     nulls = table(0, 5).set_column(0, "x", [[0, None, 2, None, 4]])
     of_targets = dealt_out([nulls], monkeypatch, Distribution(0, COLUMNS, PLACES, 1000))
     first, *others = [
-        TaskRows([Travelling(IDENTITY, COLUMNS)], target, batches)
+        TaskRows([Travelling(IDENTITY, COLUMNS)], [target], batches)
         for target, batches in enumerate(of_targets)
     ]
     with pytest.raises(DataError, match=r"column 'x' has 1 nulls among 2 rows. Say what"):
         first.take(tmp_path / "0")
     for number, task in enumerate(others, 1):
-        assert json.loads(task.take(tmp_path / str(number)))[0]["rows"] == 0
+        assert json.loads(task.take(tmp_path / str(number))[0])[0]["rows"] == 0
 
 
 def test_rows_of_another_task_and_a_full_disk_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of_targets = dealt_out([table(0, 9)], monkeypatch, Distribution(0, COLUMNS, PLACES, 1000))
-    with pytest.raises(DataError, match=r"the rows of partitions \[1\] to partition 0"):
-        TaskRows([Travelling(IDENTITY, COLUMNS)], 0, of_targets[1]).take(tmp_path)
+    with pytest.raises(DataError, match=r"the rows of ranks \[1\] to a task whose own are \[0\]"):
+        TaskRows([Travelling(IDENTITY, COLUMNS)], [0], of_targets[1]).take(tmp_path)
     tmp_path.joinpath("file").touch()
     with pytest.raises(DataError, match=r"cannot write its ranks' rows to .*file: .*Not a dir"):
-        TaskRows([Travelling(IDENTITY, COLUMNS)], 0, of_targets[0]).take(tmp_path / "file")
+        TaskRows([Travelling(IDENTITY, COLUMNS)], [0], of_targets[0]).take(tmp_path / "file")
 
 
 def test_the_handle_comes_along_with_the_call_and_is_of_no_use_elsewhere() -> None:
@@ -298,6 +299,7 @@ def test_the_start_timeout_begins_when_the_data_sets_are_computed(
         TaskRequest(1, 0, ""),
         console,
         BroughtFiles({}),
+        results=ResultStore(),
         start_timeout=1000,
         waiting_since=time.monotonic() - 2000,
         data=(UnsharedDataSet(IDENTITY, COLUMNS),),

@@ -9,6 +9,7 @@ import pytest
 from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.logs.driver import Console
+from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.processes.driver import addresses, cluster
 from horovodrunner.processes.driver.resources import TaskRequest
 from horovodrunner.processes.driver.slots import Holders
@@ -45,6 +46,7 @@ class Waiting:
             TaskRequest(1, 0, ""),
             self._console,
             BroughtFiles({}),
+            results=ResultStore(),
             start_timeout=1000,
             waiting_since=time.monotonic(),
         )

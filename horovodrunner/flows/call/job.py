@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from horovodrunner.flows.call.import_path import ImportPath
 from horovodrunner.flows.call.record import RunRecord
+from horovodrunner.flows.checkpoints.fence import Fence
 
 __all__ = ["JobSpec"]
 
@@ -16,6 +17,7 @@ class JobSpec:
 
     run_id: str
     size: int
+    """How many ranks there are."""
     payload: bytes = field(repr=False)
     """The cloudpickled ``(main, kwargs)``."""
     token: bytes = field(repr=False)
@@ -38,6 +40,10 @@ class JobSpec:
     """Whether the ranks report where main's time goes."""
     shares_terminal: bool = False
     """Whether the tasks' own log is the driver's terminal."""
+    ranks_per_task: int = 1
+    """How many ranks a task runs; the last one may have fewer."""
+    all_results: bool = False
+    """Whether every rank's return value goes to the driver, not only rank 0's."""
     max_result_bytes: int | None = None
     """The largest pickled result that Spark takes back, or None for no limit."""
     attempt: int = 1
@@ -45,6 +51,8 @@ class JobSpec:
     checkpoint_location: str | None = None
     """Path on the driver, or URL."""
     keep_checkpoints: int = 3
+    checkpoint_fence: Fence | None = None
+    """Which driver's checkpoints these are, when several may follow each other."""
     record: RunRecord | None = field(default=None, repr=False)
     """What the run is called with, for those that go on from its checkpoints."""
     fail_on_checkpoint_error: bool = False
@@ -56,3 +64,13 @@ class JobSpec:
     keep_warm: bool = False
     versions: dict[str, str] = field(default_factory=dict, repr=False)
     """What is installed on the driver, by name."""
+
+    @property
+    def workers(self) -> tuple[int, ...]:
+        """How many ranks each task runs, by partition.
+
+        >>> JobSpec("run", 10, b"", b"", ranks_per_task=4).workers
+        (4, 4, 2)
+        """
+        full, rest = divmod(self.size, self.ranks_per_task)
+        return (self.ranks_per_task,) * full + (rest,) * (rest > 0)

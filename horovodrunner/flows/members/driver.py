@@ -23,8 +23,8 @@ PATIENCE_SECONDS = 15.0
 class GatherPoint:
     """Takes a text from every task and gives each of them all texts."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, tasks: int) -> None:
+        self._tasks = tasks
         self._texts: dict[int, str] = {}
         self._seen: set[int] = set()
         self._decided = asyncio.Event()
@@ -41,7 +41,7 @@ class GatherPoint:
             connection.send(GatherWithSpark())
             return True
         self._texts[event.partition] = bytes(event.text).decode()
-        if len(self._texts) == self._size:
+        if len(self._texts) == self._tasks:
             ordered = [self._texts[number] for number in sorted(self._texts)]
             self._answer = Gathered(zlib.compress(json.dumps(ordered).encode(), 1))
             self._decided.set()

@@ -19,7 +19,7 @@ from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
 from horovodrunner.formatting import format_bytes, in_one_line
 from horovodrunner.pickling.buffers import BufferedPickle, loads
 
-__all__ = ["open_outcome"]
+__all__ = ["open_outcome", "open_result"]
 
 _KINDS: dict[FailureKind, type[HorovodRunnerError]] = {
     FailureKind.STORAGE: CheckpointError,
@@ -33,18 +33,22 @@ def open_outcome(outcome: Outcome) -> Any:
     if outcome.success is not None:
         if outcome.success.result is None:
             raise PayloadError("the run ended well, but what rank 0 returned did not come")
-        return _open_result(outcome.success.result)
+        return open_result(outcome.success.result)
     failure = outcome.failure
     if failure is None:
         raise HorovodRunnerError("the run was stopped before it had an outcome")
     cause = _unpickled_exception(failure)
     if isinstance(cause, PayloadError):
-        raise cause
+        raise PayloadError(_of_rank(failure, str(cause))) if failure.rank else cause
     if (kind := _KINDS.get(failure.kind)) is not None:
-        raise kind(failure.summary)
+        raise kind(_of_rank(failure, failure.summary))
     if failure.rank is None and not failure.traceback:
         raise ConfigurationError(failure.summary)  # found before any rank was there
     raise _worker_failure(failure, outcome.consequences) from cause
+
+
+def _of_rank(failure: Failure, text: str) -> str:
+    return f"rank {failure.rank}: {text}" if failure.rank else text  # else it is about rank 0
 
 
 def _worker_failure(failure: Failure, consequences: tuple[Failure, ...]) -> WorkerFailedError:
@@ -67,14 +71,15 @@ def _worker_failure(failure: Failure, consequences: tuple[Failure, ...]) -> Work
     return WorkerFailedError(failure.summary, **facts)
 
 
-def _open_result(result: BufferedPickle) -> Any:
+def open_result(result: BufferedPickle, rank: int = 0) -> Any:
+    """Unpickle what a rank returned; a PayloadError says where its bytes are kept if it fails."""
     try:
         return result.load()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # unpickling runs the classes' own code
         name, is_missing = result.obstacle()
-        text = f"what rank 0 returned cannot be unpickled here: {in_one_line(error)}. "
+        text = f"what rank {rank} returned cannot be unpickled here: {in_one_line(error)}. "
         if is_missing:
             text += f"It needs {name}, which cannot be imported here. "
             remedy = "make the class importable on the driver and"

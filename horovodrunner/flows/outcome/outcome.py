@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import enum
 from base64 import b64decode, b64encode
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from json import dumps, loads  # main may put others in their place in json
 from typing import Any
 
-from horovodrunner.pickling.buffers import BufferedPickle, Layout, reader_of_pieces
+from horovodrunner.pickling.buffers import BufferedPickle, Layout
 from horovodrunner.wire.events import FrameError
 
 __all__ = [
@@ -17,7 +16,6 @@ __all__ = [
     "FailureKind",
     "Outcome",
     "Success",
-    "join_rows",
     "speaks_of_peer_loss",
     "with_result",
 ]
@@ -47,7 +45,7 @@ class FailureKind(str, enum.Enum):
     DATA = "data"
     """The rows that were to travel with the run cannot feed the ranks."""
     RESULT = "result"
-    """What rank 0's main returned does not reach the driver."""
+    """What a rank's main returned does not reach the driver."""
     SETUP = "setup"
     """The run's own machinery failed, or refused to start."""
 
@@ -78,12 +76,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Success:
-    """A rank's main returned; `layout` is that of the result file, empty on every rank but 0."""
+    """A rank's main returned; `layout` is that of its result file, empty where none is wanted."""
 
     rank: int
     layout: Layout = field(default=(), repr=False)
     result: BufferedPickle | None = field(default=None, repr=False, compare=False)
-    """The pickled return value, on the driver."""
+    """Rank 0's pickled return value, on the driver."""
 
 
 @dataclass(frozen=True)
@@ -139,14 +137,3 @@ def with_result(outcome: Outcome, result: BufferedPickle | None) -> Outcome:
     if outcome.success is None or outcome.success.result is not None:
         return outcome
     return Outcome(replace(outcome.success, result=result))
-
-
-def join_rows(rows: Iterable[bytes]) -> Outcome:
-    """Read a task's rows of the stage: its outcome, and the result where it came this way."""
-    first, *pieces = rows
-    outcome = Outcome.from_bytes(first)
-    if outcome.success is None or not pieces:
-        return outcome
-    result = BufferedPickle(outcome.success.layout)
-    result.fill(reader_of_pieces(pieces))
-    return with_result(outcome, result)

@@ -1,1 +1,1 @@
-"""What rank 0's main returned, back."""
+"""What the ranks' mains returned, back."""

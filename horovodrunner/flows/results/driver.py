@@ -1,52 +1,184 @@
-"""What rank 0's main returned, as it arrives. Runs in: the driver."""
+"""What the ranks' mains returned, as it arrives. Runs in: the driver.
+
+Rank 0's goes into the memory in which it is unpickled. The others' go into one file that has no
+name, so that they take no memory until they are asked for, and nothing of them is ever left behind.
+"""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
-from collections.abc import Callable, Iterator
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 
+from horovodrunner.flows.outcome.outcome import Outcome, with_result
 from horovodrunner.formatting import format_bytes
-from horovodrunner.pickling.buffers import BufferedPickle, Layout
+from horovodrunner.pickling.buffers import BufferedPickle, Layout, reader_of_pieces
 from horovodrunner.wire.events import FrameError, UploadResult
 from horovodrunner.wire.upload import IncomingPiece, TransferHandler
 
-__all__ = ["read_result", "result_handler"]
+__all__ = ["ResultStore", "read_result"]
+
+AT_ONCE = 8
+"""So many ranks send their results at the same time; each takes a megabyte of the driver."""
 
 _READ_BYTES = 16 * 1024 * 1024
+_COPY_BYTES = 1024 * 1024
 
 
-def result_handler(keep: Callable[[BufferedPickle], None]) -> TransferHandler:
-    """Make what takes an uploaded result; `keep` gets it before the task hears that it is here."""
+class ResultStore:
+    """Takes the results of a run's ranks: only rank 0's, or all of them."""
 
-    def receive(request: UploadResult, pieces: Iterator[IncomingPiece]) -> None:
-        layout = request.layout
-        pickled = _room(layout)
+    def __init__(self, *, of_all_ranks: bool = False) -> None:
+        self._of_all_ranks = of_all_ranks
+        self._turns = threading.Semaphore(AT_ONCE)
+        self._lock = threading.Lock()
+        self.size = 0
+        self._file = -1
+        self._close: Callable[[], object] = lambda: None
+        self._end = 0
+        self._places: dict[int, tuple[int, Layout]] = {}
+        self.first: BufferedPickle | None = None
+        """What rank 0's main returned; the run may fail all the same."""
+
+    def begin(self, size: int) -> None:
+        """Wait for the results of so many ranks; what an earlier attempt's returned is dropped."""
+        self.size, self.first = size, None
+        self._places.clear()
+        self._close()
+        self._file, self._end = -1, 0
+
+    @property
+    def handler(self) -> TransferHandler:
+        """What takes in uploads."""
+        return TransferHandler("the result's transfer", self._receive, self._turns)
+
+    def take(self, descriptor: int, layout: Layout, rank: int) -> None:
+        """Copy a result that was written on this machine."""
+        if rank == 0:
+            self.first = read_result(descriptor, layout)
+            return
+        with self._turns:
+            self._store(rank, layout, _chunks(descriptor, sum(layout)))
+
+    def take_rows(self, rows: Iterable[bytes]) -> Outcome:
+        """Read a task's rows of the stage: its outcome, and results that came this way."""
+        coming = iter(rows)
+        outcome = Outcome.from_bytes(next(coming))
+        if outcome.success is None:
+            return outcome
+        for header in coming:
+            fields = json.loads(header)
+            rank, layout = int(fields["rank"]), tuple(map(int, fields["layout"]))
+            if rank == 0:
+                self.first = BufferedPickle(layout)
+                self.first.fill(reader_of_pieces(coming))
+            else:
+                self._store(rank, layout, _first_bytes(coming, sum(layout)))
+        return with_result(outcome, self.first) if outcome.success.rank == 0 else outcome
+
+    def missing(self) -> list[int]:
+        """List the ranks whose results have not come, though all are wanted."""
+        if not self._of_all_ranks:
+            return []
+        return [rank for rank in range(1, self.size) if rank not in self._places]
+
+    def read(self, rank: int) -> BufferedPickle:
+        """Read what another rank than 0 returned into memory."""
+        offset, layout = self._places[rank]
+        return read_result(self._file, layout, offset)
+
+    def _receive(self, request: UploadResult, pieces: Iterator[IncomingPiece]) -> None:
+        layout, rank = request.layout, request.rank
+        if rank and not (self._of_all_ranks and 0 < rank < self.size):
+            raise FrameError(f"a result of rank {rank}, which is not wanted")
+        # either makes room before the task sends anything
+        pickled = _room(layout) if rank == 0 else None
+        offset = self._make_room(rank, sum(layout)) if rank else 0
         piece = next(pieces, None)
         size = 0 if piece is None else piece.size
         if piece is None or size != sum(layout):
             raise FrameError(f"a result of {size} bytes where {sum(layout)} were announced")
-        pickled.fill(piece.read_into)
-        keep(pickled)
+        if pickled is not None:
+            pickled.fill(piece.read_into)
+            self.first = pickled
+        else:
+            self._write(rank, layout, offset, piece.chunks)
 
-    return TransferHandler("the result's transfer", receive)
+    def _store(self, rank: int, layout: Layout, chunks: Iterable[bytes | memoryview]) -> None:
+        self._write(rank, layout, self._make_room(rank, sum(layout)), chunks)
+
+    def _make_room(self, rank: int, size: int) -> int:
+        """Return where in the file a result is to stand; nothing else is written there."""
+        try:
+            with self._lock:
+                if self._file < 0:
+                    self._open()
+                offset = self._end
+                if size:
+                    os.posix_fallocate(self._file, offset, size)
+                self._end += size
+        except OSError as error:
+            raise OSError(
+                f"there is no room for its {format_bytes(size)} in {tempfile.gettempdir()} on the "
+                f"driver ({os.strerror(error.errno or errno.EIO)}): return less, or set TMPDIR to "
+                "a directory with more room before the driver starts"
+            ) from error
+        return offset
+
+    def _open(self) -> None:
+        with tempfile.TemporaryFile(prefix="horovodrunner-results-") as file:
+            self._file = os.dup(file.fileno())
+        self._close = weakref.finalize(self, os.close, self._file)
+
+    def _write(
+        self, rank: int, layout: Layout, offset: int, chunks: Iterable[bytes | memoryview]
+    ) -> None:
+        at = offset
+        for chunk in chunks:
+            view = memoryview(chunk)
+            while view:
+                count = os.pwrite(self._file, view, at)
+                at += count
+                view = view[count:]
+        with self._lock:
+            self._places[rank] = offset, layout
 
 
-def read_result(descriptor: int, layout: Layout) -> BufferedPickle:
-    """Read a result that was written on this machine into memory."""
+def read_result(descriptor: int, layout: Layout, offset: int = 0) -> BufferedPickle:
+    """Read a result that stands in a file of this machine into memory."""
     pickled = _room(layout)
-    offset = 0
+    end = offset + sum(layout)
 
     def read_into(view: memoryview) -> None:
         nonlocal offset
         while view:
             count = os.preadv(descriptor, [view[:_READ_BYTES]], offset)
             if not count:
-                raise EOFError(f"the file has {offset} bytes, not {sum(layout)}")
+                raise EOFError(f"the file has {offset} bytes, not {end}")
             offset += count
             view = view[count:]
 
     pickled.fill(read_into)
     return pickled
+
+
+def _chunks(descriptor: int, size: int) -> Iterator[bytes]:
+    for offset in range(0, size, _COPY_BYTES):
+        yield os.pread(descriptor, min(_COPY_BYTES, size - offset), offset)
+
+
+def _first_bytes(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """Yield as many pieces as have so many bytes; EOFError if there are too few."""
+    while size > 0:
+        piece = next(pieces, None)
+        if piece is None:
+            raise EOFError(f"the result's last {size} bytes are missing")
+        size -= len(piece)
+        yield piece
 
 
 def _room(layout: Layout) -> BufferedPickle:

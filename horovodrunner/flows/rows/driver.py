@@ -27,13 +27,19 @@ BATCH_BYTES = 32 * 2**20
 """About so much Spark hands to a task's Python at once."""
 
 CANDIDATES = 64
-"""So many numbers for each task are tried; that one gets none has a chance of e to the minus 64."""
+"""So many numbers for each target are tried; that a task gets too few is beyond all chance."""
 
 
-def stage_input(spark: SparkSession, size: int, data: Sequence[UnsharedDataSet]) -> DataFrame:
-    """Return what the barrier stage's tasks read: partition p has exactly the rows of task p."""
+def stage_input(
+    spark: SparkSession, workers: Sequence[int], data: Sequence[UnsharedDataSet]
+) -> DataFrame:
+    """Return what the barrier stage's tasks read: partition p has exactly the rows of task p.
+
+    `workers` says how many each task has; every one of them is a target of its own.
+    """
+    tasks = len(workers)
     if not data:
-        return spark.range(0, size, 1, size)
+        return spark.range(0, tasks, 1, tasks)
     from horovodrunner.data.distribution import (
         CONTROL,
         PIECE_SCHEMA,
@@ -41,8 +47,8 @@ def stage_input(spark: SparkSession, size: int, data: Sequence[UnsharedDataSet])
         distribute_rows,
     )
 
-    places, piece_bytes = _places(spark, size), _piece_bytes(spark)
-    # Every task gets a row that says for whom it is: no partition is empty, and none is mistaken.
+    places, piece_bytes = _places(spark, workers), _piece_bytes(spark)
+    # Every worker gets a row that says for whom it is: no place is empty, and none is mistaken.
     rows = spark.createDataFrame(
         [
             (place, CONTROL, target, 0, 0, bytearray(json.dumps({"target": target}).encode()))
@@ -55,19 +61,23 @@ def stage_input(spark: SparkSession, size: int, data: Sequence[UnsharedDataSet])
         source: Any = each.source
         distributed = map_by_name(source, functools.partial(distribute_rows, job), PIECE_SCHEMA)
         rows = rows.union(distributed)
-    return rows.repartition(size, "place").sortWithinPartitions("dataset", "part", "number")
+    order = ("dataset", "place", "part", "number")
+    return rows.repartition(tasks, "place").sortWithinPartitions(*order)
 
 
-def _places(spark: SparkSession, size: int) -> tuple[int, ...]:
-    """Find a number for each partition that Spark's hash partitioning brings just there."""
+def _places(spark: SparkSession, workers: Sequence[int]) -> tuple[int, ...]:
+    """Find numbers that Spark's hash partitioning brings to each partition: one for each worker."""
     close_sockets()
+    tasks, targets = len(workers), sum(workers)
     rows = (
-        spark.range(0, CANDIDATES * size, 1, 1)
-        .selectExpr("cast(id AS int) AS place", f"pmod(hash(cast(id AS int)), {size}) AS target")
+        spark.range(0, CANDIDATES * targets, 1, 1)
+        .selectExpr("cast(id AS int) AS place", f"pmod(hash(cast(id AS int)), {tasks}) AS task")
         .collect()
     )
-    found = {row["target"]: row["place"] for row in rows}
-    return tuple(found[target] for target in range(size))
+    found: dict[int, list[int]] = {}
+    for row in rows:
+        found.setdefault(row["task"], []).append(row["place"])
+    return tuple(found[task].pop() for task, count in enumerate(workers) for _ in range(count))
 
 
 def _piece_bytes(spark: SparkSession) -> int:
@@ -108,8 +118,8 @@ class StoredRows:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def take(self, scratch: Path) -> str:
-        return ""
+    def take(self, scratch: Path) -> tuple[str, ...]:
+        return ()
 
-    def finish(self, told: Sequence[str]) -> Path:
-        return self._directory
+    def finish(self, told: Sequence[str]) -> list[Path]:
+        return [self._directory]

@@ -12,17 +12,20 @@ from horovodrunner.flows.outcome.outcome import FailureKind
 from horovodrunner.placement.topology import Member, members_by_rank
 from horovodrunner.wire.upload import in_thread
 
-__all__ = ["RowsTaker", "data_directory", "with_rows"]
+__all__ = ["RowsTaker", "data_directories", "with_rows"]
 
 
 class RowsTaker(Protocol):
-    """Takes in this task's rows of the data sets that travel with the run."""
+    """Takes in the rows of the data sets that travel with the run, for this task's workers."""
 
-    def take(self, scratch: Path) -> str:
-        """Write them below a directory, and return what the peers have to know of them."""
+    def take(self, scratch: Path) -> tuple[str, ...]:
+        """Write them below a directory; return what the peers have to know, for each worker."""
 
-    def finish(self, told: Sequence[str]) -> Path:
-        """Return the directory of the data sets, given what :meth:`take` returned, by rank."""
+    def finish(self, told: Sequence[str]) -> list[Path]:
+        """Return the directories of the data sets: one for each worker, or one for all.
+
+        `told` is what :meth:`take` returned on all tasks, by rank.
+        """
 
 
 async def with_rows(taker: RowsTaker | None, member: Member, scratch: Path) -> Member:
@@ -35,6 +38,8 @@ async def with_rows(taker: RowsTaker | None, member: Member, scratch: Path) -> M
         return replace(member, problem=str(error), problem_kind=FailureKind.DATA)
 
 
-def data_directory(taker: RowsTaker, members: Sequence[Member]) -> str:
-    """Return where the worker finds the data sets, now that all tasks' rows are known."""
-    return str(taker.finish([member.rows for member in members_by_rank(members)]))
+def data_directories(taker: RowsTaker, members: Sequence[Member]) -> list[Path]:
+    """Return where the workers find the data sets, now that all tasks' rows are known."""
+    tasks = dict.fromkeys(member.partition for member in members_by_rank(members))
+    rows = {member.partition: member.rows for member in members}
+    return taker.finish([told for partition in tasks for told in rows[partition]])

@@ -2,8 +2,9 @@
 
 ::
 
-    <scratch>/data/<data set>/rows.arrow       an Arrow IPC stream, block after block as they came
-                             /manifest.json    once all tasks have told what they got
+    <scratch>/data/0/<data set>/rows.arrow     an Arrow IPC stream, block after block as they came
+                               /manifest.json  once all tasks have told what they got
+                   1/...                       those of the task's next worker
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import itertools
 import json
 import socket
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,30 +42,36 @@ class Travelling:
 
 
 class TaskRows:
-    """Takes in the rows of all data sets that Spark brings to one task, see ``PIECE_SCHEMA``."""
+    """Takes in the rows of all data sets that Spark brings to one task, see ``PIECE_SCHEMA``.
+
+    `targets` are its workers' numbers among those of all tasks.
+    """
 
     def __init__(
-        self, data: Sequence[Travelling], partition: int, batches: Iterator[pa.RecordBatch]
+        self, data: Sequence[Travelling], targets: Sequence[int], batches: Iterator[pa.RecordBatch]
     ) -> None:
         self._data = data
-        self._partition = partition
+        self._targets = targets
         self._batches = batches
-        self._directory = Path()
-        self._files: list[_BlockFile] = []
+        self._directories: list[Path] = []
+        self._files: list[list[_BlockFile]] = []
         self._lengths = [no_lengths(each.columns) for each in data]
         self._meant_for: list[int] = []
+        self._worker_of: defaultdict[int, int | None] = defaultdict(lambda: None)
 
-    def take(self, scratch: Path) -> str:
+    def take(self, scratch: Path) -> tuple[str, ...]:
         """Write the rows to files below the task's directory; return what the peers have to know.
 
         Raises a DataError if they could not be stored, by the task that computed them or this one.
         """
-        self._directory = scratch / "data"
+        self._directories = [scratch / "data" / str(i) for i in range(len(self._targets))]
         try:
             with contextlib.ExitStack() as opened:
-                for each in self._data:
-                    file = _BlockFile(self._directory / each.identity, each.columns)
-                    self._files.append(opened.enter_context(contextlib.closing(file)))
+                for directory in self._directories:
+                    files = [_BlockFile(directory / it.identity, it.columns) for it in self._data]
+                    self._files.append(files)
+                    for file in files:
+                        opened.enter_context(contextlib.closing(file))
                 for batch in self._batches:
                     self._take(batch)
         except OSError as error:
@@ -72,45 +80,58 @@ class TaskRows:
                 "executor needs room for the rows of its ranks; Spark's local directories "
                 "(spark.local.dir, SPARK_LOCAL_DIRS) say where"
             ) from error
-        if self._meant_for != [self._partition]:
-            raise DataError(
-                f"Spark brought the rows of partitions {self._meant_for} to partition "
-                f"{self._partition}, because it does not partition by hash(): use a cache_dir"
+        self._refuse_others()
+        return tuple(
+            json.dumps(
+                [
+                    {"rows": file.rows, "lengths": lengths}
+                    for file, lengths in zip(files, self._lengths, strict=True)
+                ]
             )
-        told = [
-            {"rows": file.rows, "lengths": lengths}
-            for file, lengths in zip(self._files, self._lengths, strict=True)
-        ]
-        return json.dumps(told)
+            for files in self._files
+        )
 
-    def finish(self, told: Sequence[str]) -> Path:
+    def finish(self, told: Sequence[str]) -> list[Path]:
         """Complete the data sets with what :meth:`take` returned on every task, by rank."""
         of_ranks = [json.loads(text) for text in told]
-        for number, (each, file) in enumerate(zip(self._data, self._files, strict=True)):
+        for number, each in enumerate(self._data):
             rows_per_rank = tuple(of_rank[number]["rows"] for of_rank in of_ranks)
-            lengths = [of_rank[number]["lengths"] for of_rank in of_ranks]
-            manifest = Manifest(
-                with_dims(each.columns, lengths), (file.described(),), rows_per_rank
-            )
-            file.directory.joinpath(MANIFEST).write_text(manifest.to_json())
-        return self._directory
+            columns = with_dims(each.columns, [of_rank[number]["lengths"] for of_rank in of_ranks])
+            for files in self._files:
+                file = files[number]
+                manifest = Manifest(columns, (file.described(),), rows_per_rank)
+                file.directory.joinpath(MANIFEST).write_text(manifest.to_json())
+        return self._directories
 
     def _take(self, batch: pa.RecordBatch) -> None:
         numbers = batch.column("dataset").to_numpy()
-        borders = np.flatnonzero(np.diff(numbers, prepend=CONTROL - 1, append=CONTROL - 1))
-        for start, end in itertools.pairwise(borders.tolist()):
+        places = batch.column("place").to_numpy()
+        begins = np.diff(numbers, prepend=CONTROL - 1) | np.diff(places, prepend=-1)
+        borders = [*np.flatnonzero(begins).tolist(), len(numbers)]
+        for start, end in itertools.pairwise(borders):
             pieces, number = batch.slice(start, end - start), int(numbers[start])
-            if number != CONTROL:
-                self._files[number].add(pieces)
-                continue
-            for text in pieces.column("data").to_pylist():
-                self._note(json.loads(text))
+            if number == CONTROL:
+                for text in pieces.column("data").to_pylist():
+                    self._note(int(places[start]), json.loads(text))
+            elif (worker := self._worker_of[int(places[start])]) is not None:
+                self._files[worker][number].add(pieces)
 
-    def _note(self, control: dict[str, Any]) -> None:
+    def _refuse_others(self) -> None:
+        if sorted(self._meant_for) != list(self._targets):
+            raise DataError(
+                f"Spark brought the rows of ranks {sorted(self._meant_for)} to a task whose own "
+                f"are {list(self._targets)}, because it does not partition by hash(): use a "
+                "cache_dir"
+            )
+
+    def _note(self, place: int, control: dict[str, Any]) -> None:
         if "problem" in control:
             raise DataError(control["problem"])
         if "target" in control:
-            self._meant_for.append(control["target"])
+            target = int(control["target"])
+            self._meant_for.append(target)
+            is_own = target in self._targets
+            self._worker_of[place] = self._targets.index(target) if is_own else None
             return
         number = control["dataset"]
         self._lengths[number] = merged(self._lengths[number], control["lengths"])

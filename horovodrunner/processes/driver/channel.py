@@ -18,8 +18,7 @@ from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.members.driver import GatherPoint
 from horovodrunner.flows.outcome.outcome import Outcome
-from horovodrunner.flows.results.driver import result_handler
-from horovodrunner.pickling.buffers import BufferedPickle
+from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.wire.events import (
     Accepted,
     Event,
@@ -69,7 +68,8 @@ class DriverChannel:
         *,
         files: BroughtFiles | None = None,
         artifacts: ArtifactStore | None = None,
-        size: int = 1,
+        results: ResultStore | None = None,
+        tasks: int = 1,
         flows: Sequence[Handlers] = (),
     ) -> None:
         self._run_id = run_id
@@ -79,10 +79,10 @@ class DriverChannel:
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="horovodrunner-channel", daemon=True
         )
-        self._server = EventServer(token, self._serve, console.note, peers=size)
-        self._transfer_handlers: dict[type[Event], TransferHandler] = {
-            UploadResult: result_handler(self._keep_result)
-        }
+        self._server = EventServer(token, self._serve, console.note, peers=tasks)
+        self._transfer_handlers: dict[type[Event], TransferHandler] = {}
+        if results is not None:
+            self._transfer_handlers[UploadResult] = results.handler
         if store is not None:
             self._transfer_handlers |= checkpoint_handlers(store)
         if artifacts is not None:
@@ -90,7 +90,7 @@ class DriverChannel:
         if files is not None:
             self._transfer_handlers[UploadFile] = file_handler(files, console.note)
         self._transfers: dict[Transfer, threading.Thread] = {}
-        self._gather_point = GatherPoint(size)
+        self._gather_point = GatherPoint(tasks)
         self._leader: Connection | None = None
         self._left = threading.Event()
         self._left.set()
@@ -102,8 +102,6 @@ class DriverChannel:
         """Whether Spark tried the stage again."""
         self.failure: Outcome | None = None
         """The run's failure, when it was reported ahead of the stage's end."""
-        self.result: BufferedPickle | None = None
-        """What rank 0's main returned; the run may fail all the same."""
         self.placement: tuple[tuple[int, int, str], ...] = ()
         """Partition, rank and host of every rank, once they are placed."""
         self.storing_until = 0.0
@@ -235,9 +233,6 @@ class DriverChannel:
         await ended.wait()
         thread.join()
         del self._transfers[transfer]
-
-    def _keep_result(self, result: BufferedPickle) -> None:
-        self.result = result
 
     def _take_failure(self, event: Failed) -> None:
         self.failure = Outcome.from_bytes(event.outcome)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.going import GoingRun
 from horovodrunner.flows.logs.debug import turn_on_if_wanted
 from horovodrunner.flows.logs.driver import Console
-from horovodrunner.flows.outcome.outcome import FailureKind, Outcome, join_rows, with_result
+from horovodrunner.flows.outcome.outcome import FailureKind, Outcome, with_result
+from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.flows.rows.driver import stage_input
 from horovodrunner.processes.driver import addresses
 from horovodrunner.processes.driver.channel import RETRY_REFUSED, DriverChannel
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["BarrierRun"]
 
 CANCEL_SECONDS = 10.0
+CANCEL_AGAIN_SECONDS = 0.5
+"""Spark forgets a cancellation that comes before the job."""
+
 FIRST_LOOK_SECONDS = 5.0
 """A stage that has not started by then is looked at."""
 
@@ -64,30 +70,39 @@ class BarrierRun:
         console: Console,
         files: BroughtFiles,
         *,
+        results: ResultStore,
         artifacts: ArtifactStore | None = None,
         start_timeout: float,
         waiting_since: float,
+        on_start: Callable[[], None] = lambda: None,
+        name: str = "",
         store: CheckpointStore | None = None,
         data: Sequence[UnsharedDataSet] = (),
         flows: Sequence[Handlers] = (),
     ) -> None:
         self._spark = spark
         self._job = job
+        self._tasks = len(job.workers)
         self._request = request
         self._console = console
         self._files = files
+        self._results = results
         self._artifacts = artifacts
         self._start_timeout = start_timeout
+        self._on_start = on_start
         self._store = store
         self._data = data
         self._flows = flows
         self._tag = f"horovodrunner-{job.run_id}"
         self._spark_job = spark_job(
-            spark, self._tag, f"HorovodRunner(np={job.size}), run {job.run_id}"
+            spark,
+            self._tag,
+            f"HorovodRunner(np={job.size}), {GoingRun(job.run_id, name).title}",
         )
         self._outcomes: dict[int, Outcome] | None = None
         self._error: Exception | None = None
         self._ended = False
+        self._is_given_up = False
         self._start_by = waiting_since + start_timeout
         self._next_note = time.monotonic() + FIRST_LOOK_SECONDS
         self._all_running_since: float | None = None
@@ -98,6 +113,7 @@ class BarrierRun:
         """Launch the stage and wait for its end."""
         turn_on_if_wanted("the driver", "its standard error")
         job, spark, console = self._job, self._spark, self._console
+        self._results.begin(job.size)
         with DriverChannel(
             job.run_id,
             job.token,
@@ -106,7 +122,8 @@ class BarrierRun:
             store=self._store,
             files=self._files,
             artifacts=self._artifacts,
-            size=job.size,
+            results=self._results,
+            tasks=len(job.workers),
             flows=self._flows,
         ) as channel:
             port = channel.open(addresses.bind_host(spark), addresses.channel_port(spark))
@@ -121,8 +138,7 @@ class BarrierRun:
                 self._wait(channel)
             except BaseException:
                 channel.stop_run()
-                self._spark_job.cancel()
-                thread.join(CANCEL_SECONDS)
+                self._cancel(thread)
                 channel.wait_for_leaving(CANCEL_SECONDS)
                 self._note_lost_files(channel)
                 raise
@@ -138,21 +154,32 @@ class BarrierRun:
                 self._note_no_contact()
             return outcome
 
+    def _cancel(self, stage: threading.Thread) -> None:
+        """Cancel the stage, also one that its thread is only about to launch."""
+        self._is_given_up = True
+        end_by = time.monotonic() + CANCEL_SECONDS
+        while stage.is_alive() and time.monotonic() < end_by:
+            self._spark_job.cancel()
+            stage.join(CANCEL_AGAIN_SECONDS)
+
     def _run_stage(self, job: JobSpec) -> None:
         profile = {} if self._request.profile is None else {"profile": self._request.profile}
         try:
             self._spark_job.begin()
             rows = map_in_arrow(
-                stage_input(self._spark, job.size, self._data),
+                stage_input(self._spark, job.workers, self._data),
                 functools.partial(barrier_task, job, self._travelling()),
                 ROW_SCHEMA,
                 barrier=True,
                 **profile,
             )
+            if self._is_given_up:
+                return
             chunks: dict[int, list[bytes]] = {}
             for partition, chunk in _collect(rows):
                 chunks.setdefault(partition, []).append(chunk)
-            self._outcomes = {partition: join_rows(c) for partition, c in chunks.items()}
+            take_rows = self._results.take_rows
+            self._outcomes = {number: take_rows(each) for number, each in chunks.items()}
         except Exception as error:  # noqa: BLE001 - judged and raised in the caller's thread
             self._error = error
         finally:
@@ -176,6 +203,7 @@ class BarrierRun:
             self._console.show(until_look if until_look > 0 else LOOK_SECONDS)
             if time.monotonic() >= first_look and not (self._ended or channel.registered):
                 self._look_whether_it_starts(has_heard=channel.has_heard)
+        self._on_start()
         end_by: float | None = None
         while not self._ended:
             if channel.failure is not None:
@@ -196,7 +224,8 @@ class BarrierRun:
             self._note(f"computing the data sets that travel with the run: {tasks}", routine=True)
             return
         running = self._spark_job.running_tasks()
-        if running == self._job.size:
+        if running == self._tasks:
+            self._on_start()
             self._all_running_since = self._all_running_since or now
             if now - self._all_running_since >= SILENT_SECONDS and not has_heard:
                 self._note(
@@ -212,15 +241,15 @@ class BarrierRun:
         if now >= self._start_by and running is not None:
             facts = f" ({holders.describe()})" if holders is not None else ""
             raise StartTimeoutError(
-                f"the run's {self._job.size} tasks did not all start within "
-                f"{self._start_timeout:g} s{facts}; other jobs may hold the slots, or "
+                f"the run's {self._request.describe_tasks(self._job.size)} did not all start "
+                f"within {self._start_timeout:g} s{facts}; other jobs may hold the slots, or "
                 "executors cannot be started (see the Spark UI). Free the cluster, ask for "
                 "fewer ranks, or raise start_timeout"
             )
-        if holders is None or holders.free < self._job.size:
+        if holders is None or holders.free < self._tasks:
             self._free_since = None
             facts = f", {holders.describe()}" if holders is not None else ""
-            self._note(f"waiting for {self._job.size} slots{facts}")
+            self._note(f"waiting for {self._tasks} slots{facts}")
             return
         self._free_since = self._free_since or now
         if now - self._free_since >= SILENT_SECONDS:
@@ -260,7 +289,7 @@ class BarrierRun:
         outcomes = self._outcomes or {}
         if channel.failure is not None:
             return self._with_sparks_reason(channel)
-        leader = with_result(outcomes.get(0, Outcome()), channel.result)
+        leader = with_result(outcomes.get(0, Outcome()), self._results.first)
         if channel.retried:
             raise BarrierStageError(RETRY_REFUSED, executor_was_lost=True)
         if leader.success is not None or leader.failure is not None:
@@ -297,7 +326,7 @@ class BarrierRun:
         end = self._stage_end(channel)
         if not end.task_was_lost:
             return outcome
-        summary = f"contact with its task was lost: {end.text}"
+        summary = f"{failure.summary.partition(';')[0]}: {end.text}"
         return replace(outcome, failure=replace(failure, summary=summary))
 
 

@@ -19,9 +19,9 @@ from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.debug import turn_on_if_wanted
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.outcome import Outcome, with_result
-from horovodrunner.flows.results.driver import read_result
+from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.flows.rows.taking import RowsTaker
-from horovodrunner.pickling.buffers import BufferedPickle, Layout
+from horovodrunner.pickling.buffers import Layout
 from horovodrunner.placement.topology import Member, compose_devices
 from horovodrunner.processes.task.agent import run_task
 from horovodrunner.processes.task.context import TaskContext
@@ -36,6 +36,7 @@ def run_locally(
     job: JobSpec,
     console: Console,
     files: BroughtFiles,
+    results: ResultStore,
     rows: RowsTaker | None = None,
     *,
     artifacts: ArtifactStore,
@@ -55,7 +56,7 @@ def run_locally(
     )
     stop: list[Callable[[], object]] = []
     interrupted = threading.Event()
-    results: list[BufferedPickle] = []
+    results.begin(job.size)
 
     async def open_driver(on_stop: Callable[[], None]) -> DriverLink:
         loop = asyncio.get_running_loop()
@@ -68,8 +69,8 @@ def run_locally(
     async def gather(text: str, *, reaches_driver: bool) -> list[str]:
         return [text]
 
-    def take_result(descriptor: int, layout: Layout, *, reaches_driver: bool) -> None:
-        results.append(read_result(descriptor, layout))
+    def take_result(descriptor: int, layout: Layout, rank: int, *, reaches_driver: bool) -> None:
+        results.take(descriptor, layout, rank)
 
     context = TaskContext(
         member=member,
@@ -80,7 +81,9 @@ def run_locally(
         take_file=functools.partial(copy_file, files, console.note),
         take_artifacts=artifacts.take,
         checkpoints=(
-            CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
+            CheckpointStore(
+                job.checkpoint_location, job.keep_checkpoints, job.record, job.checkpoint_fence
+            )
             if job.checkpoint_location is not None
             else None
         ),
@@ -113,7 +116,7 @@ def run_locally(
     thread.join()
     if errors:
         raise errors[0]
-    return with_result(outcomes[0], next(iter(results), None))
+    return with_result(outcomes[0], results.first)
 
 
 def _gpus_of_the_driver() -> tuple[str, ...]:

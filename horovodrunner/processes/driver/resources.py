@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.errors import ConfigurationError
@@ -24,6 +24,8 @@ class TaskRequest:
     gpus: float
     description: str
     profile: Any = None
+    ranks: int = 1
+    """How many ranks it runs."""
 
     def slots(self, cores: int, gpus: float) -> int:
         """Return how many tasks an executor can run at once.
@@ -34,9 +36,60 @@ class TaskRequest:
         slots = cores // self.cpus
         return min(slots, int(gpus / self.gpus)) if self.gpus else slots
 
+    def tasks(self, ranks: int) -> int:
+        """Return how many tasks run so many ranks.
 
-def task_request(spark: SparkSession, resources: Mapping[str, float] | None) -> TaskRequest:
-    """Return what one task takes: by the session's settings, or what the run asks for."""
+        >>> TaskRequest(cpus=2, gpus=1, description="", ranks=4).tasks(10)
+        3
+        """
+        return -(-ranks // self.ranks)
+
+    def describe_tasks(self, ranks: int) -> str:
+        """Describe the tasks that run so many ranks.
+
+        >>> TaskRequest(cpus=1, gpus=4, description="", ranks=4).describe_tasks(8)
+        '2 tasks of 4 ranks'
+        """
+        tasks = self.tasks(ranks)
+        words = f"{tasks} task{'s' * (tasks != 1)}"
+        return words if self.ranks == 1 else f"{words} of {self.ranks} ranks"
+
+    def describe_rest(self, ranks: int) -> str:
+        """Say what is not used where tasks and ranks do not divide; empty if they do.
+
+        >>> TaskRequest(cpus=1, gpus=4, description="", ranks=4).describe_rest(10)
+        'np=10 in 3 tasks: the last one runs 2 of 4, and 2 of its GPUs are idle'
+        """
+        rest = ranks % self.ranks
+        if not rest:
+            return ""
+        tasks, idle = self.tasks(ranks), int(self.gpus) - rest
+        which = "the last one" if tasks > 1 else "it"
+        text = f"np={ranks} in {tasks} task{'s' * (tasks > 1)}: {which} runs {rest} of {self.ranks}"
+        return text + (f", and {idle} of its GPUs are idle" if idle > 0 else "")
+
+
+def task_request(
+    spark: SparkSession, resources: Mapping[str, float] | None, ranks_per_task: int | str = 1
+) -> TaskRequest:
+    """Return what one task takes: by the session's settings, or what the run asks for.
+
+    `ranks_per_task` may be ``"gpu"``: as many as the task owns GPUs.
+    """
+    request = _request(spark, resources)
+    if ranks_per_task != "gpu":
+        return replace(request, ranks=int(ranks_per_task))
+    if request.gpus < 1:
+        owns = "no GPU" if not request.gpus else f"only {request.gpus:g} of a GPU"
+        raise ConfigurationError(
+            f'ranks_per_task="gpu": a task owns {owns} here ({request.description}). Start the '
+            "session with spark.task.resource.gpu.amount, give resources={'gpu': 8} or as many as "
+            "an executor has, or give ranks_per_task a number"
+        )
+    return replace(request, ranks=int(request.gpus))
+
+
+def _request(spark: SparkSession, resources: Mapping[str, float] | None) -> TaskRequest:
     cpus = spark.conf.get("spark.task.cpus", None) or "1"
     if resources is not None:
         return TaskRequest(

@@ -97,17 +97,17 @@ def require_slots(
             "np=0 (all slots): this Spark Connect server does not tell how many slots its "
             "cluster has. Give the number of ranks"
         )
-    wanted = np or expected or 1
+    wanted = request.tasks(np) or expected or 1
     if expected is not None and wanted > expected and (slots is None or slots < wanted):
         raise _too_few_slots(spark, np, expected, request)
     if slots is None:
-        return wanted
+        return np or wanted * request.ranks
     if slots < wanted:
         slots = _wait_for_slots(
             spark, wanted, request, expected=expected, start_timeout=start_timeout, console=console
         )
     if slots >= wanted:
-        return np or slots
+        return np or slots * request.ranks
     if expected is None:
         raise _too_few_slots(spark, np, slots, request)
     raise StartTimeoutError(
@@ -181,7 +181,8 @@ def _facts(spark: SparkSession, request: TaskRequest) -> str:
         if (value := spark.conf.get(name, None)) is not None
     ]
     facts = [_master(spark), ", ".join(confs), _describe_executors(spark, request)]
-    facts.append(f"a task takes {request.description}")
+    runs = f" and runs {request.ranks} ranks" if request.ranks > 1 else ""
+    facts.append(f"a task takes {request.description}{runs}")
     return "; ".join(fact for fact in facts if fact)
 
 
@@ -213,8 +214,11 @@ def _too_few_slots(
     spark: SparkSession, np: int, slots: int, request: TaskRequest
 ) -> ClusterCapacityError:
     asked = f"np={np}" if np else "np=0 (all slots)"
+    needed = _counted(request.tasks(np), "task slot") if np else "at least 1 task slot"
+    if request.ranks > 1:
+        needed += f" of {request.ranks} ranks each" if np > request.ranks else ""
     return ClusterCapacityError(
-        f"{asked} needs {_counted(np, 'task slot') if np else 'at least 1 task slot'}, and the "
+        f"{asked} needs {needed}, and the "
         f"cluster has {slots} ({_facts(spark, request)}): ask for fewer ranks, add executors or "
         "cores, or use a negative np to run on the driver"
     )

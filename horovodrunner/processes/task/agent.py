@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -14,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.flows.artifacts.places import directory_of_task
@@ -23,11 +26,10 @@ from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.task import LatestCopy
 from horovodrunner.flows.logs.lines import prefix_lines
 from horovodrunner.flows.logs.task import own_line
-from horovodrunner.flows.outcome.outcome import Failure, Outcome
-from horovodrunner.flows.results.task import file_without_a_name
-from horovodrunner.flows.rows.taking import data_directory, with_rows
+from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
+from horovodrunner.flows.results.task import ResultUploader, file_without_a_name
+from horovodrunner.flows.rows.taking import data_directories, with_rows
 from horovodrunner.flows.telemetry.phases import Spans
-from horovodrunner.pickling.buffers import Layout
 from horovodrunner.placement.environment import (
     DATA_DIRECTORY,
     slot_environment,
@@ -51,6 +53,7 @@ from horovodrunner.processes.task.process import WorkerProcess
 from horovodrunner.processes.task.scratch import Scratch
 from horovodrunner.processes.task.supervisor import Supervisor
 from horovodrunner.wire.events import (
+    Ended,
     Job,
     Lines,
     Note,
@@ -108,8 +111,7 @@ class _Agent:
         scratch = Scratch(job.run_id, context.scratch_base)
         resources.callback(scratch.delete)
         self._scratch = scratch.path
-        self._result_fd = file_without_a_name()
-        resources.callback(os.close, self._result_fd)
+        self._result_files: list[int] = []
         resources.callback(context.abort_transfers)
 
     async def run(self) -> Outcome:
@@ -132,10 +134,13 @@ class _Agent:
             self._context.cores_per_worker,
             self._job.removed_variables,
         )
+        result_file = file_without_a_name()
+        self._resources.callback(os.close, result_file)
+        self._result_files.append(result_file)
         worker = WorkerProcess(
             self._job.early_imports,
             environment,
-            self._result_fd,
+            result_file,
             self._context.session_process if self._job.keep_warm else None,
         )
         self._resources.callback(worker.kill)
@@ -193,7 +198,6 @@ class _Agent:
             members,
             slots,
             listening=listening,
-            result_fd=self._result_fd,
             scratch=self._scratch,
             spans=self._spans,
             stop_requested=self._stop_requested,
@@ -206,7 +210,7 @@ class _Agent:
                 own,
                 leader.emit,
                 latest=leader.latest,
-                on_result=leader.result.written,
+                results=leader.results,
             )
         )
 
@@ -238,9 +242,20 @@ class _Agent:
         latest = LatestCopy(
             self._context.checkpoints, self._scratch, ask=link.ask_latest, tell=link.fetched
         )
-        supervisors = self._supervisors(workers, members, own, emit, latest=latest)
+        stopping = asyncio.Event()
+
+        def result_lost(rank: int, text: str) -> None:
+            failure = Failure(rank, own[0].host, text, FailureKind.RESULT)
+            link.emit(Ended(rank, Outcome(failure=failure).to_bytes()))
+
+        results = ResultUploader(
+            functools.partial(self._context.take_result, reaches_driver=True), result_lost
+        )
+        self._resources.push_async_callback(results.close)
+        supervisors = self._supervisors(workers, members, own, emit, latest=latest, results=results)
 
         def stop(_: object) -> None:
+            stopping.set()
             for supervisor in supervisors:
                 supervisor.stop()
 
@@ -252,13 +267,14 @@ class _Agent:
         listening.add_done_callback(stop)  # without partition 0 there is no run
         try:
             outcomes = await asyncio.gather(*(each.run() for each in supervisors))
+            await results.finish(stopping, link.emit)
             await bring_artifacts(
                 self._context.take_artifacts, directory_of_task(self._scratch), link.emit
             )
         finally:
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)
-        return outcomes[0]
+        return _of_all(outcomes)
 
     def _supervisors(
         self,
@@ -268,18 +284,21 @@ class _Agent:
         emit: Sink,
         *,
         latest: LatestCopy,
-        on_result: Callable[[Layout], None] = lambda layout: None,
+        results: ResultUploader,
     ) -> list[Supervisor]:
+        data = None
+        if self._context.rows is not None:
+            data = itertools.cycle(data_directories(self._context.rows, members))
         return [
             Supervisor(
                 worker,
-                self._job_of(slot, members),
+                self._job_of(slot, members, next(data) if data is not None else None),
                 emit,
                 latest.get,
-                on_result,
+                functools.partial(results.written, slot.rank, file),
                 beside=self._usage_watch(worker, slot, emit),
             )
-            for worker, slot in zip(workers, slots, strict=True)
+            for worker, slot, file in zip(workers, slots, self._result_files, strict=True)
         ]
 
     def _usage_watch(
@@ -343,7 +362,7 @@ class _Agent:
             return member
         return replace(member, tf_ports=tuple(self._reserve_port() for _ in range(member.workers)))
 
-    def _job_of(self, slot: Slot, members: Sequence[Member]) -> Job:
+    def _job_of(self, slot: Slot, members: Sequence[Member], data: Path | None) -> Job:
         leader = members[0]
         environment = slot_environment(
             slot,
@@ -357,14 +376,14 @@ class _Agent:
         hosts = len({member.host_id for member in members})
         environment |= torchrun_environment(slot, hosts, self._job.run_id, self._job.attempt)
         environment |= tf_config(tf_workers(members), slot.rank)
-        if self._context.rows is not None:
-            environment[DATA_DIRECTORY] = data_directory(self._context.rows, members)
+        if data is not None:
+            environment[DATA_DIRECTORY] = str(data)
         _logger.debug("rank %d is on %s, local rank %d", slot.rank, slot.host, slot.local_rank)
         return Job(
             rank=slot.rank,
             host=slot.host,
             environment=environment,
-            return_result=slot.rank == 0,
+            return_result=slot.rank == 0 or self._job.all_results,
             attempt=self._job.attempt,
             scratch=str(self._scratch),
             keeps_checkpoints=self._context.checkpoints is not None,
@@ -394,6 +413,11 @@ class _Agent:
         keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         on_free_port(self._job.ports, lambda port: keeper.bind(("", port)))
         return int(keeper.getsockname()[1])
+
+
+def _of_all(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return what a task tells of its ranks: a failure, if one failed."""
+    return next((each for each in outcomes if each.failure is not None), outcomes[0])
 
 
 def _has_horovod() -> bool:

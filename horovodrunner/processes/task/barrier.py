@@ -67,7 +67,7 @@ def barrier_task(job: JobSpec, data: Sequence[Travelling], batches: Iterator[Any
         "this executor's standard error",
         job.environment,
     )
-    rows = _rows(data, partition, batches)
+    rows = _rows(data, job, partition, batches)
     client = TransferClient(job.run_id, job.token, job.driver_address)
     result, log = ResultUpload(job, client), TaskLog(_LOG_FD)
     try:
@@ -85,14 +85,17 @@ def barrier_task(job: JobSpec, data: Sequence[Travelling], batches: Iterator[Any
             )
 
 
-def _rows(data: Sequence[Travelling], partition: int, batches: Iterator[Any]) -> TaskRows | None:
+def _rows(
+    data: Sequence[Travelling], job: JobSpec, partition: int, batches: Iterator[Any]
+) -> TaskRows | None:
     if not data:
         for _ in batches:
             pass
         return None
     from horovodrunner.flows.rows.task import TaskRows
 
-    return TaskRows(data, partition, batches)
+    first = sum(job.workers[:partition])
+    return TaskRows(data, range(first, first + job.workers[partition]), batches)
 
 
 def _context(
@@ -124,6 +127,7 @@ def _context(
             host=socket.gethostname(),
             address=address,
             interface=interface,
+            workers=job.workers[partition],
             gpus=gpus,
             problem=gpu_problem or address_problem or _packing_problem(),
             versions=installed_versions(),
@@ -138,7 +142,7 @@ def _context(
         abort_transfers=client.abort,
         rows=rows,
         scratch_base=_scratch_base(),
-        cores_per_worker=barrier.cpus(),
+        cores_per_worker=barrier.cpus() // job.workers[partition],
         session_process=os.getppid(),  # PySpark's daemon, which forks its Python workers
         environ=_inherited_environment(),
     )
@@ -186,7 +190,9 @@ def _checkpoint_backend(job: JobSpec, client: TransferClient) -> CheckpointBacke
     if job.checkpoint_location is None:
         return None
     if is_url(job.checkpoint_location):
-        return CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
+        return CheckpointStore(
+            job.checkpoint_location, job.keep_checkpoints, job.record, job.checkpoint_fence
+        )
     return DriverBackend(client)
 
 

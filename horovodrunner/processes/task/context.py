@@ -22,7 +22,9 @@ class _Gather(Protocol):
 
 
 class _TakeResult(Protocol):
-    def __call__(self, descriptor: int, layout: Layout, *, reaches_driver: bool) -> None: ...
+    def __call__(
+        self, descriptor: int, layout: Layout, rank: int, *, reaches_driver: bool
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class TaskContext:
     log: Callable[[bytes], None]
     """Takes whole lines for this task's own log."""
     take_result: _TakeResult
-    """Takes the file with what rank 0's main returned; blocks."""
+    """Takes the file with what a rank's main returned; blocks."""
     take_file: Callable[[str, Path], None]
     """Takes a file that Horovod wrote on rank 0's host, by the variable that names it; blocks."""
     take_artifacts: Callable[[dict[str, Path]], None]

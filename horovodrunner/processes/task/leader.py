@@ -68,7 +68,6 @@ class Leader:
         slots: Sequence[Slot],
         *,
         listening: socket.socket,
-        result_fd: int,
         scratch: Path,
         spans: Spans,
         stop_requested: asyncio.Event,
@@ -82,9 +81,9 @@ class Leader:
         self._log = MergedLog(context.log, driver.emit)
         self._outcome = RunOutcome(slots)
         self._telemetry = Telemetry(slots, self._log, self._outcome, spans, driver.emit)
-        take_result = functools.partial(context.take_result, reaches_driver=driver.is_reached)
-        self.result = ResultUploader(
-            take_result, result_fd, on_error=functools.partial(self._fail, FailureKind.RESULT)
+        self.results = ResultUploader(
+            functools.partial(context.take_result, reaches_driver=driver.is_reached),
+            on_error=functools.partial(self._fail, FailureKind.RESULT),
         )
         self._uploader = (
             None
@@ -151,7 +150,7 @@ class Leader:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self.result.close()
+            await self.results.close()
             await self._peers.close()
 
     async def _run_to_end(self, own: asyncio.Future[list[Outcome]]) -> Outcome:
@@ -173,13 +172,13 @@ class Leader:
         await self._peers.wait_for_leaving(0)
         if failure is not None:
             return failure
-        has_result = await self.result.finish(self._stop_requested)
+        has_results = await self.results.finish(self._stop_requested, self._driver.emit)
         # the last checkpoint may not have been stored, or the result not sent
         if (failure := self._outcome.summary(self._telemetry.waiting_in())) is not None:
             return failure
         has_saved = self._uploader is not None and self._uploader.has_saved
         self._resumption.main_returned(has_saved=has_saved)
-        is_complete = has_result and self._outcome.all_ended.is_set()
+        is_complete = has_results and self._outcome.all_ended.is_set()
         return own.result()[0] if is_complete else Outcome()
 
     async def _stop_on_request(self) -> None:
@@ -220,14 +219,13 @@ class Leader:
         self._peers.storing(event)
         self._driver.emit(event)
 
-    def _fail(self, kind: FailureKind, text: str) -> None:
-        own = self._slots[0]
-        self._outcome.failed(Failure(own.rank, own.host, text, kind=kind))
+    def _fail(self, kind: FailureKind, rank: int, text: str) -> None:
+        self._outcome.failed(Failure(rank, self._slots[rank].host, text, kind=kind))
 
     def _checkpoint_failed(self, text: str) -> None:
         self._log.say(text)
         if self._job.fail_on_checkpoint_error:
-            self._fail(FailureKind.STORAGE, text)
+            self._fail(FailureKind.STORAGE, 0, text)
 
 
 def written_file(scratch: Path, variable: str) -> Path:

@@ -12,6 +12,7 @@ from horovodrunner.flows.checkpoints.task import LatestDecision
 from horovodrunner.flows.logs.task import LineSender, own_line
 from horovodrunner.flows.outcome.outcome import FailureKind
 from horovodrunner.flows.outcome.task import RunOutcome
+from horovodrunner.formatting import ranks_in_words
 from horovodrunner.placement.topology import Slot
 from horovodrunner.processes.task.network import REACH_EACH_OTHER
 from horovodrunner.wire.events import (
@@ -42,6 +43,16 @@ JOIN_SECONDS = 20.0
 """How long partition 0 waits for its peers' tasks to connect after the gather step."""
 
 _logger = logging.getLogger(__name__)
+
+
+def contact_lost(ranks: Sequence[int]) -> str:
+    """Say that a task was lost, and with it all its ranks.
+
+    >>> contact_lost([2, 3])
+    'contact with the task of ranks 2 and 3 was lost'
+    """
+    whose = "its task" if len(ranks) == 1 else f"the task of {ranks_in_words(ranks)}"
+    return f"contact with {whose} was lost"
 
 
 class PeerServer:
@@ -157,7 +168,7 @@ class PeerServer:
                 answer.cancel()
             self._connections.discard(connection)
             self._latest.fetched(partition, "")
-            self._outcome.lost(ranks, "contact with its task was lost; the executor may have died")
+            self._outcome.lost(ranks, f"{contact_lost(ranks)}; the executor may have died")
             self._not_left.discard(partition)
             self._note_presence()
 
