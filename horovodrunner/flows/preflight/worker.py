@@ -120,9 +120,9 @@ def _reductions() -> tuple[str, list[float]]:
 
 
 def _of_horovod() -> tuple[str, list[float]]:
-    import horovod.torch as hvd
     import torch
 
+    hvd = sys.modules["horovod.torch"]
     hvd.init()
     device = _device(hvd.local_rank())
 
