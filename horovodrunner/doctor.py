@@ -31,6 +31,7 @@ from horovodrunner.horovod_build.recipe import (
     framework_versions,
     torch_cuda,
 )
+from horovodrunner.placement.packed import PackedEnvironment
 
 _BUILD = "python -m horovodrunner build-horovod"
 _IMPORT_SECONDS = 90.0
@@ -76,7 +77,7 @@ def examine() -> Iterator[tuple[str, Iterable[Finding]]]:
             (name, pool.submit(_framework, name, version, _PROGRAMS[name]))
             for name, version in framework_versions().items()
         ]
-        yield "Python", [_python()]
+        yield "Python", [_python(), *_packed()]
         yield "executors", _worker_python()
         yield "Java", [_java()]
         yield "Spark", _spark()
@@ -98,6 +99,17 @@ def _python() -> Finding:
         f"{platform.python_version()} ({sys.executable}), {cores} cores, "
         f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB memory free",
     )
+
+
+def _packed() -> Iterator[Finding]:
+    """Look whether an environment that was packed elsewhere fits this machine."""
+    packed = PackedEnvironment.of_this_process()
+    if packed is None:
+        return
+    if problem := packed.problem_here():
+        yield Finding("problem", problem)
+    else:
+        yield Finding("ok", f"packed environment {packed.digest[:12]} for {packed.machine}")
 
 
 def _worker_python() -> Iterator[Finding]:

@@ -11,6 +11,8 @@
     ├── PayloadError                main, an argument or a result cannot be pickled or unpickled
     ├── WorkerFailedError           a rank failed: rank, host, exit code or signal, traceback
     │   └── StallTimeoutError       ranks waited for others longer than stall_timeout (TimeoutError)
+    ├── RunStoppedError             runner.stop() has ended the run
+    ├── RunSupersededError          another driver has taken over the run of this key
     ├── BarrierStageError           Spark lost or cancelled the stage that carried the run
     ├── CheckpointError             a checkpoint could not be fetched, or stored where it had to be
     ├── DataError                   a DataFrame, or what was written of it, cannot feed the ranks
@@ -41,6 +43,8 @@ __all__ = [
     "HorovodRunnerError",
     "PayloadError",
     "PredictionError",
+    "RunStoppedError",
+    "RunSupersededError",
     "StallTimeoutError",
     "StartTimeoutError",
     "WorkerFailedError",
@@ -207,6 +211,54 @@ class StallTimeoutError(WorkerFailedError, TimeoutError):
     def _text(self, *, with_traceback: bool) -> str:
         stacks = [f"Stack of rank {rank}:\n{text.rstrip()}" for rank, text in self.stacks.items()]
         return "\n\n".join([super()._text(with_traceback=with_traceback), *stacks])
+
+
+class RunStoppedError(HorovodRunnerError):
+    """The run was ended from the driver, by :meth:`horovodrunner.HorovodRunner.stop`.
+
+    Parameters
+    ----------
+    text
+        What happened, and what is left.
+    reason
+        What ``stop`` was given.
+
+    Examples
+    --------
+    >>> RunStoppedError("no progress: the run of 2 ranks was stopped", reason="no progress").reason
+    'no progress'
+    """
+
+    def __init__(self, text: str, *, reason: str = "") -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class RunSupersededError(HorovodRunnerError):
+    """Another driver has taken over the run of this ``run_key``.
+
+    This one was thought dead, because it was not heard of for some time. Its value, and what it
+    wanted to store since then, are not kept.
+
+    Parameters
+    ----------
+    text
+        What happened.
+    host
+        Where the other driver is, or "" where that is not known.
+    pid
+        Its process there, or 0.
+
+    Examples
+    --------
+    >>> RunSupersededError("pid 7 on node-2 has taken over", host="node-2", pid=7).pid
+    7
+    """
+
+    def __init__(self, text: str, *, host: str = "", pid: int = 0) -> None:
+        super().__init__(text)
+        self.host = host
+        self.pid = pid
 
 
 class CheckpointError(HorovodRunnerError):

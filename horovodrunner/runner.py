@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import inspect
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner import validation as checked
-from horovodrunner.errors import ConfigurationError
+from horovodrunner.errors import ArgumentValueError, ConfigurationError, RunStoppedError
 from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.called import name_of
@@ -24,9 +25,10 @@ from horovodrunner.flows.call.import_path import ImportPath
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.driver import new_history, newest_history
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.going import GoingRun
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.logs.showing import warn
-from horovodrunner.flows.metrics.driver import MetricsRecorder
+from horovodrunner.flows.metrics.driver import MetricsRecorder, ReportCalls
 from horovodrunner.flows.metrics.history import History
 from horovodrunner.flows.mlflow.driver import Sources, reporters, require_mlflow
 from horovodrunner.flows.observer import Observer, Observers, RunFacts
@@ -35,28 +37,38 @@ from horovodrunner.flows.progress.driver import ProgressView
 from horovodrunner.flows.progress.screens import find_screen
 from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.flows.results.sequence import RankResults
+from horovodrunner.flows.rundir.masking import Mask, secret_variables, without_secrets
+from horovodrunner.flows.runkeys.driver import REFUSE, RERUN, KeyedRun, KeyRequest, keyed_run
+from horovodrunner.flows.script.driver import ScriptCall, prepare_script
 from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
 from horovodrunner.flows.tensorboard.driver import TensorBoardWriter, checked_directory
 from horovodrunner.formatting import format_bytes, in_one_line
 from horovodrunner.pickling import payload
-from horovodrunner.placement.environment import forwarded_environment, hash_seed
+from horovodrunner.placement.environment import DEVICES
+from horovodrunner.placement.forwarding import Variables, checked_patterns, checked_variables
 from horovodrunner.placement.versions import installed_versions
-from horovodrunner.processes.driver.announcement import announce
-from horovodrunner.processes.driver.attempts import describe_stopped, run_attempts
+from horovodrunner.processes.driver.announcement import PICKLED, announce
+from horovodrunner.processes.driver.attempts import describe_end, run_attempts
 from horovodrunner.processes.driver.interactive import is_interactive, program_arguments
+from horovodrunner.processes.driver.queue import Turn
 from horovodrunner.spark import interrupt
-from horovodrunner.storage import is_url
-from horovodrunner.usage import explained, wrong_options, wrong_run
+from horovodrunner.storage import is_url, open_storage
+from horovodrunner.usage import explained, wrong_options, wrong_run, wrong_script
 from horovodrunner.wire.events import Handlers
 
 if TYPE_CHECKING:
     from horovodrunner.data.unshared import UnsharedDataSet
+    from horovodrunner.flows.metrics.records import Point
     from horovodrunner.flows.rundir.driver import RunDirectory
 
 __all__ = ["HorovodRunner", "SavedCheckpoint"]
 
 AUTO = "auto"
 TOKEN_BYTES = 32
+MAX_KEY = 200
+
+MAX_NAME = 100
+"""Characters of a run's name."""
 
 USAGE_SECONDS = 10.0
 """How often ranks report what they use, to observers that want it."""
@@ -150,6 +162,12 @@ class HorovodRunner:
     tf_config
         Whether every rank gets ``TF_CONFIG`` with all ranks as workers, for
         ``tf.distribute.MultiWorkerMirroredStrategy``. Without it no rank has the variable.
+    environment
+        Variables for every rank, from the start of its process: ``{"WANDB_MODE": "offline"}``.
+        They win over the driver's and the executors'; None takes a variable of theirs away.
+    forward
+        Names of the driver's variables that every rank gets, beside those of Horovod and the
+        frameworks: ``["AWS_*", "MY_TOKEN"]``. No record or log shows their values.
     profile_launch
         Whether a table at the end of the run shows how long each phase took: pickling, the start
         of the stage and of the workers, imports, the gather step, main, the way back. ``phases``
@@ -178,6 +196,13 @@ class HorovodRunner:
     tensorboard_dir
         A directory on the driver for event files of what main reports, which TensorBoard shows;
         each run has a directory of its own in it.
+    on_report
+        A function that is called with each point that rank 0 reports
+        (:class:`~horovodrunner.flows.metrics.records.Point`: ``step``, ``values``), in the thread
+        that called :meth:`run`. What it raises ends the run, and ``run()`` raises it.
+    name
+        What the run is called in the lines that it prints, in its progress, in Spark's UI, in its
+        record, in MLflow and in TensorBoard: to tell several runs at once apart.
 
     Raises
     ------
@@ -200,7 +225,7 @@ class HorovodRunner:
     'Hello from rank 0 of 2'
     """
 
-    _frames_to_user = 4
+    _frames_to_user = 6
     """From a warning of run() to the line that called it; a subclass adds its own frames."""
 
     @explained(wrong_options, **_OLD_OPTIONS)
@@ -223,24 +248,27 @@ class HorovodRunner:
         max_restarts: int = 0,
         restart_on: tuple[type[BaseException], ...] = (),
         tf_config: bool = False,
+        environment: Mapping[str, str | None] | None = None,
+        forward: Sequence[str] = (),
         profile_launch: bool = False,
         keep_warm: bool | str = AUTO,
         progress: bool | str = AUTO,
         run_dir: str | os.PathLike[str] | None = None,
         mlflow: bool | str = AUTO,
         tensorboard_dir: str | os.PathLike[str] | None = None,
+        on_report: Callable[[Point], object] | None = None,
+        name: str | None = None,
     ) -> None:
         given = locals()
         self._options = {
-            name: given[name]
-            for name, parameter in inspect.signature(HorovodRunner).parameters.items()
-            if _differs(given[name], parameter.default)
+            option: given[option]
+            for option, parameter in inspect.signature(HorovodRunner).parameters.items()
+            if _differs(given[option], parameter.default)
         }
         self._np = checked.integer("np", np)
         self._verbosity = checked.choice(
             "driver_log_verbosity", driver_log_verbosity, ("all", "log_callback_only")
         )
-        self._horovod_variables = _horovod_variables(horovodrun_args)
         self._resources = None if resources is None else checked.resources("resources", resources)
         self._ranks_per_task = checked.integer_or("gpu", "ranks_per_task", ranks_per_task, 1)
         self._preflight = checked.boolean_or("warn", "preflight", preflight)
@@ -262,6 +290,13 @@ class HorovodRunner:
         self._max_restarts = checked.integer("max_restarts", max_restarts, at_least=0)
         self._restart_on = checked.exception_types("restart_on", restart_on)
         self._tf_config = checked.boolean("tf_config", tf_config)
+        self._variables = Variables(
+            checked_variables("environment", {} if environment is None else environment),
+            checked_patterns("forward", checked.names("forward", forward)),
+            _horovod_variables(horovodrun_args),
+        )
+        if environment:
+            self._options["environment"] = without_secrets(self._variables.environment)
         self._profile_launch = checked.boolean("profile_launch", profile_launch)
         self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
         self._progress = checked.boolean_or(AUTO, "progress", progress)
@@ -276,8 +311,16 @@ class HorovodRunner:
             )
         )
         self._run_dir = None if run_dir is None else checked.path("run_dir", run_dir)
+        self._on_report = (
+            None
+            if on_report is None
+            else checked.callback("on_report", on_report, "a point that rank 0 reported")
+        )
+        self._name = "" if name is None else checked.name("name", name, MAX_NAME)
+        self._going: list[GoingRun] = []
         self._run_directory: RunDirectory | None = None  # of the last run
-        self._own_history: CheckpointStore | None = None  # of the last run with resume=False
+        self._stored_record: str | None = None  # of the run whose value was stored
+        self._own_history: CheckpointStore | None = None  # of the last run that has one
         self._phases: tuple[Phase, ...] = ()
         self._history = History()
         self._artifacts = ArtifactStore()
@@ -354,12 +397,12 @@ class HorovodRunner:
         >>> runner.record  # doctest: +SKIP
         '/home/me/runs/20260131-101500-1f0c22ab'
         """
-        return None if self._run_directory is None else self._run_directory.location
+        if self._run_directory is None:
+            return self._stored_record
+        return self._run_directory.location
 
     def __repr__(self) -> str:
         """Return the call that makes this runner, without what a URL has before its ``@``."""
-        from horovodrunner.flows.rundir.masking import Mask
-
         options = ", ".join(f"{name}={checked.shown(it)}" for name, it in self._options.items())
         return Mask().text(f"{type(self).__name__}({options})")
 
@@ -373,13 +416,30 @@ class HorovodRunner:
         return "".join(parts)
 
     @explained(wrong_run)
-    def run(self, /, main: Callable[..., Any], **kwargs: Any) -> Any:
+    def run(
+        self,
+        /,
+        main: Callable[..., Any],
+        *,
+        run_key: str | None = None,
+        on_change: str = REFUSE,
+        **kwargs: Any,
+    ) -> Any:
         """Run ``main(**kwargs)`` once on every rank and return what rank 0 returned.
 
         Parameters
         ----------
         main
             The training function; it and its arguments travel by cloudpickle.
+        run_key
+            What this run is called in ``run_dir``, so that it is not done twice: any text, such as
+            ``"nightly-2026-11-27"``. If it was done before, its value comes back and nothing is
+            launched. If it has failed, or its driver is gone, it goes on from its own newest
+            checkpoint. If another driver is doing it, this one waits for its value, at most
+            ``start_timeout`` seconds.
+        on_change
+            ``"refuse"``: another main, other code or other arguments under the same key are an
+            error, which names what differs. ``"rerun"``: they start anew under this key.
         **kwargs
             Its keyword arguments.
 
@@ -400,7 +460,11 @@ class HorovodRunner:
         ClusterCapacityError
             If the cluster has fewer slots than np.
         StartTimeoutError
-            If the tasks do not start within ``start_timeout``.
+            If the tasks do not start within ``start_timeout``, or another driver is not done by
+            then with the run of this ``run_key``.
+        RunSupersededError
+            If another driver has taken over the run of this ``run_key``, because this one was not
+            heard of.
         WorkerFailedError
             If a rank fails; its own exception is the ``__cause__``.
         StallTimeoutError
@@ -411,38 +475,128 @@ class HorovodRunner:
             If a data set that travels with the run cannot be computed or stored.
         BarrierStageError
             If Spark lost or cancelled the run's stage.
+        RunStoppedError
+            If :meth:`stop` has ended the run. What ``on_report`` raises is raised as it is.
         """
+        __tracebackhide__ = True
+        on_change = checked.choice("on_change", on_change, (REFUSE, RERUN))
+        checked.free_names(main, "run_key", "on_change")
+        if run_key is None and on_change != REFUSE:
+            raise ArgumentValueError(f"on_change={on_change!r} needs a run_key")
+        return self._call(main, kwargs, run_key, on_change)
+
+    def _call(
+        self,
+        main: Callable[..., Any],
+        kwargs: Mapping[str, Any],
+        run_key: str | None = None,
+        on_change: str = REFUSE,
+    ) -> Any:
+        __tracebackhide__ = True
+        run = GoingRun(secrets.token_hex(4), self._name)
+        self._going.append(run)
+        try:
+            with run.going():
+                if run_key is None:
+                    return self._run(run, main, kwargs)
+                checked.main(main, kwargs, runner_options=_OPTIONS)
+                with keyed_run(self._request(run, run_key, on_change, main, kwargs), run) as keyed:
+                    if keyed.is_done:
+                        return self._stored_value(keyed)
+                    return self._run(run, main, kwargs, keyed)
+        finally:
+            self._going.remove(run)
+
+    def _request(
+        self,
+        run: GoingRun,
+        run_key: str,
+        on_change: str,
+        main: Callable[..., Any],
+        kwargs: Mapping[str, Any],
+    ) -> KeyRequest:
+        from horovodrunner.flows.call.recording import record_call
+
+        key = checked.name("run_key", run_key, MAX_KEY)
+        if self._run_dir is None:
+            raise ArgumentValueError(
+                f"run_key={key!r} needs run_dir, where what was done is kept: "
+                'HorovodRunner(..., run_dir="runs")'
+            )
+        record = record_call(run.run_id, abs(self._np), main, kwargs, exactly=True)
+        return KeyRequest(key, self._run_dir, record, on_change, self._start_timeout)
+
+    def _stored_value(self, keyed: KeyedRun) -> Any:
+        """Return the value of a run that was done before, and be as after that run."""
+        self._forget_last_run()
+        self._history, self._phases = History(), ()
+        self._artifacts = ArtifactStore()
+        if keyed.stored is not None and keyed.stored.record and self._run_dir is not None:
+            self._stored_record = open_storage(self._run_dir).url(keyed.stored.record)
+        if self._store is not None:
+            self._own_history = self._store_of_key(self._store, keyed).newest_epoch()
+        return keyed.value()
+
+    def stop(self, reason: str = "") -> bool:
+        """End the run that is going, from another thread, a handler of signals or ``on_report``.
+
+        All ranks end within seconds, and :meth:`run` raises a :class:`RunStoppedError`; there is no
+        restart. What was reported, artifacts and checkpoints stay.
+
+        Parameters
+        ----------
+        reason
+            Why; the error tells it.
+
+        Returns
+        -------
+        bool
+            Whether there was a run to end: True means that ``run()`` raises the error. A run that
+            begins later is not affected.
+
+        Examples
+        --------
+        >>> runner = HorovodRunner(np=2)
+        >>> threading.Timer(3600, runner.stop, ["an hour is over"]).start()  # doctest: +SKIP
+        >>> runner.run(train)  # doctest: +SKIP
+        Traceback (most recent call last):
+        horovodrunner.errors.RunStoppedError: an hour is over: the run of 2 ranks was stopped; ...
+        """
+        reason = checked.text("reason", reason)
+        stops = [run.stop(RunStoppedError(reason, reason=reason)) for run in [*self._going]]
+        return any(stops)
+
+    def _run(
+        self,
+        run: GoingRun,
+        main: Callable[..., Any],
+        kwargs: Mapping[str, Any],
+        keyed: KeyedRun | None = None,
+    ) -> Any:
         __tracebackhide__ = True
         began, spans = time.time(), Spans()
         checked.main(main, kwargs, runner_options=_OPTIONS)
-        run_id = secrets.token_hex(4)
-        store = self._store_of_run(run_id, main, kwargs)
-        environment = {
-            **forwarded_environment(os.environ),
-            **hash_seed(os.environ),
-            **self._horovod_variables,
-        }
+        store = self._store_of_run(run.run_id, main, kwargs, keyed)
+        environment = self._variables.of_run(os.environ)
         files = BroughtFiles(environment)
-        with payload.attachments() as data_sets:
-            call = payload.dump_call(main, kwargs, program_arguments())
-        frameworks = early_imports(main, call)
+        call, data_sets, frameworks = _pickle(main, kwargs)
         spans.add("pickle", began, time.time())
         self._history = History(abs(self._np))
         recorder = MetricsRecorder(self._history)
-        view = self._progress_view(recorder)
+        view = self._progress_view(recorder, run)
         shows_output = self._verbosity == "all" or self._np < 0
-        console = Console(
-            executors_have_lines=self._np >= 0, shows_lines=shows_output, drawing=view
-        )
+        console = self._make_console(run, shows_lines=shows_output, drawing=view)
         facts = RunFacts(
-            run_id,
+            run.run_id,
             self._np,
             name_of(main),
-            kwargs,
+            main.named_arguments if isinstance(main, ScriptCall) else kwargs,
             self._options,
             began,
             environment,
             files.paths,
+            self._name,
+            secret_variables(environment, self._variables),
         )
         artifacts = self._make_stores(facts, recorder, console)
         own = (recorder, artifacts, view, self._run_directory)
@@ -450,23 +604,26 @@ class HorovodRunner:
         observers = Observers([*filter(None, own), *others], console.note)
         results = self._result_store()
 
+        turn = Turn(run, console.wake)
+
         def launch(attempt: int) -> Outcome:
+            run.check()
             files.begin(attempt)
             observers.begin(attempt)
             now = time.time()
             spans.add("stage start", now, now)
             job = JobSpec(
-                run_id=run_id if attempt == 1 else f"{run_id}-{attempt}",
+                run_id=run.run_id if attempt == 1 else f"{run.run_id}-{attempt}",
                 size=abs(self._np),
                 payload=call,
                 # its own secret: nobody of an earlier attempt gets in
                 token=secrets.token_bytes(TOKEN_BYTES),
                 attempt=attempt,
                 early_imports=frameworks,
-                environment={
-                    **{k: v for k, v in environment.items() if k not in files.variables},
-                    **observers.environment,
-                },
+                environment=self._variables.of_attempt(
+                    environment, observers.environment, files.variables
+                ),
+                removed_variables=self._variables.removed,
                 import_path=ImportPath.of_this_process(),
                 stream_output=shows_output or observers.wants_output,
                 driver_shows_output=shows_output,
@@ -477,14 +634,16 @@ class HorovodRunner:
                 stall_timeout=self._stall_timeout,
                 checkpoint_location=None if store is None else store.location,
                 keep_checkpoints=3 if store is None else store.keep,
+                checkpoint_fence=None if store is None else store.fence,
                 record=None if store is None else store.run,
                 fail_on_checkpoint_error=self._on_checkpoint_error == "raise",
                 brought_files=files.variables,
                 tf_config=self._tf_config,
                 keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
             )
-            run_job = self._run_locally if self._np < 0 else self._run_on_spark
-            return run_job(
+            on_spark = functools.partial(self._run_on_spark, turn=turn)
+            run_job = self._run_locally if self._np < 0 else on_spark
+            outcome = run_job(
                 job,
                 console,
                 files,
@@ -492,32 +651,107 @@ class HorovodRunner:
                 data=tuple(data_sets.values()),
                 flows=observers.handlers,
             )
+            return outcome if keyed is None else keyed.keep(outcome, self.record, console)
 
         ended_by: BaseException | None = None
         try:
-            announce(console, self._np, self._verbosity, len(call), tf_config=self._tf_config)
+            announce(
+                console,
+                self._np,
+                self._verbosity,
+                len(call),
+                tf_config=self._tf_config,
+                what=main.what if isinstance(main, ScriptCall) else PICKLED,
+            )
             self._warn(main, kwargs, len(call))
-            first = run_attempts(launch, self._max_restarts, self._restart_on, store, console)
+            first = run_attempts(
+                launch,
+                self._max_restarts,
+                self._restart_on,
+                store=store,
+                console=console,
+                run=run,
+            )
             return self._keep_results(results, first)
         except KeyboardInterrupt as error:
-            ended_by = error
-            error.args = (describe_stopped(error, abs(self._np), store),)
+            ended_by = describe_end(run, error, abs(self._np), store)
             raise error from None  # a second Ctrl-C comes while the first one is handled
         except BaseException as error:
-            ended_by = error
+            ended_by = describe_end(run, error, abs(self._np), store)
             raise
         finally:
+            turn.leave()
             self._note_end(spans, console, began, ended_by)
             observers.end(ended_by)
             if store is not None:
                 store.prune()
             console.show(0)
 
+    @explained(wrong_script)
+    def run_script(
+        self,
+        script: str | os.PathLike[str],
+        /,
+        *arguments: object,
+        code_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Run a Python script on every rank, as ``horovodrun`` and ``torchrun`` do.
+
+        Each rank runs it as ``python train.py ...`` would: as ``__main__``, with these arguments in
+        ``sys.argv`` and its directory first in ``sys.path``. With a negative np it runs where it
+        is. On Spark, its directory travels to the executors, and each rank runs in a copy, which
+        is deleted with the run.
+
+        Parameters
+        ----------
+        script
+            Path of the script on the driver, or ``"-m"``: then the first argument is a module's
+            name, and the directory that its package lies in travels.
+        *arguments
+            The script's arguments: texts, numbers and paths.
+        code_dir
+            The directory that travels, if it is not the script's: one that the script is in.
+            Hidden directories, ``__pycache__``, ``node_modules`` and virtual environments in it
+            stay behind. At most 100 MB travel.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If an argument is neither text nor a number nor a path.
+        ArgumentValueError
+            If there is no such script or module, or it is not in ``code_dir``.
+        ConfigurationError
+            If the script is no Python, or the code directory is too large or cannot be read; and
+            as for :meth:`run`.
+        WorkerFailedError
+            If a rank fails; ``exit_code`` is that of the script, where it has left with one.
+        HorovodRunnerError
+            As for :meth:`run`.
+
+        Examples
+        --------
+        >>> HorovodRunner(np=4).run_script("train.py", "--epochs", 3)  # doctest: +SKIP
+        >>> HorovodRunner(np=-2).run_script("-m", "package.train")  # doctest: +SKIP
+        """
+        __tracebackhide__ = True
+        self.run(
+            prepare_script(
+                script, arguments, code_dir, travels=self._np >= 0, left_out=self._left_out()
+            )
+        )
+
+    def _left_out(self) -> list[str]:
+        """List directories of the run's own, which do not travel with the code around them."""
+        own = (self._run_dir, self._tensorboard_dir, self._store and self._store.location)
+        return [str(each) for each in own if each is not None and not is_url(str(each))]
+
     def _observers(
         self, facts: RunFacts, recorder: MetricsRecorder, console: Console
     ) -> list[Observer]:
         """Make what follows a run on the driver, beside what belongs to every run."""
         observers: list[Observer] = []
+        if self._on_report is not None:
+            observers.append(ReportCalls(self._on_report, recorder, console.call))
         if self._tensorboard_dir is not None:
             observers.append(TensorBoardWriter(self._tensorboard_dir, facts, recorder.records_of))
         # the last one: what the record has at its end is to be in MLflow, too
@@ -529,10 +763,7 @@ class HorovodRunner:
         self, facts: RunFacts, recorder: MetricsRecorder, console: Console
     ) -> ArtifactStore:
         """Make the directory of this run, if the user wants one, and where artifacts come to."""
-        self._artifacts.discard()
-        if self._run_directory is not None:
-            self._run_directory.discard()
-            self._run_directory = None
+        self._forget_last_run()
         if self._run_dir is None:
             self._artifacts = ArtifactStore()
             return self._artifacts
@@ -550,11 +781,27 @@ class HorovodRunner:
         self._artifacts = ArtifactStore(record.artifacts)
         return self._artifacts
 
-    def _progress_view(self, recorder: MetricsRecorder) -> ProgressView | None:
+    def _forget_last_run(self) -> None:
+        """Delete what goes with the next run."""
+        self._artifacts.discard()
+        self._stored_record = None
+        if self._run_directory is not None:
+            self._run_directory.discard()
+            self._run_directory = None
+
+    def _make_console(
+        self, run: GoingRun, *, shows_lines: bool, drawing: ProgressView | None
+    ) -> Console:
+        return Console(
+            executors_have_lines=self._np >= 0, shows_lines=shows_lines, drawing=drawing, run=run
+        )
+
+    def _progress_view(self, recorder: MetricsRecorder, run: GoingRun) -> ProgressView | None:
         """Make what shows how far the run is, unless the user wants nothing of it."""
         if self._progress is False:
             return None
-        return ProgressView(find_screen(), recorder, self._history, self._max_restarts + 1)
+        attempts = self._max_restarts + 1
+        return ProgressView(find_screen(), recorder, self._history, attempts, run=run)
 
     def _result_store(self) -> ResultStore:
         """Make what takes the results of a run; those of the last one go, if nobody has them."""
@@ -571,17 +818,30 @@ class HorovodRunner:
             )
         return first
 
+    def _store_of_key(self, root: CheckpointStore, keyed: KeyedRun) -> CheckpointStore:
+        """Return where the checkpoints of all epochs of a key's run are."""
+        return root.below(f"key-{keyed.place.name}").below(keyed.epoch.generation)
+
     def _store_of_run(
-        self, run_id: str, main: Callable[..., Any], kwargs: Mapping[str, Any]
+        self,
+        run_id: str,
+        main: Callable[..., Any],
+        kwargs: Mapping[str, Any],
+        keyed: KeyedRun | None,
     ) -> CheckpointStore | None:
         """Choose where this run's checkpoints are, and prove that it can be written to."""
         if self._store is None:
             return None
-        from horovodrunner.flows.call.recording import record_call
+        from horovodrunner.flows.call.recording import record_call, record_script
 
         self._store.check()
         try:
-            if self._resume:
+            self._own_history = None
+            if keyed is not None:
+                of_key = self._store_of_key(self._store, keyed)
+                history = of_key.begin_epoch(keyed.epoch.number, resume=self._resume)
+                self._own_history = history
+            elif self._resume:
                 history = newest_history(self._store, recover=True)
             else:
                 history = self._own_history = new_history(self._store)
@@ -590,8 +850,12 @@ class HorovodRunner:
                 f"the checkpoints in {self._store.location} cannot be read: {error}. Choose a "
                 "checkpoint_dir that this process may read"
             ) from error
-        record = record_call(run_id, abs(self._np), main, kwargs)
-        return CheckpointStore(history.location, history.keep, record)
+        record = (
+            record_script(run_id, abs(self._np), main.name, main.named_arguments, main.code)
+            if isinstance(main, ScriptCall)
+            else record_call(run_id, abs(self._np), main, kwargs)
+        )
+        return CheckpointStore(history.location, history.keep, record, history.fence)
 
     def _warn(self, main: Callable[..., Any], kwargs: Mapping[str, Any], call_bytes: int) -> None:
         if self._np == 0:
@@ -600,7 +864,15 @@ class HorovodRunner:
                 DeprecationWarning,
                 stacklevel=self._frames_to_user,
             )
-        if call_bytes > payload.WARN_BYTES:
+        if call_bytes > payload.WARN_BYTES and isinstance(main, ScriptCall):
+            warn(
+                f"{main.what} {format_bytes(call_bytes)}, which every executor has to fetch. "
+                f"Largest, before they were packed: {main.largest_entries()}. Name a directory "
+                "that has only the code with code_dir=",
+                UserWarning,
+                stacklevel=self._frames_to_user + 2,
+            )
+        elif call_bytes > payload.WARN_BYTES:
             parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
             named = "; ".join(f"{where} ({format_bytes(n)})" for where, n in parts)
             warn(
@@ -627,7 +899,14 @@ class HorovodRunner:
 
         with stored_here(data, job.run_id, console) as rows:
             return run_locally(
-                job, console, files, results, rows, artifacts=self._artifacts, flows=flows
+                job,
+                console,
+                files,
+                results,
+                rows,
+                artifacts=self._artifacts,
+                flows=flows,
+                deals_gpus=DEVICES not in self._variables.environment,
             )
 
     def _run_on_spark(
@@ -639,6 +918,7 @@ class HorovodRunner:
         *,
         data: Sequence[UnsharedDataSet],
         flows: Sequence[Handlers],
+        turn: Turn,
     ) -> Outcome:
         from horovodrunner.processes.driver import slots
         from horovodrunner.processes.driver.cluster import BarrierRun
@@ -650,7 +930,21 @@ class HorovodRunner:
         session.refuse_encrypted_cluster(spark)
         waiting_since = time.monotonic()
         request = task_request(spark, self._resources, self._ranks_per_task)
+        if request.gpus and DEVICES in self._variables.environment:
+            raise ConfigurationError(
+                f"environment has {DEVICES}, and Spark decides which GPUs each rank has "
+                f"({request.description}): leave it out"
+            )
+        turn.join(spark.conf.get("spark.app.id", None) or "")
         size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
+        turn.wait(
+            request.tasks(size),
+            request,
+            lambda: slots.total_slots(spark, request),
+            waiting_since=waiting_since,
+            start_timeout=self._start_timeout,
+            console=console,
+        )
         if rest := request.describe_rest(size):
             console.note(rest)
         job = replace(
@@ -665,7 +959,9 @@ class HorovodRunner:
         )
         location, store = job.checkpoint_location, None
         if location is not None and not is_url(location):  # there rank 0 writes itself
-            store = CheckpointStore(location, job.keep_checkpoints, job.record)
+            store = CheckpointStore(
+                location, job.keep_checkpoints, job.record, job.checkpoint_fence
+            )
         with interrupt.only_this_run():
             return BarrierRun(
                 spark,
@@ -677,6 +973,8 @@ class HorovodRunner:
                 artifacts=self._artifacts,
                 start_timeout=self._start_timeout,
                 waiting_since=waiting_since,
+                on_start=turn.start,
+                name=self._name,
                 store=store,
                 data=data,
                 flows=flows,
@@ -697,6 +995,17 @@ class HorovodRunner:
 
 
 _OPTIONS = [*[*inspect.signature(HorovodRunner.__init__).parameters][1:], *_OLD_OPTIONS]
+
+
+def _pickle(
+    main: Callable[..., Any], kwargs: Mapping[str, Any]
+) -> tuple[bytes, Mapping[str, UnsharedDataSet], tuple[str, ...]]:
+    """Return the pickled call, the data sets that it names, and what workers import early."""
+    if isinstance(main, ScriptCall):  # it is to find a fresh process, as from a shell
+        return payload.dump_call(main, kwargs, with_settings=False), {}, main.early_imports()
+    with payload.attachments() as attachments:
+        call = payload.dump_call(main, kwargs, program_arguments())
+    return call, attachments, early_imports(main, call)
 
 
 def _differs(value: Any, default: Any) -> bool:

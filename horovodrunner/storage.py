@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,8 +36,15 @@ __all__ = [
 _LEFTOVER_SECONDS = 24 * 3600
 _INCOMING = ".incoming-"
 _REPLACED = ".replaced-"
+_UNFINISHED = ".unfinished-"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 _OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
+_CREATE_ONCE = frozenset({"abfs", "abfss", "az", "gcs", "gs", "memory", "s3", "s3a"})
+"""Schemes whose implementations create a file only where there is none, in one step."""
+
+SETTLE_SECONDS = 3.0
+"""How long a file that was written may take to be listed, with other schemes."""
 
 _PACKAGES = {
     **dict.fromkeys(("s3", "s3a"), "s3fs"),
@@ -165,6 +173,42 @@ class LocalStorage:
         target.parent.mkdir(parents=True, exist_ok=True)
         return target.open("xb")
 
+    def files(self) -> list[str]:
+        """List the names of the files at the top; none where there is nothing."""
+        try:
+            return [each.name for each in self.root.iterdir() if each.is_file()]
+        except FileNotFoundError:
+            return []
+
+    def replace(self, path: str, content: bytes) -> None:
+        """Write a small file, instead of what is there; nobody sees half of it."""
+        beside = self._write_beside(path, content)
+        beside.replace(self.root / path)
+
+    def create_once(self, path: str, content: bytes) -> None:
+        """Write a small file, or raise a FileExistsError: of several writers one succeeds."""
+        beside = self._write_beside(path, content)
+        try:
+            # with its content at once, and on NFS, too
+            os.link(beside, self.root / path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            with self.create(path) as stream:
+                stream.write(content)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def take(self, other: LocalStorage, name: str) -> None:
+        """Move a directory here from another place of the same kind, as it is."""
+        (other.root / name).rename(self.root / name)
+
+    def _write_beside(self, path: str, content: bytes) -> Path:
+        beside = (self.root / path).with_name(_beside(_UNFINISHED, PurePath(path).name))
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(content)
+        return beside
+
     def begin(self, name: str) -> str:
         """Make an empty directory where the files that are to stand at `name` are written."""
         incoming = _beside(_INCOMING, name)
@@ -224,6 +268,8 @@ class LocalStorage:
 class RemoteStorage:
     """The same behind a URL. Whatever fsspec's implementations raise becomes an OSError."""
 
+    _creating = threading.Lock()
+
     def __init__(self, url: str) -> None:
         self._url = url
         self._fs, root = open_file_system(url)
@@ -267,6 +313,50 @@ class RemoteStorage:
     def create(self, path: str) -> BinaryIO:
         self.make(path.rpartition("/")[0])
         return cast(BinaryIO, self._call("open", path, mode="wb"))
+
+    def files(self) -> list[str]:
+        self.refresh()
+        try:
+            entries = self._call("ls", "", detail=True)
+        except FileNotFoundError:
+            return []
+        return [each["name"].rpartition("/")[2] for each in entries if each["type"] == "file"]
+
+    def replace(self, path: str, content: bytes) -> None:
+        self.make(path.rpartition("/")[0])
+        self._call("pipe_file", path, value=content)
+
+    def create_once(self, path: str, content: bytes) -> None:
+        self.make(path.rpartition("/")[0])
+        self.refresh()
+        if self._url.partition(":")[0].lower() in _CREATE_ONCE:
+            with self._creating:  # the one in memory looks, and writes then
+                self._call("pipe_file", path, value=content, mode="create")
+            return
+        # Without that, all who want to write say so, and the first by name does.
+        claim, mine = f"{path}.claim-", secrets.token_hex(8)
+        self.replace(f"{claim}{mine}", content)
+        try:
+            time.sleep(SETTLE_SECONDS)
+            is_first = min(each for each in self.files() if each.startswith(claim)) == claim + mine
+            if not is_first or path in self.files():
+                raise FileExistsError(self.url(path))
+            self.replace(path, content)
+        finally:
+            time.sleep(SETTLE_SECONDS)  # until then, others are to see it
+            self.remove_file(f"{claim}{mine}")
+
+    def take(self, other: RemoteStorage, name: str) -> None:
+        """Copy a checkpoint here, its manifest last."""
+        other.refresh()
+        with as_os_error(other.url(name)):
+            paths = self._fs.find(f"{other._root}/{name}")
+        start = len(f"{other._root}/".lstrip("/"))
+        for path in sorted(paths, key=lambda each: each.endswith(f"{name}/{MANIFEST_NAME}")):
+            target = path.lstrip("/")[start:]
+            self.make(target.rpartition("/")[0])
+            with as_os_error(self.url(target)):
+                self._fs.cp_file(path, f"{self._root}/{target}")
 
     def begin(self, name: str) -> str:
         self.remove(name)

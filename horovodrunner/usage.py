@@ -14,7 +14,7 @@ from horovodrunner.flows.call.called import called_signature, name_of
 from horovodrunner.flows.outcome import tracebacks
 from horovodrunner.validation import shown
 
-__all__ = ["explained", "wrong_options", "wrong_run"]
+__all__ = ["explained", "wrong_options", "wrong_run", "wrong_script"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 _Explain = Callable[[inspect.Signature, Sequence[Any], Mapping[str, Any], TypeError], str]
@@ -80,6 +80,25 @@ def wrong_run(
             f"argument of that name: rename it, or run(functools.partial({name}, main=...))"
         )
     return f"run(): {error}"
+
+
+def wrong_script(
+    signature: inspect.Signature,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    error: TypeError,
+) -> str:
+    """Explain a call of ``run_script`` that does not fit."""
+    if not args:
+        return 'run_script() lacks the script: run_script("train.py", "--epochs", 3)'
+    for name, value in kwargs.items():
+        if name != "code_dir":
+            option = "--" + name.replace("_", "-")
+            return (
+                f"run_script({shown(args[0])}, {name}=...): give the script's arguments as a "
+                f"command line has them, run_script({shown(args[0])}, {option!r}, {shown(value)})"
+            )
+    return f"run_script(): {error}"
 
 
 def wrong_options(

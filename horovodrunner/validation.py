@@ -6,6 +6,7 @@ made of it, and that value is the one to use: ``np.int64(2)`` overflows and is n
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 import shlex
@@ -17,19 +18,22 @@ from pathlib import PurePath
 from typing import Any
 
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
-from horovodrunner.flows.call.called import misfit, name_of, what_runs_later
+from horovodrunner.flows.call.called import called_signature, misfit, name_of, what_runs_later
 from horovodrunner.formatting import cut
 from horovodrunner.storage import is_url
 
 __all__ = [
     "boolean",
     "boolean_or",
+    "callback",
     "choice",
     "command_line",
     "exception_types",
+    "free_names",
     "integer",
     "integer_or",
     "main",
+    "name",
     "names",
     "number",
     "path",
@@ -142,6 +146,20 @@ def text(name: str, value: Any) -> str:
     return str.__str__(found)
 
 
+def name(option: str, value: Any, most: int) -> str:
+    """Check a short text that can be shown in one line."""
+    found = text(option, value)
+    if not found.strip():
+        raise ArgumentValueError(f"{option}={found!r}: it must not be empty")
+    if not found.isprintable():
+        raise ArgumentValueError(f"{option}={shown(found)}: it must be printable, in one line")
+    if len(found) > most:
+        raise ArgumentValueError(
+            f"{option}={shown(found)}: it has {len(found)} characters, and {most} is the most"
+        )
+    return found.strip()
+
+
 def names(name: str, value: Any) -> list[str]:
     """Check a list of names: anything but a str that one can iterate over."""
     value = plain(value)
@@ -238,6 +256,17 @@ def resources(name: str, value: Any) -> dict[str, float]:
     return amounts
 
 
+def callback(name: str, value: Any, argument: str) -> Callable[..., Any]:
+    """Check a function that is to be called with one argument, by position."""
+    if not callable(value):
+        raise _wrong_type(name, value, f"a function of {argument}")
+    function: Callable[..., Any] = value
+    if problem := misfit(functools.partial(function, None), {}):
+        raise ArgumentTypeError(f"{name}: it is called with {argument}, and {problem}")
+    runs_at_once(name, function)
+    return function
+
+
 def main(
     function: Any, kwargs: Mapping[str, Any], runner_options: Collection[str] = ()
 ) -> Callable[..., Any]:
@@ -257,6 +286,19 @@ def main(
         raise ArgumentTypeError(f"{problem}{where}")
     runs_at_once("main", checked)
     return checked
+
+
+def free_names(function: Any, *names: str) -> None:
+    """Refuse a training function with a parameter that ``run()`` has itself."""
+    signature = called_signature(function) if callable(function) else None
+    parameters = {} if signature is None else signature.parameters
+    for taken in names:
+        if taken in parameters:
+            called = name_of(function)
+            raise ArgumentTypeError(
+                f"{called} has a parameter {taken!r}, which is run()'s own name: rename that "
+                f"parameter of {called}"
+            )
 
 
 def runs_at_once(name: str, function: Callable[..., Any]) -> None:

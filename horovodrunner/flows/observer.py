@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from horovodrunner.formatting import in_one_line
 from horovodrunner.wire.events import Handlers
 
 __all__ = ["Observer", "Observers", "RunFacts"]
+
+_MAX_LABEL = 100
 
 _logger = logging.getLogger(__name__)
 
@@ -33,9 +36,27 @@ class RunFacts:
     began: float
     """Seconds since the epoch."""
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """The driver's variables that reach the ranks."""
+    """The variables that reach the ranks from the driver."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """Where files that Horovod writes are put on the driver, by the variable that names each."""
+    name: str = ""
+    """What the user calls the run, in one line."""
+    secret_variables: frozenset[str] = frozenset()
+    """Names of those in `environment` whose values nothing may show, whatever they are."""
+
+    @property
+    def label(self) -> str:
+        """The run's id and its name, as a file may be called.
+
+        >>> RunFacts("1f0c22ab", 2, "train", {}, {}, began=0, name="lr = 0.1/b").label
+        '1f0c22ab-lr-0.1-b'
+        """
+        words = re.findall(r"[\w.+-]+", self.name, re.ASCII)
+        return "-".join([self.run_id, *words])[:_MAX_LABEL]
+
+    def secret_values(self) -> list[str]:
+        """Return the values that nothing may show."""
+        return [self.environment[name] for name in self.secret_variables]
 
 
 class Observer:

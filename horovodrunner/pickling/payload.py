@@ -56,17 +56,22 @@ def attach(name: str, thing: object) -> None:
 
 
 def dump_call(
-    main: Callable[..., Any], kwargs: Mapping[str, Any], argv: Sequence[str] | None = None
+    main: Callable[..., Any],
+    kwargs: Mapping[str, Any],
+    argv: Sequence[str] | None = None,
+    *,
+    with_settings: bool = True,
 ) -> bytes:
     """Pickle a function and its arguments, and ``sys.argv`` for the worker unless it is None.
 
+    `with_settings`: whether it is to find this process's settings of libraries in force.
     Raises PayloadError that names the variable that does not pickle and where it comes from.
     """
     parts = [(f"main ({name_of(main)})", main)]
     parts += [(f"the argument {name!r}", value) for name, value in kwargs.items()]
     try:
         whole = call_in_its_modules(main, kwargs, argv)
-        call = dumps(with_context(whole), TravellingPickler)
+        call = dumps(with_context(whole) if with_settings else whole, TravellingPickler)
         if not any(module in call for module in _SPARKS_OWN):
             return call
         from horovodrunner.pickling.culprit import find_culprit

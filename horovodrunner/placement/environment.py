@@ -6,16 +6,13 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from horovodrunner.errors import ConfigurationError
 
 if TYPE_CHECKING:  # a worker reads names of variables only
     from horovodrunner.placement.topology import Slot
-
-FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "OMP_", "CUDA_", "TF_", "MLFLOW_")
-"""Driver variables with these prefixes reach the workers when they are set before ``run()``."""
 
 LOG = "HOROVODRUNNER_LOG"
 """``debug`` turns on the log of the driver, the tasks and the workers."""
@@ -42,25 +39,10 @@ GLOO_INTERFACE = "HOROVOD_GLOO_IFACE"
 TF_CONFIG = "TF_CONFIG"
 HASH_SEED = "PYTHONHASHSEED"
 
+DEVICES = "CUDA_VISIBLE_DEVICES"
+
 _TORCH_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 """`GLOO_INTERFACE` for ``torch.distributed``, which goes by the host's name without it."""
-
-# They change what the same code does.
-_FORWARDED_NAMES = frozenset(
-    {
-        "CUBLAS_WORKSPACE_CONFIG",  # torch.use_deterministic_algorithms, which travels, needs it
-        "KERAS_BACKEND",
-        KERAS_SWITCH,
-        LOG,
-        _TORCH_GLOO_INTERFACE,
-        "PYTHONDEVMODE",
-        "PYTHONINTMAXSTRDIGITS",
-        "PYTHONIOENCODING",
-        "PYTHONOPTIMIZE",
-        "PYTHONUTF8",
-        "PYTHONWARNINGS",
-    }
-)
 
 _USER_WINS = frozenset(
     {GLOO_INTERFACE, "HOROVOD_GLOO_PORTS", "NCCL_SOCKET_IFNAME", _TORCH_GLOO_INTERFACE}
@@ -72,23 +54,12 @@ _THREAD_COUNTS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 
 _MAX_HASH_SEED = 2**32 - 1
 
-# Secrets of Spark's own sockets, and what describes another process.
-_NOT_INHERITED = frozenset(
-    {"PYTHON_WORKER_FACTORY_SECRET", "PYSPARK_GATEWAY_SECRET", "PYSPARK_GATEWAY_PORT", TF_CONFIG}
+SPARKS_SECRETS = frozenset(
+    {"PYTHON_WORKER_FACTORY_SECRET", "PYSPARK_GATEWAY_SECRET", "PYSPARK_GATEWAY_PORT"}
 )
+"""They open Spark's own sockets."""
 
-
-def forwarded_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Pick the driver's variables that the workers get.
-
-    >>> forwarded_environment({"NCCL_DEBUG": "INFO", "HOME": "/root"})
-    {'NCCL_DEBUG': 'INFO'}
-    """
-    return {
-        name: value
-        for name, value in environ.items()
-        if name in _FORWARDED_NAMES or (name.startswith(FORWARDED_PREFIXES) and name != TF_CONFIG)
-    }
+_NOT_INHERITED = SPARKS_SECRETS | {TF_CONFIG}  # which describes another process
 
 
 @functools.cache
@@ -117,16 +88,23 @@ def hash_seed(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def worker_base_environment(
-    environ: Mapping[str, str], forwarded: Mapping[str, str], import_path: Sequence[str], cores: int
+    environ: Mapping[str, str],
+    forwarded: Mapping[str, str],
+    import_path: Sequence[str],
+    cores: int,
+    removed: Collection[str] = (),
 ) -> dict[str, str]:
     """Return the environment a worker is started with, before its slot is known.
+
+    Names in `removed` are those that neither the driver nor the executor is to lend.
 
     >>> given = worker_base_environment({}, {"OMP_NUM_THREADS": "3"}, [], cores=8)
     >>> given["OMP_NUM_THREADS"], given["TF_NUM_INTRAOP_THREADS"]
     ('3', '3')
     """
-    kept = {name: value for name, value in environ.items() if name not in _NOT_INHERITED}
-    chosen = {**kept, **forwarded}
+    left_out = _NOT_INHERITED.union(removed)
+    kept = {name: value for name, value in environ.items() if name not in left_out}
+    chosen = {**kept, **{name: forwarded[name] for name in forwarded if name not in removed}}
     threads = chosen.get("OMP_NUM_THREADS") or str(max(1, cores))
     if chosen.get(HASH_SEED, "") in ("", "random"):  # else two ranks would not agree
         chosen[HASH_SEED] = "0"  # as Spark has it
@@ -177,7 +155,7 @@ def slot_environment(
     if ports is not None:
         variables["HOROVOD_GLOO_PORTS"] = f"{ports[0]}-{ports[1]}"
     if slot.devices is not None:
-        variables["CUDA_VISIBLE_DEVICES"] = slot.devices
+        variables[DEVICES] = slot.devices
     if forwarded.get(GLOO_INTERFACE, slot.interface) != slot.interface:
         del variables["HOROVOD_GLOO_ADDRESS"]  # it belongs to another interface
     return {

@@ -21,6 +21,7 @@ __all__ = [
     "max_result_bytes",
     "refuse_encrypted_cluster",
     "shares_terminal",
+    "use_this_python",
 ]
 
 ENCRYPTION_CONFS = (
@@ -47,13 +48,19 @@ def find_session() -> SparkSession:
     with contextlib.suppress(PySparkException):  # there is none
         return SparkSession.active()  # or the default one, as in a thread of the user's
     session = SparkSession.builder.appName("horovodrunner").getOrCreate()
+    use_this_python(session)
+    return session
+
+
+def use_this_python(session: SparkSession) -> None:
+    """Let executors on this machine have this Python and its packages.
+
+    PySpark would take the first python3 on the PATH.
+    """
     if not is_connect(session) and "PYSPARK_PYTHON" not in os.environ:
         context = session.sparkContext
         if context.master.startswith("local"):
-            # Executors on this machine should have this Python and its packages; PySpark would
-            # take the first python3 on the PATH.
             context.pythonExec = sys.executable
-    return session
 
 
 def has_session() -> bool:

@@ -139,7 +139,7 @@ def train_loaded_before_wrapping(
 def test_what_was_loaded_before_wrapping_is_kept(tmp_path: Path) -> None:
     """A run that is killed and goes on ends like one that was not; schedules and hooks work."""
     kinds = ("SGD", "AdamW", "Kept")
-    arguments = {"kinds": kinds, "epochs": 5}
+    arguments: dict[str, Any] = {"kinds": kinds, "epochs": 5}
     whole = HorovodRunner(np=-2).run(train_loaded_before_wrapping, killed_in=-1, **arguments)
     runner = HorovodRunner(np=-2, checkpoint_dir=tmp_path, max_restarts=1)
     resumed = runner.run(train_loaded_before_wrapping, killed_in=2, **arguments)

@@ -49,6 +49,8 @@ TRAIN = """
         import horovodrunner
 
         own = {"executable": sys.executable, "package": horovodrunner.__file__, "path": sys.path}
+        with open("/proc/self/maps") as maps:
+            own["files"] = [line.split()[-1] for line in maps if "python" in line]
         print("SEEN", json.dumps(own))
         return int(os.environ["WORLD_SIZE"])
 """
@@ -121,8 +123,11 @@ def test_type_checkers_see_the_annotations_of_what_is_installed(
 
 @pytest.fixture(scope="module")
 def archive(environment: Path) -> Path:
+    """What the command makes of it; venv-pack is lent from this environment."""
     path = environment.with_suffix(".tar.gz")
-    run("tar", "-C", environment, "-I", "gzip -1", "-cf", path, ".")
+    lent = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
+    command = (environment / "bin/python", "-m", "horovodrunner", "pack", "-o", path)
+    assert f"spark.archives={path}#environment" in run(*command, env=lent).stdout
     return path
 
 
@@ -162,6 +167,9 @@ def assert_ranks_ran_in_the_archives_python(shown: str, cluster: Cluster) -> Non
         assert re.fullmatch(r"app-\S+/\d+/environment/bin/python", executable)
         assert Path(seen["package"]).is_relative_to(cluster.work)
         assert sysconfig.get_path("purelib") not in seen["path"]
+        # not even the interpreter is the driver's machine's
+        assert not [file for file in seen["files"] if file.startswith(sys.base_prefix)]
+        assert not [place for place in seen["path"] if place.startswith(sys.base_prefix)]
 
 
 def driver_environment(**changes: str) -> dict[str, str]:
@@ -171,7 +179,7 @@ def driver_environment(**changes: str) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_an_archive_brings_the_executors_their_python(
-    cluster: Cluster, archive: Path, tmp_path: Path
+    cluster: Cluster, environment: Path, archive: Path, tmp_path: Path
 ) -> None:
     script = f"""
         builder = SparkSession.builder.master("{cluster.url}")
@@ -183,7 +191,11 @@ def test_an_archive_brings_the_executors_their_python(
     path = tmp_path / "train.py"
     path.write_text(textwrap.dedent(TRAIN) + textwrap.dedent(script))
     environ = driver_environment(PYSPARK_PYTHON="./environment/bin/python")
-    shown = run(sys.executable, path, env=environ, cwd=tmp_path).stdout
+    hidden = environment.rename(environment.with_name("hidden"))
+    try:
+        shown = run(sys.executable, path, env=environ, cwd=tmp_path).stdout
+    finally:
+        hidden.rename(environment)
     assert "np was 2\n" in shown
     assert_ranks_ran_in_the_archives_python(shown, cluster)
 

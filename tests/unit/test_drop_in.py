@@ -87,7 +87,7 @@ class TestHorovodRunner:
             return len(unused)
 
         monkeypatch.setattr(runner_class, "_run_on_spark", lambda *_, **__: None)
-        monkeypatch.setattr("horovodrunner.runner.run_attempts", lambda launch, *_: launch(1))
+        monkeypatch.setattr("horovodrunner.runner.run_attempts", lambda launch, *_, **__: launch(1))
         runner = runner_class(np=0, driver_log_verbosity="all")
         with pytest.warns() as caught:
             runner.run(main)

@@ -14,8 +14,6 @@ class HorovodRunner(horovodrunner.HorovodRunner):
     As :class:`horovodrunner.HorovodRunner`, which has more options and describes these.
     """
 
-    _frames_to_user = horovodrunner.HorovodRunner._frames_to_user + 2
-
     # Code looks at these signatures, which have no annotations; type checkers see some.
     if TYPE_CHECKING:
 
@@ -31,4 +29,4 @@ class HorovodRunner(horovodrunner.HorovodRunner):
         def run(self, /, main, **kwargs):
             """Run ``main(**kwargs)`` once on every rank and return what rank 0 returned."""
             __tracebackhide__ = True
-            return super().run(main, **kwargs)
+            return self._call(main, kwargs)

@@ -20,13 +20,13 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
 from horovodrunner.pickling.installed import holds_installed_packages, is_of_a_python
 
-__all__ = ["early_imports"]
+__all__ = ["early_imports", "early_imports_of_script"]
 
 _IN_ORDER = (
     "numpy",
@@ -117,6 +117,23 @@ def early_imports(main: Callable[..., Any], payload: bytes) -> tuple[str, ...]:
         return ()
 
 
+def early_imports_of_script(
+    code: types.CodeType, directories: Sequence[str], module: str = ""
+) -> tuple[str, ...]:
+    """Return the same for a script, or a module that runs as one.
+
+    `directories` come before all others when it imports.
+    """
+    try:
+        importlib.invalidate_caches()
+        search = _Search(frozenset([module.partition(".")[0]]), directories)
+        search.follow_script(code, module)
+        found = search.frameworks()
+        return () if found and _an_installed_module_is_hidden(directories) else found
+    except Exception:  # noqa: BLE001 - as above
+        return ()
+
+
 class _UnknownError(Exception):
     """What main does before it imports a framework is not known, or changes what it gets."""
 
@@ -124,8 +141,9 @@ class _UnknownError(Exception):
 class _Search:
     """Follows a pickled call through the user's own modules, and packages of `own`."""
 
-    def __init__(self, own: frozenset[str]) -> None:
+    def __init__(self, own: frozenset[str], first: Sequence[str] = ()) -> None:
         self._own = own
+        self._first = first
         self._imported: set[str] = set()
         self._named: set[str] = set()
         self._of_optimizers = set(_OF_OPTIMIZERS)
@@ -146,6 +164,15 @@ class _Search:
                 self._name(["optim"])
             self._name(name.split("."))
             self._import(module)
+        while self._todo:
+            self._take(*self._todo.pop())
+
+    def follow_script(self, code: types.CodeType, module: str) -> None:
+        """Read all that a script runs, and what it imports."""
+        package = module.rpartition(".")[0]
+        self._todo.append((_Facts(code, whole=True, is_main=True), package))
+        if package:
+            self._import(package)
         while self._todo:
             self._take(*self._todo.pop())
 
@@ -197,7 +224,7 @@ class _Search:
                 raise _UnknownError
             if parts[0] in _INSTALLED | sys.stdlib_module_names | {"__main__", ""}:
                 continue
-            spec = _spec_of(name)
+            spec = _spec_of(name, self._first)
             if spec is not None and (parts[0] in self._own or not _is_installed(parts[0], spec)):
                 is_package = spec.submodule_search_locations is not None
                 package = name if is_package else name.rpartition(".")[0]
@@ -299,7 +326,8 @@ class _Facts:
     whole, as what may be called later.
     """
 
-    def __init__(self, code: types.CodeType, *, whole: bool) -> None:
+    def __init__(self, code: types.CodeType, *, whole: bool, is_main: bool = False) -> None:
+        self._is_main = is_main
         self.imports: list[tuple[int, str, tuple[str, ...]]] = []
         """Level, module and names of each import statement."""
         self.names: set[str] = set()
@@ -334,7 +362,7 @@ class _Facts:
 
     def _take_code(self, code: types.CodeType, *, whole: bool) -> None:
         is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)
-        inner = _Facts(code, whole=whole or is_function)
+        inner = _Facts(code, whole=whole or is_function, is_main=self._is_main)
         self.changes_imports |= inner.changes_imports
         if is_function and not whole:
             self.later.append((code.co_name, inner))
@@ -346,9 +374,9 @@ class _Facts:
     def _is_never_true_in_a_worker(self, index: int) -> bool:
         """Whether a jump is that of ``if TYPE_CHECKING`` or of ``if __name__ == "__main__"``."""
         before = [self._value(each) for each in range(max(0, index - 3), index)]
-        return before[-1:] == ["TYPE_CHECKING"] or all(
-            each in before for each in ("__name__", "__main__")
-        )
+        if before[-1:] == ["TYPE_CHECKING"]:
+            return True
+        return not self._is_main and all(each in before for each in ("__name__", "__main__"))
 
     def _take_import(self, index: int) -> None:
         module, level, names = (self._value(index - back) for back in (0, 2, 1))
@@ -416,11 +444,17 @@ def _packages_of(main: Any) -> frozenset[str]:
     return frozenset(found)
 
 
-def _spec_of(name: str) -> ModuleSpec | None:
-    """Find a module without importing it, or the package that it is in."""
+def _spec_of(name: str, first: Sequence[str] = ()) -> ModuleSpec | None:
+    """Find a module without importing it, or the package that it is in.
+
+    `first` are directories in which modules are looked for before ``sys.path``.
+    """
     path: Sequence[str] | None = None
-    if parent := name.rpartition(".")[0]:
-        parent_spec = _spec_of(parent)
+    parent = name.rpartition(".")[0]
+    if not parent and first and (found := PathFinder.find_spec(name, first)) is not None:
+        return found
+    if parent:
+        parent_spec = _spec_of(parent, first)
         if parent_spec is None or parent_spec.submodule_search_locations is None:
             return None
         path = list(parent_spec.submodule_search_locations)
@@ -442,13 +476,13 @@ def _is_installed(top: str, spec: ModuleSpec) -> bool:
     return any(root.glob(f"{top}-*.dist-info"))  # by ``pip install --target``
 
 
-def _an_installed_module_is_hidden() -> bool:
+def _an_installed_module_is_hidden(first: Sequence[str] = ()) -> bool:
     """Return whether a module of the user's would be imported instead of an installed one.
 
     Frameworks may import it, too; and a worker may learn only later where it is.
     """
     installed = {*sys.stdlib_module_names, *_FRAMEWORKS}
-    for entry in reversed([entry or os.getcwd() for entry in sys.path]):  # noqa: PTH109
+    for entry in reversed([entry or os.getcwd() for entry in [*first, *sys.path]]):  # noqa: PTH109
         try:
             files = os.listdir(entry)  # noqa: PTH208
         except OSError:  # an archive, or not there

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from horovodrunner.flows.call.import_path import ImportPath
 from horovodrunner.flows.call.record import RunRecord
+from horovodrunner.flows.checkpoints.fence import Fence
 
 __all__ = ["JobSpec"]
 
@@ -24,7 +25,9 @@ class JobSpec:
     early_imports: tuple[str, ...] = ()
     """Modules the worker may import before it knows its rank."""
     environment: dict[str, str] = field(default_factory=dict, repr=False)
-    """The driver's variables that the workers get."""
+    """The variables that the workers get from the driver."""
+    removed_variables: tuple[str, ...] = ()
+    """Names of variables that the workers get neither from the driver nor from the executor."""
     import_path: ImportPath = field(default_factory=ImportPath)
     driver_address: tuple[str, int] | None = None
     stream_output: bool = False
@@ -50,6 +53,8 @@ class JobSpec:
     checkpoint_location: str | None = None
     """Path on the driver, or URL."""
     keep_checkpoints: int = 3
+    checkpoint_fence: Fence | None = None
+    """Which driver's checkpoints these are, when several may follow each other."""
     record: RunRecord | None = field(default=None, repr=False)
     """What the run is called with, for those that go on from its checkpoints."""
     fail_on_checkpoint_error: bool = False

@@ -24,7 +24,7 @@ from typing import Any
 from horovodrunner.flows.call.record import HIDDEN, MAX_ENTRIES, MAX_TEXT, RunRecord
 from horovodrunner.pickling.installed import is_of_a_python
 
-__all__ = ["describe_values", "looks_secret", "may_be_secret", "record_call"]
+__all__ = ["describe_values", "looks_secret", "may_be_secret", "record_call", "record_script"]
 
 _MAX_ITEMS = 100
 """A longer collection is data, not a setting: only its length counts."""
@@ -45,6 +45,7 @@ _SECRET_TEXT = re.compile(
 _LOOKS_RANDOM = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9+_=-]{32,}")
 
 _HAVE_SHAPES = frozenset({"numpy", "pandas", "polars", "scipy", "tensorflow", "torch"})
+_HAVE_ARRAYS = frozenset({"jax", "jaxlib", "tensorflow", "torch"})
 _SCALARS = (bool, int, float, complex, str, bytes, bytearray, enum.Enum, PurePath)
 _REPRESENTED = frozenset(
     {
@@ -73,16 +74,25 @@ _FLAGS = (
 
 
 def record_call(
-    run_id: str, size: int, main: Callable[..., Any], kwargs: Mapping[str, Any]
+    run_id: str,
+    size: int,
+    main: Callable[..., Any],
+    kwargs: Mapping[str, Any],
+    *,
+    exactly: bool = False,
 ) -> RunRecord:
-    """Record what a run is called with: the same for the same call in another process."""
-    writer, main_name = _Writer(), ""
+    """Record what a run is called with: the same for the same call in another process.
+
+    `exactly` adds digests of what is not written out: arrays, DataFrames and long collections.
+    """
+    writer, main_name = _Writer(exactly=exactly), ""
     # Anybody's objects may do anything: what was written by then is better than no run.
     with contextlib.suppress(Exception):
         for name, value in _arguments(main, kwargs):
             writer.describe(writer.arguments, name, value)
         writer.visit(main, "")
         main_name = _bounded(_name(main))
+    writer.finish()
     return RunRecord(
         run_id,
         size,
@@ -92,6 +102,15 @@ def record_call(
         writer.variables,
         {name: _digest("".join(texts)) for name, texts in writer.code.items()},
     )
+
+
+def record_script(
+    run_id: str, size: int, name: str, arguments: Mapping[str, Any], code: types.CodeType
+) -> RunRecord:
+    """Record what a run of a script is called with."""
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    digest = {"": _digest(_code_text(code))}
+    return RunRecord(run_id, size, python, _bounded(name), describe_values(arguments), {}, digest)
 
 
 def describe_values(values: Mapping[str, Any]) -> dict[str, str]:
@@ -123,27 +142,41 @@ def _arguments(main: Callable[..., Any], kwargs: Mapping[str, Any]) -> Iterator[
 class _Writer:
     """Walks through a call and writes down what it finds."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, exactly: bool = False) -> None:
         self.arguments: dict[str, str] = {}
         self.variables: dict[str, str] = {}
         self.code: dict[str, list[str]] = {}
+        self._exactly = exactly
         self._seen: dict[int, Any] = {}
+        self._beyond: list[tuple[dict[str, str], str]] = []
+
+    def finish(self) -> None:
+        """Add a digest of the entries that are too many to be listed."""
+        for entries in (self.arguments, self.variables):
+            texts = sorted(text for where, text in self._beyond if where is entries)
+            if texts:
+                entries["others"] = f"{len(texts)} values, {_digest(repr(texts))}"
 
     def describe(self, entries: dict[str, str], name: str, value: Any, depth: int = 0) -> None:
         """Add a value, or what it consists of, to `entries`."""
-        if len(entries) >= MAX_ENTRIES:
+        is_full = len(entries) >= MAX_ENTRIES - self._exactly
+        if is_full and not self._exactly:
             return
         try:
             parts = _parts(value) if depth < _MAX_DEPTH else []
             text = "" if parts else _text(value)
+            if self._exactly and not parts:
+                text += _content(value)
         except Exception:  # noqa: BLE001 - the user's own __getattr__, __len__, ... may do anything
             parts, text = [], f"of type {type(value).__qualname__}"
         for label, item in parts:
             self.describe(entries, f"{name}{label}", item, depth + 1)
         if not parts:
-            entries.setdefault(
-                _bounded(name), _concealed(text) if may_be_secret(name, value) else text
-            )
+            shown = _concealed(text) if may_be_secret(name, value) else text
+            if is_full:
+                self._beyond.append((entries, f"{name} {shown}"))
+            else:
+                entries.setdefault(_bounded(name), shown)
         self._follow(value)
 
     def visit(self, called: Any, key: str) -> None:
@@ -334,6 +367,84 @@ def _text(value: Any) -> str:  # noqa: PLR0911 - a list of kinds
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} of {len(value)} items"
     return _bounded(_type_text(value))
+
+
+def _content(value: Any) -> str:
+    """Write a digest of a value whose text does not say all, if it has the same everywhere."""
+    digest = hashlib.sha256()
+    try:
+        if not _add_content(digest, value):
+            return ""
+    except Exception:  # noqa: BLE001 - anybody's objects may do anything; its text is all there is
+        return ""
+    return f" ({digest.hexdigest()[:12]})"
+
+
+def _add_content(digest: Any, value: Any) -> bool:  # noqa: PLR0911 - a list of kinds
+    """Add to a digest what a value holds; return whether it is known how."""
+    library = type(value).__module__.partition(".")[0]
+    if isinstance(value, (str, bytes, bytearray)):
+        if len(value) <= _HASHED_CHARACTERS:
+            return False  # its text has one
+        digest.update(value.encode(errors="surrogatepass") if isinstance(value, str) else value)
+        return True
+    if isinstance(value, (list, tuple, set, frozenset)) and len(value) > _MAX_ITEMS:
+        texts = [_item_text(item) for item in value]
+        digest.update(
+            repr(sorted(texts) if isinstance(value, (set, frozenset)) else texts).encode()
+        )
+        return True
+    if isinstance(value, Mapping) and len(value) > 0:
+        items = [f"{_item_text(key)}: {_item_text(item)}" for key, item in value.items()]
+        digest.update(repr(sorted(items)).encode())
+        return True
+    if library in _HAVE_ARRAYS and hasattr(value, "shape") and hasattr(value, "dtype"):
+        value, library = _as_array(value), "numpy"
+    if library == "numpy" and hasattr(value, "dtype") and hasattr(value, "tobytes"):
+        if value.dtype.hasobject:
+            digest.update(repr([_item_text(item) for item in value.ravel().tolist()]).encode())
+        else:
+            digest.update(f"{value.dtype.str} {value.shape}".encode())
+            digest.update(value.tobytes())
+        return True
+    if library == "pandas" and hasattr(value, "to_frame" if value.ndim == 1 else "items"):
+        _add_frame(digest, value.to_frame() if value.ndim == 1 else value)
+        return True
+    if library == "scipy" and hasattr(value, "tocoo"):
+        parts = value.tocoo()
+        for part in (parts.row, parts.col, parts.data):
+            digest.update(part.tobytes())
+        return True
+    return False
+
+
+def _as_array(value: Any) -> Any:
+    """Return what a tensor holds as a NumPy array."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if "bfloat16" in str(value.dtype) else value
+    return value.numpy() if hasattr(value, "numpy") else sys.modules["numpy"].asarray(value)
+
+
+def _add_frame(digest: Any, frame: Any) -> None:
+    """Add a DataFrame's columns and index to a digest."""
+    pandas = sys.modules["pandas"]
+    columns = [("index", frame.index), *((repr(name), each) for name, each in frame.items())]
+    for name, column in columns:
+        digest.update(f"{name} {column.dtype} {len(column)}".encode())
+        if pandas.api.types.infer_dtype(column).startswith("mixed"):
+            digest.update(repr([_item_text(item) for item in column]).encode())
+        else:
+            hashes = pandas.util.hash_pandas_object(column, index=False)
+            digest.update(sys.modules["numpy"].asarray(hashes).tobytes())
+
+
+def _item_text(item: Any) -> str:
+    """Write an item of a collection so that equal ones have equal texts in every process."""
+    parts = _parts(item)
+    if parts:
+        return repr([(label, _item_text(each)) for label, each in parts])
+    return _text(item) + _content(item)
 
 
 def _collection_text(value: Any) -> str:

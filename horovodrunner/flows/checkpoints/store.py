@@ -27,8 +27,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from horovodrunner.errors import ConfigurationError
+from horovodrunner.errors import ConfigurationError, RunSupersededError
 from horovodrunner.flows.call.record import RunRecord
+from horovodrunner.flows.checkpoints.fence import (
+    CLAIMED,
+    RESUMED,
+    Fence,
+    epoch_name,
+    epochs_among,
+)
 from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest, StoredFile, safe_path
 from horovodrunner.storage import as_os_error, open_storage
 from horovodrunner.wire.upload import Piece, chunks_of
@@ -43,14 +50,20 @@ Chunks = Iterable[bytes | memoryview]
 class CheckpointStore:
     """The checkpoints in one directory or behind one URL, of which `keep` are kept.
 
-    One process writes at a time; any number may read. `run` is the run that writes.
+    One process writes at a time; any number may read. `run` is the run that writes. With a `fence`
+    the store is one of several beside each other, and refuses to write once there is a newer one.
     """
 
     def __init__(
-        self, location: str | os.PathLike[str], keep: int, run: RunRecord | None = None
+        self,
+        location: str | os.PathLike[str],
+        keep: int,
+        run: RunRecord | None = None,
+        fence: Fence | None = None,
     ) -> None:
         self.keep = keep
         self.run = run
+        self.fence = fence
         self._storage = open_storage(location)
         self._held: str | None = None
 
@@ -70,6 +83,76 @@ class CheckpointStore:
     def below(self, name: str) -> CheckpointStore:
         """Return the store in a directory of this one."""
         return CheckpointStore(self._storage.url(name), self.keep)
+
+    def begin_epoch(self, number: int, *, resume: bool) -> CheckpointStore:
+        """Return the store of a new epoch in this directory, with what older ones have to go on.
+
+        From then on older epochs are refused, and with `resume` what they store is not looked at.
+        """
+        store = self.below(epoch_name(number))
+        store._storage.make("")
+        store._storage.replace(CLAIMED, json.dumps({"resume": resume}).encode())
+        if resume:
+            for older in epochs_among(self.directories()):
+                if older < number and store._take_over(self.below(epoch_name(older))):
+                    break
+            store._storage.replace(RESUMED, b"{}")
+        return CheckpointStore(store.location, self.keep, fence=Fence(number, resume))
+
+    def newest_epoch(self) -> CheckpointStore:
+        """Return the store of the newest epoch that has a checkpoint; this one if none has."""
+        for number in epochs_among(self.directories()):
+            store = self.below(epoch_name(number))
+            if store.has_any():
+                return store
+        return self
+
+    def _take_over(self, older: CheckpointStore) -> bool:
+        """Take an older epoch's checkpoints, and return whether all are here now."""
+        older._storage.recover()
+        found = older.manifests()
+        own = {each.step for each in self.manifests()}
+        for manifest in found:
+            if manifest.step not in own:
+                self._storage.take(older._storage, _name(manifest.step))  # type: ignore[arg-type]
+        files = older._storage.files()
+        return RESUMED in files or (bool(found) and not older._wanted_to_resume())
+
+    def _wanted_to_resume(self) -> bool:
+        try:
+            with self._storage.open(CLAIMED) as stream:
+                return bool(json.loads(stream.read())["resume"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return True
+
+    def _refuse_if_superseded(self) -> None:
+        """Raise an error if another driver has begun to write this run's checkpoints."""
+        if self.fence is None:
+            return
+        newest = epochs_among(self._beside().directories())[:1]
+        if newest and newest[0] > self.fence.number:
+            where = self._beside().path_below(epoch_name(newest[0]))
+            raise RunSupersededError(
+                f"another driver has taken over this run, and writes its checkpoints to {where}"
+            )
+
+    def _prune_older_epochs(self) -> None:
+        if self.fence is None or not self.fence.prunes_older:
+            return
+        with suppress(OSError):
+            beside = self._beside()
+            for number in epochs_among(beside.directories()):
+                if number < self.fence.number:
+                    with suppress(OSError):
+                        beside._storage.remove(epoch_name(number))
+
+    def _beside(self) -> CheckpointStore:
+        """Return the directory that this epoch's is in."""
+        return CheckpointStore(self.location.rstrip("/").rpartition("/")[0], self.keep)
+
+    def path_below(self, name: str) -> str:
+        """Return the path or URL of a directory of this one."""
+        return self._storage.url(name)
 
     def check(self) -> None:
         """Prove that files can be written, or raise a ConfigurationError that has the reason."""
@@ -96,9 +179,11 @@ class CheckpointStore:
         A checkpoint of the same step is replaced: on a local path at the end, behind a URL at once.
         Then those that are too old to keep are deleted.
         """
+        self._refuse_if_superseded()
         incoming = self._storage.begin(_name(step))
         try:
             manifest = self._write(step, incoming, pieces)
+            self._refuse_if_superseded()
             content = manifest.to_json().encode()
             self._write_file(f"{incoming}/{MANIFEST_NAME}", [content])
             self._storage.finish(incoming, _name(step))
@@ -107,6 +192,7 @@ class CheckpointStore:
                 self._storage.remove(incoming)
             raise
         self.prune()
+        self._prune_older_epochs()
         return manifest
 
     def manifests(self) -> list[Manifest]:

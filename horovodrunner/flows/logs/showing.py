@@ -15,10 +15,10 @@ _CLEAR_LINE = "\r\x1b[K"
 """Takes Spark's progress bar off the line it shares with us on a terminal."""
 
 
-def show_text(text: str) -> str:
-    """Write to standard output, whatever the user has put there."""
+def show_text(text: str, name: str = "stdout") -> str:
+    """Write to standard output or "stderr", whatever the user has put there."""
     try:
-        stream: Any = sys.stdout
+        stream: Any = getattr(sys, name)
         with contextlib.suppress(Exception):  # what stands in for it may have none
             if stream.isatty():
                 text = _CLEAR_LINE + text

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 from horovodrunner.flows.metrics.history import History
 from horovodrunner.flows.metrics.records import Bar, Point, decode_records
 from horovodrunner.flows.observer import Observer
 from horovodrunner.wire.events import Points
 
-__all__ = ["MetricsRecorder"]
+__all__ = ["MetricsRecorder", "ReportCalls"]
 
 MAX_BARS = 10
 """Of one rank; of more, the first one and the last ones are known."""
@@ -53,3 +56,27 @@ class MetricsRecorder(Observer):
         if len(bars) > MAX_BARS:
             del bars[sorted(bars)[1]]
         self.bars[rank] = bars
+
+
+class ReportCalls(Observer):
+    """Has a function of the user's called with each point of rank 0, in the run's own thread."""
+
+    title = "calling on_report"
+
+    def __init__(
+        self,
+        on_report: Callable[[Point], object],
+        recorder: MetricsRecorder,
+        call: Callable[[Callable[[], object]], None],
+    ) -> None:
+        self._on_report = on_report
+        self._recorder = recorder
+        self._call = call
+        self.handlers = {Points: self._take}
+
+    def _take(self, event: Points) -> None:
+        if event.rank != 0:
+            return
+        for record in self._recorder.records_of(event):
+            if isinstance(record, Point):
+                self._call(functools.partial(self._on_report, record))

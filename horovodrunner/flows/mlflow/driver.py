@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from horovodrunner.errors import ConfigurationError
+from horovodrunner.errors import ConfigurationError, RunStoppedError
 from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.metrics.records import Bar, Point
@@ -210,7 +210,7 @@ class MlflowReporter(Observer):
     def _open(self) -> RunInMlflow:
         run = RunInMlflow(self._uri, self._run_id)
         if not self._run_id:
-            self._experiment_id = run.start(self._facts.main)
+            self._experiment_id = run.start(self._facts.name or self._facts.main)
             self._run_id = run.run_id
             text = f"MLflow's run {run.run_id} at {shown_uri(self._uri)}"
             self._console.note(text, routine=True)
@@ -235,7 +235,7 @@ class MlflowReporter(Observer):
             return "RUNNING"  # a main that attached to it may have ended it
         if error is None:
             return "FINISHED"
-        return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        return "KILLED" if isinstance(error, (KeyboardInterrupt, RunStoppedError)) else "FAILED"
 
     def _first_tags(self) -> dict[str, str]:
         versions = {f"versions.{name}": each for name, each in installed_versions().items() if each}
@@ -244,7 +244,7 @@ class MlflowReporter(Observer):
 
     def _last_tags(self, error: BaseException | None) -> dict[str, str]:
         status = "finished" if error is None else "failed"
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, (KeyboardInterrupt, RunStoppedError)):
             status = "killed"
         facts = {"status": status, "attempts": str(self._attempts), "cluster": self._cluster()}
         if self._sources.record is not None:
@@ -252,7 +252,9 @@ class MlflowReporter(Observer):
         if self._reporting_ranks:
             facts["hosts"] = ", ".join(sorted(self._reporting_ranks))
         if error is not None:
-            mask = Mask(os.environ, self._facts.environment, self._facts.arguments)
+            run = self._facts
+            secrets = run.secret_values()
+            mask = Mask(os.environ, run.environment, run.arguments, values=secrets)
             facts["error"] = mask.text(in_one_line(error))
         return {f"{_TAGS}{name}": naming.bounded(text) for name, text in facts.items()}
 

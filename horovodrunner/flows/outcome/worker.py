@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from horovodrunner.formatting import class_names, cut, short_name
 from horovodrunner.pickling.pickler import Pickler
 
-__all__ = ["Description", "describe", "exit_code_of", "show_source_of_threads"]
+__all__ = ["Description", "describe", "exit_code_of", "show_paths_as", "show_source_of_threads"]
 
 MAX_TEXT = 20_000
 MAX_TRACEBACK = 200_000
@@ -31,6 +31,12 @@ MAX_PICKLE_BYTES = 4 * 1024 * 1024
 
 RECURSION_LIMIT = 1000
 """Python's own: with a higher one, an exception that refers to itself could exhaust the C stack."""
+
+_STARTS_SCRIPTS = "horovodrunner/flows/script/worker.py"
+"""Its frames are between ours and those of a script."""
+
+_shown_as: dict[str, str] = {}
+"""Directories whose files are copies, and what they are copies of."""
 
 _Part = TypeVar("_Part")
 _OF_ITSELF: Callable[[BaseException], TracebackType | None] = vars(BaseException)[
@@ -61,7 +67,7 @@ def describe(error: BaseException) -> Description:
         outermost = _OF_ITSELF(error)
         if issubclass(type(error), MemoryError):
             traceback.clear_frames(outermost)  # what main held is needed to tell of it
-        own = outermost.tb_next if outermost is not None and outermost.tb_next else outermost
+        own = _of_main(outermost)
         types = class_names(type(error))
         text = _text(error)
         last_line = f"{types[0]}: {text}"
@@ -81,6 +87,20 @@ def describe(error: BaseException) -> Description:
         )
     finally:
         sys.setrecursionlimit(limit)
+
+
+def show_paths_as(copy: str, original: str) -> None:
+    """Show the files of a directory by the names of those that they are copies of."""
+    _shown_as[copy] = original.rstrip("/")
+
+
+def _of_main(outermost: TracebackType | None) -> TracebackType | None:
+    """Leave out our own frames, unless there are no others."""
+    own = outermost.tb_next if outermost is not None and outermost.tb_next else outermost
+    inner = own
+    while inner is not None and inner.tb_frame.f_code.co_filename.endswith(_STARTS_SCRIPTS):
+        inner = inner.tb_next
+    return inner or own
 
 
 def show_source_of_threads() -> None:
@@ -139,7 +159,10 @@ def _formatted(error: BaseException, own: TracebackType | None) -> str:
     described = traceback.TracebackException(type(error), error, own)
     # Each piece by itself first: a text of megabytes must not push the frames out.
     pieces = [_plain(piece, MAX_TEXT, keep_end=True) for piece in described.format()]
-    return _plain("".join(pieces), MAX_TRACEBACK, keep_end=True)
+    text = "".join(pieces)
+    for copy, original in _shown_as.items():
+        text = text.replace(f"{copy}/", f"{original}/")
+    return _plain(text, MAX_TRACEBACK, keep_end=True)
 
 
 def _formatted_by_hand(own: TracebackType | None) -> str:

@@ -19,8 +19,8 @@ MAX_DEPTH = 200
 
 MAX_NAME = 300
 
-_ENTRY = "horovodrunner/processes/worker/__main__.py"
-"""What is outside of it is not main's."""
+_ENTRIES = ("horovodrunner/processes/worker/__main__.py", "horovodrunner/flows/script/worker.py")
+"""What is outside of them is not main's."""
 
 _OTHERS = ("(other stacks)", "", 0)
 _LEFT_OUT = ("(frames left out)", "", 0)
@@ -44,7 +44,7 @@ class StackProfile:
         places = []
         for frame in frames:
             code = frame.f_code
-            if code.co_filename.endswith(_ENTRY):
+            if code.co_filename.endswith(_ENTRIES):
                 break
             places.append((code.co_name[:MAX_NAME], code.co_filename[:MAX_NAME], frame.f_lineno))
         places.reverse()

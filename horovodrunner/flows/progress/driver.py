@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 
+from horovodrunner.errors import RunStoppedError
+from horovodrunner.flows.going import GoingRun
 from horovodrunner.flows.metrics.driver import MetricsRecorder
 from horovodrunner.flows.metrics.history import History
 from horovodrunner.flows.observer import Observer
@@ -28,8 +30,15 @@ class ProgressView(Observer):
     title = "showing the run's progress"
 
     def __init__(
-        self, screen: Screen, recorder: MetricsRecorder, history: History, attempts: int
+        self,
+        screen: Screen,
+        recorder: MetricsRecorder,
+        history: History,
+        attempts: int,
+        *,
+        run: GoingRun | None = None,
     ) -> None:
+        self._run = run or GoingRun("")
         self._screen = screen
         self._recorder = recorder
         self._history = history
@@ -55,7 +64,9 @@ class ProgressView(Observer):
         self._has_changed = True
 
     def end(self, error: BaseException | None) -> None:
-        state = SUCCEEDED if error is None else FAILED if isinstance(error, Exception) else STOPPED
+        state = SUCCEEDED if error is None else STOPPED
+        if isinstance(error, Exception) and not isinstance(error, RunStoppedError):
+            state = FAILED
         cause = (str(error).splitlines() or [type(error).__name__])[0] if error else ""
         known = {*_FAILED_STATES, "ended"} if error else set()
         self._ranks = tuple(
@@ -91,6 +102,7 @@ class ProgressView(Observer):
             attempts=self._attempts,
             checkpoint=self._checkpoint,
             cause=cause,
+            title=self._run.label,
         )
 
     def _change(self, event: object) -> None:

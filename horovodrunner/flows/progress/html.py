@@ -38,8 +38,9 @@ def in_html(run: RunState) -> str:
     """Return the area."""
     colour = _COLOURS.get(run.state, _STOPPED)
     state, _, rest = run.headline.partition(",")
+    title = f"<b>{escape(run.title)}</b> " if run.title else ""
     parts = [
-        f'<div><b style="color:{colour}">{escape(state)}</b>{escape("," + rest)}</div>',
+        f'<div>{title}<b style="color:{colour}">{escape(state)}</b>{escape("," + rest)}</div>',
         f'<div style="color:{colour};white-space:pre-wrap">{escape(run.cause)}</div>'
         if run.cause
         else "",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from tqdm import tqdm
 
@@ -65,9 +66,16 @@ class NotebookScreen:
 
 
 class TerminalScreen:
-    """tqdm's bars, at the bottom; from the first thing that main reports."""
+    """tqdm's bars, at the bottom; from the first thing that main reports.
+
+    Those of several runs at once are one below the other.
+    """
 
     pause_seconds = 0.5
+
+    _lock = threading.Lock()
+    _all: ClassVar[list[Any]] = []
+    """The bars of all runs, from top to bottom."""
 
     def __init__(self) -> None:
         self._bars: dict[int, Any] = {}
@@ -76,45 +84,62 @@ class TerminalScreen:
         if not run.has_news:
             return
         shown = {bar.number: bar for bar in run.bars}
-        for number in [number for number in self._bars if number not in shown]:
-            self._bars.pop(number).close()
+        title = f"{run.title} " if run.title else ""
         metrics = "" if run.history.last is None else first_in_words(run.history.last.values)
-        if not shown:
-            bar = self._bar(0, None, "{desc}")
-            last = run.history.last
-            bar.set_description_str(f"{run.headline}; step {last.step if last else 0}: {metrics}")
-        for place, state in enumerate(shown.values()):
-            bar = self._bar(state.number, state.total)
-            bar.n, bar.total = state.done, state.total
-            bar.start_t = min(bar.start_t, time.time() - (state.time - state.began))
-            bar.set_description_str(printable(state.description), refresh=False)
-            postfix = [printable(state.postfix)] if state.postfix else []
-            bar.set_postfix_str(", ".join([*postfix, *([metrics] if not place else [])]))
-        if is_final:
-            for bar in reversed(self._bars.values()):
-                bar.close()
-            self._bars = {}
+        with self._lock:
+            self._close([number for number in self._bars if number not in shown])
+            if not shown:
+                bar = self._bar(0, None, "{desc}")
+                step = run.history.last.step if run.history.last else 0
+                bar.set_description_str(f"{title}{run.headline}; step {step}: {metrics}")
+            for place, state in enumerate(shown.values()):
+                bar = self._bar(state.number, state.total)
+                bar.n, bar.total = state.done, state.total
+                bar.start_t = min(bar.start_t, time.time() - (state.time - state.began))
+                description = f"{title}{printable(state.description)}"
+                bar.set_description_str(description, refresh=False)
+                postfix = [printable(state.postfix)] if state.postfix else []
+                bar.set_postfix_str(", ".join([*postfix, *([metrics] if not place else [])]))
+            if is_final:
+                self._close(list(reversed(self._bars)))
 
     def _bar(self, number: int, total: int | None, bar_format: str | None = None) -> Any:
         if number not in self._bars:
             self._bars[number] = tqdm(
                 total=total,
-                position=len(self._bars),
+                position=len(self._all),
                 leave=not self._bars,
                 bar_format=bar_format,
                 dynamic_ncols=True,
                 delay=1e-9,  # nothing before the first state
             )
+            self._all.append(self._bars[number])
         return self._bars[number]
+
+    def _close(self, numbers: list[int]) -> None:
+        if not numbers:
+            return
+        with self._room():
+            for number in numbers:
+                bar = self._bars.pop(number)
+                self._all.remove(bar)
+                bar.close()
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
-        for bar in self._bars.values():
+        with self._lock, self._room():
+            yield
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Take the bars of all runs away, and draw those that are left below what was written."""
+        for bar in self._all:
             bar.clear(nolock=True)
         try:
             yield
         finally:
-            for bar in self._bars.values():
+            for place, bar in enumerate(self._all):
+                bar.pos = -place
                 bar.refresh(nolock=True)
 
 
@@ -133,7 +158,8 @@ class LogScreen:
         text = "; ".join(line.strip() for line in lines)
         if text != self._last:
             self._last = text
-            show_text(f"HorovodRunner: {text}\n")
+            title = f"{run.title} " if run.title else ""
+            show_text(f"{title}HorovodRunner: {text}\n")
 
     def beside(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()

@@ -32,6 +32,8 @@ class RunState:
     attempts: int = 1
     checkpoint: int | None = None
     cause: str = ""
+    title: str = ""
+    """What the run is called, if it has a name or is one of several."""
 
     @property
     def has_news(self) -> bool:
@@ -67,7 +69,8 @@ def in_words(run: RunState) -> str:
     lines = [bar_in_words(bar) for bar in run.bars]
     if (last := run.history.last) is not None:
         lines.append(f"step {last.step}: {first_in_words(last.values)}")
-    return "\n".join([run.headline, *([run.cause] if run.cause else []), *lines])
+    headline = f"{run.title}: {run.headline}" if run.title else run.headline
+    return "\n".join([headline, *([run.cause] if run.cause else []), *lines])
 
 
 def bar_in_words(bar: Bar, columns: int = _BAR_COLUMNS) -> str:

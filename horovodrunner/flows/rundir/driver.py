@@ -19,14 +19,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horovodrunner.errors import ConfigurationError, WorkerFailedError
+from horovodrunner.errors import ConfigurationError, RunStoppedError, WorkerFailedError
 from horovodrunner.flows.call.recording import describe_values
 from horovodrunner.flows.logs.lines import count_lines, missing_mark
 from horovodrunner.flows.metrics.records import Bar, Point
 from horovodrunner.flows.observer import Observer, RunFacts
 from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.rundir import layout
-from horovodrunner.flows.rundir.masking import Mask
+from horovodrunner.flows.rundir.masking import Mask, without_secrets
 from horovodrunner.flows.rundir.upload import RecordUpload
 from horovodrunner.flows.rundir.writer import RecordWriter
 from horovodrunner.flows.telemetry.phases import Phase
@@ -91,8 +91,11 @@ class RunDirectory(Observer):
         self._artifacts = artifacts
         self._checkpoints_are_near = not is_url(str(facts.options.get("checkpoint_dir") or ""))
         when = time.strftime("%Y%m%d-%H%M%S", time.gmtime(facts.began))
-        name = f"{when}-{facts.run_id}"
-        mask = Mask(os.environ, facts.environment, facts.arguments, facts.options)
+        name = f"{when}-{facts.label}"
+        mask = Mask(
+            *(os.environ, facts.environment, facts.arguments, facts.options),
+            values=facts.secret_values(),
+        )
         self._upload: RecordUpload | None = None
         self._remove: weakref.finalize[..., RunDirectory] | None = None
         if is_url(location):
@@ -267,7 +270,9 @@ class RunDirectory(Observer):
         if error is None:
             return {"status": "succeeded"}
         hide = self._writer.hidden
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        status = "failed"
+        if isinstance(error, (KeyboardInterrupt, RunStoppedError)):
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
         told: dict[str, Any] = {"type": type(error).__name__, "text": hide(_text_of(error))}
         if isinstance(error, WorkerFailedError):
             told["summary"] = hide(cut(error.summary, MAX_TEXT))
@@ -292,12 +297,13 @@ def _text_of(error: BaseException) -> str:
 def _described(facts: RunFacts) -> dict[str, Any]:
     return {
         "run_id": facts.run_id,
+        "name": facts.name,
         "main": facts.main,
         "np": facts.np,
         "began": facts.began,
         "arguments": describe_values(facts.arguments),
         "options": describe_values(facts.options),
-        "environment": describe_values(facts.environment),
+        "environment": describe_values(without_secrets(facts.environment, facts.secret_variables)),
         "versions": {name: each for name, each in installed_versions().items() if each},
         "driver": {
             "host": socket.gethostname(),

@@ -38,6 +38,7 @@ _STATUS = {
     "succeeded": "Succeeded",
     "failed": "Failed",
     "interrupted": "Interrupted",
+    "stopped": "Stopped",
     "running": "Still running",
     "lost": "Driver lost",
 }
@@ -53,7 +54,7 @@ def write_report(directory: Path) -> Path:
 def render(run: RunData) -> str:
     """Return the whole page."""
     style = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
-    title = f"{run.facts.get('main', 'run')}: {_status(run).lower()}"
+    title = f"{run.facts.get('name') or run.facts.get('main', 'run')}: {_status(run).lower()}"
     sections = (
         _header(run),
         _cause(run),
@@ -116,8 +117,10 @@ def _header(run: RunData) -> str:
     size = len(run.ranks) or abs(int(run.facts.get("np") or 0))
     hosts = len({rank.host for rank in run.ranks.values() if rank.host})
     where = f" on {_count(hosts, 'host')}" if hosts else ""
+    main, name = run.facts.get("main", "a run"), run.facts.get("name")
+    title = f"{name} · {main}" if name else main
     return (
-        f'<header class="{run.status}"><h1>{_text(run.facts.get("main", "a run"))}</h1>'
+        f'<header class="{run.status}"><h1>{_text(title)}</h1>'
         f'<div><span class="status">{_status(run)}</span> · {_count(size, "rank")}{where} · '
         f"began {_when(run.began)}, {verb} {_when(run.ended)}</div>"
         f'<div class="muted small">run {_text(run.facts.get("run_id", ""))}</div></header>'

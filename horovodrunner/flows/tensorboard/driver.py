@@ -56,7 +56,7 @@ class TensorBoardWriter(Observer):
         records_of: Callable[[Points], Iterable[Point | Bar]],
     ) -> None:
         began = time.strftime("%Y%m%d-%H%M%S", time.localtime(facts.began))
-        self._run = self._directory = directory / f"{began}-{facts.run_id}"
+        self._run = self._directory = directory / f"{began}-{facts.label}"
         self._scalars = ScalarStream(abs(facts.np))
         self._files: dict[int, EventFile] = {}
         self.handlers = {Points: lambda event: self._take(records_of(event))}

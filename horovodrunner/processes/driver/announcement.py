@@ -8,11 +8,19 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.formatting import format_bytes
 from horovodrunner.placement.environment import TF_CONFIG
 
-__all__ = ["announce"]
+__all__ = ["PICKLED", "announce"]
+
+PICKLED = "the pickled main and its arguments have"
 
 
 def announce(
-    console: Console, np: int, verbosity: str, call_bytes: int, *, tf_config: bool
+    console: Console,
+    np: int,
+    verbosity: str,
+    call_bytes: int,
+    *,
+    tf_config: bool,
+    what: str = PICKLED,
 ) -> None:
     """Print how many ranks run where, and what is shown of their output."""
     ranks = "all slots" if np == 0 else f"{abs(np)} rank{'s' * (abs(np) > 1)}"
@@ -23,7 +31,7 @@ def announce(
             + ("each gets its own" if tf_config else "tf_config=True gives each its own")
         )
     size = format_bytes(call_bytes)
-    console.note(f"the pickled main and its arguments have {size}", routine=True)
+    console.note(f"{what} {size}", routine=True)
 
 
 def _mode(console: Console, np: int, verbosity: str) -> str:

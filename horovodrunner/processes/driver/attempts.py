@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from horovodrunner.errors import BarrierStageError, HorovodRunnerError, WorkerFailedError
+from horovodrunner.errors import (
+    BarrierStageError,
+    HorovodRunnerError,
+    RunStoppedError,
+    WorkerFailedError,
+)
 from horovodrunner.flows.call.record import changes
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.going import GoingRun
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.driver import open_outcome
 from horovodrunner.flows.outcome.outcome import Outcome
-from horovodrunner.formatting import class_names, cut, short_name
+from horovodrunner.formatting import class_names, cut, in_one_line, short_name
 from horovodrunner.pickling.pickler import travels_by_reference
 
-__all__ = ["describe_stopped", "run_attempts"]
+__all__ = ["describe_end", "run_attempts"]
 
 _CAUSE_CHARACTERS = 1000
 
@@ -23,10 +29,14 @@ def run_attempts(
     launch: Callable[[int], Outcome],
     max_restarts: int,
     restart_on: tuple[type[BaseException], ...],
+    *,
     store: CheckpointStore | None,
     console: Console,
+    run: GoingRun,
 ) -> Any:
     """Launch attempts, by their number, until one succeeds, fails for good, or all are used.
+
+    Once the run is stopped there is no further one.
 
     The last attempt's error tells in ``attempts`` what ended each of them. `restart_on` are types
     of exceptions that are worth another attempt beside lost workers and executors.
@@ -34,8 +44,12 @@ def run_attempts(
     causes: list[str] = []
     while True:
         try:
-            return open_outcome(launch(len(causes) + 1))
+            result = open_outcome(launch(len(causes) + 1))
+            console.show(0)  # on_report is called with the last points, too
+            if (stopped := run.close()) is not None:
+                raise stopped
         except HorovodRunnerError as error:
+            run.check()
             causes.append(_in_one_line(error))
             if len(causes) > max_restarts or not _is_worth_another(error, restart_on):
                 if len(causes) > 1:
@@ -47,6 +61,8 @@ def run_attempts(
                 f"attempt {len(causes) + 1} of {max_restarts + 1}, because {causes[-1]}; "
                 + _where_it_goes_on(store)
             )
+        else:
+            return result
 
 
 def _is_worth_another(
@@ -73,11 +89,25 @@ def _in_one_line(error: HorovodRunnerError) -> str:
     return cut((str(error).splitlines() or [type(error).__name__])[0], _CAUSE_CHARACTERS)
 
 
-def describe_stopped(interrupt: KeyboardInterrupt, size: int, store: CheckpointStore | None) -> str:
-    """Describe what an interrupt has stopped, and what is left; `size` is 0 for all slots."""
+def describe_end(
+    run: GoingRun, error: BaseException, size: int, store: CheckpointStore | None
+) -> BaseException:
+    """Complete the error that a run ends with; return what is told to those who follow it."""
+    stopped = run.close()
+    if isinstance(error, KeyboardInterrupt):
+        error.args = (_describe_stopped(str(error) if error.args else "", size, store),)
+    elif isinstance(error, RunStoppedError) and error is stopped:
+        error.args = (_describe_stopped(error.reason or str(error), size, store),)
+    elif error is stopped:  # what on_report has raised: the run was ended and has not failed
+        return RunStoppedError(in_one_line(error))
+    return error
+
+
+def _describe_stopped(reason: str, size: int, store: CheckpointStore | None) -> str:
+    """Describe what was stopped, and what is left; `size` is 0 for all slots."""
     ranks = " of 1 rank" if size == 1 else f" of {size} ranks" if size else ""
-    reason = f"{interrupt}: " if interrupt.args else ""
-    return f"{reason}the run{ranks} was stopped; {_describe_latest(store)}"
+    because = f"{reason}: " if reason else ""
+    return f"{because}the run{ranks} was stopped; {_describe_latest(store)}"
 
 
 def _describe_latest(store: CheckpointStore | None) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.going import GoingRun
 from horovodrunner.flows.logs.debug import turn_on_if_wanted
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.outcome import FailureKind, Outcome, with_result
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["BarrierRun"]
 
 CANCEL_SECONDS = 10.0
+CANCEL_AGAIN_SECONDS = 0.5
+"""Spark forgets a cancellation that comes before the job."""
+
 FIRST_LOOK_SECONDS = 5.0
 """A stage that has not started by then is looked at."""
 
@@ -69,6 +74,8 @@ class BarrierRun:
         artifacts: ArtifactStore | None = None,
         start_timeout: float,
         waiting_since: float,
+        on_start: Callable[[], None] = lambda: None,
+        name: str = "",
         store: CheckpointStore | None = None,
         data: Sequence[UnsharedDataSet] = (),
         flows: Sequence[Handlers] = (),
@@ -82,16 +89,20 @@ class BarrierRun:
         self._results = results
         self._artifacts = artifacts
         self._start_timeout = start_timeout
+        self._on_start = on_start
         self._store = store
         self._data = data
         self._flows = flows
         self._tag = f"horovodrunner-{job.run_id}"
         self._spark_job = spark_job(
-            spark, self._tag, f"HorovodRunner(np={job.size}), run {job.run_id}"
+            spark,
+            self._tag,
+            f"HorovodRunner(np={job.size}), {GoingRun(job.run_id, name).title}",
         )
         self._outcomes: dict[int, Outcome] | None = None
         self._error: Exception | None = None
         self._ended = False
+        self._is_given_up = False
         self._start_by = waiting_since + start_timeout
         self._next_note = time.monotonic() + FIRST_LOOK_SECONDS
         self._all_running_since: float | None = None
@@ -127,8 +138,7 @@ class BarrierRun:
                 self._wait(channel)
             except BaseException:
                 channel.stop_run()
-                self._spark_job.cancel()
-                thread.join(CANCEL_SECONDS)
+                self._cancel(thread)
                 channel.wait_for_leaving(CANCEL_SECONDS)
                 self._note_lost_files(channel)
                 raise
@@ -144,6 +154,14 @@ class BarrierRun:
                 self._note_no_contact()
             return outcome
 
+    def _cancel(self, stage: threading.Thread) -> None:
+        """Cancel the stage, also one that its thread is only about to launch."""
+        self._is_given_up = True
+        end_by = time.monotonic() + CANCEL_SECONDS
+        while stage.is_alive() and time.monotonic() < end_by:
+            self._spark_job.cancel()
+            stage.join(CANCEL_AGAIN_SECONDS)
+
     def _run_stage(self, job: JobSpec) -> None:
         profile = {} if self._request.profile is None else {"profile": self._request.profile}
         try:
@@ -155,6 +173,8 @@ class BarrierRun:
                 barrier=True,
                 **profile,
             )
+            if self._is_given_up:
+                return
             chunks: dict[int, list[bytes]] = {}
             for partition, chunk in _collect(rows):
                 chunks.setdefault(partition, []).append(chunk)
@@ -183,6 +203,7 @@ class BarrierRun:
             self._console.show(until_look if until_look > 0 else LOOK_SECONDS)
             if time.monotonic() >= first_look and not (self._ended or channel.registered):
                 self._look_whether_it_starts(has_heard=channel.has_heard)
+        self._on_start()
         end_by: float | None = None
         while not self._ended:
             if channel.failure is not None:
@@ -204,6 +225,7 @@ class BarrierRun:
             return
         running = self._spark_job.running_tasks()
         if running == self._tasks:
+            self._on_start()
             self._all_running_since = self._all_running_since or now
             if now - self._all_running_since >= SILENT_SECONDS and not has_heard:
                 self._note(

@@ -41,6 +41,7 @@ def run_locally(
     *,
     artifacts: ArtifactStore,
     flows: Sequence[Handlers] = (),
+    deals_gpus: bool = True,
 ) -> Outcome:
     """Run all ranks as processes of this machine; `flows` take events beside the console."""
     address, interface = loopback_address()
@@ -51,7 +52,7 @@ def run_locally(
         address=address,
         interface=interface,
         workers=job.size,
-        gpus=_gpus_of_the_driver(),
+        gpus=_gpus_of_the_driver() if deals_gpus else (),
     )
     stop: list[Callable[[], object]] = []
     interrupted = threading.Event()
@@ -80,7 +81,9 @@ def run_locally(
         take_file=functools.partial(copy_file, files, console.note),
         take_artifacts=artifacts.take,
         checkpoints=(
-            CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
+            CheckpointStore(
+                job.checkpoint_location, job.keep_checkpoints, job.record, job.checkpoint_fence
+            )
             if job.checkpoint_location is not None
             else None
         ),

@@ -138,6 +138,7 @@ class _Agent:
             self._job.environment,
             of_worker(self._job.import_path, sys.path),
             self._context.cores_per_worker,
+            self._job.removed_variables,
         )
         result_file = file_without_a_name()
         self._resources.callback(os.close, result_file)

@@ -21,6 +21,7 @@ from horovodrunner.flows.logs.task import TaskLog
 from horovodrunner.flows.members.task import gather
 from horovodrunner.flows.results.task import ResultUpload
 from horovodrunner.placement.environment import GLOO_INTERFACE
+from horovodrunner.placement.packed import PackedEnvironment
 from horovodrunner.placement.topology import Member, compose_devices
 from horovodrunner.placement.versions import installed_versions
 from horovodrunner.processes.task.agent import run_task
@@ -128,7 +129,7 @@ def _context(
             interface=interface,
             workers=job.workers[partition],
             gpus=gpus,
-            problem=gpu_problem or address_problem,
+            problem=gpu_problem or address_problem or _packing_problem(),
             versions=installed_versions(),
         ),
         gather=gather_members,
@@ -151,7 +152,9 @@ def _address(job: JobSpec, context: Any) -> tuple[HostAddress, str]:
     """Return the address at which the peers reach this task, and what is wrong with it."""
     hosts = [info.address.rpartition(":")[0] for info in context.getTaskInfos()]
     driver = job.driver_address[0] if job.driver_address else None
-    chosen = job.environment.get(GLOO_INTERFACE) or os.environ.get(GLOO_INTERFACE)
+    chosen = job.environment.get(GLOO_INTERFACE)
+    if not chosen and GLOO_INTERFACE not in job.removed_variables:
+        chosen = os.environ.get(GLOO_INTERFACE)
     try:
         return find_address(hosts[context.partitionId()], driver, hosts, chosen), ""
     except ValueError as error:
@@ -169,6 +172,11 @@ def _gpus(context: Any) -> tuple[tuple[str, ...], str]:
         return (), f"{error}: check the discovery script of spark.worker.resource.gpu"
 
 
+def _packing_problem() -> str:
+    packed = PackedEnvironment.of_this_process()
+    return "" if packed is None else packed.problem_here()
+
+
 def _inherited_environment() -> dict[str, str]:
     """Return this process's variables, but for the number of threads that PySpark chose.
 
@@ -182,7 +190,9 @@ def _checkpoint_backend(job: JobSpec, client: TransferClient) -> CheckpointBacke
     if job.checkpoint_location is None:
         return None
     if is_url(job.checkpoint_location):
-        return CheckpointStore(job.checkpoint_location, job.keep_checkpoints, job.record)
+        return CheckpointStore(
+            job.checkpoint_location, job.keep_checkpoints, job.record, job.checkpoint_fence
+        )
     return DriverBackend(client)
 
 

@@ -47,7 +47,8 @@ DRAIN_SECONDS = 1.0
 """How long output is still read after a worker's end, when a process it left behind holds it."""
 
 _OWN_FRAMES = re.compile(
-    r'File "(?:.*/horovodrunner/processes/worker/__main__\.py|<frozen runpy>)"'
+    r'File "(?:.*/horovodrunner/(?:processes/worker/__main__|flows/script/worker)\.py'
+    r'|<frozen runpy>)"'
     r'|File "<string>", line 1 in <module>$'  # the command itself
 )
 METRICS = "metrics"

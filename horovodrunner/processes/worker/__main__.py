@@ -46,6 +46,7 @@ from horovodrunner.flows.outcome.worker import (
     exit_code_of,
     show_source_of_threads,
 )
+from horovodrunner.flows.script.worker import Script
 from horovodrunner.formatting import cut, in_one_line
 from horovodrunner.memory_limit import memory_hint
 from horovodrunner.pickling import payload
@@ -148,8 +149,13 @@ def run(spec: Job, call: bytes, control: ControlPipe, result_fd: int | None) -> 
         if not issubclass(type(error), SystemExit):
             return _failed(spec, error, "", hint=_main_hint), 1
         if code := exit_code_of(error):
-            told = "main called sys.exit: "
-            return _failed(spec, error, told, hint=_exit_hint, exit_code=code), code
+            is_script = type(function) is Script
+            told = f"{function.name if is_script else 'main'} called sys.exit: "
+            hint = _reason_of_exit if is_script else _exit_hint
+            failed = _failed(
+                spec, error, told, hint=hint, exit_code=code, prints_traceback=not is_script
+            )
+            return failed, code
         result = None
     else:
         if os.getpid() != own_pid:
@@ -194,8 +200,7 @@ def _leave_as_child(error: BaseException | None = None) -> NoReturn:
         told = describe(error)
         if issubclass(type(error), SystemExit):
             code = exit_code_of(error)
-            if not isinstance(getattr(error, "code", None), int | None):
-                _print(f"{told.text}\n")
+            _print_like_python(error, told.text)
         else:
             code = 1
             _print(told.traceback)
@@ -214,9 +219,13 @@ def _failed(
     exit_code: int | None = None,
     with_traceback: bool = True,
     kind: FailureKind = FailureKind.EXCEPTION,
+    prints_traceback: bool = True,
 ) -> Outcome:
     told = describe(error)
-    _print(told.traceback)
+    if prints_traceback:
+        _print(told.traceback)
+    else:
+        _print_like_python(error, told.text)
     advice = collective = ""
     with contextlib.suppress(BaseException):  # it is the user's object, and so are names in frames
         advice = hint(error) if hint is not None else ""
@@ -235,6 +244,12 @@ def _failed(
         collective=collective,
     )
     return Outcome(failure=failure)
+
+
+def _print_like_python(leaving: BaseException, text: str) -> None:
+    """Print what an interpreter prints when it is left with a text instead of a number."""
+    if not isinstance(getattr(leaving, "code", None), int | None):
+        _print(f"{text}\n")
 
 
 def _with_advice(text: str, advice: str) -> str:
@@ -289,13 +304,18 @@ def _missing_name_hint(error: BaseException) -> str:
     )
 
 
-def _exit_hint(error: BaseException) -> str:
+def _reason_of_exit(error: BaseException) -> str:
     """Repeat what a parser of arguments has printed before it left; it prints to standard error."""
     reason = _text_of_parser(error)
+    return f" ({reason})" if reason else ""
+
+
+def _exit_hint(error: BaseException) -> str:
+    reason = _reason_of_exit(error)
     if not reason:
         return ""
     return (
-        f" ({reason}). In main, sys.argv is {cut(repr(sys.argv), 200)}: pass settings "
+        f"{reason}. In main, sys.argv is {cut(repr(sys.argv), 200)}: pass settings "
         "as arguments of run(), or give the parser a list of its own: parse_args([])"
     )
 

@@ -1,0 +1,4 @@
+"""``python -m horovodrunner run``: a script on every rank.
+
+Runs in: the command line.
+"""

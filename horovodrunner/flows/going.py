@@ -1,0 +1,65 @@
+"""A run that is going: what it is called, and whether it is to stop. Runs in: the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import ClassVar
+
+__all__ = ["GoingRun"]
+
+_END = "end"
+
+
+class GoingRun:
+    """A run from the call of ``run()`` to its end; :meth:`stop` may be called from anywhere."""
+
+    _all: ClassVar[set[GoingRun]] = set()
+    _lock = threading.Lock()
+
+    def __init__(self, run_id: str, name: str = "") -> None:
+        self.run_id = run_id
+        self.name = name
+        # Whoever comes first decides how the run ends: setdefault() is atomic, and a handler of
+        # signals may call it, which must not wait for a lock that its own thread has.
+        self._end: dict[str, BaseException | None] = {}
+
+    @contextlib.contextmanager
+    def going(self) -> Iterator[None]:
+        """Be one of the runs that this process has at the moment."""
+        with self._lock:
+            self._all.add(self)
+        try:
+            yield
+        finally:
+            self.close()
+            with self._lock:
+                self._all.discard(self)
+
+    @property
+    def label(self) -> str:
+        """What its lines begin with: its name, or its id while there are others; else nothing."""
+        return self.name or (self.run_id if len(self._all) > 1 else "")
+
+    @property
+    def title(self) -> str:
+        """What other runs call it.
+
+        >>> GoingRun("1f0c22ab", "lr=0.1").title
+        "run 'lr=0.1' (1f0c22ab)"
+        """
+        return f"run {self.name!r} ({self.run_id})" if self.name else f"run {self.run_id}"
+
+    def stop(self, error: BaseException) -> bool:
+        """Have the run's own thread raise an error; return False if the run has ended."""
+        return self._end.setdefault(_END, error) is not None
+
+    def check(self) -> None:
+        """Raise what the run was stopped with."""
+        if (error := self._end.get(_END)) is not None:
+            raise error
+
+    def close(self) -> BaseException | None:
+        """Let nothing stop the run any more; return what has."""
+        return self._end.setdefault(_END, None)

@@ -1,0 +1,1 @@
+"""Runs under a key, which are not done twice."""

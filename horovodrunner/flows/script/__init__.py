@@ -1,0 +1,1 @@
+"""A script and the code beside it, out."""
