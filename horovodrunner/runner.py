@@ -934,34 +934,34 @@ class HorovodRunner:
                 f"environment has {DEVICES}, and Spark decides which GPUs each rank has "
                 f"({request.description}): leave it out"
             )
-        turn.join(spark.conf.get("spark.app.id", None) or "")
-        size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
-        turn.wait(
-            request.tasks(size),
-            request,
-            lambda: slots.total_slots(spark, request),
-            waiting_since=waiting_since,
-            start_timeout=self._start_timeout,
-            console=console,
-        )
-        if rest := request.describe_rest(size):
-            console.note(rest)
-        job = replace(
-            job,
-            size=size,
-            ranks_per_task=request.ranks,
-            record=None if job.record is None else replace(job.record, size=size),
-            max_result_bytes=session.max_result_bytes(spark),
-            versions=installed_versions(),
-            environment={**session.chosen_threads(spark), **job.environment},
-            shares_terminal=session.shares_terminal(spark),
-        )
-        location, store = job.checkpoint_location, None
-        if location is not None and not is_url(location):  # there rank 0 writes itself
-            store = CheckpointStore(
-                location, job.keep_checkpoints, job.record, job.checkpoint_fence
-            )
         with interrupt.only_this_run():
+            turn.join(spark.conf.get("spark.app.id", None) or "")
+            size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
+            turn.wait(
+                request.tasks(size),
+                request,
+                lambda: slots.total_slots(spark, request),
+                waiting_since=waiting_since,
+                start_timeout=self._start_timeout,
+                console=console,
+            )
+            if rest := request.describe_rest(size):
+                console.note(rest)
+            job = replace(
+                job,
+                size=size,
+                ranks_per_task=request.ranks,
+                record=None if job.record is None else replace(job.record, size=size),
+                max_result_bytes=session.max_result_bytes(spark),
+                versions=installed_versions(),
+                environment={**session.chosen_threads(spark), **job.environment},
+                shares_terminal=session.shares_terminal(spark),
+            )
+            location, store = job.checkpoint_location, None
+            if location is not None and not is_url(location):  # there rank 0 writes itself
+                store = CheckpointStore(
+                    location, job.keep_checkpoints, job.record, job.checkpoint_fence
+                )
             return BarrierRun(
                 spark,
                 job,
