@@ -529,6 +529,9 @@ class HorovodRunner:
     def _stored_value(self, keyed: KeyedRun) -> Any:
         """Return the value of a run that was done before, and be as after that run."""
         self._forget_last_run()
+        self._results = RankResults(
+            why_none="the run of this run_key was done before, and rank 0's value alone is stored"
+        )
         self._history, self._phases = History(), ()
         self._artifacts = ArtifactStore()
         if keyed.stored is not None and keyed.stored.record and self._run_dir is not None:
