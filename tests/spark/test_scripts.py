@@ -149,7 +149,7 @@ def test_as_the_application_of_spark_submit(project: Path, tmp_path: Path) -> No
         done = processes.run(words, capture_output=True, env=environ)
         assert done.returncode == 3, done.stderr
         # spark-submit shows both streams of the driver's Python on its own standard output.
-        assert "[0]<stdout>:rank 0 of 2 ['--code']" in done.stdout
+        assert "[1]<stdout>:rank 1 of 2 ['--code']" in done.stdout
         assert f"Spark's master is {url}, from spark-submit or the environment" in done.stdout
         words = [sys.executable, "-m", "horovodrunner", "run", "-np", "2", "--master", url, *confs]
         log = tmp_path / "log"
