@@ -15,8 +15,9 @@ from horovodrunner.errors import *  # noqa: F403 - what its __all__ names
 
 if TYPE_CHECKING:
     from horovodrunner import artifacts, checkpoint, metrics
+    from horovodrunner.flows.checkpoints.saved import SavedCheckpoint
     from horovodrunner.processes.worker.context import log_to_driver
-    from horovodrunner.runner import HorovodRunner, SavedCheckpoint
+    from horovodrunner.runner import HorovodRunner
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
@@ -34,7 +35,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "HorovodRunner": "horovodrunner.runner",
-    "SavedCheckpoint": "horovodrunner.runner",
+    "SavedCheckpoint": "horovodrunner.flows.checkpoints.saved",
     "log_to_driver": "horovodrunner.processes.worker.context",
 }
 

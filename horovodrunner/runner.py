@@ -2,101 +2,46 @@
 
 from __future__ import annotations
 
-import functools
 import html
 import inspect
 import os
 import secrets
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentValueError, ConfigurationError, RunStoppedError
-from horovodrunner.flows.artifacts.driver import BroughtFiles
-from horovodrunner.flows.artifacts.store import ArtifactStore
-from horovodrunner.flows.call.called import name_of
-from horovodrunner.flows.call.early_imports import early_imports
-from horovodrunner.flows.call.import_path import ImportPath
-from horovodrunner.flows.call.job import JobSpec
-from horovodrunner.flows.checkpoints.driver import new_history, newest_history
+from horovodrunner.flows.call.driver import Call, FunctionCall
+from horovodrunner.flows.checkpoints.saved import SavedCheckpoint
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.going import GoingRun
-from horovodrunner.flows.logs.driver import Console
-from horovodrunner.flows.logs.showing import warn
-from horovodrunner.flows.metrics.driver import MetricsRecorder, ReportCalls
 from horovodrunner.flows.metrics.history import History
-from horovodrunner.flows.mlflow.driver import Sources, reporters, require_mlflow
-from horovodrunner.flows.observer import Observer, Observers, RunFacts
-from horovodrunner.flows.outcome.outcome import Outcome
-from horovodrunner.flows.progress.driver import ProgressView
-from horovodrunner.flows.progress.screens import find_screen
-from horovodrunner.flows.results.driver import ResultStore
+from horovodrunner.flows.mlflow.driver import require_mlflow
 from horovodrunner.flows.results.sequence import RankResults
-from horovodrunner.flows.rundir.masking import Mask, secret_variables, without_secrets
+from horovodrunner.flows.rundir.masking import Mask, without_secrets
 from horovodrunner.flows.runkeys.driver import REFUSE, RERUN, KeyedRun, KeyRequest, keyed_run
-from horovodrunner.flows.script.driver import ScriptCall, prepare_script
-from horovodrunner.flows.telemetry.phases import Phase, Spans, format_phases
-from horovodrunner.flows.tensorboard.driver import TensorBoardWriter, checked_directory
-from horovodrunner.formatting import format_bytes, in_one_line
-from horovodrunner.pickling import payload
-from horovodrunner.placement.environment import DEVICES
+from horovodrunner.flows.script.driver import prepare_script
+from horovodrunner.flows.telemetry.phases import Phase
+from horovodrunner.flows.tensorboard.driver import checked_directory
+from horovodrunner.options import AUTO, Options
 from horovodrunner.placement.forwarding import Variables, checked_patterns, checked_variables
-from horovodrunner.placement.versions import installed_versions
-from horovodrunner.processes.driver.announcement import PICKLED, announce
-from horovodrunner.processes.driver.attempts import describe_end, run_attempts
-from horovodrunner.processes.driver.interactive import is_interactive, program_arguments
-from horovodrunner.processes.driver.queue import Turn
-from horovodrunner.spark import interrupt
+from horovodrunner.processes.driver.run import LastRun, Run, checkpoints_of, store_of_key
 from horovodrunner.storage import is_url, open_storage
 from horovodrunner.usage import explained, wrong_options, wrong_run, wrong_script
-from horovodrunner.wire.events import Handlers
 
 if TYPE_CHECKING:
-    from horovodrunner.data.unshared import UnsharedDataSet
     from horovodrunner.flows.metrics.records import Point
-    from horovodrunner.flows.rundir.driver import RunDirectory
 
 __all__ = ["HorovodRunner", "SavedCheckpoint"]
 
-AUTO = "auto"
-TOKEN_BYTES = 32
 MAX_KEY = 200
-
 MAX_NAME = 100
 """Characters of a run's name."""
 
-USAGE_SECONDS = 10.0
-"""How often ranks report what they use, to observers that want it."""
-
-
+_PREFLIGHT = {True: "refuse", "warn": "warn", False: ""}
 _OLD_OPTIONS = {"checkpoint_errors": "on_checkpoint_error", "show_phases": "profile_launch"}
-
-
-@dataclass(frozen=True)
-class SavedCheckpoint:
-    """A checkpoint that is kept.
-
-    Parameters
-    ----------
-    step
-        The step that :func:`horovodrunner.checkpoint.save` was given.
-    path
-        Its directory: a path on the driver, or a URL.
-    size
-        Bytes of all its files.
-    time
-        When it was complete, in UTC.
-    """
-
-    step: int
-    path: str
-    size: int
-    time: datetime
 
 
 class HorovodRunner:
@@ -260,71 +205,72 @@ class HorovodRunner:
         name: str | None = None,
     ) -> None:
         given = locals()
-        self._options = {
+        changed = {
             option: given[option]
             for option, parameter in inspect.signature(HorovodRunner).parameters.items()
             if _differs(given[option], parameter.default)
         }
-        self._np = checked.integer("np", np)
-        self._verbosity = checked.choice(
-            "driver_log_verbosity", driver_log_verbosity, ("all", "log_callback_only")
-        )
-        self._resources = None if resources is None else checked.resources("resources", resources)
-        self._ranks_per_task = checked.integer_or("gpu", "ranks_per_task", ranks_per_task, 1)
-        self._preflight = checked.boolean_or("warn", "preflight", preflight)
-        self._keeps_all_results = checked.choice("results", results, ("rank-0", "all")) == "all"
-        self._start_timeout = checked.seconds("start_timeout", start_timeout)
-        self._stall_timeout = (
-            None if stall_timeout is None else checked.seconds("stall_timeout", stall_timeout)
-        )
-        keep = checked.integer("keep_checkpoints", keep_checkpoints, at_least=1)
-        self._store = (
-            None
-            if checkpoint_dir is None
-            else CheckpointStore(checked.path("checkpoint_dir", checkpoint_dir), keep)
-        )
-        self._resume = checked.boolean("resume", resume)
-        self._on_checkpoint_error = checked.choice(
-            "on_checkpoint_error", on_checkpoint_error, ("warn", "raise")
-        )
-        self._max_restarts = checked.integer("max_restarts", max_restarts, at_least=0)
-        self._restart_on = checked.exception_types("restart_on", restart_on)
-        self._tf_config = checked.boolean("tf_config", tf_config)
-        self._variables = Variables(
+        variables = Variables(
             checked_variables("environment", {} if environment is None else environment),
             checked_patterns("forward", checked.names("forward", forward)),
             _horovod_variables(horovodrun_args),
         )
         if environment:
-            self._options["environment"] = without_secrets(self._variables.environment)
-        self._profile_launch = checked.boolean("profile_launch", profile_launch)
-        self._keep_warm = checked.boolean_or(AUTO, "keep_warm", keep_warm)
-        self._progress = checked.boolean_or(AUTO, "progress", progress)
-        self._mlflow = checked.boolean_or(AUTO, "mlflow", mlflow)
-        if self._mlflow is True:
-            require_mlflow()
-        self._tensorboard_dir = (
-            None
-            if tensorboard_dir is None
-            else checked_directory(
-                "tensorboard_dir", checked.path("tensorboard_dir", tensorboard_dir)
+            changed["environment"] = without_secrets(variables.environment)
+        number = checked.integer("np", np)
+        verbosity = checked.choice(
+            "driver_log_verbosity", driver_log_verbosity, ("all", "log_callback_only")
+        )
+        keep = checked.integer("keep_checkpoints", keep_checkpoints, at_least=1)
+        self._options = Options(
+            given=changed,
+            np=number,
+            shows_output=verbosity == "all" or number < 0,
+            resources=None if resources is None else checked.resources("resources", resources),
+            ranks_per_task=checked.integer_or("gpu", "ranks_per_task", ranks_per_task, 1),
+            preflight=_PREFLIGHT[checked.boolean_or("warn", "preflight", preflight)],
+            keeps_all_results=checked.choice("results", results, ("rank-0", "all")) == "all",
+            start_timeout=checked.seconds("start_timeout", start_timeout),
+            stall_timeout=(
+                None if stall_timeout is None else checked.seconds("stall_timeout", stall_timeout)
+            ),
+            store=(
+                None
+                if checkpoint_dir is None
+                else CheckpointStore(checked.path("checkpoint_dir", checkpoint_dir), keep)
+            ),
+            resume=checked.boolean("resume", resume),
+            fails_on_checkpoint_error=checked.choice(
+                "on_checkpoint_error", on_checkpoint_error, ("warn", "raise")
             )
+            == "raise",
+            max_restarts=checked.integer("max_restarts", max_restarts, at_least=0),
+            restart_on=checked.exception_types("restart_on", restart_on),
+            tf_config=checked.boolean("tf_config", tf_config),
+            variables=variables,
+            profile_launch=checked.boolean("profile_launch", profile_launch),
+            keep_warm=checked.boolean_or(AUTO, "keep_warm", keep_warm),
+            shows_progress=checked.boolean_or(AUTO, "progress", progress) is not False,
+            run_dir=None if run_dir is None else checked.path("run_dir", run_dir),
+            mlflow=checked.boolean_or(AUTO, "mlflow", mlflow),
+            tensorboard_dir=(
+                None
+                if tensorboard_dir is None
+                else checked_directory(
+                    "tensorboard_dir", checked.path("tensorboard_dir", tensorboard_dir)
+                )
+            ),
+            on_report=(
+                None
+                if on_report is None
+                else checked.callback("on_report", on_report, "a point that rank 0 reported")
+            ),
+            name="" if name is None else checked.name("name", name, MAX_NAME),
         )
-        self._run_dir = None if run_dir is None else checked.path("run_dir", run_dir)
-        self._on_report = (
-            None
-            if on_report is None
-            else checked.callback("on_report", on_report, "a point that rank 0 reported")
-        )
-        self._name = "" if name is None else checked.name("name", name, MAX_NAME)
+        if self._options.mlflow is True:
+            require_mlflow()
         self._going: list[GoingRun] = []
-        self._run_directory: RunDirectory | None = None  # of the last run
-        self._stored_record: str | None = None  # of the run whose value was stored
-        self._own_history: CheckpointStore | None = None  # of the last run that has one
-        self._phases: tuple[Phase, ...] = ()
-        self._history = History()
-        self._artifacts = ArtifactStore()
-        self._results = RankResults(why_none="nothing has run yet")
+        self._last = LastRun(RankResults(why_none="nothing has run yet"))
 
     @property
     def results(self) -> RankResults:
@@ -341,7 +287,7 @@ class HorovodRunner:
         >>> runner.results[1]  # doctest: +SKIP
         0.93
         """
-        return self._results
+        return self._last.results
 
     @property
     def checkpoints(self) -> tuple[SavedCheckpoint, ...]:
@@ -349,24 +295,12 @@ class HorovodRunner:
 
         With ``resume=False`` the last run's own, as soon as there was one.
         """
-        if self._store is None:
-            return ()
-        # a run that was to start anew has its own, even if it saved nothing
-        store = self._own_history or newest_history(self._store)
-        return tuple(
-            SavedCheckpoint(
-                step=manifest.step,
-                path=store.path_of(manifest.step),
-                size=manifest.size,
-                time=datetime.fromisoformat(manifest.saved_at),
-            )
-            for manifest in reversed(store.manifests())
-        )
+        return tuple(checkpoints_of(self._last, self._options.store))
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The phases of the last run that ended, or of its last attempt, and when they were."""
-        return self._phases
+        return self._last.phases
 
     @property
     def history(self) -> History:
@@ -374,7 +308,7 @@ class HorovodRunner:
 
         It grows while the run goes on, for whoever looks at it in another thread.
         """
-        return self._history
+        return self._last.history
 
     @property
     def artifacts(self) -> Path | None:
@@ -384,7 +318,7 @@ class HorovodRunner:
         one, or behind a URL, the directory goes with the next run of this runner, and with this
         process.
         """
-        return self._artifacts.directory
+        return self._last.artifacts.directory
 
     @property
     def record(self) -> str | None:
@@ -397,20 +331,20 @@ class HorovodRunner:
         >>> runner.record  # doctest: +SKIP
         '/home/me/runs/20260131-101500-1f0c22ab'
         """
-        if self._run_directory is None:
-            return self._stored_record
-        return self._run_directory.location
+        return self._last.record
 
     def __repr__(self) -> str:
         """Return the call that makes this runner, without what a URL has before its ``@``."""
-        options = ", ".join(f"{name}={checked.shown(it)}" for name, it in self._options.items())
+        options = ", ".join(
+            f"{name}={checked.shown(it)}" for name, it in self._options.given.items()
+        )
         return Mask().text(f"{type(self).__name__}({options})")
 
     def _repr_html_(self) -> str:
         """Return the same, and what the last run reported; notebooks show it."""
         parts = [f"<code>{html.escape(repr(self))}</code>"]
-        if self._history.last is not None:
-            parts.append(self._history._repr_html_())
+        if self.history.last is not None:
+            parts.append(self.history._repr_html_())
         if self.record is not None:
             parts.append(f"<div>record: <code>{html.escape(self.record)}</code></div>")
         return "".join(parts)
@@ -483,61 +417,60 @@ class HorovodRunner:
         checked.free_names(main, "run_key", "on_change")
         if run_key is None and on_change != REFUSE:
             raise ArgumentValueError(f"on_change={on_change!r} needs a run_key")
-        return self._call(main, kwargs, run_key, on_change)
+        return self._run(self._function(main, kwargs), run_key, on_change)
 
-    def _call(
-        self,
-        main: Callable[..., Any],
-        kwargs: Mapping[str, Any],
-        run_key: str | None = None,
-        on_change: str = REFUSE,
-    ) -> Any:
+    def _function(self, main: Callable[..., Any], kwargs: Mapping[str, Any]) -> FunctionCall:
+        checked.main(main, kwargs, runner_options=_OPTIONS)
+        return FunctionCall(main, kwargs)
+
+    def _run(self, call: Call, run_key: str | None = None, on_change: str = REFUSE) -> Any:
         __tracebackhide__ = True
-        run = GoingRun(secrets.token_hex(4), self._name)
-        self._going.append(run)
+        going = GoingRun(secrets.token_hex(4), self._options.name)
+        self._going.append(going)
         try:
-            with run.going():
+            with going.going():
                 if run_key is None:
-                    return self._run(run, main, kwargs)
-                checked.main(main, kwargs, runner_options=_OPTIONS)
-                with keyed_run(self._request(run, run_key, on_change, main, kwargs), run) as keyed:
+                    return self._begin(call, going).go()
+                with keyed_run(self._request(going, run_key, on_change, call), going) as keyed:
                     if keyed.is_done:
                         return self._stored_value(keyed)
-                    return self._run(run, main, kwargs, keyed)
+                    return self._begin(call, going, keyed).go()
         finally:
-            self._going.remove(run)
+            self._going.remove(going)
 
-    def _request(
-        self,
-        run: GoingRun,
-        run_key: str,
-        on_change: str,
-        main: Callable[..., Any],
-        kwargs: Mapping[str, Any],
-    ) -> KeyRequest:
-        from horovodrunner.flows.call.recording import record_call
+    def _begin(self, call: Call, going: GoingRun, keyed: KeyedRun | None = None) -> Run:
+        """Make a run, which takes the last one's place."""
+        run = Run(self._options, call, going, keyed, stacklevel=self._frames_to_user)
+        self._last.discard()
+        self._last = run.left
+        return run
 
+    def _request(self, going: GoingRun, run_key: str, on_change: str, call: Call) -> KeyRequest:
         key = checked.name("run_key", run_key, MAX_KEY)
-        if self._run_dir is None:
+        if self._options.run_dir is None:
             raise ArgumentValueError(
                 f"run_key={key!r} needs run_dir, where what was done is kept: "
                 'HorovodRunner(..., run_dir="runs")'
             )
-        record = record_call(run.run_id, abs(self._np), main, kwargs, exactly=True)
-        return KeyRequest(key, self._run_dir, record, on_change, self._start_timeout)
+        record = call.record(going.run_id, abs(self._options.np), exactly=True)
+        return KeyRequest(
+            key, self._options.run_dir, record, on_change, self._options.start_timeout
+        )
 
     def _stored_value(self, keyed: KeyedRun) -> Any:
         """Return the value of a run that was done before, and be as after that run."""
-        self._forget_last_run()
-        self._results = RankResults(
-            why_none="the run of this run_key was done before, and rank 0's value alone is stored"
+        options = self._options
+        self._last.discard()
+        self._last = last = LastRun(
+            RankResults(
+                why_none="the run of this run_key was done before, and rank 0's value alone is "
+                "stored"
+            )
         )
-        self._history, self._phases = History(), ()
-        self._artifacts = ArtifactStore()
-        if keyed.stored is not None and keyed.stored.record and self._run_dir is not None:
-            self._stored_record = open_storage(self._run_dir).url(keyed.stored.record)
-        if self._store is not None:
-            self._own_history = self._store_of_key(self._store, keyed).newest_epoch()
+        if keyed.stored is not None and keyed.stored.record and options.run_dir is not None:
+            last.stored_record = open_storage(options.run_dir).url(keyed.stored.record)
+        if options.store is not None:
+            last.checkpoints = store_of_key(options.store, keyed).newest_epoch()
         return keyed.value()
 
     def stop(self, reason: str = "") -> bool:
@@ -568,127 +501,6 @@ class HorovodRunner:
         reason = checked.text("reason", reason)
         stops = [run.stop(RunStoppedError(reason, reason=reason)) for run in [*self._going]]
         return any(stops)
-
-    def _run(
-        self,
-        run: GoingRun,
-        main: Callable[..., Any],
-        kwargs: Mapping[str, Any],
-        keyed: KeyedRun | None = None,
-    ) -> Any:
-        __tracebackhide__ = True
-        began, spans = time.time(), Spans()
-        checked.main(main, kwargs, runner_options=_OPTIONS)
-        store = self._store_of_run(run.run_id, main, kwargs, keyed)
-        environment = self._variables.of_run(os.environ)
-        files = BroughtFiles(environment)
-        call, data_sets, frameworks = _pickle(main, kwargs)
-        spans.add("pickle", began, time.time())
-        self._history = History(abs(self._np))
-        recorder = MetricsRecorder(self._history)
-        view = self._progress_view(recorder, run)
-        shows_output = self._verbosity == "all" or self._np < 0
-        console = self._make_console(run, shows_lines=shows_output, drawing=view)
-        facts = RunFacts(
-            run.run_id,
-            self._np,
-            name_of(main),
-            main.named_arguments if isinstance(main, ScriptCall) else kwargs,
-            self._options,
-            began,
-            environment,
-            files.paths,
-            self._name,
-            secret_variables(environment, self._variables),
-        )
-        artifacts = self._make_stores(facts, recorder, console)
-        own = (recorder, artifacts, view, self._run_directory)
-        others = self._observers(facts, recorder, console)
-        observers = Observers([*filter(None, own), *others], console.note)
-        results = self._result_store()
-
-        turn = Turn(run, console.wake)
-
-        def launch(attempt: int) -> Outcome:
-            run.check()
-            files.begin(attempt)
-            observers.begin(attempt)
-            now = time.time()
-            spans.add("stage start", now, now)
-            job = JobSpec(
-                run_id=run.run_id if attempt == 1 else f"{run.run_id}-{attempt}",
-                size=abs(self._np),
-                payload=call,
-                # its own secret: nobody of an earlier attempt gets in
-                token=secrets.token_bytes(TOKEN_BYTES),
-                attempt=attempt,
-                early_imports=frameworks,
-                environment=self._variables.of_attempt(
-                    environment, observers.environment, files.variables
-                ),
-                removed_variables=self._variables.removed,
-                import_path=ImportPath.of_this_process(),
-                stream_output=shows_output or observers.wants_output,
-                driver_shows_output=shows_output,
-                usage_seconds=USAGE_SECONDS if observers.wants_usage else None,
-                profiles=observers.wants_profiles,
-                preflight="refuse" if self._preflight is True else self._preflight or "",
-                all_results=self._keeps_all_results,
-                stall_timeout=self._stall_timeout,
-                checkpoint_location=None if store is None else store.location,
-                keep_checkpoints=3 if store is None else store.keep,
-                checkpoint_fence=None if store is None else store.fence,
-                record=None if store is None else store.run,
-                fail_on_checkpoint_error=self._on_checkpoint_error == "raise",
-                brought_files=files.variables,
-                tf_config=self._tf_config,
-                keep_warm=is_interactive() if self._keep_warm == AUTO else self._keep_warm is True,
-            )
-            on_spark = functools.partial(self._run_on_spark, turn=turn)
-            run_job = self._run_locally if self._np < 0 else on_spark
-            outcome = run_job(
-                job,
-                console,
-                files,
-                results,
-                data=tuple(data_sets.values()),
-                flows=observers.handlers,
-            )
-            return outcome if keyed is None else keyed.keep(outcome, self.record, console)
-
-        ended_by: BaseException | None = None
-        try:
-            announce(
-                console,
-                self._np,
-                self._verbosity,
-                len(call),
-                tf_config=self._tf_config,
-                what=main.what if isinstance(main, ScriptCall) else PICKLED,
-            )
-            self._warn(main, kwargs, len(call))
-            first = run_attempts(
-                launch,
-                self._max_restarts,
-                self._restart_on,
-                store=store,
-                console=console,
-                run=run,
-            )
-            return self._keep_results(results, first)
-        except KeyboardInterrupt as error:
-            ended_by = describe_end(run, error, abs(self._np), store)
-            raise error from None  # a second Ctrl-C comes while the first one is handled
-        except BaseException as error:
-            ended_by = describe_end(run, error, abs(self._np), store)
-            raise
-        finally:
-            turn.leave()
-            self._note_end(spans, console, began, ended_by)
-            observers.end(ended_by)
-            if store is not None:
-                store.prune()
-            console.show(0)
 
     @explained(wrong_script)
     def run_script(
@@ -738,276 +550,18 @@ class HorovodRunner:
         """
         __tracebackhide__ = True
         call = prepare_script(
-            script, arguments, code_dir, travels=self._np >= 0, left_out=self._left_out()
+            script, arguments, code_dir, travels=self._options.np >= 0, left_out=self._left_out()
         )
-        self._call(call, {})
+        self._run(call)
 
     def _left_out(self) -> list[str]:
         """List directories of the run's own, which do not travel with the code around them."""
-        own = (self._run_dir, self._tensorboard_dir, self._store and self._store.location)
+        store = self._options.store
+        own = (self._options.run_dir, self._options.tensorboard_dir, store and store.location)
         return [str(each) for each in own if each is not None and not is_url(str(each))]
-
-    def _observers(
-        self, facts: RunFacts, recorder: MetricsRecorder, console: Console
-    ) -> list[Observer]:
-        """Make what follows a run on the driver, beside what belongs to every run."""
-        observers: list[Observer] = []
-        if self._on_report is not None:
-            observers.append(ReportCalls(self._on_report, recorder, console.call))
-        if self._tensorboard_dir is not None:
-            observers.append(TensorBoardWriter(self._tensorboard_dir, facts, recorder.records_of))
-        # the last one: what the record has at its end is to be in MLflow, too
-        sources = Sources(recorder.records_of, self._artifacts, self._run_directory)
-        observers += reporters(self._mlflow, facts, sources, console)
-        return observers
-
-    def _make_stores(
-        self, facts: RunFacts, recorder: MetricsRecorder, console: Console
-    ) -> ArtifactStore:
-        """Make the directory of this run, if the user wants one, and where artifacts come to."""
-        self._forget_last_run()
-        if self._run_dir is None:
-            self._artifacts = ArtifactStore()
-            return self._artifacts
-        from horovodrunner.flows.rundir.driver import RunDirectory
-
-        self._run_directory = record = RunDirectory(
-            self._run_dir,
-            facts,
-            records_of=recorder.records_of,
-            phases=lambda: self.phases,
-            checkpoints=lambda: self.checkpoints,
-            artifacts=lambda: self._artifacts.directory,
-        )
-        console.note(f"the record of this run: {record.shown}", routine=True)
-        self._artifacts = ArtifactStore(record.artifacts)
-        return self._artifacts
-
-    def _forget_last_run(self) -> None:
-        """Delete what goes with the next run."""
-        self._artifacts.discard()
-        self._stored_record = None
-        if self._run_directory is not None:
-            self._run_directory.discard()
-            self._run_directory = None
-
-    def _make_console(
-        self, run: GoingRun, *, shows_lines: bool, drawing: ProgressView | None
-    ) -> Console:
-        return Console(
-            executors_have_lines=self._np >= 0, shows_lines=shows_lines, drawing=drawing, run=run
-        )
-
-    def _progress_view(self, recorder: MetricsRecorder, run: GoingRun) -> ProgressView | None:
-        """Make what shows how far the run is, unless the user wants nothing of it."""
-        if self._progress is False:
-            return None
-        attempts = self._max_restarts + 1
-        return ProgressView(find_screen(), recorder, self._history, attempts, run=run)
-
-    def _result_store(self) -> ResultStore:
-        """Make what takes the results of a run; those of the last one go, if nobody has them."""
-        self._results = RankResults(why_none="the run has not ended yet")
-        return ResultStore(of_all_ranks=self._keeps_all_results)
-
-    def _keep_results(self, store: ResultStore, first: Any) -> Any:
-        """Keep what the ranks returned, if the user wants it, and return rank 0's."""
-        if self._keeps_all_results:
-            self._results = RankResults.of(store, first)
-        else:
-            self._results = RankResults(
-                why_none='only HorovodRunner(..., results="all") keeps what ranks return'
-            )
-        return first
-
-    def _store_of_key(self, root: CheckpointStore, keyed: KeyedRun) -> CheckpointStore:
-        """Return where the checkpoints of all epochs of a key's run are."""
-        return root.below(f"key-{keyed.place.name}").below(keyed.epoch.generation)
-
-    def _store_of_run(
-        self,
-        run_id: str,
-        main: Callable[..., Any],
-        kwargs: Mapping[str, Any],
-        keyed: KeyedRun | None,
-    ) -> CheckpointStore | None:
-        """Choose where this run's checkpoints are, and prove that it can be written to."""
-        if self._store is None:
-            return None
-        from horovodrunner.flows.call.recording import record_call, record_script
-
-        self._store.check()
-        try:
-            self._own_history = None
-            if keyed is not None:
-                of_key = self._store_of_key(self._store, keyed)
-                history = of_key.begin_epoch(keyed.epoch.number, resume=self._resume)
-                self._own_history = history
-            elif self._resume:
-                history = newest_history(self._store, recover=True)
-            else:
-                history = self._own_history = new_history(self._store)
-        except OSError as error:
-            raise ConfigurationError(
-                f"the checkpoints in {self._store.location} cannot be read: {error}. Choose a "
-                "checkpoint_dir that this process may read"
-            ) from error
-        record = (
-            record_script(run_id, abs(self._np), main.name, main.named_arguments, main.code)
-            if isinstance(main, ScriptCall)
-            else record_call(run_id, abs(self._np), main, kwargs)
-        )
-        return CheckpointStore(history.location, history.keep, record, history.fence)
-
-    def _warn(self, main: Callable[..., Any], kwargs: Mapping[str, Any], call_bytes: int) -> None:
-        if self._np == 0:
-            warn(
-                "np=0 (all slots) is deprecated: give the number of ranks",
-                DeprecationWarning,
-                stacklevel=self._frames_to_user,
-            )
-        if call_bytes > payload.WARN_BYTES and isinstance(main, ScriptCall):
-            warn(
-                f"{main.what} {format_bytes(call_bytes)}, which every executor has to fetch. "
-                f"Largest, before they were packed: {main.largest_entries()}. Name a directory "
-                "that has only the code with code_dir=",
-                UserWarning,
-                stacklevel=self._frames_to_user,
-            )
-        elif call_bytes > payload.WARN_BYTES:
-            parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
-            named = "; ".join(f"{where} ({format_bytes(n)})" for where, n in parts)
-            warn(
-                f"the pickled main and its arguments have {format_bytes(call_bytes)}, "
-                "which every executor has to fetch"
-                + (f". Largest: {named}" if named else "")
-                + ". Load large data inside main instead",
-                UserWarning,
-                stacklevel=self._frames_to_user,
-            )
-
-    def _run_locally(
-        self,
-        job: JobSpec,
-        console: Console,
-        files: BroughtFiles,
-        results: ResultStore,
-        *,
-        data: Sequence[UnsharedDataSet],
-        flows: Sequence[Handlers],
-    ) -> Outcome:
-        from horovodrunner.flows.rows.driver import stored_here
-        from horovodrunner.processes.driver.local import run_locally
-
-        with stored_here(data, job.run_id, console) as rows:
-            return run_locally(
-                job,
-                console,
-                files,
-                results,
-                rows,
-                artifacts=self._artifacts,
-                flows=flows,
-                deals_gpus=DEVICES not in self._variables.environment,
-            )
-
-    def _run_on_spark(
-        self,
-        job: JobSpec,
-        console: Console,
-        files: BroughtFiles,
-        results: ResultStore,
-        *,
-        data: Sequence[UnsharedDataSet],
-        flows: Sequence[Handlers],
-        turn: Turn,
-    ) -> Outcome:
-        from horovodrunner.processes.driver import slots
-        from horovodrunner.processes.driver.cluster import BarrierRun
-        from horovodrunner.processes.driver.resources import task_request
-        from horovodrunner.spark import session
-
-        console.show(0)
-        spark = session.find_session()
-        session.refuse_encrypted_cluster(spark)
-        waiting_since = time.monotonic()
-        request = task_request(spark, self._resources, self._ranks_per_task)
-        if request.gpus and DEVICES in self._variables.environment:
-            raise ConfigurationError(
-                f"environment has {DEVICES}, and Spark decides which GPUs each rank has "
-                f"({request.description}): leave it out"
-            )
-        with interrupt.only_this_run():
-            turn.join(spark.conf.get("spark.app.id", None) or "")
-            size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
-            turn.wait(
-                request.tasks(size),
-                request,
-                lambda: slots.total_slots(spark, request),
-                waiting_since=waiting_since,
-                start_timeout=self._start_timeout,
-                console=console,
-            )
-            if rest := request.describe_rest(size):
-                console.note(rest)
-            job = replace(
-                job,
-                size=size,
-                ranks_per_task=request.ranks,
-                record=None if job.record is None else replace(job.record, size=size),
-                max_result_bytes=session.max_result_bytes(spark),
-                versions=installed_versions(),
-                environment={**session.chosen_threads(spark), **job.environment},
-                shares_terminal=session.shares_terminal(spark),
-            )
-            location, store = job.checkpoint_location, None
-            if location is not None and not is_url(location):  # there rank 0 writes itself
-                store = CheckpointStore(
-                    location, job.keep_checkpoints, job.record, job.checkpoint_fence
-                )
-            return BarrierRun(
-                spark,
-                job,
-                request,
-                console,
-                files,
-                results=results,
-                artifacts=self._artifacts,
-                start_timeout=self._start_timeout,
-                waiting_since=waiting_since,
-                on_start=turn.start,
-                name=self._name,
-                store=store,
-                data=data,
-                flows=flows,
-            ).run()
-
-    def _note_end(
-        self, spans: Spans, console: Console, began: float, error: BaseException | None
-    ) -> None:
-        if error is not None:
-            self._results = RankResults(why_none=f"the run failed: {in_one_line(error)}")
-        for phase in console.run_phases:
-            spans.add(phase.name, phase.began, phase.ended, phase.last_rank)
-            if phase.name == "main":
-                spans.add("outcome back", phase.ended, time.time())
-        self._phases = spans.phases()
-        if self._profile_launch:
-            console.note(f"where the time went:\n{format_phases(self._phases, since=began)}")
 
 
 _OPTIONS = [*[*inspect.signature(HorovodRunner.__init__).parameters][1:], *_OLD_OPTIONS]
-
-
-def _pickle(
-    main: Callable[..., Any], kwargs: Mapping[str, Any]
-) -> tuple[bytes, Mapping[str, UnsharedDataSet], tuple[str, ...]]:
-    """Return the pickled call, the data sets that it names, and what workers import early."""
-    if isinstance(main, ScriptCall):  # it is to find a fresh process, as from a shell
-        return payload.dump_call(main, kwargs, with_settings=False), {}, main.early_imports()
-    with payload.attachments() as attachments:
-        call = payload.dump_call(main, kwargs, program_arguments())
-    return call, attachments, early_imports(main, call)
 
 
 def _differs(value: Any, default: Any) -> bool:

@@ -8,16 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentValueError
-from horovodrunner.flows.going import GoingRun
-from horovodrunner.flows.logs.driver import Console
-from horovodrunner.flows.metrics.driver import MetricsRecorder
-from horovodrunner.flows.observer import Observer, RunFacts
-from horovodrunner.flows.progress.driver import ProgressView
+from horovodrunner.flows.observer import Observer
 from horovodrunner.flows.script.driver import prepare_script
 from horovodrunner.runner import HorovodRunner
 from horovodrunner.wire.events import Lines
@@ -30,8 +27,11 @@ class CommandRunner(HorovodRunner):
 
     def __init__(self, *, output_filename: str | None, verbose: bool, **options: Any) -> None:
         super().__init__(**options)
-        self._verbose = verbose
         self._output = None if output_filename is None else _directory(output_filename)
+        self._options = replace(self._options, errors_apart=True, shows_routine=verbose)
+        if (output := self._output) is not None:
+            files = RankFiles(output, abs(self._options.np))
+            self._options = replace(self._options, other_observers=(lambda facts: files,))
 
     def check_script(self, script: str, arguments: Sequence[str], code_dir: str | None) -> None:
         """Refuse what :meth:`run_script` would refuse, without packing anything."""
@@ -39,26 +39,6 @@ class CommandRunner(HorovodRunner):
 
     def _left_out(self) -> list[str]:
         return [*super()._left_out(), *([] if self._output is None else [str(self._output)])]
-
-    def _make_console(
-        self, run: GoingRun, *, shows_lines: bool, drawing: ProgressView | None
-    ) -> Console:
-        return Console(
-            executors_have_lines=self._np >= 0,
-            shows_lines=shows_lines,
-            drawing=drawing,
-            run=run,
-            errors_apart=True,
-            shows_routine=self._verbose,
-        )
-
-    def _observers(
-        self, facts: RunFacts, recorder: MetricsRecorder, console: Console
-    ) -> list[Observer]:
-        observers = super()._observers(facts, recorder, console)
-        if self._output is not None:
-            observers.insert(0, RankFiles(self._output, abs(self._np)))
-        return observers
 
 
 class RankFiles(Observer):

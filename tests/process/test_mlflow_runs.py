@@ -143,7 +143,7 @@ def test_a_run_is_started_and_has_all_of_it(
 def test_what_a_host_uses_has_mlflows_own_names(
     client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("horovodrunner.runner.USAGE_SECONDS", 0.05)
+    monkeypatch.setattr("horovodrunner.processes.driver.run.USAGE_SECONDS", 0.05)
     monkeypatch.setattr(delivery, "SEND_SECONDS", 0.1)
 
     def main() -> None:

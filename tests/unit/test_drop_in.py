@@ -86,8 +86,7 @@ class TestHorovodRunner:
         def main() -> int:
             return len(unused)
 
-        monkeypatch.setattr(runner_class, "_run_on_spark", lambda *_, **__: None)
-        monkeypatch.setattr("horovodrunner.runner.run_attempts", lambda launch, *_, **__: launch(1))
+        monkeypatch.setattr("horovodrunner.processes.driver.run.run_attempts", lambda *_, **__: 0)
         runner = runner_class(np=0, driver_log_verbosity="all")
         with pytest.warns() as caught:
             runner.run(main)

@@ -16,6 +16,7 @@ import pytest
 
 from horovodrunner import ConfigurationError, HorovodRunner, WorkerFailedError
 from horovodrunner.__main__ import main as command
+from horovodrunner.flows.checkpoints.saved import SavedCheckpoint
 from horovodrunner.flows.metrics.records import Bar, Point
 from horovodrunner.flows.observer import RunFacts
 from horovodrunner.flows.rundir import driver, layout, steps, upload, writer
@@ -26,7 +27,6 @@ from horovodrunner.flows.rundir.reading import Rank, read_run
 from horovodrunner.flows.rundir.report import render, slowest_ranks, write_report
 from horovodrunner.flows.rundir.steps import StepClock
 from horovodrunner.flows.rundir.writer import RecordWriter
-from horovodrunner.runner import SavedCheckpoint
 from horovodrunner.wire.events import Lines, Message, Note, Placed, Profile, Usage
 from tests.waiting import wait_until
 

@@ -17,6 +17,7 @@ import horovodrunner
 from horovodrunner import ConfigurationError, HorovodRunner
 from horovodrunner.flows.metrics.records import Point
 from horovodrunner.pickling import payload
+from horovodrunner.processes.driver.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +25,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("something was launched")
 
-    monkeypatch.setattr(HorovodRunner, "_run_locally", refuse)
-    monkeypatch.setattr(HorovodRunner, "_run_on_spark", refuse)
+    monkeypatch.setattr(Run, "_launch", refuse)
 
 
 def train(lr: float, *, epochs: int = 1) -> None:

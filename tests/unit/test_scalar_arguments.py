@@ -21,6 +21,7 @@ from horovodrunner.callbacks.torch import LogCallback
 from horovodrunner.compat.petastorm import pytorch as petastorm_torch
 from horovodrunner.compat.petastorm.options import ReaderOptions
 from horovodrunner.data.dataset import DataSet
+from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs import training_log
 from horovodrunner.inference import options as inference_options
 from horovodrunner.inference.frame import predict
@@ -43,6 +44,12 @@ def rows() -> Iterator[DataSet]:
 
 def runner(**options: Any) -> HorovodRunner:
     return HorovodRunner(**{"np": -1, **options})
+
+
+def store_of(**options: Any) -> CheckpointStore:
+    store = runner(**options)._options.store
+    assert store is not None
+    return store
 
 
 def read(rows: DataSet, **options: Any) -> Any:
@@ -107,9 +114,9 @@ def petastorm(**options: Any) -> ReaderOptions:
 
 
 INTEGERS: dict[str, Callable[[DataSet, Any], Any]] = {
-    "np": lambda _, n: runner(np=n)._np,
-    "keep_checkpoints": lambda _, n: runner(keep_checkpoints=n, checkpoint_dir="x")._store.keep,  # type: ignore[union-attr]
-    "max_restarts": lambda _, n: runner(max_restarts=n)._max_restarts,
+    "np": lambda _, n: runner(np=n)._options.np,
+    "keep_checkpoints": lambda _, n: store_of(keep_checkpoints=n, checkpoint_dir="x").keep,
+    "max_restarts": lambda _, n: runner(max_restarts=n)._options.max_restarts,
     "batch_size": lambda rows, n: read(rows, batch_size=n)._options.batch_size,
     "seed": lambda rows, n: read(rows, seed=n)._options.seed,
     "epoch": lambda rows, n: read(rows, epoch=n).state_dict()["epoch"],
@@ -141,16 +148,16 @@ INTEGERS: dict[str, Callable[[DataSet, Any], Any]] = {
     ),
 }
 BOOLEANS: dict[str, Callable[[DataSet, Any], Any]] = {
-    "resume": lambda _, yes: runner(resume=yes)._resume,
-    "tf_config": lambda _, yes: runner(tf_config=yes)._tf_config,
-    "profile_launch": lambda _, yes: runner(profile_launch=yes)._profile_launch,
-    "keep_warm": lambda _, yes: runner(keep_warm=yes)._keep_warm,
+    "resume": lambda _, yes: runner(resume=yes)._options.resume,
+    "tf_config": lambda _, yes: runner(tf_config=yes)._options.tf_config,
+    "profile_launch": lambda _, yes: runner(profile_launch=yes)._options.profile_launch,
+    "keep_warm": lambda _, yes: runner(keep_warm=yes)._options.keep_warm,
     "shuffle": lambda rows, yes: read(rows, shuffle=yes)._options.shuffle,
     "pin_memory": lambda rows, yes: rows.torch(10, pin_memory=yes)._loader["pin_memory"],
 }
 SECONDS: dict[str, Callable[[Any], Any]] = {
-    "start_timeout": lambda number: runner(start_timeout=number)._start_timeout,
-    "stall_timeout": lambda number: runner(stall_timeout=number)._stall_timeout,
+    "start_timeout": lambda number: runner(start_timeout=number)._options.start_timeout,
+    "stall_timeout": lambda number: runner(stall_timeout=number)._options.stall_timeout,
 }
 WHOLE: dict[str, Any] = {
     "int64": np.int64(2),
@@ -219,9 +226,9 @@ def test_seconds_are_any_real_number(door: str) -> None:
 
 def test_tensors_are_scalars_as_well(rows: DataSet) -> None:
     torch = pytest.importorskip("torch")
-    assert type(runner(np=torch.tensor(-2))._np) is int
-    assert runner(resume=torch.tensor(False))._resume is False
-    assert runner(start_timeout=torch.tensor(0.5))._start_timeout == 0.5
+    assert type(runner(np=torch.tensor(-2))._options.np) is int
+    assert runner(resume=torch.tensor(False))._options.resume is False
+    assert runner(start_timeout=torch.tensor(0.5))._options.start_timeout == 0.5
     assert saved_step(torch.tensor(3)) == 3
     with pytest.raises(ArgumentTypeError, match="not a bool"):
         runner(np=torch.tensor(True))
@@ -229,12 +236,11 @@ def test_tensors_are_scalars_as_well(rows: DataSet) -> None:
 
 def test_text_of_numpy_and_members_of_enums_are_plain_text(tmp_path: Path) -> None:
     for word in (np.str_("all"), Word.all, np.array("all")):
-        assert type(runner(driver_log_verbosity=word)._verbosity) is str
-        assert runner(driver_log_verbosity=word)._verbosity == "all"
+        assert runner(driver_log_verbosity=word)._options.shows_output is True
     for auto in (np.str_("auto"), np.array("auto")):
-        assert type(runner(keep_warm=auto)._keep_warm) is str
+        assert type(runner(keep_warm=auto)._options.keep_warm) is str
     for path in (tmp_path, np.str_(tmp_path), np.array(str(tmp_path))):
-        store = runner(checkpoint_dir=path)._store
+        store = runner(checkpoint_dir=path)._options.store
         assert store is not None
         assert type(store.location) is str
     for wrong in (np.array(["all", "x"]), b"all", 3, None):
@@ -243,7 +249,9 @@ def test_text_of_numpy_and_members_of_enums_are_plain_text(tmp_path: Path) -> No
 
 
 def test_amounts_of_resources_are_numbers_of_python() -> None:
-    amounts = runner(resources={np.str_("gpu"): np.float32(0.5), "cpus": np.int64(2)})._resources
+    amounts = runner(
+        resources={np.str_("gpu"): np.float32(0.5), "cpus": np.int64(2)}
+    )._options.resources
     assert amounts == {"gpu": 0.5, "cpus": 2}
     assert [type(each) for each in (*amounts, *amounts.values())] == [str, str, float, int]
     with pytest.raises(ArgumentValueError, match="'gpu' must be a whole number"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,6 @@ def test_a_full_disk_does_not_end_the_run(
         def open(self, *_: Any, **__: Any) -> Any:
             raise OSError(28, "No space left on device")
 
-    runner._tensorboard_dir = Full(tmp_path)
+    runner._options = replace(runner._options, tensorboard_dir=Full(tmp_path))
     assert runner.run(main) == 7
     assert "writing event files for TensorBoard ends here" in capsys.readouterr().out

@@ -29,4 +29,4 @@ class HorovodRunner(horovodrunner.HorovodRunner):
         def run(self, /, main, **kwargs):
             """Run ``main(**kwargs)`` once on every rank and return what rank 0 returned."""
             __tracebackhide__ = True
-            return self._call(main, kwargs)
+            return self._run(self._function(main, kwargs))

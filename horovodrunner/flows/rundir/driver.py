@@ -45,7 +45,7 @@ from horovodrunner.wire.events import (
 )
 
 if TYPE_CHECKING:
-    from horovodrunner.runner import SavedCheckpoint
+    from horovodrunner.flows.checkpoints.saved import SavedCheckpoint
 
 __all__ = ["RunDirectory"]
 

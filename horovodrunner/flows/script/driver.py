@@ -16,9 +16,12 @@ from typing import Any
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, ConfigurationError
+from horovodrunner.flows.call.driver import PickledCall
 from horovodrunner.flows.call.early_imports import early_imports_of_script
+from horovodrunner.flows.call.record import RunRecord
 from horovodrunner.flows.script.packing import largest_entries, pack
 from horovodrunner.flows.script.worker import Script
+from horovodrunner.pickling import payload
 from horovodrunner.pickling.installed import is_of_a_python
 
 __all__ = ["ScriptCall", "prepare_script"]
@@ -39,9 +42,23 @@ class ScriptCall(Script):
             return f"{self.name} and its arguments have, pickled,"
         return f"{self.name} and its code directory {self.root} have, packed,"
 
-    def largest_entries(self) -> str:
+    def pickle(self) -> PickledCall:
+        """Pickle it so that it finds a fresh process, as from a shell."""
+        content = payload.dump_call(self, {}, with_settings=False)
+        return PickledCall(content, self._early_imports())
+
+    def advice(self) -> str:
         """Name what is largest in the code directory."""
-        return largest_entries(self.archive or b"")
+        return (
+            f". Largest, before they were packed: {largest_entries(self.archive or b'')}. Name a "
+            "directory that has only the code with code_dir="
+        )
+
+    def record(self, run_id: str, size: int, *, exactly: bool = False) -> RunRecord:
+        """Record what a run calls; it is exact in any case."""
+        from horovodrunner.flows.call.recording import record_script
+
+        return record_script(run_id, size, self.name, self.named_arguments, self.code)
 
     @property
     def named_arguments(self) -> dict[str, str]:
@@ -61,7 +78,7 @@ class ScriptCall(Script):
                 found[f"argument {position}"] = [word]
         return {name: " ".join(values) or "given" for name, values in found.items()}
 
-    def early_imports(self) -> tuple[str, ...]:
+    def _early_imports(self) -> tuple[str, ...]:
         """Return the slow modules that the workers may import before they run it."""
         first = [str(Path(self.root, self.import_from))]
         if self.module:

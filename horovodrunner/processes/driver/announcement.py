@@ -6,38 +6,29 @@ import os
 
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.formatting import format_bytes
+from horovodrunner.options import Options
 from horovodrunner.placement.environment import TF_CONFIG
 
-__all__ = ["PICKLED", "announce"]
-
-PICKLED = "the pickled main and its arguments have"
+__all__ = ["announce"]
 
 
-def announce(
-    console: Console,
-    np: int,
-    verbosity: str,
-    call_bytes: int,
-    *,
-    tf_config: bool,
-    what: str = PICKLED,
-) -> None:
+def announce(console: Console, options: Options, what: str, call_bytes: int) -> None:
     """Print how many ranks run where, and what is shown of their output."""
+    np = options.np
     ranks = "all slots" if np == 0 else f"{abs(np)} rank{'s' * (abs(np) > 1)}"
-    console.note(f"{ranks} {_mode(console, np, verbosity)}", routine=True)
+    console.note(f"{ranks} {_mode(console, options)}", routine=True)
     if TF_CONFIG in os.environ:
         console.note(
             "the driver's TF_CONFIG describes one process and is not given to the ranks; "
-            + ("each gets its own" if tf_config else "tf_config=True gives each its own")
+            + ("each gets its own" if options.tf_config else "tf_config=True gives each its own")
         )
-    size = format_bytes(call_bytes)
-    console.note(f"{what} {size}", routine=True)
+    console.note(f"{what} {format_bytes(call_bytes)}", routine=True)
 
 
-def _mode(console: Console, np: int, verbosity: str) -> str:
-    if np < 0:
+def _mode(console: Console, options: Options) -> str:
+    if options.np < 0:
         return "on this machine, for debugging; all output of the ranks is shown here"
-    if verbosity == "all":
+    if options.shows_output:
         return (
             "on Spark; all output of the ranks is shown here "
             '(driver_log_verbosity="log_callback_only" shows only log_to_driver messages)'
