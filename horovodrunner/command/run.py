@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.command.line import CommandLine, UsageError, help_text, parse
-from horovodrunner.command.signals import EndingSignals
+from horovodrunner.command.signals import EndingSignals, end_jvm
 from horovodrunner.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -58,7 +58,8 @@ def run_command(words: Sequence[str], say: _Say) -> int:
         return exit_code_of(error)
     except KeyboardInterrupt as error:
         name = (signals.received or signal.SIGINT).name
-        say(f"error: {name}: {error}" if error.args else f"error: {name}", sys.stderr)
+        told = str(error) if error.args else "the run had not begun"
+        say(f"error: {name}: {told}", sys.stderr)
         return signals.exit_code
     finally:
         _let_nobody_read()
@@ -132,8 +133,12 @@ def _session(line: CommandLine, signals: EndingSignals, say: _Say) -> Iterator[S
         builder = builder.remote(line.master) if is_remote else builder.master(line.master)
     for name, value in line.conf.items():
         builder = builder.config(name, value)
-    with told_as(ConfigurationError, f"there is no Spark session for {_source(line)}"):
-        session = builder.getOrCreate()
+    try:
+        with told_as(ConfigurationError, f"there is no Spark session for {_source(line)}"):
+            session = builder.getOrCreate()
+    except BaseException:
+        end_jvm()
+        raise
     signals.install()
     try:
         use_this_python(session)

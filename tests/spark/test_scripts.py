@@ -9,13 +9,14 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 import horovodrunner
 from horovodrunner import ConfigurationError, HorovodRunner, WorkerFailedError
 from tests import processes
 from tests.spark.standalone import standalone
-from tests.waiting import wait_for_line
+from tests.waiting import wait_for_line, wait_until
 
 pytestmark = pytest.mark.spark
 
@@ -113,6 +114,22 @@ def test_too_much_code_is_refused_before_spark_is_asked(project: Path) -> None:
     os.truncate(project / "src" / "data.bin", 200_000_000)
     with pytest.raises(ConfigurationError, match=r"Largest: data\.bin \(190\.7 MiB\)"):
         HorovodRunner(np=2).run_script(project / "src" / "train.py")
+
+
+def test_a_signal_while_spark_starts_leaves_no_jvm(project: Path) -> None:
+    """Which would wait for ever: what is left behind fails the test."""
+    words = [sys.executable, "-m", "horovodrunner", "run", "-np", "2", "--master", "local[2]"]
+    with processes.started(
+        [*words, str(project / "src" / "train.py"), "x"], stderr=processes.PIPE
+    ) as process:
+        driver = psutil.Process(process.pid)
+        wait_until(lambda: [c for c in driver.children() if "SparkSubmit" in str(c.cmdline())])
+        process.terminate()
+        assert process.stderr
+        errors = process.stderr.read()
+        process.wait()
+    assert process.returncode == 143
+    assert errors.splitlines()[-1] == "error: SIGTERM: the run had not begun"
 
 
 APPLICATION = """

@@ -19,7 +19,6 @@ from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, Configur
 from horovodrunner.flows.call.driver import PickledCall
 from horovodrunner.flows.call.early_imports import early_imports_of_script
 from horovodrunner.flows.call.record import RunRecord
-from horovodrunner.flows.script.packing import largest_entries, pack
 from horovodrunner.flows.script.worker import Script
 from horovodrunner.pickling import payload
 from horovodrunner.pickling.installed import is_of_a_python
@@ -49,6 +48,8 @@ class ScriptCall(Script):
 
     def advice(self) -> str:
         """Name what is largest in the code directory."""
+        from horovodrunner.flows.script.packing import largest_entries
+
         return (
             f". Largest, before they were packed: {largest_entries(self.archive or b'')}. Name a "
             "directory that has only the code with code_dir="
@@ -111,6 +112,7 @@ def prepare_script(
     words = tuple(_word(place, each) for place, each in enumerate(arguments, start=1))
     code = _compiled(origin, call)
     root = _code_directory(code_dir, top or os.getcwd())  # noqa: PTH109
+    is_here = top is not None or code_dir is not None
     made = ScriptCall(
         call,
         root,
@@ -119,14 +121,16 @@ def prepare_script(
         module=module,
         import_from="." if top is None else _inside(root, Path(top), call),
         working_directory=_working_directory(root),
-        archive=(
-            pack(Path(root), left_out)
-            if travels and not (top is None and code_dir is None)
-            else None
-        ),
+        archive=_packed(root, left_out) if travels and is_here else None,
     )
     vars(made)["code"] = code
     return made
+
+
+def _packed(root: str, left_out: Sequence[str]) -> bytes:
+    from horovodrunner.flows.script.packing import pack  # functions travel without it
+
+    return pack(Path(root), left_out)
 
 
 def _find_script(name: str) -> Path:

@@ -46,7 +46,6 @@ from horovodrunner.flows.outcome.worker import (
     exit_code_of,
     show_source_of_threads,
 )
-from horovodrunner.flows.script.worker import Script
 from horovodrunner.formatting import cut, in_one_line
 from horovodrunner.memory_limit import memory_hint
 from horovodrunner.pickling import payload
@@ -149,11 +148,11 @@ def run(spec: Job, call: bytes, control: ControlPipe, result_fd: int | None) -> 
         if not issubclass(type(error), SystemExit):
             return _failed(spec, error, "", hint=_main_hint), 1
         if code := exit_code_of(error):
-            is_script = type(function) is Script
-            told = f"{function.name if is_script else 'main'} called sys.exit: "
-            hint = _reason_of_exit if is_script else _exit_hint
+            script = _script_name(function)
+            told = f"{script or 'main'} called sys.exit: "
+            hint = _reason_of_exit if script else _exit_hint
             failed = _failed(
-                spec, error, told, hint=hint, exit_code=code, prints_traceback=not is_script
+                spec, error, told, hint=hint, exit_code=code, prints_traceback=not script
             )
             return failed, code
         result = None
@@ -244,6 +243,12 @@ def _failed(
         collective=collective,
     )
     return Outcome(failure=failure)
+
+
+def _script_name(function: Any) -> str:
+    """Return what a script is called, or ""; runs of functions do without its module."""
+    module = sys.modules.get("horovodrunner.flows.script.worker")
+    return function.name if module is not None and type(function) is module.Script else ""
 
 
 def _print_like_python(leaving: BaseException, text: str) -> None:
