@@ -477,6 +477,11 @@ class HorovodRunner:
             If Spark lost or cancelled the run's stage.
         RunStoppedError
             If :meth:`stop` has ended the run. What ``on_report`` raises is raised as it is.
+
+        Examples
+        --------
+        >>> runner = HorovodRunner(np=2, run_dir="runs", checkpoint_dir="checkpoints")
+        >>> runner.run(train, run_key="nightly-2026-11-27", epochs=20)  # doctest: +SKIP
         """
         __tracebackhide__ = True
         on_change = checked.choice("on_change", on_change, (REFUSE, RERUN))
@@ -531,6 +536,7 @@ class HorovodRunner:
         self._forget_last_run()
         self._history, self._phases = History(), ()
         self._artifacts = ArtifactStore()
+        self._results = RankResults(why_none="of a run that was done before rank 0's value is kept")
         if keyed.stored is not None and keyed.stored.record and self._run_dir is not None:
             self._stored_record = open_storage(self._run_dir).url(keyed.stored.record)
         if self._store is not None:
