@@ -534,6 +534,9 @@ class HorovodRunner:
     def _stored_value(self, keyed: KeyedRun) -> Any:
         """Return the value of a run that was done before, and be as after that run."""
         self._forget_last_run()
+        self._results = RankResults(
+            why_none="the run of this run_key was done before, and rank 0's value alone is stored"
+        )
         self._history, self._phases = History(), ()
         self._artifacts = ArtifactStore()
         self._results = RankResults(why_none="of a run that was done before rank 0's value is kept")
@@ -740,11 +743,10 @@ class HorovodRunner:
         >>> HorovodRunner(np=-2).run_script("-m", "package.train")  # doctest: +SKIP
         """
         __tracebackhide__ = True
-        self.run(
-            prepare_script(
-                script, arguments, code_dir, travels=self._np >= 0, left_out=self._left_out()
-            )
+        call = prepare_script(
+            script, arguments, code_dir, travels=self._np >= 0, left_out=self._left_out()
         )
+        self._call(call, {})
 
     def _left_out(self) -> list[str]:
         """List directories of the run's own, which do not travel with the code around them."""
@@ -876,7 +878,7 @@ class HorovodRunner:
                 f"Largest, before they were packed: {main.largest_entries()}. Name a directory "
                 "that has only the code with code_dir=",
                 UserWarning,
-                stacklevel=self._frames_to_user + 2,
+                stacklevel=self._frames_to_user,
             )
         elif call_bytes > payload.WARN_BYTES:
             parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
@@ -941,34 +943,34 @@ class HorovodRunner:
                 f"environment has {DEVICES}, and Spark decides which GPUs each rank has "
                 f"({request.description}): leave it out"
             )
-        turn.join(spark.conf.get("spark.app.id", None) or "")
-        size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
-        turn.wait(
-            request.tasks(size),
-            request,
-            lambda: slots.total_slots(spark, request),
-            waiting_since=waiting_since,
-            start_timeout=self._start_timeout,
-            console=console,
-        )
-        if rest := request.describe_rest(size):
-            console.note(rest)
-        job = replace(
-            job,
-            size=size,
-            ranks_per_task=request.ranks,
-            record=None if job.record is None else replace(job.record, size=size),
-            max_result_bytes=session.max_result_bytes(spark),
-            versions=installed_versions(),
-            environment={**session.chosen_threads(spark), **job.environment},
-            shares_terminal=session.shares_terminal(spark),
-        )
-        location, store = job.checkpoint_location, None
-        if location is not None and not is_url(location):  # there rank 0 writes itself
-            store = CheckpointStore(
-                location, job.keep_checkpoints, job.record, job.checkpoint_fence
-            )
         with interrupt.only_this_run():
+            turn.join(spark.conf.get("spark.app.id", None) or "")
+            size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
+            turn.wait(
+                request.tasks(size),
+                request,
+                lambda: slots.total_slots(spark, request),
+                waiting_since=waiting_since,
+                start_timeout=self._start_timeout,
+                console=console,
+            )
+            if rest := request.describe_rest(size):
+                console.note(rest)
+            job = replace(
+                job,
+                size=size,
+                ranks_per_task=request.ranks,
+                record=None if job.record is None else replace(job.record, size=size),
+                max_result_bytes=session.max_result_bytes(spark),
+                versions=installed_versions(),
+                environment={**session.chosen_threads(spark), **job.environment},
+                shares_terminal=session.shares_terminal(spark),
+            )
+            location, store = job.checkpoint_location, None
+            if location is not None and not is_url(location):  # there rank 0 writes itself
+                store = CheckpointStore(
+                    location, job.keep_checkpoints, job.record, job.checkpoint_fence
+                )
             return BarrierRun(
                 spark,
                 job,

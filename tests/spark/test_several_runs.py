@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -151,6 +152,24 @@ def test_who_waits_too_long_is_told_for_whom(runs: Runs) -> None:
         match=r"did not start within 0\.5 s: it was waiting for 1 of 2 slots, held by run 'holder'",
     ):
         waiting.result()
+    runs.end("holder")
+    assert holder.result() == "value of holder"
+
+
+def test_ctrl_c_ends_the_run_that_waits_and_no_other(runs: Runs) -> None:
+    holder = runs.start("holder", 2)
+    runs.wait_for_main("holder")
+
+    def interrupt() -> None:
+        wait_until(lambda: len(in_line()) == 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt, match="the run of 2 ranks was stopped"):
+        HorovodRunner(np=2).run(os.getpid)
+    thread.join()
+    assert len(in_line()) == 1
     runs.end("holder")
     assert holder.result() == "value of holder"
 
