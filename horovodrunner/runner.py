@@ -411,6 +411,11 @@ class HorovodRunner:
             If Spark lost or cancelled the run's stage.
         RunStoppedError
             If :meth:`stop` has ended the run. What ``on_report`` raises is raised as it is.
+
+        Examples
+        --------
+        >>> runner = HorovodRunner(np=2, run_dir="runs", checkpoint_dir="checkpoints")
+        >>> runner.run(train, run_key="nightly-2026-11-27", epochs=20)  # doctest: +SKIP
         """
         __tracebackhide__ = True
         on_change = checked.choice("on_change", on_change, (REFUSE, RERUN))
@@ -462,10 +467,7 @@ class HorovodRunner:
         options = self._options
         self._last.discard()
         self._last = last = LastRun(
-            RankResults(
-                why_none="the run of this run_key was done before, and rank 0's value alone is "
-                "stored"
-            )
+            RankResults(why_none="of a run that was done before rank 0's value is kept")
         )
         if keyed.stored is not None and keyed.stored.record and options.run_dir is not None:
             last.stored_record = open_storage(options.run_dir).url(keyed.stored.record)

@@ -104,6 +104,9 @@ def test_a_run_that_failed_goes_on(tmp_path: Path, log: Path) -> None:
     assert runner_in(tmp_path, np=-2).run(train, run_key="k", **arguments)["start"] == 2
     (ended,) = [each for each in key_files(tmp_path) if each.name.startswith("ended")]
     assert "no luck" in json.loads(ended.read_text())["how"]
+    assert [each.name for each in key_files(tmp_path) if each.name.startswith("beat")] == [
+        "beat-000002"
+    ]
 
 
 def test_another_call_under_a_key_is_refused(tmp_path: Path, log: Path) -> None:
@@ -233,7 +236,7 @@ def driver_in(directory: Path, name: str, first: str = "") -> Iterator[processes
     script = directory / f"{name}.py"
     script.write_text(DRIVER.format(first=first))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, script, directory]
+    command: list[str | Path] = [sys.executable, script, directory]
     with (
         (directory / f"{name}.out").open("w") as output,
         processes.started(

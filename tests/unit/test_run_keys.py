@@ -274,7 +274,7 @@ def test_the_one_who_is_superseded_while_it_writes_is_refused(
         root.begin_epoch(2, resume=True)
         return size(*args)
 
-    first._write = write  # type: ignore[method-assign]
+    first._write = write  # type: ignore[method-assign, assignment]
     with pytest.raises(RunSupersededError):
         saved(first, 1, tmp_path)
     assert steps(first) == []
@@ -288,7 +288,8 @@ def test_a_driver_that_died_while_it_took_over_loses_nothing(
     for step in (1, 2, 3):
         saved(first, step, tmp_path)
     kind = type(first._storage)
-    take, taken = kind.take, []
+    take = kind.take
+    taken: list[str] = []
 
     def die(self: Any, other: Any, name: str) -> None:
         if taken:
