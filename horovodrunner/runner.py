@@ -128,6 +128,11 @@ class HorovodRunner:
         How many ranks one task of Spark's runs. ``"gpu"``: as many as it owns GPUs, so that one
         task on each node uses all of them (``resources={"gpu": 8}``). np counts ranks; the last
         task has fewer if they do not divide. A negative np ignores it.
+    preflight
+        Whether hosts, links and GPUs are tried before main: every pair of hosts is connected, and a
+        small and a large allreduce are timed over what main imports, Horovod or PyTorch. True
+        refuses the run and names the host or the link that is out of reach, broken or ten times
+        slower than the others; ``"warn"`` runs all the same.
     results
         Whose return values come back. ``"rank-0"``: what ``run()`` returns. ``"all"``: those of
         the other ranks as well, in :attr:`results`.
@@ -232,6 +237,7 @@ class HorovodRunner:
         horovodrun_args: str | Sequence[str] | None = None,
         resources: Mapping[str, float] | None = None,
         ranks_per_task: int | str = 1,
+        preflight: bool | str = False,
         results: str = "rank-0",
         start_timeout: float = 600.0,
         stall_timeout: float | None = None,
@@ -265,6 +271,7 @@ class HorovodRunner:
         )
         self._resources = None if resources is None else checked.resources("resources", resources)
         self._ranks_per_task = checked.integer_or("gpu", "ranks_per_task", ranks_per_task, 1)
+        self._preflight = checked.boolean_or("warn", "preflight", preflight)
         self._keeps_all_results = checked.choice("results", results, ("rank-0", "all")) == "all"
         self._start_timeout = checked.seconds("start_timeout", start_timeout)
         self._stall_timeout = (
@@ -522,6 +529,9 @@ class HorovodRunner:
     def _stored_value(self, keyed: KeyedRun) -> Any:
         """Return the value of a run that was done before, and be as after that run."""
         self._forget_last_run()
+        self._results = RankResults(
+            why_none="the run of this run_key was done before, and rank 0's value alone is stored"
+        )
         self._history, self._phases = History(), ()
         self._artifacts = ArtifactStore()
         if keyed.stored is not None and keyed.stored.record and self._run_dir is not None:
@@ -622,6 +632,7 @@ class HorovodRunner:
                 driver_shows_output=shows_output,
                 usage_seconds=USAGE_SECONDS if observers.wants_usage else None,
                 profiles=observers.wants_profiles,
+                preflight="refuse" if self._preflight is True else self._preflight or "",
                 all_results=self._keeps_all_results,
                 stall_timeout=self._stall_timeout,
                 checkpoint_location=None if store is None else store.location,
@@ -726,11 +737,10 @@ class HorovodRunner:
         >>> HorovodRunner(np=-2).run_script("-m", "package.train")  # doctest: +SKIP
         """
         __tracebackhide__ = True
-        self.run(
-            prepare_script(
-                script, arguments, code_dir, travels=self._np >= 0, left_out=self._left_out()
-            )
+        call = prepare_script(
+            script, arguments, code_dir, travels=self._np >= 0, left_out=self._left_out()
         )
+        self._call(call, {})
 
     def _left_out(self) -> list[str]:
         """List directories of the run's own, which do not travel with the code around them."""
@@ -862,7 +872,7 @@ class HorovodRunner:
                 f"Largest, before they were packed: {main.largest_entries()}. Name a directory "
                 "that has only the code with code_dir=",
                 UserWarning,
-                stacklevel=self._frames_to_user + 2,
+                stacklevel=self._frames_to_user,
             )
         elif call_bytes > payload.WARN_BYTES:
             parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)
@@ -927,34 +937,34 @@ class HorovodRunner:
                 f"environment has {DEVICES}, and Spark decides which GPUs each rank has "
                 f"({request.description}): leave it out"
             )
-        turn.join(spark.conf.get("spark.app.id", None) or "")
-        size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
-        turn.wait(
-            request.tasks(size),
-            request,
-            lambda: slots.total_slots(spark, request),
-            waiting_since=waiting_since,
-            start_timeout=self._start_timeout,
-            console=console,
-        )
-        if rest := request.describe_rest(size):
-            console.note(rest)
-        job = replace(
-            job,
-            size=size,
-            ranks_per_task=request.ranks,
-            record=None if job.record is None else replace(job.record, size=size),
-            max_result_bytes=session.max_result_bytes(spark),
-            versions=installed_versions(),
-            environment={**session.chosen_threads(spark), **job.environment},
-            shares_terminal=session.shares_terminal(spark),
-        )
-        location, store = job.checkpoint_location, None
-        if location is not None and not is_url(location):  # there rank 0 writes itself
-            store = CheckpointStore(
-                location, job.keep_checkpoints, job.record, job.checkpoint_fence
-            )
         with interrupt.only_this_run():
+            turn.join(spark.conf.get("spark.app.id", None) or "")
+            size = slots.require_slots(spark, self._np, request, self._start_timeout, console)
+            turn.wait(
+                request.tasks(size),
+                request,
+                lambda: slots.total_slots(spark, request),
+                waiting_since=waiting_since,
+                start_timeout=self._start_timeout,
+                console=console,
+            )
+            if rest := request.describe_rest(size):
+                console.note(rest)
+            job = replace(
+                job,
+                size=size,
+                ranks_per_task=request.ranks,
+                record=None if job.record is None else replace(job.record, size=size),
+                max_result_bytes=session.max_result_bytes(spark),
+                versions=installed_versions(),
+                environment={**session.chosen_threads(spark), **job.environment},
+                shares_terminal=session.shares_terminal(spark),
+            )
+            location, store = job.checkpoint_location, None
+            if location is not None and not is_url(location):  # there rank 0 writes itself
+                store = CheckpointStore(
+                    location, job.keep_checkpoints, job.record, job.checkpoint_fence
+                )
             return BarrierRun(
                 spark,
                 job,

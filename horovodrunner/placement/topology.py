@@ -34,6 +34,8 @@ class Member:
     """0 where Horovod is not installed."""
     master_port: int = 0
     tf_ports: tuple[int, ...] = ()
+    preflight_ports: tuple[int, ...] = ()
+    """Where it answers probes; then, on partition 0, a rendezvous and a master port for them."""
     problem: str = ""
     """Why this task cannot go on; no task runs main then."""
     problem_kind: FailureKind = FailureKind.SETUP
@@ -47,7 +49,9 @@ class Member:
     @classmethod
     def from_json(cls, text: str) -> Member:
         fields = json.loads(text)
-        sequences = {name: tuple(fields[name]) for name in ("gpus", "tf_ports", "rows")}
+        sequences = {
+            name: tuple(fields[name]) for name in ("gpus", "tf_ports", "preflight_ports", "rows")
+        }
         kind = FailureKind(fields["problem_kind"])
         return cls(**{**fields, **sequences, "problem_kind": kind})
 

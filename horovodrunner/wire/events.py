@@ -171,6 +171,16 @@ class WorkerTimes(Event):
     spans: dict[str, tuple[float, float]]
 
 
+class Measured(Event):
+    """How the rank's backend does: seconds of a small and a large allreduce; GPUs by name."""
+
+    rank: int
+    backend: str = ""
+    seconds: tuple[float, ...] = ()
+    gpus: tuple[str, ...] = ()
+    problem: str = ""
+
+
 class CheckpointSaved(Event):
     """Rank 0 has written a checkpoint to a directory of its task's."""
 
@@ -186,7 +196,10 @@ class LatestWanted(Event):
 
 
 class Job(Event):
-    """What a worker is to do; `environment` has the slot's variables."""
+    """What a worker is to do; `environment` has the slot's variables.
+
+    `preflight` has those that differ where it tries its backend before main; empty: it does not.
+    """
 
     rank: int
     host: str
@@ -197,7 +210,16 @@ class Job(Event):
     keeps_checkpoints: bool = False
     beat_seconds: float = 5.0
     profiles: bool = False
+    preflight: dict[str, str] = {}  # noqa: RUF012 - events are frozen
     call: bytes = b""
+
+
+class Measure(Event):
+    """The worker is to try its backend now, before main."""
+
+
+class Proceed(Event):
+    """All is well: the worker is to call main."""
 
 
 class Latest(Event):
@@ -216,6 +238,23 @@ class Join(Event):
     """The first event of a task's connection to partition 0."""
 
     partition: int
+
+
+class LinksProbed(Event):
+    """What a host found of its links.
+
+    Each is the partition at its other end, seconds there and back, bytes per second, and what is
+    wrong with it.
+    """
+
+    partition: int
+    links: tuple[tuple[int, float, float, str], ...]
+
+
+class Probe(Event):
+    """Is answered by an empty one."""
+
+    data: bytes = b""
 
 
 class Lines(Event):

@@ -16,6 +16,7 @@ nbformat = pytest.importorskip("nbformat")
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 WATCHING = "08_watching.ipynb"
+SEARCH = "09_search.ipynb"
 CELL_SECONDS = 200
 ENOUGH = 0.95
 IMAGE_BYTES = 2000
@@ -237,8 +238,46 @@ def test_watching(scratch: Path) -> None:
     assert "<History: 6 points up to step 5: loss 32.0000>" in text
 
 
+@pytest.mark.spark
+@pytest.mark.heavy
+@pytest.mark.timeout(3 * CELL_SECONDS)
+def test_search(scratch: Path) -> None:
+    pytest.importorskip("optuna")
+    pytest.importorskip("pandas")
+    notebook = read(Path(__file__).resolve().parents[2] / "notebooks" / SEARCH)
+    processes.execute(
+        notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": str(scratch)}}
+    )
+    outputs = [out for each in notebook.cells for out in each.get("outputs", [])]
+    text = "".join(out.text for out in outputs if out.get("name") == "stdout")
+    assert re.search(r"^best of 6: {'learning_rate': ", text, re.MULTILINE)
+    assert re.search(r"^the loss is below 0\.1\nloss 0\.0\d+$", text, re.MULTILINE)
+
+    areas = [out.data["text/plain"] for out in outputs if out.output_type == "display_data"]
+    ends = dict(area.splitlines()[0].split(":")[0:2] for area in areas)
+    assert set(ends) == {*(f"trial {number}" for number in range(6)), "until 0.1"}
+    assert ends["trial 0"].startswith(" succeeded")
+    assert ends["trial 3"].startswith(" stopped")
+    assert ends["until 0.1"].startswith(" stopped")
+
+    results, points = (out.data["text/plain"] for out in outputs if "execution_count" in out)
+    rows = {int(row[1]): row for line in results.splitlines()[1:] if (row := line.split())}
+    assert len(rows) == 6
+    assert rows[0][2] == "COMPLETE"
+    assert rows[0][-1] == "20"
+    assert rows[3][2] == "PRUNED"
+    assert int(rows[3][-1]) >= 4
+    assert points.splitlines()[0].split() == ["trial", *map(str, range(6))]
+
+
 def test_every_notebook_is_executed() -> None:
-    others = {"01_quickstart.ipynb", "06_spark_dataframes.ipynb", "07_images.ipynb", WATCHING}
+    others = {
+        "01_quickstart.ipynb",
+        "06_spark_dataframes.ipynb",
+        "07_images.ipynb",
+        WATCHING,
+        SEARCH,
+    }
     assert {path.name for path in NOTEBOOKS} == {*others, *TUTORIALS}
 
 

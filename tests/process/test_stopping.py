@@ -125,8 +125,8 @@ def test_a_run_is_stopped_wherever_it_is() -> None:
 
 def test_there_is_no_restart_of_a_run_that_is_stopped_when_a_rank_is_lost(tmp_path: Path) -> None:
     def main() -> None:
-        metrics.report(0, loss=1.0)
         (tmp_path / f"{len(list(tmp_path.iterdir()))}").touch()
+        metrics.report(0, loss=1.0)
         os._exit(3)
 
     runner = HorovodRunner(np=-1, max_restarts=5, on_report=lambda point: runner.stop("lost"))

@@ -259,19 +259,30 @@ def test_an_interrupt_and_a_cancelled_operation_end_the_workers(
     server: str, tmp_path: Path
 ) -> None:
     script = """
-        for act in (lambda: os.kill(os.getpid(), signal.SIGINT), spark.interruptAll):
+        runner = HorovodRunner(np=2)
+        acts = [
+            lambda: os.kill(os.getpid(), signal.SIGINT), spark.interruptAll,
+            lambda: runner.stop("enough"),
+        ]
+        for act in acts:
             for marker in Path(directory).iterdir():
                 marker.unlink()
             when_all_run(act)
             try:
-                HorovodRunner(np=2).run(run_for_ever)
-            except (KeyboardInterrupt, BarrierStageError) as error:
+                runner.run(run_for_ever)
+            except (KeyboardInterrupt, BarrierStageError, RunStoppedError) as error:
                 print("ended by", type(error).__name__, error)
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(3) as pool:  # the server does not tell that two do not fit
+            runs = [pool.submit(HorovodRunner(np=2).run, lambda n=n: n) for n in range(3)]
+            print("values", [run.result() for run in runs])
         print(spark.range(7).count(), "rows")
     """
     shown = drive(server, script, tmp_path)
     assert "ended by KeyboardInterrupt" in shown
     assert "ended by BarrierStageError the run's Spark job was cancelled" in shown
+    assert "ended by RunStoppedError enough: the run of 2 ranks was stopped" in shown
+    assert "values [0, 1, 2]" in shown
     assert "7 rows" in shown
 
 

@@ -378,6 +378,51 @@ def test_hosts_that_cannot_reach_each_other_are_named(cluster: Cluster) -> None:
     assert "no answer from" in log
 
 
+@pytest.mark.heavy
+@pytest.mark.horovod
+def test_a_preflight_names_the_slow_link_and_refuses_the_run_or_warns(cluster: Cluster) -> None:
+    report = cluster.drive(
+        "preflight",
+        f"""
+        spark = session()
+        alpha = "{cluster.network.hosts["alpha"].namespace}"
+        tc = ["tc", "-n", alpha, "qdisc"]
+        limit = ["dev", "lan0", "root", "tbf", "rate", "100mbit", "burst", "64kb", "latency", "1s"]
+
+        def main():
+            import horovod.torch as hvd
+            import torch
+            hvd.init()
+            return float(hvd.allreduce(torch.tensor(1.0), op=hvd.Sum))
+
+        def tried(section, preflight):
+            runner = HorovodRunner(np=4, preflight=preflight, run_dir=directory / section)
+            try:
+                result = {{"result": runner.run(main)}}
+            except Exception as error:
+                result = {{"error": f"{{type(error).__name__}}: {{error}}"}}
+            result["record"] = Path(runner.record, "run.log").read_text()
+            (directory / f"{{section}}.json").write_text(json.dumps(result))
+
+        tried("well", True)
+        subprocess.run([*tc, "add", *limit], check=True)
+        tried("slow", True)
+        tried("warned", "warn")
+        subprocess.run([*tc, "del", "dev", "lan0", "root"], check=True)
+        spark.stop()
+        """,
+    )
+    well, slow, warned = (report.ended(section) for section in ("well", "slow", "warned"))
+    assert well["result"] == warned["result"] == 4.0
+    assert "preflight: all is well" in well["record"]
+    assert "2 links between 2 hosts" in well["record"]
+    assert "allreduce of 4 ranks by Horovod" in well["record"]
+    told = rf"the link from alpha \({ALPHA}\) to beta \({BETA}\) carries [\d.]+ [KM]iB/s"
+    assert re.search(rf"^ConfigurationError: preflight: {told}.*usual in this run", slow["error"])
+    assert 'preflight="warn"' in slow["error"].splitlines()[0]
+    assert re.search(f"preflight: {told}", warned["record"])
+
+
 @pytest.mark.slow
 @pytest.mark.horovod
 def test_ranks_that_reach_rank_0_but_not_each_other_say_so(cluster: Cluster) -> None:

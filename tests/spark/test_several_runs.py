@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -83,7 +85,7 @@ def test_who_comes_first_gets_slots_first_and_who_is_stopped_is_out_of_the_line(
     all_slots = runs.start("all", 0)
     late = runs.start("late", 1)  # its slot is free, and it does not overtake the others
     shown = ""
-    while "late HorovodRunner: waiting for 1 of 2 slots; before it are" not in shown:
+    while not re.search(r"late HorovodRunner: waiting for 1 of 2 slots; .* start first", shown):
         shown += capsys.readouterr().out
     assert "large HorovodRunner: waiting for 2 of 2 slots, held by run 'small' (" in shown
     assert "all HorovodRunner: waiting for 2 of 2 slots, held by run 'small' (" in shown
@@ -150,6 +152,24 @@ def test_who_waits_too_long_is_told_for_whom(runs: Runs) -> None:
         match=r"did not start within 0\.5 s: it was waiting for 1 of 2 slots, held by run 'holder'",
     ):
         waiting.result()
+    runs.end("holder")
+    assert holder.result() == "value of holder"
+
+
+def test_ctrl_c_ends_the_run_that_waits_and_no_other(runs: Runs) -> None:
+    holder = runs.start("holder", 2)
+    runs.wait_for_main("holder")
+
+    def interrupt() -> None:
+        wait_until(lambda: len(in_line()) == 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt, match="the run of 2 ranks was stopped"):
+        HorovodRunner(np=2).run(os.getpid)
+    thread.join()
+    assert len(in_line()) == 1
     runs.end("holder")
     assert holder.result() == "value of holder"
 

@@ -44,6 +44,8 @@ class JobSpec:
     """How many ranks a task runs; the last one may have fewer."""
     all_results: bool = False
     """Whether every rank's return value goes to the driver, not only rank 0's."""
+    preflight: str = ""
+    """``"refuse"`` or ``"warn"``: what becomes of a run whose hosts are not well; "": not tried."""
     max_result_bytes: int | None = None
     """The largest pickled result that Spark takes back, or None for no limit."""
     attempt: int = 1

@@ -45,6 +45,7 @@ _SECRET_TEXT = re.compile(
 _LOOKS_RANDOM = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9+_=-]{32,}")
 
 _HAVE_SHAPES = frozenset({"numpy", "pandas", "polars", "scipy", "tensorflow", "torch"})
+_HAVE_ARRAYS = frozenset({"jax", "jaxlib", "tensorflow", "torch"})
 _SCALARS = (bool, int, float, complex, str, bytes, bytearray, enum.Enum, PurePath)
 _REPRESENTED = frozenset(
     {
@@ -397,10 +398,8 @@ def _add_content(digest: Any, value: Any) -> bool:  # noqa: PLR0911 - a list of 
         items = [f"{_item_text(key)}: {_item_text(item)}" for key, item in value.items()]
         digest.update(repr(sorted(items)).encode())
         return True
-    if library == "torch" and hasattr(value, "detach") and hasattr(value, "numpy"):
-        value = value.detach().cpu()
-        value = value.numpy() if str(value.dtype) != "torch.bfloat16" else value.float().numpy()
-        library = "numpy"
+    if library in _HAVE_ARRAYS and hasattr(value, "shape") and hasattr(value, "dtype"):
+        value, library = _as_array(value), "numpy"
     if library == "numpy" and hasattr(value, "dtype") and hasattr(value, "tobytes"):
         if value.dtype.hasobject:
             digest.update(repr([_item_text(item) for item in value.ravel().tolist()]).encode())
@@ -408,8 +407,8 @@ def _add_content(digest: Any, value: Any) -> bool:  # noqa: PLR0911 - a list of 
             digest.update(f"{value.dtype.str} {value.shape}".encode())
             digest.update(value.tobytes())
         return True
-    if library == "pandas" and hasattr(value, "to_csv"):
-        digest.update(value.to_csv().encode(errors="surrogatepass"))
+    if library == "pandas" and hasattr(value, "to_frame" if value.ndim == 1 else "items"):
+        _add_frame(digest, value.to_frame() if value.ndim == 1 else value)
         return True
     if library == "scipy" and hasattr(value, "tocoo"):
         parts = value.tocoo()
@@ -417,6 +416,27 @@ def _add_content(digest: Any, value: Any) -> bool:  # noqa: PLR0911 - a list of 
             digest.update(part.tobytes())
         return True
     return False
+
+
+def _as_array(value: Any) -> Any:
+    """Return what a tensor holds as a NumPy array."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if "bfloat16" in str(value.dtype) else value
+    return value.numpy() if hasattr(value, "numpy") else sys.modules["numpy"].asarray(value)
+
+
+def _add_frame(digest: Any, frame: Any) -> None:
+    """Add a DataFrame's columns and index to a digest."""
+    pandas = sys.modules["pandas"]
+    columns = [("index", frame.index), *((repr(name), each) for name, each in frame.items())]
+    for name, column in columns:
+        digest.update(f"{name} {column.dtype} {len(column)}".encode())
+        if pandas.api.types.infer_dtype(column).startswith("mixed"):
+            digest.update(repr([_item_text(item) for item in column]).encode())
+        else:
+            hashes = pandas.util.hash_pandas_object(column, index=False)
+            digest.update(sys.modules["numpy"].asarray(hashes).tobytes())
 
 
 def _item_text(item: Any) -> str:

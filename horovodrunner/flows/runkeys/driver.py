@@ -153,9 +153,9 @@ class KeyedRun:
         name = (record or "").rpartition("/")[2]
         number, ranks = self.epoch.number, self._request.record.size
         try:
-            self.stored = self.place.store(
-                number, pickled, ranks=ranks, record=name, check=self.check
-            )
+            value = self.place.store(number, pickled, ranks=ranks, record=name, check=self.check)
+            self.check()  # whoever has begun in between has not seen it
+            self.stored = value
         except OSError as error:
             console.note(
                 f"the value of {self._request.title} ({format_bytes(pickled.size)}) could not be "

@@ -122,7 +122,7 @@ def _describe(size: int, slots: int | None, ahead: Sequence[Turn], holders: Sequ
     if holders:
         text += f", held by {_named(holders)}"
     if ahead:
-        text += f"; before it {'is' if len(ahead) == 1 else 'are'} {_named(ahead)}"
+        text += f"; {_named(ahead)} {'starts' if len(ahead) == 1 else 'start'} first"
     return text
 
 

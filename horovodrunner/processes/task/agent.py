@@ -27,6 +27,7 @@ from horovodrunner.flows.checkpoints.task import LatestCopy
 from horovodrunner.flows.logs.lines import prefix_lines
 from horovodrunner.flows.logs.task import own_line
 from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
+from horovodrunner.flows.preflight.task import Prober
 from horovodrunner.flows.results.task import ResultUploader, file_without_a_name
 from horovodrunner.flows.rows.taking import data_directories, with_rows
 from horovodrunner.flows.telemetry.phases import Spans
@@ -54,10 +55,13 @@ from horovodrunner.processes.task.scratch import Scratch
 from horovodrunner.processes.task.supervisor import Supervisor
 from horovodrunner.wire.events import (
     Ended,
+    Event,
     Job,
     Lines,
+    Measure,
     Note,
     Phases,
+    Proceed,
     ShowStacks,
     Sink,
     Stop,
@@ -112,6 +116,8 @@ class _Agent:
         resources.callback(scratch.delete)
         self._scratch = scratch.path
         self._result_files: list[int] = []
+        self._prober: Prober | None = None
+        self._preflight_rendezvous: Rendezvous | None = None
         resources.callback(context.abort_transfers)
 
     async def run(self) -> Outcome:
@@ -159,6 +165,7 @@ class _Agent:
             rendezvous_port=rendezvous.port if rendezvous is not None else 0,
             master_port=self._reserve_port(),
         )
+        member = await self._open_preflight(member)
         try:
             driver = await self._context.open_driver(self._stop_requested.set)
         except StartRefusedError as error:
@@ -172,8 +179,9 @@ class _Agent:
 
         began = time.time()
         slots = assign_slots(members)
-        if rendezvous is not None:
-            rendezvous.set_plan(slots)
+        for each in (rendezvous, self._preflight_rendezvous):
+            if each is not None:
+                each.set_plan(slots)
         self._spans.add("rendezvous", began, time.time())
         try:
             return await self._coordinate(workers, members, slots, driver, listening)
@@ -203,6 +211,7 @@ class _Agent:
             stop_requested=self._stop_requested,
         )
         own = [slot for slot in slots if slot.partition == 0]
+        self._probe(members, leader.emit)
         return await leader.run(
             self._supervisors(
                 workers,
@@ -215,7 +224,7 @@ class _Agent:
         )
 
     async def _follow(self, workers: Sequence[WorkerProcess]) -> Outcome:
-        member = self._member()
+        member = await self._open_preflight(self._member())
         members = await self._gather(member)
         if (refusal := self._refusal(members)) is not None:
             return Outcome(failure=refusal)
@@ -263,7 +272,13 @@ class _Agent:
             for supervisor in supervisors:
                 supervisor.show_stack()
 
-        listening = asyncio.create_task(link.listen({Stop: stop, ShowStacks: show}))
+        def tell(event: Event) -> None:
+            for supervisor in supervisors:
+                supervisor.tell(event)
+
+        self._probe(members, link.emit)
+        handlers = {Stop: stop, ShowStacks: show, Measure: tell, Proceed: tell}
+        listening = asyncio.create_task(link.listen(handlers))
         listening.add_done_callback(stop)  # without partition 0 there is no run
         try:
             outcomes = await asyncio.gather(*(each.run() for each in supervisors))
@@ -275,6 +290,36 @@ class _Agent:
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)
         return _of_all(outcomes)
+
+    async def _open_preflight(self, member: Member) -> Member:
+        """Answer the other hosts' probes, if the run wants them tried."""
+        job = self._job
+        if not job.preflight:
+            return member
+        listening = on_free_port(
+            job.ports, lambda port: socket.create_server((member.address, port), backlog=_BACKLOG)
+        )
+        self._resources.callback(listening.close)
+        self._prober = Prober(job.token, lambda why: self._context.log(own_line(why)))
+        self._resources.push_async_callback(self._prober.close)
+        await self._prober.open(listening)
+        ports = [listening.getsockname()[1]]
+        if member.partition == 0:
+            self._preflight_rendezvous = rendezvous = self._open_rendezvous(member.address)
+            ports += [rendezvous.port if rendezvous is not None else 0, self._reserve_port()]
+        return replace(member, preflight_ports=tuple(ports))
+
+    def _probe(self, members: Sequence[Member], emit: Sink) -> None:
+        """Try the links to the other hosts, if the run wants it, and report them."""
+        prober, partition = self._prober, self._context.member.partition
+        if prober is None:
+            return
+
+        async def probe() -> None:
+            emit(await prober.probe(members[partition], members))
+
+        probing = asyncio.create_task(probe())
+        self._resources.callback(probing.cancel)
 
     def _supervisors(
         self,
@@ -388,6 +433,7 @@ class _Agent:
             scratch=str(self._scratch),
             keeps_checkpoints=self._context.checkpoints is not None,
             profiles=self._job.profiles,
+            preflight=_preflight_environment(leader),
             beat_seconds=min(BEAT_SECONDS, (self._job.stall_timeout or math.inf) / 4),
             call=self._job.payload,
         )
@@ -418,6 +464,14 @@ class _Agent:
 def _of_all(outcomes: Sequence[Outcome]) -> Outcome:
     """Return what a task tells of its ranks: a failure, if one failed."""
     return next((each for each in outcomes if each.failure is not None), outcomes[0])
+
+
+def _preflight_environment(leader: Member) -> dict[str, str]:
+    """Return what differs for a worker that tries its backend before main."""
+    if not leader.preflight_ports:
+        return {}
+    _, rendezvous, master = leader.preflight_ports
+    return {"MASTER_PORT": str(master), "HOROVOD_GLOO_RENDEZVOUS_PORT": str(rendezvous)}
 
 
 def _has_horovod() -> bool:

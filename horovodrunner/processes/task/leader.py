@@ -25,9 +25,11 @@ from horovodrunner.flows.checkpoints.task import (
 from horovodrunner.flows.logs.task import MergedLog
 from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
 from horovodrunner.flows.outcome.task import RunOutcome
+from horovodrunner.flows.preflight.task import PreflightCheck
 from horovodrunner.flows.results.task import ResultUploader
 from horovodrunner.flows.telemetry.phases import Spans
 from horovodrunner.flows.telemetry.task import Telemetry
+from horovodrunner.formatting import in_one_line
 from horovodrunner.placement.topology import Member, Slot
 from horovodrunner.processes.task.context import TaskContext
 from horovodrunner.processes.task.driver_link import DriverLink
@@ -35,6 +37,7 @@ from horovodrunner.processes.task.peers import PeerServer
 from horovodrunner.processes.task.process import GRACE_SECONDS
 from horovodrunner.processes.task.supervisor import TEARDOWN_SECONDS, Supervisor
 from horovodrunner.wire.events import (
+    Event,
     Failed,
     Placed,
     ShowStacks,
@@ -102,8 +105,16 @@ class Leader:
             ask=lambda: decision.answer(0),
             tell=lambda directory: decision.fetched(0, directory),
         )
+        self._preflight = PreflightCheck(
+            members,
+            slots,
+            may_refuse=job.preflight == "refuse",
+            note=self._log.note,
+            refuse=lambda text: self._outcome.failed(Failure(None, slots[0].host, text)),
+        )
         self.emit: Sink = dispatcher(
             [
+                self._preflight.handlers,
                 {Storing: self._take_storing},
                 self._log.handlers,
                 self._outcome.handlers,
@@ -142,6 +153,8 @@ class Leader:
         ]
         if self._uploader is not None:
             watchers.append(self._uploader.run())
+        if self._job.preflight:
+            watchers.append(self._check_hosts(supervisors))
         own = asyncio.gather(*(supervisor.run() for supervisor in supervisors))
         tasks: list[asyncio.Future[Any]] = [own, *map(asyncio.create_task, watchers)]
         try:
@@ -180,6 +193,17 @@ class Leader:
         self._resumption.main_returned(has_saved=has_saved)
         is_complete = has_results and self._outcome.all_ended.is_set()
         return own.result()[0] if is_complete else Outcome()
+
+    async def _check_hosts(self, supervisors: Sequence[Supervisor]) -> None:
+        def tell(event: Event) -> None:
+            for supervisor in supervisors:
+                supervisor.tell(event)
+            self._peers.broadcast(event)
+
+        try:
+            await self._preflight.run(tell)
+        except Exception as error:  # noqa: BLE001 - the workers wait for its end
+            self._fail(FailureKind.SETUP, 0, f"the preflight failed: {in_one_line(error)}")
 
     async def _stop_on_request(self) -> None:
         await self._stop_requested.wait()

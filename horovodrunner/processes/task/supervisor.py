@@ -69,6 +69,7 @@ class Supervisor:
         self._beside = beside
         self._reported: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._answers: list[asyncio.Task[None]] = []
+        self._has_job = asyncio.Event()
         self._last_stderr = b""
         self._ready_at = 0.0
         self._part_of_life = "before main was called"
@@ -94,7 +95,7 @@ class Supervisor:
             asyncio.create_task(worker.read_events(self._on_event)),
         ]
         others = [
-            asyncio.create_task(worker.send(self._job)),
+            asyncio.create_task(self._send_job()),
             asyncio.create_task(self._stop_when_slow_to_leave()),
         ]
         if self._beside is not None:
@@ -123,6 +124,15 @@ class Supervisor:
         """Ask the worker to end."""
         self._worker.stop()
 
+    def tell(self, event: Event) -> None:
+        """Send the worker an event, once it has its job."""
+
+        async def send() -> None:
+            await self._has_job.wait()
+            await self._worker.send(event)
+
+        self._answers.append(asyncio.create_task(send()))
+
     def show_stack(self) -> None:
         """Find out where the worker's threads are, and report it."""
 
@@ -133,6 +143,10 @@ class Supervisor:
             self._pass_on(Stack(self._job.rank, text.encode(errors="backslashreplace")))
 
         self._answers.append(asyncio.create_task(show()))
+
+    async def _send_job(self) -> None:
+        await self._worker.send(self._job)
+        self._has_job.set()
 
     def _on_event(self, event: Event) -> None:
         self._worker.catch_up()  # what was printed before it comes before it

@@ -94,6 +94,14 @@ def main() -> int:
     spec, call = control.wait_for_job()
     set_context(WorkerContext(spec, link, control, metrics))
     _logger.debug("is rank %d; main and its arguments have %d bytes", spec.rank, len(call))
+    if spec.preflight:
+        from horovodrunner.flows.preflight.worker import measure
+
+        control.wait_for_step()
+        began = time.time()
+        link.send(measure(spec))
+        control.measured(began)
+        control.wait_for_step()
     outcome, exit_code = run(spec, call, control, arguments.result)
     _logger.debug("main has ended, exit code %d", exit_code)
     flush_output()

@@ -23,7 +23,9 @@ from horovodrunner.wire.events import (
     Latest,
     LatestWanted,
     MainEnded,
+    Measure,
     Notice,
+    Proceed,
     Started,
     WorkerTimes,
     decode,
@@ -65,6 +67,7 @@ class ControlPipe:
         self._watch = MainThreadWatch()
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Latest] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._asking = threading.Lock()
         self._rank = -1
         self._beat_seconds = SAMPLE_SECONDS
@@ -80,6 +83,14 @@ class ControlPipe:
         """Wait for the job, and for the call, which is large and is not kept."""
         job = self._jobs.get()
         return job.replace(call=b""), job.call
+
+    def wait_for_step(self) -> None:
+        """Wait until the task lets the worker go on with what comes before main."""
+        self._steps.get()
+
+    def measured(self, began: float) -> None:
+        """Note that the backend was tried."""
+        self._times["preflight"] = (began, self._now())
 
     def unpickled(self, began: float) -> None:
         """Note that main was unpickled, or could not be, and the modules that it names imported."""
@@ -133,7 +144,8 @@ class ControlPipe:
     def _take_what_comes(self) -> None:
         incoming = select.poll()  # select() takes no descriptor from 1024 on
         incoming.register(self._control_fd, select.POLLIN)
-        take = dispatcher([{Job: self._take_job, Latest: self._answers.put}], refuse)
+        steps = {Measure: self._steps.put, Proceed: self._steps.put}
+        take = dispatcher([{Job: self._take_job, Latest: self._answers.put}, steps], refuse)
         while True:
             pause = min(SAMPLE_SECONDS, self._beat_seconds)
             if not incoming.poll(pause * 1000):

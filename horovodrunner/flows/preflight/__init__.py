@@ -1,0 +1,1 @@
+"""Hosts, links and GPUs, tried before main is called."""
