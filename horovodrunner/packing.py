@@ -535,13 +535,13 @@ def _of_any_time(entry: _Entry, entries: Mapping[str, _Entry]) -> bytes | None:
     source = entries.get(f"{posixpath.dirname(directory)}/{name.partition('.')[0]}.py")
     with entry.open() as file:
         code = file.read()
-    if source is None or len(code) < 16 or code[4:8] != bytes(4):
-        return None
-    of = struct.pack("<II", source.changed & 0xFFFFFFFF, source.size & 0xFFFFFFFF)
-    if code[8:16] != of:
+    if source is None or len(code) < 16:
         return None
     with source.open() as file:
         digest = importlib.util.source_hash(file.read())
+    times = struct.pack("<II", source.changed & 0xFFFFFFFF, source.size & 0xFFFFFFFF)
+    if code[8:16] != (times if code[4:8] == bytes(4) else digest):
+        return None
     return code[:4] + (1).to_bytes(4, "little") + digest + code[16:]
 
 

@@ -62,6 +62,7 @@ def test_it_holds_after_a_restart_as_well(tmp_path: Path, monkeypatch: pytest.Mo
     assert runner.run(main, directory=tmp_path) == {"A": "1", "MY_TOKEN": "t"}
 
 
+@pytest.mark.heavy
 def test_a_warm_worker_has_the_environment_of_its_own_run() -> None:
     pytest.importorskip("torch")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from horovodrunner import doctor
 from horovodrunner.placement.packed import FILE, PackedEnvironment
 from tests import processes
 
@@ -102,6 +103,25 @@ print(json.dumps([sys.prefix, sys.base_prefix, module.name(), sys.path, files]))
     assert told.packages["torch"] == "1.0"
     assert told.digest[:12] in archive.name
     assert told.problem_here() == ""
+
+
+@pytest.mark.heavy
+def test_an_environment_of_condas_is_packed_by_conda_pack(environment: Path) -> None:
+    conda = environment.with_name("conda")
+    unpacked(packed(environment)).rename(conda)  # it has its own interpreter, as conda's have
+    shutil.rmtree(environment.parent / "out")
+    (conda / "conda-meta").mkdir()
+    (conda / "conda-meta/history").touch()
+    (conda / "bin/program").write_text(f"#!{conda}/bin/python\n")
+    there = conda.with_name("there")
+    there.mkdir()
+    archive = packed(conda, "-o", "conda.tgz")
+    processes.run(["tar", "-C", there, "-xzf", archive], check=True)
+    shutil.rmtree(conda)
+    program = "import module, sys; print(sys.base_prefix, module.name())"
+    assert output_of(there / "bin/python", program) == f"{there} {there / PACKAGES / 'module.py'}\n"
+    assert (there / "bin/program").read_text() == "#!/usr/bin/env python\n"
+    assert (there / FILE).exists()
 
 
 def test_the_same_content_is_the_same_archive_whenever_it_is_packed(environment: Path) -> None:
@@ -253,11 +273,17 @@ def test_the_systems_python_is_no_environment(tmp_path: Path) -> None:
     assert "is no environment of its own" in done.stderr
 
 
-def test_an_older_machine_is_told_what_the_environment_needs(tmp_path: Path) -> None:
+def test_an_older_machine_is_told_what_the_environment_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     new = PackedEnvironment(MINOR, "x86_64", "2.999", "0" * 64, {})
     (tmp_path / FILE).write_bytes(new.to_bytes())
     assert PackedEnvironment.of_this_process(str(tmp_path)) == new
     assert "the packed environment needs glibc 2.999, and " in new.problem_here()
     assert PackedEnvironment(MINOR, "x86_64", "", "", {}).problem_here() == ""
+    monkeypatch.setattr(PackedEnvironment, "of_this_process", lambda: new)
+    [found] = doctor._packed()
+    assert (found.verdict, found.text) == ("problem", new.problem_here())
+    monkeypatch.undo()
     (tmp_path / FILE).write_text('{"other": 1}')
     assert PackedEnvironment.of_this_process(str(tmp_path)) is None

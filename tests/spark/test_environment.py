@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -66,6 +67,7 @@ DRIVER = """
 """
 
 
+@pytest.mark.heavy
 def test_variables_reach_executors_and_spark_shows_no_secret(tmp_path: Path) -> None:
     import pyspark
 
@@ -91,6 +93,7 @@ def test_variables_reach_executors_and_spark_shows_no_secret(tmp_path: Path) -> 
         "executors' logs": text_of(logs),
         "driver": done.stdout + done.stderr,
     }
+    shutil.rmtree(logs)
     for name, expected in {
         **places,
         "executors' logs": "is rank 1",  # HOROVODRUNNER_LOG is in force there

@@ -27,6 +27,7 @@ from horovodrunner import (
     HorovodRunner,
     WorkerFailedError,
 )
+from horovodrunner.placement.packed import FILE, PackedEnvironment
 from tests import processes
 from tests.spark.standalone import standalone
 
@@ -344,6 +345,16 @@ def test_on_executors_without_horovod_a_main_that_imports_it_says_how_to_build_i
     assert HorovodRunner(np=2).run(lambda: sys.prefix) == str(changed)
     with pytest.raises(WorkerFailedError, match=f"{changed}.*-m horovodrunner build-horovod"):
         HorovodRunner(np=2).run(main)
+
+
+def test_an_executor_whose_c_library_is_older_than_the_archives_is_named(
+    spark: Any, changed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = PackedEnvironment("3.11.7", "x86_64", "2.999", "0" * 64, {})
+    (changed / FILE).write_bytes(packed.to_bytes())
+    use_python(spark, changed / "bin/python", monkeypatch)
+    with pytest.raises(ConfigurationError, match=r"needs glibc 2\.999, and .* has 2\.\d+: build"):
+        HorovodRunner(np=2).run(lambda: sys.prefix)
 
 
 def test_another_python_on_the_executors_is_said_in_one_sentence(
