@@ -466,9 +466,7 @@ class HorovodRunner:
         """Return the value of a run that was done before, and be as after that run."""
         options = self._options
         self._last.discard()
-        self._last = last = LastRun(
-            RankResults(why_none="of a run that was done before rank 0's value is kept")
-        )
+        self._last = last = LastRun(keyed.results())
         if keyed.stored is not None and keyed.stored.record and options.run_dir is not None:
             last.stored_record = open_storage(options.run_dir).url(keyed.stored.record)
         if options.store is not None:

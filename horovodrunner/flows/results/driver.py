@@ -86,6 +86,11 @@ class ResultStore:
             return []
         return [rank for rank in range(1, self.size) if rank not in self._places]
 
+    def others(self) -> Iterator[BufferedPickle]:
+        """Read what the ranks but 0 returned, one after the other, if all have come."""
+        if self._of_all_ranks and not self.missing():
+            yield from map(self.read, range(1, self.size))
+
     def read(self, rank: int) -> BufferedPickle:
         """Read what another rank than 0 returned into memory."""
         offset, layout = self._places[rank]

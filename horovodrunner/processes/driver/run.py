@@ -256,7 +256,8 @@ class Run:
         outcome = self._run_locally(job) if self._options.np < 0 else self._run_on_spark(job)
         if self._keyed is None:
             return outcome
-        return self._keyed.keep(outcome, self.left.record, self._console)
+        others = self._results.others()
+        return self._keyed.keep(outcome, others, self.left.record, self._console)
 
     def _job(self, attempt: int) -> JobSpec:
         options, observers, store = self._options, self._observers, self._store
