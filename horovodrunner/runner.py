@@ -48,7 +48,7 @@ from horovodrunner.placement.environment import DEVICES
 from horovodrunner.placement.forwarding import Variables, checked_patterns, checked_variables
 from horovodrunner.placement.versions import installed_versions
 from horovodrunner.processes.driver.announcement import PICKLED, announce
-from horovodrunner.processes.driver.attempts import describe_end, run_attempts
+from horovodrunner.processes.driver.attempts import STOPPED, describe_end, run_attempts
 from horovodrunner.processes.driver.interactive import is_interactive, program_arguments
 from horovodrunner.processes.driver.queue import Turn
 from horovodrunner.spark import interrupt
@@ -563,7 +563,8 @@ class HorovodRunner:
         horovodrunner.errors.RunStoppedError: an hour is over: the run of 2 ranks was stopped; ...
         """
         reason = checked.text("reason", reason)
-        stops = [run.stop(RunStoppedError(reason, reason=reason)) for run in [*self._going]]
+        text = f"{reason}: {STOPPED}" if reason else STOPPED
+        stops = [run.stop(RunStoppedError(text, reason=reason)) for run in [*self._going]]
         return any(stops)
 
     def _run(
