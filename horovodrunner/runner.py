@@ -529,6 +529,9 @@ class HorovodRunner:
     def _stored_value(self, keyed: KeyedRun) -> Any:
         """Return the value of a run that was done before, and be as after that run."""
         self._forget_last_run()
+        self._results = RankResults(
+            why_none="the run of this run_key was done before, and rank 0's value alone is stored"
+        )
         self._history, self._phases = History(), ()
         self._artifacts = ArtifactStore()
         if keyed.stored is not None and keyed.stored.record and self._run_dir is not None:
@@ -735,11 +738,10 @@ class HorovodRunner:
         >>> HorovodRunner(np=-2).run_script("-m", "package.train")  # doctest: +SKIP
         """
         __tracebackhide__ = True
-        self.run(
-            prepare_script(
-                script, arguments, code_dir, travels=self._np >= 0, left_out=self._left_out()
-            )
+        call = prepare_script(
+            script, arguments, code_dir, travels=self._np >= 0, left_out=self._left_out()
         )
+        self._call(call, {})
 
     def _left_out(self) -> list[str]:
         """List directories of the run's own, which do not travel with the code around them."""
@@ -871,7 +873,7 @@ class HorovodRunner:
                 f"Largest, before they were packed: {main.largest_entries()}. Name a directory "
                 "that has only the code with code_dir=",
                 UserWarning,
-                stacklevel=self._frames_to_user + 2,
+                stacklevel=self._frames_to_user,
             )
         elif call_bytes > payload.WARN_BYTES:
             parts = payload.largest_parts(main, kwargs, at_least_bytes=payload.WARN_BYTES // 10)

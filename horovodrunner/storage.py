@@ -6,6 +6,7 @@ Nothing is forced to the disk. What a power failure tears, the hashes in the man
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -324,14 +325,20 @@ class RemoteStorage:
 
     def replace(self, path: str, content: bytes) -> None:
         self.make(path.rpartition("/")[0])
-        self._call("pipe_file", path, value=content)
+        self._call("pipe_file", path, content)
 
     def create_once(self, path: str, content: bytes) -> None:
         self.make(path.rpartition("/")[0])
         self.refresh()
         if self._url.partition(":")[0].lower() in _CREATE_ONCE:
-            with self._creating:  # the one in memory looks, and writes then
-                self._call("pipe_file", path, value=content, mode="create")
+            try:
+                with self._creating:  # the one in memory looks, and writes then
+                    self._call("pipe_file", path, content, mode="create")
+            except OSError as error:
+                # each implementation has its own error for it
+                if path in self.files():
+                    raise FileExistsError(errno.EEXIST, "is there", self.url(path)) from error
+                raise
             return
         # Without that, all who want to write say so, and the first by name does.
         claim, mine = f"{path}.claim-", secrets.token_hex(8)
@@ -340,7 +347,7 @@ class RemoteStorage:
             time.sleep(SETTLE_SECONDS)
             is_first = min(each for each in self.files() if each.startswith(claim)) == claim + mine
             if not is_first or path in self.files():
-                raise FileExistsError(self.url(path))
+                raise FileExistsError(errno.EEXIST, "is there", self.url(path))
             self.replace(path, content)
         finally:
             time.sleep(SETTLE_SECONDS)  # until then, others are to see it
@@ -382,11 +389,11 @@ class RemoteStorage:
     def leftovers(self) -> list[str]:
         return []  # what lacks a manifest could be just being written, and ages are not known
 
-    def _call(self, method: str, path: str, **options: Any) -> Any:
+    def _call(self, method: str, path: str, *arguments: Any, **options: Any) -> Any:
         """Call a method of fsspec's file system with the full path."""
         with as_os_error(self.url(path)):
             full = f"{self._root}/{path}" if path else self._root or "/"
-            return getattr(self._fs, method)(full, **options)
+            return getattr(self._fs, method)(full, *arguments, **options)
 
 
 Storage: TypeAlias = LocalStorage | RemoteStorage

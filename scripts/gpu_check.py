@@ -37,6 +37,11 @@ def used_mib() -> int:
     return sum(map(int, subprocess.check_output(query, text=True).split()))
 
 
+def gpu_name() -> str:
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.check_output(query, text=True).splitlines()[0]
+
+
 class Skipped(Exception):  # noqa: N818 - it is no error
     """Raised by a check that this machine cannot run."""
 
@@ -279,6 +284,36 @@ def failures_are_told() -> str:
     return "<br>".join(text[:160] for text in told)
 
 
+def preflight_names_the_gpu() -> str:
+    require_gpus(1)
+
+    def with_torch() -> float:
+        torch.distributed.init_process_group("nccl")
+        torch.cuda.set_device(0)
+        x = torch.ones(4, device="cuda")
+        torch.distributed.all_reduce(x)
+        total = float(x.sum())
+        torch.distributed.destroy_process_group()
+        return total
+
+    def with_horovod() -> float:
+        import horovod.torch as hvd
+
+        hvd.init()
+        return float(hvd.allreduce(torch.ones(4, device="cuda"), op=hvd.Sum).sum())
+
+    names = []
+    mains = [with_torch, *([with_horovod] if importlib.util.find_spec("horovod") else [])]
+    for main in mains:
+        with tempfile.TemporaryDirectory() as kept:
+            runner = HorovodRunner(np=-1, preflight=True, run_dir=kept)
+            require(runner.run(main) == 4.0, "another sum")
+            log = [*Path(str(runner.record)).rglob("*.log")]
+            lines = [line for each in log for line in each.read_text().splitlines()]
+            names += [line for line in lines if gpu_name() in line][:1]
+    return "; ".join(names) or "no file of the record names the GPU; its notes do"
+
+
 def two_ranks_on_one_gpu_are_told() -> str:
     require_horovod()
     require_gpus(1)
@@ -445,6 +480,7 @@ def checks() -> dict[str, Callable[[], str]]:
         "tensors on a GPU as results": gpu_tensors_come_back,
         "other collectives, one rank": lambda: other_collectives(DEVICE),
         "two ranks on one GPU": two_ranks_on_one_gpu_are_told,
+        "preflight": preflight_names_the_gpu,
         "failures": failures_are_told,
         "warm workers": warm_workers_use_the_gpu,
         "inference": predicts_on_the_gpu,

@@ -34,6 +34,10 @@ _RUNNER = (
     Option(("--stall-timeout",), ("S",), "end a run whose ranks wait for each other so long"),
     Option(("--run-dir",), ("DIR",), "keep a record of the run there; or a URL"),
     Option(("--tensorboard-dir",), ("DIR",), "write TensorBoard's event files there"),
+    Option(("--env",), ("K=V",), "a variable of the ranks; may be repeated"),
+    Option(("--forward",), ("PATTERN",), "variables of here that they get, too: 'AWS_*'; repeat"),
+    Option(("--ranks-per-task",), ("K",), "ranks of one Spark task; gpu: one for each of its GPUs"),
+    Option(("--preflight",), (), "try the network between the hosts before the script starts"),
 )
 
 _SPARK = (
@@ -97,10 +101,17 @@ def parse(words: Sequence[str]) -> CommandLine | None:
         name: named[name]
         for name in (
             *("start_timeout", "checkpoint_dir", "keep_checkpoints", "max_restarts"),
-            *("stall_timeout", "run_dir", "tensorboard_dir"),
+            *("stall_timeout", "run_dir", "tensorboard_dir", "forward"),
         )
         if named[name] is not None
     }
+    if given.env:
+        keywords["environment"] = _settings("--env", given.env)
+    if given.ranks_per_task is not None:
+        number = given.ranks_per_task
+        keywords["ranks_per_task"] = int(number) if number.isdecimal() else number
+    if given.preflight:
+        keywords["preflight"] = True
     if given.no_resume:
         keywords["resume"] = False
     if given.horovodrun:
@@ -115,7 +126,7 @@ def parse(words: Sequence[str]) -> CommandLine | None:
         given.code_dir,
         keywords,
         given.master,
-        dict(map(_setting, given.conf or ())),
+        _settings("--conf", given.conf),
     )
 
 
@@ -174,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     for option in (*_OWN, *_RUNNER, *_SPARK):
         name = option.names[-1].lstrip("-").replace("-", "_")
         how: dict[str, Any] = {"action": "store_true"}
-        if name == "conf":
+        if name in {"conf", "env", "forward"}:
             how = {"action": "append"}
         elif option.values:
             how = {"type": types.get(name, str)}
@@ -187,12 +198,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _setting(text: str) -> tuple[str, str]:
+def _settings(option: str, texts: Sequence[str] | None) -> dict[str, str]:
+    return dict(_setting(option, text) for text in texts or ())
+
+
+def _setting(option: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        raise UsageError(
-            f"--conf {text}: give a setting and its value, --conf spark.some.name=VALUE"
-        )
+        raise UsageError(f"{option} {text}: give a name and its value, {option} NAME=VALUE")
     return name.strip(), value
 
 

@@ -143,6 +143,15 @@ def test_main_may_refer_to_a_runner_with_results() -> None:
     assert list(runner.results) == [0, 1]
 
 
+def test_of_a_run_that_was_done_before_rank_0s_value_alone_is_there(tmp_path: Path) -> None:
+    runner = HorovodRunner(np=-2, results="all", run_dir=tmp_path)
+    assert runner.run(rank, run_key="nightly") == 0
+    assert list(runner.results) == [0, 1]
+    assert runner.run(rank, run_key="nightly") == 0
+    with pytest.raises(IndexError, match=r"done before, and rank 0's value alone is stored"):
+        runner.results[1]
+
+
 def test_without_room_on_the_driver_the_run_fails_and_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

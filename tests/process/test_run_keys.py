@@ -248,6 +248,7 @@ def test_a_driver_that_was_killed_is_followed(tmp_path: Path, log: Path) -> None
         wait_until(lambda: log.exists() and 1 in epochs_in(log))
         wait_until(lambda: [*tmp_path.glob("checkpoints/key-*/*/epoch-000001/step-00000001")])
         os.kill(first.pid, signal.SIGKILL)
+        first.wait()
     Path(f"{log}.go").touch()
     found = runner_in(tmp_path).run(train, run_key="k", log=str(log), epochs=4, wait_in=2)
     assert found["start"] == 2

@@ -34,6 +34,7 @@ def main():
     dist.all_gather(totals, total)
     same = len({each.item() for each in totals}) == 1
     print(f"rank {dist.get_rank()} of {dist.get_world_size()}: {args.epochs} epochs, same={same}")
+    dist.barrier()
     dist.destroy_process_group()
 
 

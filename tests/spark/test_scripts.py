@@ -49,6 +49,7 @@ if __name__ == "__main__":
         "left": sorted(each.name for each in Path(__file__).parents[1].iterdir()),
     }
     Path(sys.argv[1] + os.environ["RANK"]).write_text(json.dumps(facts))
+    Path("model.pt").touch()
 """
 
 
@@ -79,6 +80,8 @@ def test_a_script_runs_in_a_copy_of_its_code(
     monkeypatch.syspath_prepend(str(project / "src"))
     runner = HorovodRunner(np=2, driver_log_verbosity="all", run_dir=project / "runs")
     runner.run_script("src/train.py", tmp_path / "facts", 3, code_dir=".")
+    shown = capfd.readouterr().out
+    assert shown.count("HorovodRunner: model.pt: written into a copy of the code") == 1
     for rank in "01":
         facts = json.loads(Path(f"{tmp_path}/facts{rank}").read_text())
         copy = facts["here"]
@@ -146,7 +149,7 @@ def test_as_the_application_of_spark_submit(project: Path, tmp_path: Path) -> No
         done = processes.run(words, capture_output=True, env=environ)
         assert done.returncode == 3, done.stderr
         # spark-submit shows both streams of the driver's Python on its own standard output.
-        assert "[0]<stdout>:rank 0 of 2 ['--code']" in done.stdout
+        assert "[1]<stdout>:rank 1 of 2 ['--code']" in done.stdout
         assert f"Spark's master is {url}, from spark-submit or the environment" in done.stdout
         words = [sys.executable, "-m", "horovodrunner", "run", "-np", "2", "--master", url, *confs]
         log = tmp_path / "log"

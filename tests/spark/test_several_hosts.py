@@ -387,7 +387,7 @@ def test_a_preflight_names_the_slow_link_and_refuses_the_run_or_warns(cluster: C
         spark = session()
         alpha = "{cluster.network.hosts["alpha"].namespace}"
         tc = ["tc", "-n", alpha, "qdisc"]
-        limit = ["dev", "lan0", "root", "tbf", "rate", "20mbit", "burst", "64kb", "latency", "1s"]
+        limit = ["dev", "lan0", "root", "tbf", "rate", "100mbit", "burst", "64kb", "latency", "1s"]
 
         def main():
             import horovod.torch as hvd
@@ -401,8 +401,7 @@ def test_a_preflight_names_the_slow_link_and_refuses_the_run_or_warns(cluster: C
                 result = {{"result": runner.run(main)}}
             except Exception as error:
                 result = {{"error": f"{{type(error).__name__}}: {{error}}"}}
-            result["took"] = [p.seconds for p in runner.phases if p.name == "preflight"]
-            result["record"] = [p.read_text() for p in Path(runner.record).rglob("*.jsonl")]
+            result["record"] = Path(runner.record, "run.log").read_text()
             (directory / f"{{section}}.json").write_text(json.dumps(result))
 
         tried("well", True)
@@ -415,13 +414,13 @@ def test_a_preflight_names_the_slow_link_and_refuses_the_run_or_warns(cluster: C
     )
     well, slow, warned = (report.ended(section) for section in ("well", "slow", "warned"))
     assert well["result"] == warned["result"] == 4.0
-    assert any("preflight: all is well" in text for text in well["record"])
-    assert any("2 links between 2 hosts" in text for text in well["record"])
-    assert any("allreduce of 4 ranks by Horovod" in text for text in well["record"])
+    assert "preflight: all is well" in well["record"]
+    assert "2 links between 2 hosts" in well["record"]
+    assert "allreduce of 4 ranks by Horovod" in well["record"]
     told = rf"the link from alpha \({ALPHA}\) to beta \({BETA}\) carries [\d.]+ [KM]iB/s"
     assert re.search(rf"^ConfigurationError: preflight: {told}.*usual in this run", slow["error"])
     assert 'preflight="warn"' in slow["error"].splitlines()[0]
-    assert any(re.search(f"preflight: {told}", text) for text in warned["record"])
+    assert re.search(f"preflight: {told}", warned["record"])
 
 
 @pytest.mark.slow

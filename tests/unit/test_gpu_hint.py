@@ -17,7 +17,8 @@ NCCL = RuntimeError("ncclCommInitRank failed: invalid usage (run with NCCL_DEBUG
 def hint(error: Exception, gpus: int, monkeypatch: pytest.MonkeyPatch) -> str:
     cuda = SimpleNamespace(device_count=lambda: gpus)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    return gpu_hint(error, {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "5"})
+    environ = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "5"}
+    return gpu_hint(error, environ)
 
 
 def test_ranks_and_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +30,7 @@ def test_ranks_and_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_there_are_enough_the_choice_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "torch.cuda.set_device" in hint(NCCL, 2, monkeypatch)
+    assert "sees 2 GPUs, and its own is cuda:1: call" in hint(NCCL, 2, monkeypatch)
     assert hint(RuntimeError("CUDA out of memory"), 0, monkeypatch) == ""
 
 

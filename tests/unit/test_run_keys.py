@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib
 import json
 import os
 import re
@@ -47,9 +48,33 @@ KEYS = [
 ]
 
 
-@pytest.fixture(params=["path", "file", "memory"])
-def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "memory":
+@pytest.fixture(scope="module", autouse=True)
+def bucket() -> Iterator[str]:
+    """A bucket of a local S3, where s3fs and moto are installed: botocore wants dateutil 2."""
+    try:
+        s3fs, server = (importlib.import_module(name) for name in ("s3fs", "moto.server"))
+    except ImportError:
+        yield ""
+        return
+    service = server.ThreadedMotoServer(port=0, verbose=False)
+    service.start()
+    host, port = service.get_host_and_port()
+    options = {"key": "k", "secret": "s", "endpoint_url": f"http://{host}:{port}"}
+    fsspec.config.conf["s3"] = options
+    s3fs.S3FileSystem(**options).mkdir("bucket")
+    yield "s3://bucket"
+    del fsspec.config.conf["s3"]
+    s3fs.S3FileSystem.clear_instance_cache()
+    service.stop()
+
+
+@pytest.fixture(params=["path", "file", "memory", "s3"])
+def location(request: pytest.FixtureRequest, tmp_path: Path, bucket: str) -> Iterator[str]:
+    if request.param == "s3":
+        if not bucket:
+            pytest.skip("needs s3fs and moto[s3]")
+        yield f"{bucket}/{uuid.uuid4().hex}"
+    elif request.param == "memory":
         url = f"memory://{uuid.uuid4().hex}/runs"
         yield url
         fs, root = fsspec.core.url_to_fs(url)

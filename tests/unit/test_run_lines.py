@@ -58,7 +58,8 @@ def test_options_go_where_they_belong() -> None:
     line = parsed(
         "-np -2 --start-timeout 9.5 --output-filename out --cycle-time-ms 2 --autotune --verbose "
         "--fusion-threshold-mb=32 --max-restarts 1 --checkpoint-dir c --run-dir r --code-dir d "
-        "--keep-checkpoints 2 --no-resume --stall-timeout 60 --tensorboard-dir t python -m pkg.a -x"
+        "--keep-checkpoints 2 --no-resume --stall-timeout 60 --tensorboard-dir t --env A=b=c "
+        "--forward AWS_* --forward X --ranks-per-task 2 --preflight python -m pkg.a -x"
     )
     assert (line.np, line.script, line.arguments) == (-2, "-m", ["pkg.a", "-x"])
     assert (line.output_filename, line.code_dir, line.verbose) == ("out", "d", True)
@@ -71,6 +72,10 @@ def test_options_go_where_they_belong() -> None:
         "max_restarts": 1,
         "run_dir": "r",
         "tensorboard_dir": "t",
+        "environment": {"A": "b=c"},
+        "forward": ["AWS_*", "X"],
+        "ranks_per_task": 2,
+        "preflight": True,
         "horovodrun_args": [
             *("--cycle-time-ms", "2", "--autotune", "--fusion-threshold-mb", "32"),
         ],
@@ -95,7 +100,8 @@ def test_settings_of_spark() -> None:
         ("-np two train.py", "invalid int value: 'two'"),
         ("-np", "expected one argument"),
         ("-np 2 --max-restart 1 train.py", "unrecognized arguments: --max-restart"),
-        ("-np 2 --conf spark.x train.py", "--conf spark.x: give a setting and its value"),
+        ("-np 2 --conf spark.x train.py", "--conf spark.x: give a name and its value"),
+        ("-np -2 --env =x train.py", "--env =x: give a name and its value"),
         ("-np -2 --master local[2] train.py", "--master makes no sense with -np -2"),
         ("-np -2 --conf a=b train.py", "--conf makes no sense with -np -2"),
         ("-np 2 bash x.sh", "there is no file 'bash' here"),

@@ -24,8 +24,9 @@ def gpu_hint(error: BaseException, environ: Mapping[str, str] = os.environ) -> s
         gpus = sys.modules["torch"].cuda.device_count()
     if gpus >= ranks:
         return (
-            ". NCCL takes one rank for each GPU: call torch.cuda.set_device(int(os.environ"
-            "['LOCAL_RANK'])) before the first collective"
+            f". This rank sees {gpus} GPU{'s' * (gpus != 1)}, and its own is "
+            f"cuda:{environ['LOCAL_RANK']}: call torch.cuda.set_device(int(os.environ"
+            "['LOCAL_RANK'])) before anything else on a GPU"
         )
     has = f"{ranks} rank{'s' * (ranks != 1)}"
     sees = f"{gpus} GPU{'s' * (gpus != 1)}"

@@ -8,8 +8,10 @@ finds a process in which none of that has happened.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -38,6 +40,7 @@ _LEFT_OUT = ("HOROVOD_TIMELINE", "HOROVOD_AUTOTUNE_LOG")
 """Files that are main's."""
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
+_IS_DEVICE = re.compile(r"\s*(\d+|GPU-\S+|MIG-\S+)\s*")
 
 
 def measure(spec: Job) -> Measured:
@@ -59,8 +62,7 @@ def measure(spec: Job) -> Measured:
             os.kill(child, signal.SIGKILL)  # it has told all, or hangs
         _, status = os.waitpid(child, 0)
     if found is None:
-        ended = f"ended by itself ({status})" if status not in (0, signal.SIGKILL) else "no answer"
-        return Measured(spec.rank, problem=f"its backend did not answer in {SECONDS:g} s: {ended}")
+        return Measured(spec.rank, problem=_silent_end(os.waitstatus_to_exitcode(status)))
     return Measured(
         spec.rank,
         backend=found["backend"],
@@ -68,6 +70,13 @@ def measure(spec: Job) -> Measured:
         gpus=tuple(found["gpus"]),
         problem=found["problem"],
     )
+
+
+def _silent_end(code: int) -> str:
+    if code == -signal.SIGKILL:  # ours
+        return f"its backend did not answer within {SECONDS:g} s"
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"the process that tried its backend ended with {how}"
 
 
 def _leave_with(writing: int, spec: Job) -> None:
@@ -111,9 +120,9 @@ def _reductions() -> tuple[str, list[float]]:
 
 
 def _of_horovod() -> tuple[str, list[float]]:
-    import horovod.torch as hvd
     import torch
 
+    hvd = sys.modules["horovod.torch"]
     hvd.init()
     device = _device(hvd.local_rank())
 
@@ -177,15 +186,17 @@ def _synchronize(device: str) -> None:
 
 def _gpus() -> tuple[list[str], str]:
     """Return the names of the GPUs that this rank sees, and what is wrong with them."""
-    owned = [each for each in os.environ.get(_DEVICES, "").split(",") if each]
+    # as CUDA reads it: what is no device ends the list
+    given = os.environ.get(_DEVICES, "").split(",")
+    owned = [each.strip() for each in itertools.takewhile(_IS_DEVICE.fullmatch, given)]
     torch = sys.modules.get("torch")
-    if torch is not None and torch.version.cuda:
+    if torch is not None and (torch.version.cuda or torch.version.hip):
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     elif shutil.which("nvidia-smi"):
         names = _names_by_smi(owned)
     else:
         return [], ""  # nobody here can tell
-    if len(names) < len(owned):
+    if len(names) < len(owned) and not any(each.startswith("MIG-") for each in owned):
         return names, (
             f"it owns {len(owned)} GPUs ({_DEVICES}={','.join(owned)}), and {len(names)} work: see "
             "what nvidia-smi says there"
@@ -195,13 +206,18 @@ def _gpus() -> tuple[list[str], str]:
 
 def _names_by_smi(owned: list[str]) -> list[str]:
     command = ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=SMI_SECONDS,
-        stdin=subprocess.DEVNULL,
-        check=True,
-    )
-    rows = [line.split(", ", 2) for line in done.stdout.splitlines()]
-    return [row[2] for row in rows if len(row) == 3 and (not owned or {*row[:2]} & {*owned})]
+    names: list[str] = []
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # then no GPU works
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=SMI_SECONDS,
+            stdin=subprocess.DEVNULL,
+            check=True,
+        )
+        for line in done.stdout.splitlines():
+            index, uuid, name = line.split(", ", 2)
+            if not owned or index in owned or any(uuid.startswith(each) for each in owned):
+                names.append(name)
+    return names

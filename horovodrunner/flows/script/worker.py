@@ -27,6 +27,8 @@ from horovodrunner.flows.outcome.worker import show_paths_as
 
 __all__ = ["Script"]
 
+_MAX_NAMED = 5
+
 
 @dataclass(frozen=True)
 class Script:
@@ -52,7 +54,18 @@ class Script:
 
     def __call__(self) -> None:
         """Run it in this process, which is its own."""
-        root = self.root if self.archive is None else self._enter_copy(self.archive)
+        if self.archive is None:
+            self._run(self.root)
+            return
+        root = self._enter_copy(self.archive)
+        before = _files_in(root)
+        try:
+            self._run(root)
+        finally:
+            with contextlib.suppress(Exception):  # a note is worth no failure
+                _note_lost_files(root, before)
+
+    def _run(self, root: str) -> None:
         sys.path.insert(0, os.path.normpath(os.path.join(root, self.import_from)))
         if self.module:
             sys.path.insert(0, os.getcwd())  # as `python -m` does
@@ -126,6 +139,32 @@ def _unpack(archive: bytes, scratch: Path, name: str) -> str:
         with contextlib.suppress(OSError):  # another rank of this task was faster
             made.rename(code)
     return str(code / name)
+
+
+def _files_in(root: str) -> set[tuple[str, int]]:
+    """Return the files of a directory, and when they were changed."""
+    found = set()
+    for directory, _, names in os.walk(root):
+        if Path(directory).name != "__pycache__":
+            paths = (os.path.join(directory, name) for name in names)
+            found |= {(os.path.relpath(each, root), os.lstat(each).st_mtime_ns) for each in paths}
+    return found
+
+
+def _note_lost_files(root: str, before: set[tuple[str, int]]) -> None:
+    """Name the files that go with the copy: from a shell they would have stayed."""
+    from horovodrunner.processes.worker.context import notice
+
+    written = sorted(name for name, _ in _files_in(root) - before)
+    if written:
+        shown = ", ".join(written[:_MAX_NAMED])
+        more = f" and {len(written) - _MAX_NAMED} more" if len(written) > _MAX_NAMED else ""
+        notice(
+            "files in the copy of the code",
+            f"{shown}{more}: written into a copy of the code directory, which is deleted with "
+            "the run: write to a full path that outlasts it, or use artifacts.path() or "
+            "checkpoint.save()",
+        )
 
 
 def _moved(path: Iterable[str], original: str, copy: str) -> Iterable[str]:

@@ -173,5 +173,5 @@ def on_free_port(ports: tuple[int, int] | None, bind: Callable[[int], _Bound]) -
     raise OSError(
         f"no port from {first} to {last} is free on {socket.gethostname()}: widen the range of "
         "spark.horovodrunner.ports; a run takes three on rank 0's machine, and with "
-        "tf_config=True one more for each rank"
+        "tf_config=True one more for each rank, with preflight one for each task and two there"
     )
