@@ -27,6 +27,7 @@ from horovodrunner.flows.telemetry.phases import Phase
 from horovodrunner.flows.tensorboard.driver import checked_directory
 from horovodrunner.options import AUTO, Options
 from horovodrunner.placement.forwarding import Variables, checked_patterns, checked_variables
+from horovodrunner.processes.driver.attempts import STOPPED
 from horovodrunner.processes.driver.run import LastRun, Run, checkpoints_of, store_of_key
 from horovodrunner.storage import is_url, open_storage
 from horovodrunner.usage import explained, wrong_options, wrong_run, wrong_script
@@ -499,7 +500,8 @@ class HorovodRunner:
         horovodrunner.errors.RunStoppedError: an hour is over: the run of 2 ranks was stopped; ...
         """
         reason = checked.text("reason", reason)
-        stops = [run.stop(RunStoppedError(reason, reason=reason)) for run in [*self._going]]
+        text = f"{reason}: {STOPPED}" if reason else STOPPED
+        stops = [run.stop(RunStoppedError(text, reason=reason)) for run in [*self._going]]
         return any(stops)
 
     @explained(wrong_script)

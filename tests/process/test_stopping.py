@@ -135,7 +135,9 @@ def test_there_is_no_restart_of_a_run_that_is_stopped_when_a_rank_is_lost(tmp_pa
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_a_callback_raises_ends_the_run_and_is_raised() -> None:
+def test_what_a_callback_raises_ends_the_run_and_is_raised(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     seen: list[tuple[int, float]] = []
     threads = set()
     error = PrunedError("hopeless")
@@ -146,12 +148,19 @@ def test_what_a_callback_raises_ends_the_run_and_is_raised() -> None:
         if point.step == 2:
             raise error
 
-    runner = HorovodRunner(np=-2, max_restarts=3, restart_on=(Exception,), on_report=on_report)
+    runner = HorovodRunner(
+        np=-2,
+        max_restarts=3,
+        restart_on=(Exception,),
+        profile_launch=True,
+        on_report=on_report,
+    )
     with pytest.raises(PrunedError) as caught:
         runner.run(report_and_wait)
     assert caught.value is error
     assert seen == [(0, 1.0), (1, 1 / 2), (2, 1 / 3)]
     assert threads == {threading.get_ident()}
+    assert "where the time went:" in capsys.readouterr().out  # what comes after it is shown, too
 
 
 @pytest.mark.parametrize("how", ["raises", "stops"])
