@@ -419,10 +419,8 @@ class HorovodRunner:
         >>> runner.run(train, run_key="nightly-2026-11-27", epochs=20)  # doctest: +SKIP
         """
         __tracebackhide__ = True
-        on_change = checked.choice("on_change", on_change, (REFUSE, RERUN))
+        on_change = _checked_change(run_key, on_change)
         checked.free_names(main, "run_key", "on_change")
-        if run_key is None and on_change != REFUSE:
-            raise ArgumentValueError(f"on_change={on_change!r} needs a run_key")
         return self._run(self._function(main, kwargs), run_key, on_change)
 
     def _function(self, main: Callable[..., Any], kwargs: Mapping[str, Any]) -> FunctionCall:
@@ -511,6 +509,8 @@ class HorovodRunner:
         /,
         *arguments: object,
         code_dir: str | os.PathLike[str] | None = None,
+        run_key: str | None = None,
+        on_change: str = REFUSE,
     ) -> None:
         """Run a Python script on every rank, as ``horovodrun`` and ``torchrun`` do.
 
@@ -530,6 +530,8 @@ class HorovodRunner:
             The directory that travels, if it is not the script's: one that the script is in.
             Hidden directories, ``__pycache__``, ``node_modules`` and virtual environments in it
             stay behind. At most 100 MB travel.
+        run_key, on_change
+            As for :meth:`run`; the code of the modules beside the script counts, too.
 
         Raises
         ------
@@ -551,10 +553,11 @@ class HorovodRunner:
         >>> HorovodRunner(np=-2).run_script("-m", "package.train")  # doctest: +SKIP
         """
         __tracebackhide__ = True
+        change = _checked_change(run_key, on_change)
         call = prepare_script(
             script, arguments, code_dir, travels=self._options.np >= 0, left_out=self._left_out()
         )
-        self._run(call)
+        self._run(call, run_key, change)
 
     def _left_out(self) -> list[str]:
         """List directories of the run's own, which do not travel with the code around them."""
@@ -564,6 +567,13 @@ class HorovodRunner:
 
 
 _OPTIONS = [*[*inspect.signature(HorovodRunner.__init__).parameters][1:], *_OLD_OPTIONS]
+
+
+def _checked_change(run_key: str | None, on_change: str) -> str:
+    change = checked.choice("on_change", on_change, (REFUSE, RERUN))
+    if run_key is None and change != REFUSE:
+        raise ArgumentValueError(f"on_change={change!r} needs a run_key")
+    return change
 
 
 def _differs(value: Any, default: Any) -> bool:

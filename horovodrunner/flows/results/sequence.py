@@ -22,6 +22,7 @@ class RankResults(Sequence[Any]):
 
     Examples
     --------
+    >>> from horovodrunner import HorovodRunner
     >>> runner = HorovodRunner(np=-2, results="all")
     >>> runner.run(evaluate)  # doctest: +SKIP
     0.91

@@ -156,7 +156,11 @@ class KeyedRun:
             try:
                 return open_result(self.place.load(stored, rank), rank)
             except ValueError as error:
-                raise PayloadError(f"{self.place.path_of(stored, rank)} {error}") from error
+                raise PayloadError(
+                    f"the stored value of rank {rank} is lost: {self.place.path_of(stored, rank)} "
+                    f"{error}. Delete the values of {self._request.title} in {self.place.location} "
+                    "to do it again"
+                ) from error
 
         return RankResults(stored.ranks, open_rank)
 
