@@ -99,7 +99,7 @@ def format_table(
         rate = format_bytes(int(LARGE_BYTES / large)) if large else "?"
         size = format_bytes(LARGE_BYTES)
         lines += [
-            f"  allreduce of {len(timed)} ranks by {timed[0].backend}",
+            f"  allreduce of {len(timed)} rank{'s' * (len(timed) > 1)} by {timed[0].backend}",
             f"    4 bytes: {small * 1e3:.2f} ms",
             f"    {size}: {large * 1e3:.0f} ms, {rate}/s",
         ]
