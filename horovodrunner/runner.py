@@ -17,6 +17,7 @@ from horovodrunner.flows.call.driver import Call, FunctionCall
 from horovodrunner.flows.checkpoints.saved import SavedCheckpoint
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.going import GoingRun
+from horovodrunner.flows.metrics.driver import StaysHere
 from horovodrunner.flows.metrics.history import History
 from horovodrunner.flows.mlflow.driver import require_mlflow
 from horovodrunner.flows.results.sequence import RankResults
@@ -41,6 +42,7 @@ MAX_KEY = 200
 MAX_NAME = 100
 """Characters of a run's name."""
 
+_A_POINT = "a point that rank 0 reported"
 _PREFLIGHT = {True: "refuse", "warn": "warn", False: ""}
 _OLD_OPTIONS = {"checkpoint_errors": "on_checkpoint_error", "show_phases": "profile_launch"}
 
@@ -218,6 +220,8 @@ class HorovodRunner:
         )
         if environment:
             changed["environment"] = without_secrets(variables.environment)
+        if on_report is not None:
+            changed["on_report"] = StaysHere(on_report)
         number = checked.integer("np", np)
         verbosity = checked.choice(
             "driver_log_verbosity", driver_log_verbosity, ("all", "log_callback_only")
@@ -264,7 +268,7 @@ class HorovodRunner:
             on_report=(
                 None
                 if on_report is None
-                else checked.callback("on_report", on_report, "a point that rank 0 reported")
+                else StaysHere(checked.callback("on_report", on_report, _A_POINT))
             ),
             name="" if name is None else checked.name("name", name, MAX_NAME),
         )
@@ -333,6 +337,11 @@ class HorovodRunner:
         '/home/me/runs/20260131-101500-1f0c22ab'
         """
         return self._last.record
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what travels when main refers to its runner: not what a run leaves here."""
+        results = RankResults(why_none="they stay in the process that ran the run")
+        return {**self.__dict__, "_going": [], "_last": LastRun(results)}
 
     def __repr__(self) -> str:
         """Return the call that makes this runner, without what a URL has before its ``@``."""

@@ -265,6 +265,17 @@ def test_options_are_refused_before_anything_is_launched(
         HorovodRunner(np=-1, **options)
 
 
+def test_a_reason_of_several_lines_stands_in_one() -> None:
+    runner = HorovodRunner(np=-1, on_report=lambda point: runner.stop("no\n progress"))
+
+    def main() -> None:
+        metrics.report(loss=1.0)
+
+    with pytest.raises(RunStoppedError, match=r"^no progress: the run of 1 rank was") as caught:
+        runner.run(main)
+    assert caught.value.reason == "no\n progress"
+
+
 def test_a_reason_is_a_text() -> None:
     with pytest.raises(ArgumentTypeError, match="reason=3: it must be a str, got int"):
         HorovodRunner(np=-1).stop(3)  # type: ignore[arg-type]

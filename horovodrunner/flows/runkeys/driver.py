@@ -150,7 +150,8 @@ class KeyedRun:
         """Return what all ranks of a run that was done before returned, if that was kept."""
         stored = self.stored
         if stored is None or stored.ranks != len(stored.others) + 1:
-            return RankResults(why_none="of a run that was done before rank 0's value is kept")
+            why = "the run was done before, and rank 0's value alone is stored"
+            return RankResults(why_none=why)
 
         def open_rank(rank: int) -> Any:
             try:

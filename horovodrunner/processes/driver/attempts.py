@@ -109,7 +109,7 @@ def describe_end(
 def _describe_stopped(reason: str, size: int, store: CheckpointStore | None) -> str:
     """Describe what was stopped, and what is left; `size` is 0 for all slots."""
     ranks = " of 1 rank" if size == 1 else f" of {size} ranks" if size else ""
-    because = f"{reason}: " if reason else ""
+    because = f"{reason}: " if (reason := " ".join(reason.split())) else ""
     return f"{because}the run{ranks} was stopped; {_describe_latest(store)}"
 
 

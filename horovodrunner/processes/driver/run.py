@@ -380,6 +380,7 @@ class Run:
         left, spans, console = self.left, self._spans, self._console
         if error is not None:
             left.results = RankResults(why_none=f"the run failed: {in_one_line(error)}")
+            self._results.drop()
         for phase in console.run_phases:
             spans.add(phase.name, phase.began, phase.ended, phase.last_rank)
             if phase.name == "main":
