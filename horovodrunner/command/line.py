@@ -6,6 +6,7 @@ Nothing heavy is imported here: ``--help`` is immediate.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -238,7 +239,7 @@ def _script(command: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _is_python(word: str) -> bool:
-    if Path(word).exists() and Path(sys.executable).exists() and "/" in word:
+    if "/" in word and os.path.exists(word) and Path(sys.executable).exists():  # noqa: PTH110 - raises never
         return Path(word).samefile(sys.executable) or Path(word).name.startswith("python")
     return _PYTHON.fullmatch(word) is not None
 
@@ -250,13 +251,16 @@ def _not_python(word: str) -> str:
         "package.train`"
     )
     path = Path(word)
-    if path.is_file():
-        with path.open("rb") as file:
-            first = file.readline(200)
+    if os.path.isfile(word):  # noqa: PTH113 - it never raises
+        try:
+            with path.open("rb") as file:
+                first = file.readline(200)
+        except OSError:
+            return ""  # run_script() says why it cannot be read
         is_other = first.startswith(b"#!") and b"python" not in first
         if path.suffix in {".sh", ".bash"} or is_other or first.startswith(b"\x7fELF"):
             return f"{word} is no Python script; {advice}"
         return ""
-    if path.exists() or path.suffix or "/" in word:
+    if os.path.exists(word) or path.suffix or "/" in word:  # noqa: PTH110
         return ""  # run_script() says what is wrong with it
-    return f"there is no file {word!r} here, and other programs cannot be run; {advice}"
+    return f"there is no file {word[:200]!r} here, and other programs cannot be run; {advice}"

@@ -159,7 +159,7 @@ def _source(line: CommandLine) -> str:
 
 def _let_nobody_read() -> None:
     """Close what cannot be written any more: the interpreter would complain at its end."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed from the start
         try:
             stream.flush()
         except (OSError, ValueError):

@@ -52,12 +52,18 @@ class RankFiles(Observer):
         self._width = len(str(max(0, size - 1)))
         self._files: dict[tuple[int, str], IO[bytes]] = {}
         self.handlers = {Lines: self._write}
-        for old in directory.glob("rank.*"):
-            if old.name.removeprefix("rank.").isdecimal():
-                shutil.rmtree(old)
-        for rank in range(size):
-            for stream in ("stdout", "stderr"):
-                self._file(rank, stream)
+        try:
+            for old in directory.glob("rank.*"):
+                if old.name.removeprefix("rank.").isdecimal():
+                    shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            for rank in range(size):
+                for stream in ("stdout", "stderr"):
+                    self._file(rank, stream)
+        except OSError as error:
+            raise ArgumentValueError(
+                f"--output-filename {directory}: what ranks print cannot be written there: "
+                f"{error}; name another directory"
+            ) from error
 
     def end(self, error: BaseException | None) -> None:
         """Close the files."""

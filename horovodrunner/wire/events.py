@@ -109,9 +109,14 @@ class Ready(Event):
 
 
 class Started(Event):
-    """The rank calls main now."""
+    """The rank calls main now.
+
+    `left_early` is the outcome if its process leaves with 0 before main has ended; empty: that is
+    a failure.
+    """
 
     rank: int
+    left_early: bytes = b""
 
 
 class MainEnded(Event):

@@ -26,6 +26,7 @@ from horovodrunner import (
     StartTimeoutError,
     WorkerFailedError,
     checkpoint,
+    metrics,
 )
 from tests import processes
 from tests.waiting import wait_for_line, wait_until
@@ -85,7 +86,7 @@ def test_a_run_that_was_done_is_not_done_again(
         said,
     )
     assert (again.record, again.checkpoints) == (record, saved)
-    assert [each.step for each in saved] == [0, 1]
+    assert saved[-1].step == 1  # the newest one wins
     # another key has nothing of it
     assert runner.run(train, run_key="nightly/2", log=str(log), epochs=1)["start"] == 0
     # and a run without one neither
@@ -103,7 +104,7 @@ def test_a_run_that_failed_goes_on(tmp_path: Path, log: Path) -> None:
     bad.unlink()
     assert runner_in(tmp_path, np=-2).run(train, run_key="k", **arguments)["start"] == 2
     (ended,) = [each for each in key_files(tmp_path) if each.name.startswith("ended")]
-    assert "no luck" in json.loads(ended.read_text())["how"]
+    assert json.loads(ended.read_text())["how"] == "WorkerFailedError"  # and not with what text
     assert [each.name for each in key_files(tmp_path) if each.name.startswith("beat")] == [
         "beat-000002"
     ]
@@ -178,6 +179,33 @@ def test_a_script_is_not_run_again_unless_its_code_is_another(tmp_path: Path, lo
     done = processes.run(command, capture_output=True, text=True)
     assert (done.returncode, log.read_text()) == (0, "first-x second-x "), done.stderr
     assert "nothing is launched" in done.stdout + done.stderr
+
+
+def test_no_secret_is_kept_of_a_failed_run(tmp_path: Path) -> None:
+    def main(password: str) -> None:
+        raise ValueError(os.environ["MY_TOKEN"] + password)
+
+    runner = runner_in(tmp_path, environment={"MY_TOKEN": "Zx81"})
+    with pytest.raises(WorkerFailedError):
+        runner.run(main, run_key="k", password="Yw72")
+    kept = b"".join(each.read_bytes() for each in key_files(tmp_path))
+    assert b"WorkerFailedError" in kept
+    assert b"Zx81" not in kept
+    assert b"Yw72" not in kept
+
+
+def test_a_run_that_on_report_ends_has_no_value(tmp_path: Path) -> None:
+    def main() -> int:
+        metrics.report(loss=float("nan"))
+        return 1
+
+    def refuse(point: Any) -> None:
+        raise ArithmeticError("no number")
+
+    for _ in range(2):
+        with pytest.raises(ArithmeticError):
+            runner_in(tmp_path, on_report=refuse).run(main, run_key="k")
+    assert not [each for each in key_files(tmp_path) if each.name.startswith("value")]
 
 
 def test_a_damaged_value_is_made_again(

@@ -123,6 +123,13 @@ elif kind == "well":
     sys.exit(0)
 elif kind == "gone":
     os._exit(5)
+elif kind == "gone well":
+    os._exit(0)
+elif kind in ("again", "again and out") and "AGAIN" not in os.environ:
+    os.environ["AGAIN"] = "1"
+    os.execv(sys.executable, sys.orig_argv)
+elif kind == "again and out":
+    sys.exit(9)
 elif kind == "killed":
     os.kill(os.getpid(), signal.SIGTERM)
 elif kind == "usage":
@@ -139,6 +146,9 @@ elif kind == "usage":
         ("text", 1, "exits.py called sys.exit: SystemExit: no data"),
         ("code", 3, "exits.py called sys.exit: SystemExit: 3"),
         ("gone", 5, "exit code 5"),
+        ("gone well", 0, ""),
+        ("again", 0, ""),
+        ("again and out", 9, "exit code 9"),
         ("killed", 143, "ended by SIGTERM"),
         ("usage", 2, "(unrecognized arguments: --no-such-option)"),
     ],
@@ -199,6 +209,7 @@ def command(*words: str) -> list[str]:
         ("beside.py", (None,), ArgumentTypeError, "NoneType"),
         ("beside.py", (b"x",), ArgumentTypeError, "argument 1 of the script, b'x'"),
         ("beside.py", ("a\0",), ArgumentValueError, "null character"),
+        ("x" * 5000, (), ArgumentValueError, "cannot be read: File name too long"),
         ("-m", (), ArgumentTypeError, "lacks the module"),
         ("-m", ("pkg.missing",), ArgumentValueError, "no such module"),
         ("-m", ("beside.missing",), ArgumentValueError, "no such module"),
@@ -223,6 +234,30 @@ def test_what_cannot_run_is_refused_before_anything_is_launched(
         HorovodRunner(np=-1).run_script(script, *arguments)
     assert told in str(caught.value)
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("script", ["x" * 5000, "pkg/" + "x" * 5000, "/proc/self/mem"])
+def test_a_name_that_cannot_be_read_is_refused_by_the_command(script: str) -> None:
+    done = run("-np", "-1", "--", script)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_link_to_a_script_finds_what_is_beside_the_script(
+    code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "data.txt").write_text("beside the link")
+    (tmp_path / "bin" / "train").symlink_to(Path("..", code.name, "imports.py"))
+    (code / "imports.py").write_text(
+        "import sys, beside\nfrom pathlib import Path\n"
+        "print(sys.path[0], __file__, sys.argv, Path(__file__).with_name('data.txt').read_text())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    plain = processes.run([sys.executable, "bin/train"], capture_output=True, check=True)
+    HorovodRunner(np=-1).run_script("bin/train")
+    assert re.findall(r"\[0\]<stdout>:(.*)", capfd.readouterr().out) == plain.stdout.splitlines()
 
 
 def test_keywords_are_explained() -> None:
@@ -306,6 +341,28 @@ def test_streams_stay_apart_and_files_hold_what_each_rank_wrote(code: Path, tmp_
         "rank.1/stderr": "err\n",
     }
     assert (output / "rank.x").is_dir()
+
+
+def test_files_that_cannot_be_written_are_a_wrong_command_line(code: Path, tmp_path: Path) -> None:
+    (tmp_path / "rank.0").write_text("not a directory")
+    script = str(code / "beside.py")
+    assert run("-np", "-1", "--output-filename", str(tmp_path), script).returncode == 0
+    assert (tmp_path / "rank.0" / "stdout").is_file()
+    (tmp_path / "long").symlink_to("/proc/self")
+    done = run("-np", "-1", "--output-filename", str(tmp_path / "long"), script)
+    assert done.returncode == 2
+    assert "what ranks print cannot be written there" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>&1"])
+def test_streams_that_are_closed_or_full_end_nothing(closed: str, code: Path) -> None:
+    script = code / "prints.py"
+    script.write_text("import sys\nprint('out')\nprint('err', file=sys.stderr)\n")
+    words = ["sh", "-c", f'exec "$@" {closed}', "sh", *command("-np", "-1", str(script))]
+    done = processes.run(words, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_verbose_tells_each_step_on_standard_error(code: Path) -> None:

@@ -112,7 +112,7 @@ def test_bytes_that_were_changed_are_decoded_or_refused(kind: type[Event]) -> No
         (b'{"kind": "Started", "rank": 1, "x": 2}', b"", "Started has no field 'x'"),
         (b'{"kind": "Started", "rank": "1"}', b"", "Started.rank is '1', not int"),
         (b'{"kind": "Started", "rank": true}', b"", "Started.rank is True, not int"),
-        (b'{"kind": "Started", "rank": 1}', b"x", "Started has no body, and 1 bytes came"),
+        (b'{"kind": "MainEnded", "rank": 1}', b"x", "MainEnded has no body, and 1 bytes came"),
         (b'{"kind": "Stack", "rank": 1, "text": "x"}', b"", "no field 'text' in its header"),
         (b'{"kind": "Placed", "ranks": [[0, 0]]}', b"", "Placed.ranks is"),
         (b'{"kind": "Job", "rank": 0, "host": "h", "environment": {"A": 1}}', b"", "not str"),
@@ -172,4 +172,4 @@ def test_an_event_has_its_own_fields_and_no_others(wrong: dict[str, Any]) -> Non
     with pytest.raises(TypeError, match="Started"):
         Started(**wrong)
     with pytest.raises(TypeError, match="Started"):
-        Started(1, 2)  # type: ignore[call-arg]
+        Started(1, b"", 2)  # type: ignore[call-arg]

@@ -6,11 +6,13 @@ import dataclasses
 import errno
 import importlib
 import json
+import math
 import os
 import re
 import sys
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -327,6 +329,23 @@ class Opaque:
     __slots__ = ()
 
 
+class Holder:
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self.itself = self
+
+    def one(self) -> None: ...
+    def other(self) -> None: ...
+
+
+def one() -> int:
+    return 1
+
+
+def other() -> int:
+    return 2
+
+
 frame = pd.DataFrame({"a": [1.0, 2.0], "b": ["x", "y"]})
 
 
@@ -345,6 +364,15 @@ frame = pd.DataFrame({"a": [1.0, 2.0], "b": ["x", "y"]})
         (frame["b"], frame["b"].str.upper()),
         ([frame], [frame[::-1]]),
         ({f"a{i}": {j: j for j in range(90)} for i in range(4)},) * 2,
+        (Holder(Holder(1)), Holder(Holder(2))),
+        (Holder({"a": [np.arange(3)]}), Holder({"a": [np.arange(3) + 1]})),
+        (Holder(one), Holder(other)),
+        (Holder(1).one, Holder(1).other),
+        (re.compile("a"), re.compile("a", re.I)),
+        (deque([1]), deque([2])),
+        (slice(1), slice(2)),
+        (frame["b"].astype("category").array, frame["b"].iloc[::-1].astype("category").array),
+        (json, math),
     ],
 )
 def test_values_are_compared_by_what_they_hold(one: Any, other: Any) -> None:
@@ -354,13 +382,88 @@ def test_values_are_compared_by_what_they_hold(one: Any, other: Any) -> None:
     assert changes(describe(one), describe(other)) != []
 
 
+DEFINED = """
+import collections, enum, functools, math, textwrap, typing
+def one(): return 1
+def other(): return 2
+class Kind(enum.Enum):
+    A = {value}
+class Point(typing.NamedTuple):
+    x: int = {value}
+class Meta(type):
+    def made(cls): return {value}
+class One(metaclass=Meta):
+    settings = {{"a": [{value}]}}
+    _hidden = {value}
+    @property
+    def held(self): return 1
+    @held.setter
+    def held(self, value): self.value = {value}
+class Other(One): pass
+def main(): return used
+def helpers(): return [{helpers}]
+{many}
+"""
+
+
+def defined(used: str, value: int = 1, called: str = "main") -> RunRecord:
+    """Record a call of what a cell defines."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    many = "\n".join(f"def h{i}(): return {value if i == 99 else i}" for i in range(300))
+    helpers = ", ".join(f"h{i}()" for i in range(300))
+    exec(DEFINED.format(value=value, many=many, helpers=helpers), names)
+    exec(f"used = {used}", names)
+    return record_call("", 1, names[called], {}, exactly=True)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("one", "other"),
+        ("One", "Other"),
+        ("textwrap.dedent", "textwrap.indent"),
+        ("collections.OrderedDict", "collections.Counter"),
+        ("functools.partial(one)", "functools.partial(other)"),
+        ("functools.partial(textwrap.dedent)", "functools.partial(textwrap.fill)"),
+        ("math", "textwrap"),
+        ("'a'.upper", "'a'.lower"),
+    ],
+)
+def test_another_thing_of_the_same_name_is_a_change(one: str, other: str) -> None:
+    assert changes(defined(one), defined(one)) == []
+    assert changes(defined(one), defined(other)) != []
+
+
+@pytest.mark.parametrize("used", ["Kind.A", "Kind", "Point", "Meta('M', (), {}).made", "One"])
+def test_what_a_class_holds_is_compared(used: str) -> None:
+    assert changes(defined(used, 1), defined(used, 2)) != []
+
+
+@pytest.mark.parametrize("member", ["_hidden", "settings", "held"])
+def test_each_member_of_a_class_is_compared(member: str) -> None:
+    found = "; ".join(changes(defined("One", 1), defined("One", 2)))
+    assert f"One.{member}" in found
+
+
+def test_the_code_of_many_helpers_is_compared() -> None:
+    record = defined("1", 1, "helpers")
+    assert RunRecord.from_fields(dataclasses.asdict(record)) == record
+    assert changes(record, defined("1", 1, "helpers")) == []
+    assert changes(record, defined("1", 2, "helpers")) == ["the code of others has changed"]
+
+
 VALUES = """
-import json, sys, numpy as np
+import abc, collections, enum, json, logging, re, sys, threading, numpy as np
 from dataclasses import asdict
 from horovodrunner.flows.call.recording import record_call
 class Model:
-    def __init__(self): self.weights, self.name = object(), "m"
-class Bare: pass
+    def __init__(self):
+        self.weights, self._name, self._lock, self.me = object(), "m", threading.Lock(), self
+        self.parts = [re.compile("a"), collections.deque({"x"}), self.helper, logging.getLogger()]
+    def helper(self): ...
+class Kind(enum.Enum):
+    A = 1
+class Bare(abc.ABC): kind = Kind.A
 def helper(): return {"b", "a", "c"}
 data = np.arange(10)
 def main(a, b, c=helper, d={"x", "y", "z"}):

@@ -7,6 +7,7 @@ sets, and of arrays, models and DataFrames the type and the shape alone.
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import dataclasses
 import dis
 import enum
@@ -46,6 +47,7 @@ _LOOKS_RANDOM = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9+_=-]{32,}")
 
 _HAVE_SHAPES = frozenset({"numpy", "pandas", "polars", "scipy", "tensorflow", "torch"})
 _HAVE_ARRAYS = frozenset({"jax", "jaxlib", "tensorflow", "torch"})
+_COLLECTIONS = (list, tuple, set, frozenset)
 _SCALARS = (bool, int, float, complex, str, bytes, bytearray, enum.Enum, PurePath)
 _REPRESENTED = frozenset(
     {
@@ -58,6 +60,21 @@ _REPRESENTED = frozenset(
     }
 )
 """Classes whose objects are shown as they represent themselves."""
+
+_REFERRED = (
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.ModuleType,
+    functools.partial,
+)
+"""What a name refers to, rather than what it holds."""
+
+_REDUCED = frozenset(
+    {"array", "builtins", "collections", "ipaddress", "operator", "pandas", "pyarrow", "re"}
+)
+"""Libraries whose objects are values: what they pickle to is the same everywhere."""
 
 _OURS = frozenset({"horovodrunner", "petastorm", "sparkdl"})
 _PLAIN_BASES = frozenset({"abc", "builtins", "typing"})
@@ -155,6 +172,7 @@ class _Writer:
         self.code: dict[str, list[str]] = {}
         self._exactly = exactly
         self._seen: dict[int, Any] = {}
+        self._path: list[Any] = []
         self._beyond: list[tuple[dict[str, str], str]] = []
 
     def finish(self) -> None:
@@ -163,32 +181,41 @@ class _Writer:
             texts = sorted(text for where, text in self._beyond if where is entries)
             if texts:
                 entries["others"] = f"{len(texts)} values, {_digest(repr(texts))}"
+        if rest := [*self.code][MAX_ENTRIES - 1 :] if len(self.code) > MAX_ENTRIES else []:
+            self.code["others"] = [repr((name, self.code.pop(name))) for name in rest]
 
     def describe(self, entries: dict[str, str], name: str, value: Any, depth: int = 0) -> None:
         """Add a value, or what it consists of, to `entries`."""
-        is_full = len(entries) >= MAX_ENTRIES - self._exactly
-        if is_full and not self._exactly:
+        if len(entries) >= MAX_ENTRIES and not self._exactly:
             return
         try:
-            parts = _parts(value) if depth < _MAX_DEPTH else []
+            is_inside_itself = any(value is each for each in self._path)
+            may_have_parts = depth < _MAX_DEPTH and not is_inside_itself
+            parts = _parts(value, exactly=self._exactly) if may_have_parts else []
             text = "" if parts else _text(value)
-            if self._exactly and not parts:
+            if self._exactly and not parts and not is_inside_itself:
                 text += _content(value)
         except Exception:  # noqa: BLE001 - the user's own __getattr__, __len__, ... may do anything
             parts, text = [], f"of type {type(value).__qualname__}"
+        self._path.append(value)
         for label, item in parts:
             self.describe(entries, f"{name}{label}", item, depth + 1)
+        self._path.pop()
         if not parts:
             shown = _concealed(text) if may_be_secret(name, value) else text
-            if is_full:
-                self._beyond.append((entries, f"{name} {shown}"))
-            else:
-                entries.setdefault(_bounded(name), shown)
+            self._enter(entries, name, shown)
         self._follow(value)
+
+    def _enter(self, entries: dict[str, str], name: str, text: str) -> None:
+        if self._exactly and len(entries) >= MAX_ENTRIES - 1:
+            self._beyond.append((entries, f"{name} {text}"))
+        else:
+            entries.setdefault(_bounded(name), text)
 
     def visit(self, called: Any, key: str) -> None:
         """Add the code of something that can be called, and what it uses; main's key is ""."""
-        if len(self._seen) >= MAX_ENTRIES or id(called) in self._seen:
+        is_full = len(self._seen) >= MAX_ENTRIES and not self._exactly
+        if is_full or id(called) in self._seen:
             return
         self._seen[id(called)] = called  # kept: nothing else must get its id
         if isinstance(called, functools.partial):
@@ -238,6 +265,8 @@ class _Writer:
 
     def _visit_value(self, name: str, value: Any, code: types.CodeType) -> None:
         """Add a variable that code uses; of a module, what it seems to use: ``config.LR``."""
+        if self._exactly and isinstance(value, _REFERRED):  # another one may have the same name
+            self._enter(self.variables, name, _text(value) + _content(value))
         if isinstance(value, types.ModuleType):
             held = vars(value) if _is_the_users(value.__name__) else {}
             for each in sorted(_names_in(code) & held.keys()):
@@ -261,27 +290,39 @@ class _Writer:
             self.visit(type(value), _name(type(value)))
 
     def _visit_class(self, cls: type) -> None:
-        for base in cls.__bases__:
+        for base in (*cls.__bases__, type(cls)):
             self._follow(base)
-        for name, held in sorted(vars(cls).items()):
-            value = _function_in(held)
-            if isinstance(value, types.FunctionType):
-                if not (name.startswith("__") and _is_generated(cls, value)):
-                    self._follow(value)
-            elif not name.startswith("_") and _is_plain(value):
-                self.describe(self.variables, f"{cls.__qualname__}.{name}", value)
+        members = getattr(cls, "__members__", {}) if issubclass(cls, enum.Enum) else {}
+        for name, held in sorted({**vars(cls), **members}.items()):
+            for value in _held_by_class(held):
+                if isinstance(value, types.FunctionType):
+                    if not (name.startswith("__") and _is_generated(cls, value)):
+                        self._follow(value)
+                elif _is_setting(name, value, exactly=self._exactly):
+                    self.describe(self.variables, f"{cls.__qualname__}.{name}", value)
 
 
-def _function_in(held: Any) -> Any:
-    """Return the function that a class holds as a method or property; else what it holds."""
+def _held_by_class(held: Any) -> list[Any]:
+    """List the functions that a class holds as a method or property; else what it holds."""
     if isinstance(held, (staticmethod, classmethod)):
-        return held.__func__
+        return [held.__func__]
     if isinstance(held, property):
-        return held.fget
-    return held.func if isinstance(held, functools.cached_property) else held
+        return [each for each in (held.fget, held.fset, held.fdel) if each is not None]
+    if isinstance(held, enum.Enum):
+        return [held.value]
+    return [held.func] if isinstance(held, functools.cached_property) else [held]
 
 
-def _parts(value: Any) -> list[tuple[str, Any]]:  # noqa: PLR0911 - a list of kinds
+def _is_setting(name: str, value: Any, *, exactly: bool) -> bool:
+    """Whether what an object or class holds counts, rather than being its own business."""
+    if exactly:
+        return not name.startswith("__") and not isinstance(value, types.MemberDescriptorType)
+    return not name.startswith("_") and _is_plain(value)
+
+
+def _parts(  # noqa: PLR0911 - a list of kinds
+    value: Any, *, exactly: bool = False
+) -> list[tuple[str, Any]]:
     """List what a configuration consists of; nothing for what is one value."""
     if isinstance(value, Mapping):
         if len(value) > _MAX_ITEMS or not all(_is_scalar(key) for key in value):
@@ -297,17 +338,19 @@ def _parts(value: Any) -> list[tuple[str, Any]]:  # noqa: PLR0911 - a list of ki
         return []
     if dataclasses.is_dataclass(value):
         return [(f".{each.name}", getattr(value, each.name)) for each in dataclasses.fields(value)]
-    return [(f".{name}", item) for name, item in _attributes(value)]
+    return [(f".{name}", item) for name, item in _attributes(value, exactly=exactly)]
 
 
-def _attributes(value: Any) -> list[tuple[str, Any]]:
+def _attributes(value: Any, *, exactly: bool) -> list[tuple[str, Any]]:
     """List the settings of an object that was made to hold some, and not its state."""
     kind = type(value)
     is_namespace = isinstance(value, types.SimpleNamespace) or kind.__name__ == "Namespace"
     is_model = hasattr(kind, "model_fields")  # pydantic's
     # what comes from a library's class (a torch Module, say) has that library's state
+    bases = sys.stdlib_module_names if exactly else _PLAIN_BASES
     is_plain_class = _is_the_users(kind.__module__) and all(
-        base.__module__ in _PLAIN_BASES or _is_the_users(base.__module__) for base in kind.mro()
+        base.__module__.partition(".")[0] in bases or _is_the_users(base.__module__)
+        for base in kind.mro()
     )
     if not (is_namespace or is_model or is_plain_class):
         return []
@@ -320,8 +363,12 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
     # not by getattr: a property of the same name would run
     held = dict(getattr(value, "__dict__", {}))
     held |= {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    public = [(name, item) for name, item in held.items() if not name.startswith("_")]
-    return [(n, item) for n, item in public if is_namespace or is_model or _is_plain(item)]
+    return [
+        (name, item)
+        for name, item in held.items()
+        if _is_setting(name, item, exactly=exactly)
+        or ((is_namespace or is_model) and not name.startswith("_"))
+    ]
 
 
 def _is_scalar(value: Any) -> bool:
@@ -343,7 +390,7 @@ def _is_numpy_scalar(value: Any) -> bool:
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
     """Whether a value is told in one text, at least by its length."""
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, _COLLECTIONS):
         if hasattr(value, "_fields") or depth > _MAX_DEPTH:
             return False
         return len(value) > _MAX_ITEMS or all(_is_plain(item, depth + 1) for item in value)
@@ -369,7 +416,7 @@ def _text(value: Any) -> str:  # noqa: PLR0911 - a list of kinds
         return _quoted(bytes(value[:_HASHED_CHARACTERS]).decode("latin-1"), len(value), "bytes")
     if _is_represented(value):
         return _bounded(repr(value))
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, _COLLECTIONS):
         return _bounded(_collection_text(value))
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} of {len(value)} items"
@@ -378,6 +425,9 @@ def _text(value: Any) -> str:  # noqa: PLR0911 - a list of kinds
 
 def _content(value: Any) -> str:
     """Write a digest of a value whose text does not say all, if it has the same everywhere."""
+    if isinstance(value, _REFERRED):
+        module = getattr(value, "__module__", None)
+        return f" of {module}" if isinstance(module, str) and not _is_the_users(module) else ""
     digest = hashlib.sha256()
     try:
         if not _add_content(digest, value):
@@ -395,7 +445,7 @@ def _add_content(digest: Any, value: Any) -> bool:  # noqa: PLR0911 - a list of 
             return False  # its text has one
         digest.update(value.encode(errors="surrogatepass") if isinstance(value, str) else value)
         return True
-    if isinstance(value, (list, tuple, set, frozenset)) and len(value) > _MAX_ITEMS:
+    if isinstance(value, _COLLECTIONS) and len(value) > _MAX_ITEMS:
         texts = [_item_text(item) for item in value]
         digest.update(
             repr(sorted(texts) if isinstance(value, (set, frozenset)) else texts).encode()
@@ -414,7 +464,8 @@ def _add_content(digest: Any, value: Any) -> bool:  # noqa: PLR0911 - a list of 
             digest.update(f"{value.dtype.str} {value.shape}".encode())
             digest.update(value.tobytes())
         return True
-    if library == "pandas" and hasattr(value, "to_frame" if value.ndim == 1 else "items"):
+    is_frame = library == "pandas" and getattr(value, "ndim", 0) in {1, 2}
+    if is_frame and hasattr(value, "to_frame" if value.ndim == 1 else "items"):
         _add_frame(digest, value.to_frame() if value.ndim == 1 else value)
         return True
     if library == "scipy" and hasattr(value, "tocoo"):
@@ -422,7 +473,21 @@ def _add_content(digest: Any, value: Any) -> bool:  # noqa: PLR0911 - a list of 
         for part in (parts.row, parts.col, parts.data):
             digest.update(part.tobytes())
         return True
-    return False
+    is_reduced = library in _REDUCED and not isinstance(value, _COLLECTIONS)
+    return is_reduced and not _is_scalar(value) and _add_reduced(digest, value)
+
+
+def _add_reduced(digest: Any, value: Any) -> bool:
+    """Add to a digest what an object pickles to: a class or a function, and what it is given."""
+    made_by = copyreg.dispatch_table.get(type(value))
+    # protocol 5 would have objects that are buffers
+    reduced = value.__reduce_ex__(4) if made_by is None else made_by(value)
+    if isinstance(reduced, str):  # the name of something global
+        return False
+    kind, *given = reduced
+    texts = [_item_text([*each] if isinstance(each, Iterator) else each) for each in given]
+    digest.update(repr((_text(kind), texts)).encode())
+    return True
 
 
 def _as_array(value: Any) -> Any:
@@ -448,7 +513,7 @@ def _add_frame(digest: Any, frame: Any) -> None:
 
 def _item_text(item: Any) -> str:
     """Write an item of a collection so that equal ones have equal texts in every process."""
-    parts = _parts(item)
+    parts = _parts(item, exactly=True)
     if parts:
         return repr([(label, _item_text(each)) for label, each in parts])
     return _text(item) + _content(item)
@@ -469,7 +534,9 @@ def _collection_text(value: Any) -> str:
 def _type_text(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__qualname__}"
-    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, functools.partial)):
+    if isinstance(value, types.ModuleType):
+        return f"the module {value.__name__}"
+    if isinstance(value, _REFERRED):
         return f"the function {_name(value)}"
     kind = type(value)
     library = kind.__module__.partition(".")[0]

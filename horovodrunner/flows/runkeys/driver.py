@@ -228,9 +228,10 @@ class KeyedRun:
                     except RunSupersededError as superseded:
                         raise superseded from error
             if self.stored is None:
-                how = in_one_line(error) if error is not None else "its value was not stored"
+                # the error's text may have a secret in it; the record has it without
+                how = "its value was not stored" if error is None else type(error).__name__
                 with contextlib.suppress(OSError):
-                    self.place.end(self.epoch.number, f"{type(error).__name__}: {how}"[:1000])
+                    self.place.end(self.epoch.number, how)
         finally:
             self._held.discard(self.epoch.token)
 

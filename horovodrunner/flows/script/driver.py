@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import os
@@ -120,16 +121,17 @@ def prepare_script(
     else:
         module, call = "", name
         origin = _find_script(name)
-        top = str(origin.parent)
+        top = str(_directory_of_script(origin, code_dir))
     words = tuple(_word(place, each) for place, each in enumerate(arguments, start=1))
     code = _compiled(origin, call)
     root = _code_directory(code_dir, top or os.getcwd())  # noqa: PTH109
     is_here = top is not None or code_dir is not None
+    file = "" if module else _inside(root, origin, call)
     made = ScriptCall(
         call,
         root,
         words,
-        file="" if module else _inside(root, origin, call),
+        file=file if module or travels else str(origin),
         module=module,
         import_from="." if top is None else _inside(root, Path(top), call),
         working_directory=_working_directory(root),
@@ -150,7 +152,14 @@ def _digest(text: str) -> str:
 
 
 def _find_script(name: str) -> Path:
-    path = Path(os.path.abspath(name))  # noqa: PTH100 - links stay: the code beside one is its own
+    path = Path(os.path.abspath(name))  # noqa: PTH100 - __file__ names a link, not its end
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.ENOTDIR}:
+            raise ArgumentValueError(
+                f"script={checked.shown(name)} cannot be read: {error.strerror}"
+            ) from None
     if path.is_dir():
         if not (path / "__main__.py").is_file():
             raise ArgumentValueError(
@@ -172,6 +181,13 @@ def _find_script(name: str) -> Path:
             f"of it with `jupyter nbconvert --to script {name}`"
         )
     return path
+
+
+def _directory_of_script(origin: Path, code_dir: Any) -> Path:
+    """Return where the script's imports look first: beside the file that a link leads to."""
+    real = origin.resolve().parent
+    is_out = code_dir is not None and not real.is_relative_to(Path(str(code_dir)).resolve())
+    return origin.parent if is_out or not origin.is_symlink() else real
 
 
 def _find_module(module: str) -> tuple[Path, str | None]:

@@ -40,7 +40,7 @@ class Script:
     """The code directory on the driver."""
     arguments: tuple[str, ...] = ()
     file: str = ""
-    """Relative to the code directory; "" for a module."""
+    """Relative to the code directory, or where it is, if it runs in place; "" for a module."""
     module: str = ""
     import_from: str = "."
     """Where imports look first, relative to the code directory."""

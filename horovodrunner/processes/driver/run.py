@@ -256,6 +256,8 @@ class Run:
         outcome = self._run_locally(job) if self._options.np < 0 else self._run_on_spark(job)
         if self._keyed is None:
             return outcome
+        self._console.show(0)  # on_report may refuse the last points
+        self._going.check()
         others = self._results.others()
         return self._keyed.keep(outcome, others, self.left.record, self._console)
 

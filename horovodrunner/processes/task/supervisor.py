@@ -73,6 +73,7 @@ class Supervisor:
         self._last_stderr = b""
         self._ready_at = 0.0
         self._part_of_life = "before main was called"
+        self._left_early = b""
         self._emit = dispatcher(
             [
                 {
@@ -112,6 +113,8 @@ class Supervisor:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        if status == 0 and self._left_early:
+            self._take_outcome(Ended(self._job.rank, self._left_early))
         if self._reported.done():
             return self._reported.result()
         outcome = Outcome()
@@ -157,6 +160,7 @@ class Supervisor:
 
     def _take_start(self, event: Started) -> None:
         self._part_of_life = "before main returned (os._exit?)"
+        self._left_early = event.left_early
         self._pass_on(event)
 
     def _take_end_of_main(self, event: MainEnded) -> None:

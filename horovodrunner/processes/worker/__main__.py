@@ -64,6 +64,8 @@ _logger = logging.getLogger("horovodrunner.processes.worker")
 
 _PEER_LOSS_TYPES = ("HorovodInternalError", "HorovodShutdownError", "DistBackendError")
 
+_NOTHING: Layout = ()
+
 _NOT_IN_MAIN = re.compile(
     r"Can't get attribute '(\w+)[\w.]*' on <module '__main__'"
     r"|module '__main__' has no attribute '(\w+)'"
@@ -134,7 +136,11 @@ def run(spec: Job, call: bytes, control: ControlPipe, result_fd: int | None) -> 
         return _failed(spec, error, "main could not be unpickled: ", hint=_import_hint), 1
     finally:
         control.unpickled(began)
-    control.main_begins()
+    script, layout, left_early = _script_name(function), _NOTHING, b""
+    if script:  # it may end its process itself, or become another program
+        layout = _written(None, spec, result_fd)
+        left_early = Outcome(success=Success(spec.rank, layout)).to_bytes()
+    control.main_begins(left_early)
     try:
         result = function(**kwargs)
         sys.settrace(None)
@@ -148,7 +154,6 @@ def run(spec: Job, call: bytes, control: ControlPipe, result_fd: int | None) -> 
         if not issubclass(type(error), SystemExit):
             return _failed(spec, error, "", hint=_main_hint), 1
         if code := exit_code_of(error):
-            script = _script_name(function)
             told = f"{script or 'main'} called sys.exit: "
             hint = _reason_of_exit if script else _exit_hint
             failed = _failed(
@@ -161,15 +166,20 @@ def run(spec: Job, call: bytes, control: ControlPipe, result_fd: int | None) -> 
             _leave_as_child()
         _end_main(control)
     try:
-        layout: Layout = ()
-        if spec.return_result and result_fd is not None:
-            layout = payload.write_result(result, result_fd)
+        layout = layout or _written(result, spec, result_fd)
     except PayloadError as error:
         return _failed(spec, error, "", with_traceback=False), 1
     except BaseException as error:  # noqa: BLE001 - pickling runs the user's code
         what = "the value that main returned cannot be pickled: "
         return _failed(spec, error, what, kind=FailureKind.RESULT), 1
     return Outcome(success=Success(spec.rank, layout)), 0
+
+
+def _written(result: Any, spec: Job, result_fd: int | None) -> Layout:
+    """Write what main returned to the rank's file, if somebody wants it."""
+    if not spec.return_result or result_fd is None:
+        return _NOTHING
+    return payload.write_result(result, result_fd)
 
 
 def _stop_what_interrupts() -> None:

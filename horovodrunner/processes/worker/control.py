@@ -96,13 +96,13 @@ class ControlPipe:
         """Note that main was unpickled, or could not be, and the modules that it names imported."""
         self._times["unpickle"] = (began, self._now())
 
-    def main_begins(self) -> None:
+    def main_begins(self, left_early: bytes = b"") -> None:
         """Report it, and from now on where main is."""
         self._main_began = self._now()
         self._profile_began = self._monotonic()
         self._next_profile = self._profile_began + SAMPLE_SECONDS
         self._watch.begin()
-        self._link.send(Started(self._rank))
+        self._link.send(Started(self._rank, left_early))
         self._main_runs = True
 
     def main_ends(self) -> None:
