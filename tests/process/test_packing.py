@@ -200,6 +200,27 @@ def test_links_within_the_environment_go_with_it(environment: Path) -> None:
     assert (there / PACKAGES / "absolute.py").readlink() == Path("module.py")
 
 
+def test_odd_things_in_an_environment_are_no_obstacle(environment: Path) -> None:
+    packages = environment / PACKAGES
+    Path(os.fsdecode(os.fsencode(packages) + b"/\xff.txt")).write_text("not in UTF-8\n")
+    (packages / "a line\nand # another").touch()
+    (packages / "broken").symlink_to("nowhere")
+    (packages / "itself").symlink_to(environment)
+    os.mkfifo(packages / "pipe")
+    (distribution(environment, "cut-off") / "METADATA").write_bytes(b"\xff")
+    (distribution(environment, "empty") / "METADATA").unlink()
+    (distribution(environment, "other") / "direct_url.json").write_text("[1]")
+    there = unpacked(packed(environment, "--python-prefix", str(BASE)))
+    assert os.fsencode(there / PACKAGES) + b"/\xff.txt" in map(
+        os.fsencode, (there / PACKAGES).iterdir()
+    )
+    assert (there / PACKAGES / "itself").resolve() == there
+    told = PackedEnvironment.of_this_process(str(there))
+    assert told is not None
+    assert {"other", "torch"} < told.packages.keys()
+    assert told.packages.keys().isdisjoint({"", "cut-off", "empty"})
+
+
 def editable(environment: Path) -> None:
     info = distribution(environment, "My.Package")
     told = {"url": "file:///home/me/code", "dir_info": {"editable": True}}
