@@ -85,7 +85,13 @@ def pack(
     environment = _environment_in_use()
     _refuse_what_cannot_move(environment)
     target = _checked_output(output, environment)
-    base = _Base.find(environment, python_prefix)
+    try:
+        base = _Base.find(environment, python_prefix)
+    except OSError as error:
+        raise ConfigurationError(
+            f"a copy of {sys.base_prefix} cannot be tried in {tempfile.gettempdir()}: "
+            f"{in_one_line(error)}. Set TMPDIR to a directory with room, in which programs may run"
+        ) from error
     directory = target if output is None else target.parent
     with _work_directory(directory) as work:
         staged = work / "staged.tar"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -316,6 +317,19 @@ def test_an_archive_that_was_there_stays_if_the_new_one_is_refused(environment: 
     linked(environment)
     assert pack(environment, "-o", archive, "--python-prefix", "/usr").returncode == 1
     assert archive.read_text() == "the old one"
+
+
+@pytest.mark.parametrize("options", [[], ["--python-prefix", str(BASE)]])
+def test_without_room_nothing_is_left(environment: Path, options: list[str]) -> None:
+    (environment / PACKAGES / "large.bin").write_bytes(bytes(2_000_000))
+    out = environment.parent / "out"
+    out.mkdir()
+    command, variables = pack_command(environment, *options)
+    limited = ["bash", "-c", 'ulimit -f 1000; exec "$@"', "-", *command]
+    done = processes.run(limited, cwd=out, env=variables, capture_output=True)
+    assert done.returncode == 1
+    assert re.fullmatch("error: .* File too large.*\n", done.stderr), done.stderr
+    assert [*out.iterdir()] == []
 
 
 def test_without_venv_pack_the_command_that_installs_it_is_shown(environment: Path) -> None:
