@@ -236,9 +236,14 @@ class KeyPlace:
         beside = f"new-{name}-{secrets.token_hex(4)}"
         local = isinstance(self._files, LocalStorage)
         written = beside if local else name
-        with as_os_error(self._files.url(name)), self._files.create(written) as stream:
-            sink = _Hashing(stream)
-            pickled.keep(sink)  # type: ignore[arg-type]
+        try:
+            with as_os_error(self._files.url(name)), self._files.create(written) as stream:
+                sink = _Hashing(stream)
+                pickled.keep(sink)  # type: ignore[arg-type]
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._files.remove_file(written)
+            raise
         if isinstance(self._files, LocalStorage):
             (self._files.root / beside).replace(self._files.root / name)
         self._files.refresh()
