@@ -69,9 +69,16 @@ def _report(directory: Path) -> int:
 
 
 def _pack(output: str | None, python_prefix: str | None) -> int:
+    from horovodrunner.command.signals import EndingSignals
     from horovodrunner.packing import pack
 
-    pack(output, python_prefix, _say)
+    signals = EndingSignals()
+    signals.install()  # what was half written goes
+    try:
+        pack(output, python_prefix, _say)
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was changed", sys.stderr)
+        return signals.exit_code
     return 0
 
 

@@ -52,6 +52,9 @@ _LEFT_OUT = ("test", "idlelib", "turtledemo", "ensurepip", "*-packages", "config
 _TIME = 315532800
 """The modification time of all files: 1980, the first one that zip archives can have."""
 
+_UNSAFE = frozenset(' #%,*?[]{}^|<>`"\\')
+"""Spark takes the path of an archive for a URL, and a list of them apart at commas."""
+
 _DIGITS = 12
 _LEVEL = 4
 _GLIBC = re.compile(rb"\bGLIBC_2\.(\d+)(?:\.\d+)?\b")
@@ -189,13 +192,13 @@ def _checked_output(output: str | None, environment: _Environment) -> Path:
                 f"-o {output}: Spark tells by the name how to unpack an archive; let it end with "
                 ".tar.gz"
             )
-        if "#" in output:
-            raise ConfigurationError(
-                f"-o {output}: Spark takes what stands behind a # for the directory to unpack to; "
-                "choose another name"
-            )
         if target.is_dir():
             raise ConfigurationError(f"-o {output} is a directory: give the name of a file")
+    if unsafe := sorted(_UNSAFE.intersection(str(target))):
+        raise ConfigurationError(
+            f"{target} has {' and '.join(map(repr, unsafe))} in it, and Spark unpacks no archive "
+            "from such a path: choose another with -o"
+        )
     if not directory.is_dir() or not os.access(directory, os.W_OK):
         raise ConfigurationError(
             f"{directory} is no directory that this process may write to: choose another with -o"

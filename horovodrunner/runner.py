@@ -17,6 +17,7 @@ from horovodrunner.flows.call.driver import Call, FunctionCall
 from horovodrunner.flows.checkpoints.saved import SavedCheckpoint
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.going import GoingRun
+from horovodrunner.flows.metrics.driver import StaysHere
 from horovodrunner.flows.metrics.history import History
 from horovodrunner.flows.mlflow.driver import require_mlflow
 from horovodrunner.flows.results.sequence import RankResults
@@ -27,6 +28,7 @@ from horovodrunner.flows.telemetry.phases import Phase
 from horovodrunner.flows.tensorboard.driver import checked_directory
 from horovodrunner.options import AUTO, Options
 from horovodrunner.placement.forwarding import Variables, checked_patterns, checked_variables
+from horovodrunner.processes.driver.attempts import STOPPED
 from horovodrunner.processes.driver.run import LastRun, Run, checkpoints_of, store_of_key
 from horovodrunner.storage import is_url, open_storage
 from horovodrunner.usage import explained, wrong_options, wrong_run, wrong_script
@@ -40,6 +42,7 @@ MAX_KEY = 200
 MAX_NAME = 100
 """Characters of a run's name."""
 
+_A_POINT = "a point that rank 0 reported"
 _PREFLIGHT = {True: "refuse", "warn": "warn", False: ""}
 _OLD_OPTIONS = {"checkpoint_errors": "on_checkpoint_error", "show_phases": "profile_launch"}
 
@@ -217,6 +220,8 @@ class HorovodRunner:
         )
         if environment:
             changed["environment"] = without_secrets(variables.environment)
+        if on_report is not None:
+            changed["on_report"] = StaysHere(on_report)
         number = checked.integer("np", np)
         verbosity = checked.choice(
             "driver_log_verbosity", driver_log_verbosity, ("all", "log_callback_only")
@@ -263,7 +268,7 @@ class HorovodRunner:
             on_report=(
                 None
                 if on_report is None
-                else checked.callback("on_report", on_report, "a point that rank 0 reported")
+                else StaysHere(checked.callback("on_report", on_report, _A_POINT))
             ),
             name="" if name is None else checked.name("name", name, MAX_NAME),
         )
@@ -332,6 +337,11 @@ class HorovodRunner:
         '/home/me/runs/20260131-101500-1f0c22ab'
         """
         return self._last.record
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what travels when main refers to its runner: not what a run leaves here."""
+        results = RankResults(why_none="they stay in the process that ran the run")
+        return {**self.__dict__, "_going": [], "_last": LastRun(results)}
 
     def __repr__(self) -> str:
         """Return the call that makes this runner, without what a URL has before its ``@``."""
@@ -418,10 +428,8 @@ class HorovodRunner:
         >>> runner.run(train, run_key="nightly-2026-11-27", epochs=20)  # doctest: +SKIP
         """
         __tracebackhide__ = True
-        on_change = checked.choice("on_change", on_change, (REFUSE, RERUN))
+        on_change = _checked_change(run_key, on_change)
         checked.free_names(main, "run_key", "on_change")
-        if run_key is None and on_change != REFUSE:
-            raise ArgumentValueError(f"on_change={on_change!r} needs a run_key")
         return self._run(self._function(main, kwargs), run_key, on_change)
 
     def _function(self, main: Callable[..., Any], kwargs: Mapping[str, Any]) -> FunctionCall:
@@ -466,9 +474,7 @@ class HorovodRunner:
         """Return the value of a run that was done before, and be as after that run."""
         options = self._options
         self._last.discard()
-        self._last = last = LastRun(
-            RankResults(why_none="of a run that was done before rank 0's value is kept")
-        )
+        self._last = last = LastRun(keyed.results())
         if keyed.stored is not None and keyed.stored.record and options.run_dir is not None:
             last.stored_record = open_storage(options.run_dir).url(keyed.stored.record)
         if options.store is not None:
@@ -501,7 +507,8 @@ class HorovodRunner:
         horovodrunner.errors.RunStoppedError: an hour is over: the run of 2 ranks was stopped; ...
         """
         reason = checked.text("reason", reason)
-        stops = [run.stop(RunStoppedError(reason, reason=reason)) for run in [*self._going]]
+        text = f"{reason}: {STOPPED}" if reason else STOPPED
+        stops = [run.stop(RunStoppedError(text, reason=reason)) for run in [*self._going]]
         return any(stops)
 
     @explained(wrong_script)
@@ -511,6 +518,8 @@ class HorovodRunner:
         /,
         *arguments: object,
         code_dir: str | os.PathLike[str] | None = None,
+        run_key: str | None = None,
+        on_change: str = REFUSE,
     ) -> None:
         """Run a Python script on every rank, as ``horovodrun`` and ``torchrun`` do.
 
@@ -530,6 +539,8 @@ class HorovodRunner:
             The directory that travels, if it is not the script's: one that the script is in.
             Hidden directories, ``__pycache__``, ``node_modules`` and virtual environments in it
             stay behind. At most 100 MB travel.
+        run_key, on_change
+            As for :meth:`run`; the code of the modules beside the script counts, too.
 
         Raises
         ------
@@ -551,10 +562,11 @@ class HorovodRunner:
         >>> HorovodRunner(np=-2).run_script("-m", "package.train")  # doctest: +SKIP
         """
         __tracebackhide__ = True
+        change = _checked_change(run_key, on_change)
         call = prepare_script(
             script, arguments, code_dir, travels=self._options.np >= 0, left_out=self._left_out()
         )
-        self._run(call)
+        self._run(call, run_key, change)
 
     def _left_out(self) -> list[str]:
         """List directories of the run's own, which do not travel with the code around them."""
@@ -564,6 +576,13 @@ class HorovodRunner:
 
 
 _OPTIONS = [*[*inspect.signature(HorovodRunner.__init__).parameters][1:], *_OLD_OPTIONS]
+
+
+def _checked_change(run_key: str | None, on_change: str) -> str:
+    change = checked.choice("on_change", on_change, (REFUSE, RERUN))
+    if run_key is None and change != REFUSE:
+        raise ArgumentValueError(f"on_change={change!r} needs a run_key")
+    return change
 
 
 def _differs(value: Any, default: Any) -> bool:

@@ -92,12 +92,7 @@ def wrong_script(
     if not args:
         return 'run_script() lacks the script: run_script("train.py", "--epochs", 3)'
     for name, value in kwargs.items():
-        if name in {"run_key", "on_change"}:
-            return (
-                f"run_script({shown(args[0])}, {name}=...): a script returns no value to keep: "
-                f"run(train, {name}={shown(value)}) with a function has keys"
-            )
-        if name != "code_dir":
+        if name not in signature.parameters:
             option = "--" + name.replace("_", "-")
             return (
                 f"run_script({shown(args[0])}, {name}=...): give the script's arguments as a "

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from horovodrunner import HorovodRunner, WorkerFailedError
-from horovodrunner import runner as runner_module
 from horovodrunner.flows.progress.html import in_html
 from horovodrunner.flows.progress.view import RunState
+from horovodrunner.processes.driver import run as run_module
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = '<body style="margin:14px;background:#fff">'
@@ -85,7 +85,7 @@ def photograph(source: str, target: Path, width: int, height: int) -> None:
 def main() -> int:
     """Run twice, and photograph."""
     recorder = Recorder()
-    runner_module.find_screen = lambda: recorder  # type: ignore[attr-defined]
+    run_module.find_screen = lambda: recorder  # type: ignore[attr-defined]
     names: dict[str, Any] = {}
     linecache.cache["train.py"] = (len(TRAIN), None, TRAIN.splitlines(keepends=True), "train.py")
     exec(compile(TRAIN, "train.py", "exec"), names)  # noqa: S102 - a file of no machine's

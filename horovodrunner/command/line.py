@@ -34,6 +34,10 @@ _RUNNER = (
     Option(("--max-restarts",), ("N",), "launches after a lost worker or executor (0)"),
     Option(("--stall-timeout",), ("S",), "end a run whose ranks wait for each other so long"),
     Option(("--run-dir",), ("DIR",), "keep a record of the run there; or a URL"),
+    Option(
+        ("--run-key",), ("KEY",), "do it once: what --run-dir knows to be done is not done again"
+    ),
+    Option(("--on-change",), ("WHAT",), "of other code or arguments: refuse (default) or rerun"),
     Option(("--tensorboard-dir",), ("DIR",), "write TensorBoard's event files there"),
     Option(("--env",), ("K=V",), "a variable of the ranks; may be repeated"),
     Option(("--forward",), ("PATTERN",), "variables of here that they get, too: 'AWS_*'; repeat"),
@@ -77,6 +81,8 @@ class CommandLine:
     output_filename: str | None = None
     verbose: bool = False
     code_dir: str | None = None
+    key: dict[str, str] = field(default_factory=dict)
+    """``run_key`` and ``on_change`` of run_script, as far as they are given."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keywords of HorovodRunner."""
     master: str | None = None
@@ -125,6 +131,7 @@ def parse(words: Sequence[str]) -> CommandLine | None:
         given.output_filename,
         given.verbose,
         given.code_dir,
+        {name: named[name] for name in ("run_key", "on_change") if named[name] is not None},
         keywords,
         given.master,
         _settings("--conf", given.conf),
@@ -232,7 +239,8 @@ def _script(command: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _is_python(word: str) -> bool:
-    if "/" in word and os.path.exists(word) and Path(sys.executable).exists():  # noqa: PTH110 - raises never
+    # os.path raises nothing where a name is too long
+    if "/" in word and os.path.exists(word) and Path(sys.executable).exists():  # noqa: PTH110
         return Path(word).samefile(sys.executable) or Path(word).name.startswith("python")
     return _PYTHON.fullmatch(word) is not None
 
@@ -244,7 +252,7 @@ def _not_python(word: str) -> str:
         "package.train`"
     )
     path = Path(word)
-    if os.path.isfile(word):  # noqa: PTH113 - it never raises
+    if os.path.isfile(word):  # noqa: PTH113
         try:
             with path.open("rb") as file:
                 first = file.readline(200)

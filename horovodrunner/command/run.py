@@ -102,7 +102,7 @@ def _run(line: CommandLine, signals: EndingSignals, say: _Say) -> int:
     with contextlib.ExitStack() as stack:
         if line.np >= 0:
             stack.enter_context(_session(line, signals, say))
-        runner.run_script(line.script, *line.arguments, code_dir=line.code_dir)
+        runner.run_script(line.script, *line.arguments, code_dir=line.code_dir, **line.key)
     return 0
 
 

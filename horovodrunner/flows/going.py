@@ -24,6 +24,8 @@ class GoingRun:
         # Whoever comes first decides how the run ends: setdefault() is atomic, and a handler of
         # signals may call it, which must not wait for a lock that its own thread has.
         self._end: dict[str, BaseException | None] = {}
+        self.is_closed = False
+        """Whether nothing can stop it any more."""
 
     @contextlib.contextmanager
     def going(self) -> Iterator[None]:
@@ -56,10 +58,13 @@ class GoingRun:
         return self._end.setdefault(_END, error) is not None
 
     def check(self) -> None:
-        """Raise what the run was stopped with."""
-        if (error := self._end.get(_END)) is not None:
+        """Raise what the run was stopped with, as long as it is not ending."""
+        error = self._end.get(_END)
+        if error is not None and not self.is_closed:
             raise error
 
     def close(self) -> BaseException | None:
         """Let nothing stop the run any more; return what has."""
-        return self._end.setdefault(_END, None)
+        error = self._end.setdefault(_END, None)
+        self.is_closed = True
+        return error

@@ -67,7 +67,7 @@ def _random_hash_seed() -> str:
     return str(int.from_bytes(os.urandom(4), sys.byteorder))
 
 
-def hash_seed(environ: Mapping[str, str]) -> dict[str, str]:
+def hash_seed(environ: Mapping[str, str], where: str = "") -> dict[str, str]:
     """Return the driver's ``PYTHONHASHSEED``, if set; "random" is one number for all ranks.
 
     >>> hash_seed({"PYTHONHASHSEED": "42"}), hash_seed({})
@@ -80,8 +80,9 @@ def hash_seed(environ: Mapping[str, str]) -> dict[str, str]:
         return {HASH_SEED: _random_hash_seed()}
     digits = value.lstrip().removeprefix("+")
     if not (digits.isascii() and digits.isdigit() and int(digits) <= _MAX_HASH_SEED):
+        where = where or f"os.environ[{HASH_SEED!r}]"
         raise ConfigurationError(
-            f"{HASH_SEED}={value!r} lets no Python process start: set os.environ[{HASH_SEED!r}] "
+            f"{HASH_SEED}={value!r} lets no Python process start: set {where} "
             f'to "random" or to a whole number from 0 to {_MAX_HASH_SEED}, or delete it'
         )
     return {HASH_SEED: value}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
+from horovodrunner.formatting import format_bytes
 from horovodrunner.placement import environment as names
 from horovodrunner.placement.environment import hash_seed
 
@@ -105,8 +106,11 @@ _SET_BY_RUN = {
 _MAX_BYTES = 128 * 1024
 """Of a variable with its value: Linux starts no process with more."""
 
-_OF_EVERY_MACHINE = ("HOME", "PATH", "PWD", "JAVA_HOME", "_")
-"""A pattern that matches all of them matches anything."""
+_MAX_ALL_BYTES = os.sysconf("SC_ARG_MAX") - _MAX_BYTES
+"""Of all that a user sets: room is left for what each machine adds."""
+
+_OF_EVERY_MACHINE = ("HOME", "PATH", "PWD", "JAVA_HOME")
+"""Patterns that match all of them match anything."""
 
 
 def forwarded_environment(
@@ -211,15 +215,15 @@ def checked_variables(option: str, given: object) -> dict[str, str | None]:
     for name, value in given.items():
         if not isinstance(name, str):
             raise ArgumentTypeError(f"{option}: the name {name!r} is no str; {example}")
-        if not name or "=" in name or "\0" in name or name != name.strip():
+        if not _can_be_a_name(name):
             raise ArgumentValueError(
-                f"{option}: {name!r} cannot be the name of a variable, which has no '=', no NUL "
-                "and no space around it"
+                f"{option}: {name!r} cannot be the name of a variable, which has no '=', no NUL, "
+                "no space around it, and nothing that cannot be written as bytes"
             )
         if value is not None and not isinstance(value, str):
             raise ArgumentTypeError(
-                f"{option}[{name!r}] is a {type(value).__name__}: values are str, or None to "
-                "remove the variable"
+                f"{option}[{name!r}]: it must be a str, or None to remove the variable, got "
+                f"{type(value).__name__}"
             )
         if (instead := _SET_BY_RUN.get(name)) is not None:
             raise ArgumentValueError(f"{option} has {name}, which the run itself sets: {instead}")
@@ -227,8 +231,28 @@ def checked_variables(option: str, given: object) -> dict[str, str | None]:
             _check_value(option, name, value)
         variables[str.__str__(name)] = None if value is None else str.__str__(value)
     if (seed := variables.get(names.HASH_SEED)) is not None:
-        hash_seed({names.HASH_SEED: seed})
+        hash_seed({names.HASH_SEED: seed}, f"{option}[{names.HASH_SEED!r}]")
+    _check_size(option, variables)
     return variables
+
+
+def _check_size(option: str, variables: Mapping[str, str | None]) -> None:
+    set_here = {name: value for name, value in variables.items() if value is not None}
+    size = sum(len(os.fsencode(f"{name}={value}")) + 1 for name, value in set_here.items())
+    if size > _MAX_ALL_BYTES:
+        raise ArgumentValueError(
+            f"{option} has {format_bytes(size)} in {len(set_here)} variables, and Linux starts no "
+            f"process with more than {format_bytes(_MAX_ALL_BYTES)} of them: pass large values as "
+            "arguments of main"
+        )
+
+
+def _can_be_a_name(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return bool(name) and "=" not in name and "\0" not in name and name == name.strip()
 
 
 def _check_value(option: str, name: str, value: str) -> None:
@@ -258,15 +282,16 @@ def checked_patterns(option: str, given: Collection[str]) -> tuple[str, ...]:
                 f"{option} has '{name}=...': it takes names of variables, {example}, and "
                 "environment={...} sets values"
             )
-        if not pattern or "\0" in pattern:
+        if not _can_be_a_name(pattern):
             raise ArgumentValueError(f"{option} has {pattern!r}: give names, {example}")
-        if all(fnmatchcase(each, pattern) for each in _OF_EVERY_MACHINE):
-            raise ArgumentValueError(
-                f"{option}=[{pattern!r}] would take along what describes this machine (PATH, HOME, "
-                f"JAVA_HOME, ...) and every secret of its shell: name what main needs, {example}"
-            )
         if (instead := _SET_BY_RUN.get(pattern)) is not None:
             raise ArgumentValueError(
                 f"{option} has {pattern}, which the run itself sets: {instead}"
             )
+    wide = [each for each in given if set(each) & set("*?[")]
+    if all(_is_named(name, wide) for name in _OF_EVERY_MACHINE):
+        raise ArgumentValueError(
+            f"{option}={wide} would take along what describes this machine (PATH, HOME, "
+            f"JAVA_HOME, ...) and every secret of its shell: name what main needs, {example}"
+        )
     return tuple(given)

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from horovodrunner import runner
+from horovodrunner.processes.driver import run
 
 
 @pytest.fixture(scope="module", autouse=True)
 def as_in_a_notebook() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "is_interactive", lambda: True)
+        patch.setattr(run, "is_interactive", lambda: True)
         # Horovod asks all ranks for news each millisecond: half a core for a rank that waits.
         patch.setenv("HOROVOD_CYCLE_TIME", "5")
         yield

@@ -166,21 +166,31 @@ def test_what_a_host_uses_has_mlflows_own_names(
     assert f"system/{host}/cpu_utilization_percentage" in found
 
 
-@pytest.mark.parametrize("how", ["exception", "interrupt"])
+@pytest.mark.parametrize("how", ["exception", "interrupt", "stop"])
 def test_a_run_that_ends_early_has_its_status(client: Any, how: str) -> None:
     def main() -> NoReturn:
         metrics.report(step=1, loss=1.0)
         if how == "exception":
             raise ValueError(f"diverged with {os.environ['MLFLOW_TRACKING_PASSWORD']}")
-        os.kill(os.getppid(), signal.SIGINT)
+        if how == "interrupt":
+            os.kill(os.getppid(), signal.SIGINT)
         signal.pause()
         raise AssertionError
 
-    expected = WorkerFailedError if how == "exception" else KeyboardInterrupt
+    def stop(point: object) -> None:
+        if how == "stop":
+            raise LookupError("hopeless")
+
+    expected, status = {
+        "exception": (WorkerFailedError, "FAILED"),
+        "interrupt": (KeyboardInterrupt, "KILLED"),
+        "stop": (LookupError, "KILLED"),
+    }[how]
     with pytest.raises(expected):
-        HorovodRunner(np=-1, mlflow=True).run(main)
+        HorovodRunner(np=-1, mlflow=True, on_report=stop, name=f"by {how}").run(main)
     run = only_run(client)
-    assert run.info.status == {"exception": "FAILED", "interrupt": "KILLED"}[how]
+    assert run.info.status == status
+    assert run.info.run_name == f"by {how}"
     assert history(client, run, "loss") == [(1, 1.0)]
     if how == "exception":
         assert "ValueError: diverged with (not shown)" in run.data.tags["horovodrunner.error"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
 import sys
 import sysconfig
@@ -16,6 +17,7 @@ import pytest
 from horovodrunner import doctor
 from horovodrunner.placement.packed import FILE, PackedEnvironment
 from tests import processes
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="executors run on Linux")
 
@@ -52,10 +54,17 @@ def pack(
     """Pack it in a directory beside it; this package and venv-pack are lent to it."""
     out = environment.parent / "out"
     out.mkdir(exist_ok=True)
+    command, variables = pack_command(environment, *options, lent=lent)
+    return processes.run(command, cwd=out, env=variables, capture_output=True)
+
+
+def pack_command(
+    environment: Path, *options: str | Path, lent: str = sysconfig.get_path("purelib")
+) -> tuple[list[str | Path], dict[str, str]]:
     python = environment / "bin/python"
     command: list[str | Path] = [python, "-m", "horovodrunner", "pack", *options]
     variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{lent}", "PYTHONDONTWRITEBYTECODE": "1"}
-    return processes.run(command, cwd=out, env=variables, capture_output=True)
+    return command, variables
 
 
 def packed(environment: Path, *options: str | Path) -> Path:
@@ -229,7 +238,9 @@ def nothing(environment: Path) -> None:
         (linked, ["--python-prefix", "/usr"], "cached.py -> /home/me/.cache/cached.py"),
         (nothing, ["-o", "../an-environment/lib/x.tar.gz"], "is inside of the environment"),
         (nothing, ["-o", "archive.zip"], "let it end with .tar.gz"),
-        (nothing, ["-o", "a#b.tar.gz"], "behind a #"),
+        (nothing, ["-o", "a#b.tar.gz"], "a#b.tar.gz has '#' in it, and Spark unpacks no archive"),
+        (nothing, ["-o", "a b,c.tar.gz"], "has ' ' and ',' in it"),
+        (nothing, ["-o", "a%20b.tar.gz"], "has '%' in it"),
         (nothing, ["-o", "nowhere/x.tar.gz"], "is no directory that this process may write to"),
         (nothing, ["--python-prefix", "usr"], "give an absolute path"),
     ],
@@ -245,6 +256,37 @@ def test_what_cannot_work_elsewhere_is_refused_and_nothing_is_left(
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert [*(environment.parent / "out").iterdir()] == []
+
+
+@pytest.mark.parametrize("name", ["my projects", "a,b", "100%", "a[1]"])
+def test_a_directory_from_which_spark_unpacks_nothing_is_refused(
+    environment: Path, name: str
+) -> None:
+    directory = environment.parent / name
+    directory.mkdir()
+    renamed = environment.rename(directory / "environment")  # pack() works beside it
+    done = pack(renamed, "--python-prefix", str(BASE))
+    assert done.returncode == 1
+    assert "in it, and Spark unpacks no archive from such a path: choose another with -o" in (
+        done.stderr
+    )
+    assert [*(directory / "out").iterdir()] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing_half_written(environment: Path, number: signal.Signals) -> None:
+    out = environment.parent / "out"
+    for count in range(300):
+        (environment / PACKAGES / f"data-{count}.bin").write_bytes(os.urandom(200_000))
+    out.mkdir()
+    command, variables = pack_command(environment, "--python-prefix", str(BASE))
+    with processes.started(command, cwd=out, env=variables, stderr=processes.PIPE) as process:
+        wait_until(lambda: any(out.glob(".horovodrunner-pack-*/*")))
+        process.send_signal(number)
+        _, error = process.communicate()
+    assert process.returncode == 128 + number
+    assert error == "interrupted; nothing was changed\n"
+    assert [*out.iterdir()] == []
 
 
 def test_an_archive_that_was_there_stays_if_the_new_one_is_refused(environment: Path) -> None:

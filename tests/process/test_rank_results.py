@@ -8,6 +8,7 @@ import pickle
 import signal
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from horovodrunner import (
     PayloadError,
     WorkerFailedError,
     checkpoint,
+    metrics,
 )
+from tests.waiting import wait_until
 
 MEGABYTE = 1024 * 1024
 
@@ -134,19 +137,68 @@ def test_after_a_restart_there_are_those_of_the_last_attempt() -> None:
     assert list(runner.results) == [20, 21]
 
 
-def test_main_may_refer_to_a_runner_with_results() -> None:
+def test_results_can_be_copied_and_stored() -> None:
     runner = HorovodRunner(np=-2, results="all")
-    runner.run(rank)
     for other in (copy.deepcopy(runner.results), pickle.loads(pickle.dumps(runner.results))):
-        with pytest.raises(IndexError, match="stay in the process that ran the run"):
+        with pytest.raises(IndexError, match="nothing has run yet"):
             other[1]
-    assert list(runner.results) == [0, 1]
+    runner.run(rank)
+    for other in (copy.copy(runner.results), pickle.loads(pickle.dumps(runner.results))):
+        assert list(other) == [0, 1]
+
+
+def test_main_may_refer_to_a_runner_that_has_run(tmp_path: Path) -> None:
+    """What is the driver's stays there: on_report, results, what is going."""
+    lock = threading.Lock()
+
+    def follow(point: object) -> None:
+        with lock:
+            points.append(point)
+
+    def main() -> Any:
+        metrics.report(loss=1.0)
+        return repr(runner.results), runner.record, runner.stop()
+
+    points: list[object] = []
+    runner = HorovodRunner(np=-2, results="all", run_dir=tmp_path, on_report=follow)
+    for _ in range(2):
+        runner.run(main)
+        stays = "<no results: they stay in the process that ran the run>", None, False
+        assert list(runner.results) == [stays, stays]
+    assert len(points) == 2
+    copy.deepcopy(runner).run(main)
+    assert len(points) == 3
+
+
+def test_a_run_that_has_failed_keeps_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def open_files() -> list[Path]:
+        links = [each.readlink() for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+        return [each for each in links if each.is_relative_to(tmp_path)]
+
+    def main() -> Any:
+        if rank() == 2:
+            time.sleep(60)
+        metrics.report(loss=1.0)
+        return rank()
+
+    def fail(point: object) -> None:
+        wait_until(open_files)
+        raise ValueError("enough")
+
+    runner = HorovodRunner(np=-3, results="all", on_report=fail)
+    with pytest.raises(ValueError, match="enough") as caught:
+        runner.run(main)
+    assert caught.traceback  # it still refers to the run
+    wait_until(lambda: not open_files())
 
 
 def test_of_a_run_that_was_done_before_rank_0s_value_alone_is_there(tmp_path: Path) -> None:
+    HorovodRunner(np=-2, run_dir=tmp_path).run(rank, run_key="nightly")
     runner = HorovodRunner(np=-2, results="all", run_dir=tmp_path)
-    assert runner.run(rank, run_key="nightly") == 0
-    assert list(runner.results) == [0, 1]
     assert runner.run(rank, run_key="nightly") == 0
     with pytest.raises(IndexError, match=r"done before, and rank 0's value alone is stored"):
         runner.results[1]
@@ -169,6 +221,7 @@ def test_the_driver_takes_the_others_in_without_memory_for_them() -> None:
         return np.full(200 * MEGABYTE if rank() else 1, rank(), np.uint8)
 
     runner = HorovodRunner(np=-4, results="all")
+    Path("/proc/self/clear_refs").write_text("5")  # forget what there was before
     before = peak()
     runner.run(main)
     assert peak() - before < 64 * MEGABYTE
@@ -178,6 +231,6 @@ def test_the_driver_takes_the_others_in_without_memory_for_them() -> None:
 
 
 def peak() -> int:
-    """Return the most memory that this process ever had, in bytes."""
+    """Return the most memory that this process has had, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024

@@ -86,7 +86,7 @@ def test_a_run_that_was_done_is_not_done_again(
         said,
     )
     assert (again.record, again.checkpoints) == (record, saved)
-    assert [each.step for each in saved] == [0, 1]
+    assert saved[-1].step == 1  # the newest one wins
     # another key has nothing of it
     assert runner.run(train, run_key="nightly/2", log=str(log), epochs=1)["start"] == 0
     # and a run without one neither
@@ -129,6 +129,56 @@ def test_another_call_under_a_key_is_refused(tmp_path: Path, log: Path) -> None:
     again = runner.run(train, run_key="k", on_change="rerun", log=str(log), epochs=2)
     assert again["epochs"] == 2
     assert epochs_in(log) == [0, 0, 1]
+
+
+def test_what_every_rank_returned_is_kept_if_it_is_wanted(tmp_path: Path) -> None:
+    def main() -> Any:
+        rank = int(os.environ["RANK"])
+        return {"rank": rank, "weights": np.full(100_000, rank)}
+
+    runner = runner_in(tmp_path, np=-3, results="all")
+    runner.run(main, run_key="k")
+    again = runner_in(tmp_path, np=-3, results="all")
+    assert again.run(main, run_key="k")["rank"] == 0
+    assert [each["rank"] for each in again.results] == [0, 1, 2]
+    assert again.results[2]["weights"].tolist() == [2] * 100_000
+    (stored,) = [each for each in key_files(tmp_path) if each.name.endswith("rank-1.bin")]
+    stored.write_bytes(b"x" * stored.stat().st_size)
+    last = runner_in(tmp_path, np=-3, results="all")
+    last.run(main, run_key="k")
+    assert last.results[2]["rank"] == 2
+    with pytest.raises(PayloadError, match=r"rank-1\.bin does not have the content .*Delete"):
+        last.results[1]
+    # of a run that kept rank 0's value alone
+    runner_in(tmp_path, np=-3).run(main, run_key="one")
+    last.run(main, run_key="one")
+    with pytest.raises(IndexError, match="rank 0's value"):
+        last.results[1]
+
+
+def test_a_script_is_not_run_again_unless_its_code_is_another(tmp_path: Path, log: Path) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "helper.py").write_text("text = 'first'")
+    script = code / "train.py"
+    script.write_text(
+        f"import sys, helper\nopen({str(log)!r}, 'a').write(helper.text + sys.argv[1] + ' ')\n"
+    )
+    runner = runner_in(tmp_path)
+    for _ in range(2):
+        runner.run_script(script, "-x", run_key="k")
+    assert log.read_text() == "first-x "
+    with pytest.raises(ArgumentValueError, match=r"run_key='k'.*y is new"):
+        runner.run_script(script, "-y", run_key="k")
+    (code / "helper.py").write_text("text = 'second'")
+    with pytest.raises(ArgumentValueError, match=r"the code of helper\.py has changed"):
+        runner.run_script(script, "-x", run_key="k")
+    runner.run_script(script, "-x", run_key="k", on_change="rerun")
+    command = [sys.executable, "-m", "horovodrunner", "run", "-np", "-1"]
+    command += ["--run-dir", str(tmp_path / "runs"), "--run-key", "k", "--", str(script), "-x"]
+    done = processes.run(command, capture_output=True, text=True)
+    assert (done.returncode, log.read_text()) == (0, "first-x second-x "), done.stderr
+    assert "nothing is launched" in done.stdout + done.stderr
 
 
 def test_no_secret_is_kept_of_a_failed_run(tmp_path: Path) -> None:

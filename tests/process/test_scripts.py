@@ -262,8 +262,6 @@ def test_a_link_to_a_script_finds_what_is_beside_the_script(
 
 def test_keywords_are_explained() -> None:
     runner: Any = HorovodRunner(np=-1)
-    with pytest.raises(ArgumentTypeError, match=r"run_key=...\): a script returns no value"):
-        runner.run_script("train.py", run_key="nightly")
     with pytest.raises(ArgumentTypeError, match=r"run_script\('train.py', '--batch-size', 8\)"):
         runner.run_script("train.py", batch_size=8)
     with pytest.raises(ArgumentTypeError, match="lacks the script"):

@@ -135,7 +135,9 @@ def test_there_is_no_restart_of_a_run_that_is_stopped_when_a_rank_is_lost(tmp_pa
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_a_callback_raises_ends_the_run_and_is_raised() -> None:
+def test_what_a_callback_raises_ends_the_run_and_is_raised(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     seen: list[tuple[int, float]] = []
     threads = set()
     error = PrunedError("hopeless")
@@ -146,12 +148,19 @@ def test_what_a_callback_raises_ends_the_run_and_is_raised() -> None:
         if point.step == 2:
             raise error
 
-    runner = HorovodRunner(np=-2, max_restarts=3, restart_on=(Exception,), on_report=on_report)
+    runner = HorovodRunner(
+        np=-2,
+        max_restarts=3,
+        restart_on=(Exception,),
+        profile_launch=True,
+        on_report=on_report,
+    )
     with pytest.raises(PrunedError) as caught:
         runner.run(report_and_wait)
     assert caught.value is error
     assert seen == [(0, 1.0), (1, 1 / 2), (2, 1 / 3)]
     assert threads == {threading.get_ident()}
+    assert "where the time went:" in capsys.readouterr().out  # what comes after it is shown, too
 
 
 @pytest.mark.parametrize("how", ["raises", "stops"])
@@ -254,6 +263,17 @@ def test_options_are_refused_before_anything_is_launched(
 ) -> None:
     with pytest.raises(kind, match=re.escape(text)):
         HorovodRunner(np=-1, **options)
+
+
+def test_a_reason_of_several_lines_stands_in_one() -> None:
+    runner = HorovodRunner(np=-1, on_report=lambda point: runner.stop("no\n progress"))
+
+    def main() -> None:
+        metrics.report(loss=1.0)
+
+    with pytest.raises(RunStoppedError, match=r"^no progress: the run of 1 rank was") as caught:
+        runner.run(main)
+    assert caught.value.reason == "no\n progress"
 
 
 def test_a_reason_is_a_text() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from typing import Any
 
 import pytest
@@ -101,13 +102,20 @@ def test_patterns_name_what_travels_beside_it() -> None:
     assert named_by(["AWS_*", "NOTHING_*"], driver) == {"AWS_REGION"}
 
 
-@pytest.mark.parametrize("pattern", ["*", "**", "?*", "*?", "[!x]*", "*[A-Z_]*"])
+@pytest.mark.parametrize("pattern", ["*", "**", "?*", "*?", "[!x]*", "*[A-Z_]*", "[A-Z]*", "[!_]*"])
 def test_a_pattern_that_takes_everything_is_refused(pattern: str) -> None:
     with pytest.raises(ArgumentValueError, match="every secret of its shell"):
         checked_patterns("forward", [pattern])
 
 
-@pytest.mark.parametrize("pattern", ["", "A=1", "A\0", "MASTER_ADDR", "PYTHONPATH"])
+def test_patterns_that_take_everything_together_are_refused() -> None:
+    with pytest.raises(ArgumentValueError, match=r"\['\[A-M\]\*', '\[N-Z\]\*'\] would take along"):
+        checked_patterns("forward", ["[A-M]*", "MY_TOKEN", "[N-Z]*"])
+    named = ["PATH", "HOME", "PWD", "JAVA_HOME", "AWS_*"]
+    assert checked_patterns("forward", named) == tuple(named)
+
+
+@pytest.mark.parametrize("pattern", ["", "A=1", "A\0", " AWS_*", "\ud800", "RANK", "PYTHONPATH"])
 def test_a_pattern_that_cannot_work_is_refused(pattern: str) -> None:
     with pytest.raises(ArgumentValueError, match="forward has"):
         checked_patterns("forward", [pattern])
@@ -137,15 +145,23 @@ def test_everything_that_the_run_sets_is_refused_by_name() -> None:
         (["A=1"], ArgumentTypeError, "environment is a list"),
         ("A=1", ArgumentTypeError, "environment is a str"),
         ({1: "x"}, ArgumentTypeError, "the name 1 is no str"),
-        ({"A": 3}, ArgumentTypeError, r"environment\['A'\] is a int: values are str"),
-        ({"A": True}, ArgumentTypeError, "is a bool"),
-        ({"A": b"hunter2"}, ArgumentTypeError, "is a bytes"),
+        ({"A": 3}, ArgumentTypeError, r"environment\['A'\]: it must be a str, or None to"),
+        ({"A": True}, ArgumentTypeError, "got bool"),
+        ({"A": b"hunter2"}, ArgumentTypeError, "got bytes"),
         ({"": "x"}, ArgumentValueError, "cannot be the name"),
         ({"A=B": "x"}, ArgumentValueError, "cannot be the name"),
         ({"A\0": "x"}, ArgumentValueError, "cannot be the name"),
         ({" A": "x"}, ArgumentValueError, "no space"),
         ({"A": "hunter2\0"}, ArgumentValueError, "has a NUL"),
         ({"A": "hunter2\ud800"}, ArgumentValueError, "at character 7"),
+        ({"A\ud800": "x"}, ArgumentValueError, "that cannot be written as bytes"),
+        ({"A\ud800": None}, ArgumentValueError, "that cannot be written as bytes"),
+        (
+            {f"V{number}": "x" * 100_000 for number in range(os.sysconf("SC_ARG_MAX") // 100_000)},
+            ArgumentValueError,
+            "variables, and Linux starts no process with more than",
+        ),
+        ({"PYTHONHASHSEED": "a"}, ConfigurationError, r"set environment\['PYTHONHASHSEED'\] to"),
         ({"A": "x" * 131072}, ArgumentValueError, "pass it as an argument of main"),
         ({"PYTHONPATH": "/x"}, ArgumentValueError, "sys.path"),
         ({"RANK": None}, ArgumentValueError, "environment has RANK"),

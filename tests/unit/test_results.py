@@ -432,7 +432,8 @@ def test_results_of_all_ranks_come_through_the_channel_few_at_a_time(
 ) -> None:
     """Each of them waits for its turn, and none is given up meanwhile."""
     monkeypatch.setattr("horovodrunner.wire.upload.WAIT_SECONDS", 0.01)
-    write, now, most = driver.results._write, [0], [0]
+    driver.results.begin(2 * driver_module.AT_ONCE + 1)
+    write, now, most = driver.results._came.write, [0], [0]
     counting, all_there = threading.Lock(), threading.Barrier(driver_module.AT_ONCE)
 
     def counted(*arguments: Any) -> None:
@@ -444,9 +445,8 @@ def test_results_of_all_ranks_come_through_the_channel_few_at_a_time(
             now[0] -= 1
         write(*arguments)
 
-    monkeypatch.setattr(driver.results, "_write", counted)
-    files = [File() for _ in range(2 * driver_module.AT_ONCE + 1)]
-    driver.results.begin(len(files))
+    monkeypatch.setattr(driver.results._came, "write", counted)
+    files = [File() for _ in range(driver.results.size)]
 
     def send(rank: int) -> None:
         layout = files[rank].write([rank, large_array()[:20_000] + rank])
@@ -460,6 +460,30 @@ def test_results_of_all_ranks_come_through_the_channel_few_at_a_time(
         assert_same(driver.results.read(rank).load(), [rank, large_array()[:20_000] + rank])
     for each in files:
         os.close(each.descriptor)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_result_that_is_late_gets_not_among_those_of_the_next_attempt(
+    file: File, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ResultStore(of_all_ranks=True)
+    store.begin(2)
+    with os.fdopen(results.file_without_a_name(), "wb") as late:
+        layouts = [write_pickle("late", late.fileno()), file.write("next")]
+        read = os.preadv if rank == 0 else os.pread
+
+        def reading(descriptor: int, *arguments: Any) -> Any:
+            if descriptor == late.fileno():  # on its way; meanwhile the run is launched again
+                monkeypatch.undo()
+                store.begin(2)
+                store.take(file.descriptor, layouts[1], rank)
+            return read(descriptor, *arguments)
+
+        monkeypatch.setattr(os, read.__name__, reading)
+        store.take(late.fileno(), layouts[0], rank)
+    found = store.first if rank == 0 else store.read(1)
+    assert found is not None
+    assert found.load() == "next"
 
 
 @pytest.mark.parametrize("rank", [-1, 16, 10**20])

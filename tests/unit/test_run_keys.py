@@ -209,6 +209,9 @@ def test_what_cannot_be_written_whole_is_not_left(tmp_path: Path) -> None:
     try:
         with pytest.raises(OSError, match="too large"):
             place.store(1, pickled(bytes(200_000)), ranks=1, record="", check=lambda: None)
+        others = [pickled(bytes(200_000))]
+        with pytest.raises(OSError, match="too large"):
+            place.store(1, pickled(b"N."), others, ranks=2, record="", check=lambda: None)
         with pytest.raises(OSError, match="too large"):
             place.end(1, "x" * 200_000)
     finally:

@@ -126,17 +126,24 @@ def record_call(
 
 
 def record_script(
-    run_id: str, size: int, name: str, arguments: Mapping[str, Any], code: types.CodeType
+    run_id: str,
+    size: int,
+    name: str,
+    arguments: Mapping[str, Any],
+    code: types.CodeType,
+    *,
+    exactly: bool = False,
 ) -> RunRecord:
     """Record what a run of a script is called with."""
     python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    texts = describe_values(arguments, exactly=exactly)
     digest = {"": _digest(_code_text(code))}
-    return RunRecord(run_id, size, python, _bounded(name), describe_values(arguments), {}, digest)
+    return RunRecord(run_id, size, python, _bounded(name), texts, {}, digest)
 
 
-def describe_values(values: Mapping[str, Any]) -> dict[str, str]:
+def describe_values(values: Mapping[str, Any], *, exactly: bool = False) -> dict[str, str]:
     """Write values as texts, what a configuration consists of one by one; no secret is shown."""
-    writer = _Writer()
+    writer = _Writer(exactly=exactly)
     with contextlib.suppress(Exception):  # anybody's objects may do anything
         for name, value in values.items():
             writer.describe(writer.arguments, name, value)

@@ -181,6 +181,8 @@ class Console:
             calls = list(self._calls)
             self._calls.clear()
         for call in calls:
+            if self._run.is_closed:
+                return
             self._run.check()
             try:
                 call()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from horovodrunner.flows.metrics.history import History
 from horovodrunner.flows.metrics.records import Bar, Point, decode_records
 from horovodrunner.flows.observer import Observer
 from horovodrunner.wire.events import Points
 
-__all__ = ["MetricsRecorder", "ReportCalls"]
+__all__ = ["MetricsRecorder", "ReportCalls", "StaysHere"]
 
 MAX_BARS = 10
 """Of one rank; of more, the first one and the last ones are known."""
@@ -56,6 +57,31 @@ class MetricsRecorder(Observer):
         if len(bars) > MAX_BARS:
             del bars[sorted(bars)[1]]
         self.bars[rank] = bars
+
+
+class StaysHere:
+    """A function of the driver's, which does not travel where its runner does."""
+
+    def __init__(self, function: Callable[[Point], object]) -> None:
+        self._function = function
+
+    def __call__(self, point: Point) -> object:
+        """Call the function."""
+        return self._function(point)
+
+    def __repr__(self) -> str:
+        return repr(self._function)
+
+    def __deepcopy__(self, memo: object) -> StaysHere:
+        """Stay the same in a copy of the runner, as functions do."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
 
 
 class ReportCalls(Observer):

@@ -44,7 +44,7 @@ def problems_of_links(links: Sequence[Link]) -> list[str]:
 
     >>> fast = [Link("a", "b", 1e-4, 9e8), Link("b", "a", 1e-4, 9e8), Link("a", "c", 1e-4, 8e8)]
     >>> problems_of_links([*fast, Link("c", "a", 1e-4, 1e7)])
-    ['the link from c to a carries 9.5 MiB/s, where 810.6 MiB/s are usual in this run']
+    ['the link from c to a carries 9.5 MiB/s, where 858.3 MiB/s are usual in this run']
     """
     if cut_off := {link: f"is cut: {link.error}" for link in links if link.error}:
         return _in_words(cut_off, links)
@@ -99,7 +99,7 @@ def format_table(
         rate = format_bytes(int(LARGE_BYTES / large)) if large else "?"
         size = format_bytes(LARGE_BYTES)
         lines += [
-            f"  allreduce of {len(timed)} ranks by {timed[0].backend}",
+            f"  allreduce of {len(timed)} rank{'s' * (len(timed) > 1)} by {timed[0].backend}",
             f"    4 bytes: {small * 1e3:.2f} ms",
             f"    {size}: {large * 1e3:.0f} ms, {rate}/s",
         ]

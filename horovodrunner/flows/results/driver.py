@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from horovodrunner.flows.outcome.outcome import Outcome, with_result
 from horovodrunner.formatting import format_bytes
@@ -30,26 +30,31 @@ _COPY_BYTES = 1024 * 1024
 
 
 class ResultStore:
-    """Takes the results of a run's ranks: only rank 0's, or all of them."""
+    """Takes the results of a run's ranks: only rank 0's, or all of them.
+
+    Each attempt has a place of its own for them: what is still on its way when the next one begins
+    gets there, and not among the next one's.
+    """
 
     def __init__(self, *, of_all_ranks: bool = False) -> None:
         self._of_all_ranks = of_all_ranks
         self._turns = threading.Semaphore(AT_ONCE)
-        self._lock = threading.Lock()
         self.size = 0
-        self._file = -1
-        self._close: Callable[[], object] = lambda: None
-        self._end = 0
-        self._places: dict[int, tuple[int, Layout]] = {}
-        self.first: BufferedPickle | None = None
-        """What rank 0's main returned; the run may fail all the same."""
+        self._came = _Came()
 
     def begin(self, size: int) -> None:
         """Wait for the results of so many ranks; what an earlier attempt's returned is dropped."""
-        self.size, self.first = size, None
-        self._places.clear()
-        self._close()
-        self._file, self._end = -1, 0
+        self.size = size
+        self.drop()
+
+    def drop(self) -> None:
+        """Give up what has come."""
+        self._came = _Came()
+
+    @property
+    def first(self) -> BufferedPickle | None:
+        """What rank 0's main returned; the run may fail all the same."""
+        return self._came.first
 
     @property
     def handler(self) -> TransferHandler:
@@ -58,15 +63,16 @@ class ResultStore:
 
     def take(self, descriptor: int, layout: Layout, rank: int) -> None:
         """Copy a result that was written on this machine."""
+        came = self._came
         if rank == 0:
-            self.first = read_result(descriptor, layout)
+            came.first = read_result(descriptor, layout)
             return
         with self._turns:
-            self._store(rank, layout, _chunks(descriptor, sum(layout)))
+            came.store(rank, layout, _chunks(descriptor, sum(layout)))
 
     def take_rows(self, rows: Iterable[bytes]) -> Outcome:
         """Read a task's rows of the stage: its outcome, and results that came this way."""
-        coming = iter(rows)
+        came, coming = self._came, iter(rows)
         outcome = Outcome.from_bytes(next(coming))
         if outcome.success is None:
             return outcome
@@ -74,44 +80,59 @@ class ResultStore:
             fields = json.loads(header)
             rank, layout = int(fields["rank"]), tuple(map(int, fields["layout"]))
             if rank == 0:
-                self.first = BufferedPickle(layout)
-                self.first.fill(reader_of_pieces(coming))
+                came.first = BufferedPickle(layout)
+                came.first.fill(reader_of_pieces(coming))
             else:
-                self._store(rank, layout, _first_bytes(coming, sum(layout)))
-        return with_result(outcome, self.first) if outcome.success.rank == 0 else outcome
+                came.store(rank, layout, _first_bytes(coming, sum(layout)))
+        return with_result(outcome, came.first) if outcome.success.rank == 0 else outcome
 
     def missing(self) -> list[int]:
         """List the ranks whose results have not come, though all are wanted."""
         if not self._of_all_ranks:
             return []
-        return [rank for rank in range(1, self.size) if rank not in self._places]
+        return [rank for rank in range(1, self.size) if rank not in self._came.places]
+
+    def others(self) -> Iterator[BufferedPickle]:
+        """Read what the ranks but 0 returned, one after the other, if all have come."""
+        if self._of_all_ranks and not self.missing():
+            yield from map(self.read, range(1, self.size))
 
     def read(self, rank: int) -> BufferedPickle:
         """Read what another rank than 0 returned into memory."""
-        offset, layout = self._places[rank]
-        return read_result(self._file, layout, offset)
+        return self._came.read(rank)
 
     def _receive(self, request: UploadResult, pieces: Iterator[IncomingPiece]) -> None:
-        layout, rank = request.layout, request.rank
+        layout, rank, came = request.layout, request.rank, self._came
         if rank and not (self._of_all_ranks and 0 < rank < self.size):
             raise FrameError(f"a result of rank {rank}, which is not wanted")
         # either makes room before the task sends anything
         pickled = _room(layout) if rank == 0 else None
-        offset = self._make_room(rank, sum(layout)) if rank else 0
+        offset = came.make_room(sum(layout)) if rank else 0
         piece = next(pieces, None)
         size = 0 if piece is None else piece.size
         if piece is None or size != sum(layout):
             raise FrameError(f"a result of {size} bytes where {sum(layout)} were announced")
         if pickled is not None:
             pickled.fill(piece.read_into)
-            self.first = pickled
+            came.first = pickled
         else:
-            self._write(rank, layout, offset, piece.chunks)
+            came.write(rank, layout, offset, piece.chunks)
 
-    def _store(self, rank: int, layout: Layout, chunks: Iterable[bytes | memoryview]) -> None:
-        self._write(rank, layout, self._make_room(rank, sum(layout)), chunks)
 
-    def _make_room(self, rank: int, size: int) -> int:
+class _Came:
+    """What came of one attempt; its file is gone once nobody has this object any more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._file = -1
+        self._end = 0
+        self.first: BufferedPickle | None = None
+        self.places: dict[int, tuple[int, Layout]] = {}
+
+    def store(self, rank: int, layout: Layout, chunks: Iterable[bytes | memoryview]) -> None:
+        self.write(rank, layout, self.make_room(sum(layout)), chunks)
+
+    def make_room(self, size: int) -> int:
         """Return where in the file a result is to stand; nothing else is written there."""
         try:
             with self._lock:
@@ -129,12 +150,7 @@ class ResultStore:
             ) from error
         return offset
 
-    def _open(self) -> None:
-        with tempfile.TemporaryFile(prefix="horovodrunner-results-") as file:
-            self._file = os.dup(file.fileno())
-        self._close = weakref.finalize(self, os.close, self._file)
-
-    def _write(
+    def write(
         self, rank: int, layout: Layout, offset: int, chunks: Iterable[bytes | memoryview]
     ) -> None:
         at = offset
@@ -145,7 +161,16 @@ class ResultStore:
                 at += count
                 view = view[count:]
         with self._lock:
-            self._places[rank] = offset, layout
+            self.places[rank] = offset, layout
+
+    def read(self, rank: int) -> BufferedPickle:
+        offset, layout = self.places[rank]
+        return read_result(self._file, layout, offset)
+
+    def _open(self) -> None:
+        with tempfile.TemporaryFile(prefix="horovodrunner-results-") as file:
+            self._file = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._file)
 
 
 def read_result(descriptor: int, layout: Layout, offset: int = 0) -> BufferedPickle:

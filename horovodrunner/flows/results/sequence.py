@@ -22,6 +22,7 @@ class RankResults(Sequence[Any]):
 
     Examples
     --------
+    >>> from horovodrunner import HorovodRunner
     >>> runner = HorovodRunner(np=-2, results="all")
     >>> runner.run(evaluate)  # doctest: +SKIP
     0.91
@@ -87,9 +88,11 @@ class RankResults(Sequence[Any]):
         return f"<results of {self._size} rank{'s' * (self._size > 1)}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the values here: a runner may be something that main refers to."""
-        return _none, (self._why_none or "they stay in the process that ran the run",)
+        """Take the values along, and not the file in which they lie."""
+        return _of_values, ([*self], self._why_none)
 
 
-def _none(why: str) -> RankResults:
-    return RankResults(why_none=why)
+def _of_values(values: list[Any], why_none: str) -> RankResults:
+    results = RankResults(len(values), why_none=why_none)
+    results._values.update(enumerate(values))
+    return results

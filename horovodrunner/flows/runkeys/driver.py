@@ -9,7 +9,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, ClassVar
@@ -17,14 +17,16 @@ from typing import Any, ClassVar
 from horovodrunner.errors import (
     ArgumentValueError,
     ConfigurationError,
+    PayloadError,
     RunSupersededError,
     StartTimeoutError,
 )
 from horovodrunner.flows.call.record import RunRecord, changes
 from horovodrunner.flows.going import GoingRun
 from horovodrunner.flows.logs.driver import Console
-from horovodrunner.flows.outcome.driver import open_outcome
+from horovodrunner.flows.outcome.driver import open_outcome, open_result
 from horovodrunner.flows.outcome.outcome import Outcome, Success
+from horovodrunner.flows.results.sequence import RankResults
 from horovodrunner.flows.runkeys.place import (
     Epoch,
     KeyPlace,
@@ -33,6 +35,7 @@ from horovodrunner.flows.runkeys.place import (
     this_process,
 )
 from horovodrunner.formatting import format_bytes, in_one_line
+from horovodrunner.pickling.buffers import BufferedPickle
 
 __all__ = ["REFUSE", "RERUN", "KeyRequest", "KeyedRun", "keyed_run"]
 
@@ -143,8 +146,33 @@ class KeyedRun:
         """Return the value of a run that was done before, unpickled."""
         return open_outcome(self._found or Outcome())
 
-    def keep(self, outcome: Outcome, record: str | None, console: Console) -> Outcome:
-        """Store what rank 0 returned, if it did, with the name of the run's record.
+    def results(self) -> RankResults:
+        """Return what all ranks of a run that was done before returned, if that was kept."""
+        stored = self.stored
+        if stored is None or stored.ranks != len(stored.others) + 1:
+            why = "the run was done before, and rank 0's value alone is stored"
+            return RankResults(why_none=why)
+
+        def open_rank(rank: int) -> Any:
+            try:
+                return open_result(self.place.load(stored, rank), rank)
+            except ValueError as error:
+                raise PayloadError(
+                    f"the stored value of rank {rank} is lost: {self.place.path_of(stored, rank)} "
+                    f"{error}. Delete the values of {self._request.title} in {self.place.location} "
+                    "to do it again"
+                ) from error
+
+        return RankResults(stored.ranks, open_rank)
+
+    def keep(
+        self,
+        outcome: Outcome,
+        others: Iterable[BufferedPickle],
+        record: str | None,
+        console: Console,
+    ) -> Outcome:
+        """Store what ranks returned, if rank 0 did, with the name of the run's record.
 
         Raises a RunSupersededError if another driver has begun meanwhile.
         """
@@ -153,7 +181,9 @@ class KeyedRun:
         name = (record or "").rpartition("/")[2]
         number, ranks = self.epoch.number, self._request.record.size
         try:
-            value = self.place.store(number, pickled, ranks=ranks, record=name, check=self.check)
+            value = self.place.store(
+                number, pickled, others, ranks=ranks, record=name, check=self.check
+            )
             self.check()  # whoever has begun in between has not seen it
             self.stored = value
         except OSError as error:

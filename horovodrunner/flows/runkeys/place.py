@@ -6,7 +6,8 @@
                                          /beat-000003         changes as long as it lives
                                          /ended-000003.json   it ended without a value, and why
                                          /value-000003.bin    what rank 0 returned, pickled
-                                         /value-000003.json   its size and hash; makes it count
+                                         /value-000003-rank-1.bin …   and others, if all are kept
+                                         /value-000003.json   sizes and hashes; makes it count
 
 Of several drivers that want to begin the same epoch one succeeds. A value counts as long as there
 is no newer epoch.
@@ -17,12 +18,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -98,6 +100,15 @@ class StoredValue:
     ranks: int
     record: str
     """The name of the run's record in ``run_dir``."""
+    others: list[list[Any]] = field(default_factory=list)
+    """File, size and SHA-256 of what the other ranks returned, by rank from 1; or none of them."""
+
+    def file_of(self, rank: int) -> tuple[str, int, str]:
+        """Return file, size and SHA-256 of what a rank returned."""
+        if rank == 0:
+            return self.file, self.size, self.sha256
+        file, size, sha256 = self.others[rank - 1]
+        return file, size, sha256
 
 
 def directory_of_key(key: str) -> str:
@@ -215,14 +226,21 @@ class KeyPlace:
     def value(self, number: int) -> StoredValue | None:
         """Return what is known of an epoch's value."""
         fields = _fields(StoredValue, self._json(_value_file(number, "json")))
-        if fields is None or "/" in fields["file"]:
+        if fields is None:
             return None
-        return StoredValue(**fields)
+        files = [[fields["file"], fields["size"], fields["sha256"]], *fields["others"]]
+        is_sound = all(
+            [type(each) for each in file] == [str, int, str] and "/" not in file[0]
+            for file in files
+            if isinstance(file, list)
+        )
+        return StoredValue(**fields) if is_sound else None
 
     def store(
         self,
         number: int,
         pickled: BufferedPickle,
+        others: Iterable[BufferedPickle] = (),
         *,
         ranks: int,
         record: str,
@@ -232,17 +250,30 @@ class KeyPlace:
 
         `check` is called just before, and may raise an error.
         """
-        name = _value_file(number, "bin")
+        kept: list[tuple[str, int, str]] = []
+        try:
+            for rank, each in enumerate(itertools.chain([pickled], others)):
+                kept.append(self._keep(_value_file(number, "bin", rank), each))
+        except BaseException:
+            for name, _, _ in kept:
+                self._give_up(name)
+            raise
+        (file, size, sha256), *rest = kept
+        value = StoredValue(number, file, size, sha256, _now(), ranks, record, [*map(list, rest)])
+        check()
+        self.confirm(number, value)
+        return value
+
+    def _keep(self, name: str, pickled: BufferedPickle) -> tuple[str, int, str]:
+        """Write a file in one go, and return its name, size and SHA-256."""
         beside = f"new-{name}-{secrets.token_hex(4)}"
-        local = isinstance(self._files, LocalStorage)
-        written = beside if local else name
+        written = beside if isinstance(self._files, LocalStorage) else name
         try:
             with as_os_error(self._files.url(name)), self._files.create(written) as stream:
                 sink = _Hashing(stream)
                 pickled.keep(sink)  # type: ignore[arg-type]
         except BaseException:
-            with contextlib.suppress(OSError):
-                self._files.remove_file(written)
+            self._give_up(written)
             raise
         if isinstance(self._files, LocalStorage):
             (self._files.root / beside).replace(self._files.root / name)
@@ -251,24 +282,27 @@ class KeyPlace:
             raise OSError(
                 f"{self._files.url(name)} has {self._files.size(name)} of {sink.size} bytes"
             )
-        value = StoredValue(number, name, sink.size, sink.sha256, _now(), ranks, record)
-        check()
-        self.confirm(number, value)
-        return value
+        return name, sink.size, sink.sha256
+
+    def _give_up(self, name: str) -> None:
+        """Delete what is of no use without the rest: a full disk needs the space."""
+        with contextlib.suppress(OSError):
+            self._files.remove_file(name)
 
     def confirm(self, number: int, value: StoredValue) -> None:
         """Let a value count as an epoch's."""
         content = json.dumps({"format": FORMAT, **asdict(value)}, indent=1)
         self._files.replace(_value_file(number, "json"), content.encode())
 
-    def load(self, value: StoredValue) -> BufferedPickle:
-        """Read a value; a ValueError if that is not what was stored."""
+    def load(self, value: StoredValue, rank: int = 0) -> BufferedPickle:
+        """Read what a rank returned; a ValueError if that is not what was stored."""
+        file, size, sha256 = value.file_of(rank)
         try:
-            found = self._files.size(value.file)
-            if found != value.size:
-                raise ValueError(f"has {found} bytes instead of {value.size}")
-            pickled, digest = BufferedPickle((value.size,)), hashlib.sha256()
-            with self._files.open(value.file) as stream:
+            found = self._files.size(file)
+            if found != size:
+                raise ValueError(f"has {found} bytes instead of {size}")
+            pickled, digest = BufferedPickle((size,)), hashlib.sha256()
+            with self._files.open(file) as stream:
 
                 def read_into(view: memoryview) -> None:
                     while view:
@@ -281,7 +315,7 @@ class KeyPlace:
                 pickled.fill(read_into)
         except FileNotFoundError:
             raise ValueError("is missing") from None
-        if digest.hexdigest() != value.sha256:
+        if digest.hexdigest() != sha256:
             raise ValueError("does not have the content that was stored (its SHA-256 differs)")
         return pickled
 
@@ -292,9 +326,9 @@ class KeyPlace:
             if match is not None and int(match[1]) < number:
                 self._files.remove_file(name)
 
-    def path_of(self, value: StoredValue) -> str:
-        """Return where a value is."""
-        return self._files.url(value.file)
+    def path_of(self, value: StoredValue, rank: int = 0) -> str:
+        """Return where what a rank returned is."""
+        return self._files.url(value.file_of(rank)[0])
 
     def _epoch(self, number: int) -> Epoch:
         fields = _fields(Epoch, self._json(_epoch_file(number)))
@@ -349,8 +383,8 @@ def _epoch_file(number: int) -> str:
     return f"epoch-{number:06d}.json"
 
 
-def _value_file(number: int, ending: str) -> str:
-    return f"value-{number:06d}.{ending}"
+def _value_file(number: int, ending: str, rank: int = 0) -> str:
+    return f"value-{number:06d}{f'-rank-{rank}' if rank else ''}.{ending}"
 
 
 def _now() -> str:

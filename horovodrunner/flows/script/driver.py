@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib
 import os
 import sys
 import types
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from decimal import Decimal
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -19,7 +20,7 @@ from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, ConfigurationError
 from horovodrunner.flows.call.driver import PickledCall
 from horovodrunner.flows.call.early_imports import early_imports_of_script
-from horovodrunner.flows.call.record import RunRecord
+from horovodrunner.flows.call.record import MAX_ENTRIES, RunRecord
 from horovodrunner.flows.script.worker import Script
 from horovodrunner.pickling import payload
 from horovodrunner.pickling.installed import is_of_a_python
@@ -31,6 +32,7 @@ class ScriptCall(Script):
     """A script as the driver knows it; what travels of it is a :class:`Script`."""
 
     code: types.CodeType
+    left_out: Sequence[str] = ()
 
     def __reduce__(self) -> Any:
         return Script, tuple(getattr(self, each.name) for each in fields(Script))
@@ -57,10 +59,23 @@ class ScriptCall(Script):
         )
 
     def record(self, run_id: str, size: int, *, exactly: bool = False) -> RunRecord:
-        """Record what a run calls; it is exact in any case."""
+        """Record what a run calls; `exactly` with the modules that lie beside the script."""
         from horovodrunner.flows.call.recording import record_script
 
-        return record_script(run_id, size, self.name, self.named_arguments, self.code)
+        arguments = self.named_arguments
+        record = record_script(run_id, size, self.name, arguments, self.code, exactly=exactly)
+        if not exactly:
+            return record
+        from horovodrunner.flows.script.packing import digests_of_modules
+
+        modules = digests_of_modules(Path(self.root), self.left_out)
+        own = Path(self.root, self.file)
+        modules.pop(
+            _inside(self.root, own, self.name), None
+        )  # its code counts, its comments do not
+        if len(modules) > MAX_ENTRIES // 2:
+            modules = {"what lies beside it": _digest(repr(sorted(modules.items())))}
+        return replace(record, code={**record.code, **modules})
 
     @property
     def named_arguments(self) -> dict[str, str]:
@@ -119,13 +134,13 @@ def prepare_script(
         call,
         root,
         words,
-        file=file if module or travels else str(origin),
+        file=str(origin) if origin.is_symlink() and not (module or travels) else file,
         module=module,
         import_from="." if top is None else _inside(root, Path(top), call),
         working_directory=_working_directory(root),
         archive=_packed(root, left_out) if travels and is_here else None,
     )
-    vars(made)["code"] = code
+    vars(made).update(code=code, left_out=left_out)
     return made
 
 
@@ -133,6 +148,10 @@ def _packed(root: str, left_out: Sequence[str]) -> bytes:
     from horovodrunner.flows.script.packing import pack  # functions travel without it
 
     return pack(Path(root), left_out)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
 
 
 def _find_script(name: str) -> Path:

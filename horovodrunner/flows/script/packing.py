@@ -5,6 +5,8 @@ What a checkout has beside its code stays behind; what links lead to travels in 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import os
 import stat
@@ -15,7 +17,7 @@ from pathlib import Path
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.formatting import format_bytes
 
-__all__ = ["MAX_BYTES", "largest_entries", "pack"]
+__all__ = ["MAX_BYTES", "digests_of_modules", "largest_entries", "pack"]
 
 MAX_BYTES = 100 * 1000 * 1000
 """More than this is data or results, not code."""
@@ -66,6 +68,19 @@ def pack(root: Path, left_out: Sequence[str] = ()) -> bytes:
             else:
                 _add(tar, name, path)
     return made.getvalue()
+
+
+def digests_of_modules(root: Path, left_out: Sequence[str] = ()) -> dict[str, str]:
+    """Return a digest of each Python file of a directory that would travel, by its name."""
+    left = frozenset(os.path.realpath(each) for each in left_out)
+    found = {}
+    for name, path, _ in _files(str(root), "", left, ()):
+        if name.endswith((".py", ".pyx", ".so")):
+            with contextlib.suppress(OSError):  # gone meanwhile, or unreadable for the ranks, too
+                found[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        if len(found) > MAX_FILES:
+            break
+    return found
 
 
 def largest_entries(archive: bytes) -> str:

@@ -20,7 +20,10 @@ from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.formatting import class_names, cut, in_one_line, short_name
 from horovodrunner.pickling.pickler import travels_by_reference
 
-__all__ = ["describe_end", "run_attempts"]
+__all__ = ["STOPPED", "describe_end", "run_attempts"]
+
+STOPPED = "the run was stopped"
+"""What a run is told to end with; how far it was is added at its end."""
 
 _CAUSE_CHARACTERS = 1000
 
@@ -45,7 +48,6 @@ def run_attempts(
     while True:
         try:
             result = open_outcome(launch(len(causes) + 1))
-            console.show(0)  # on_report is called with the last points, too
             if (stopped := run.close()) is not None:
                 raise stopped
         except HorovodRunnerError as error:
@@ -97,7 +99,8 @@ def describe_end(
     if isinstance(error, KeyboardInterrupt):
         error.args = (_describe_stopped(str(error) if error.args else "", size, store),)
     elif isinstance(error, RunStoppedError) and error is stopped:
-        error.args = (_describe_stopped(error.reason or str(error), size, store),)
+        reason = error.reason or str(error).removesuffix(STOPPED)
+        error.args = (_describe_stopped(reason, size, store),)
     elif error is stopped:  # what on_report has raised: the run was ended and has not failed
         return RunStoppedError(in_one_line(error))
     return error
@@ -106,7 +109,7 @@ def describe_end(
 def _describe_stopped(reason: str, size: int, store: CheckpointStore | None) -> str:
     """Describe what was stopped, and what is left; `size` is 0 for all slots."""
     ranks = " of 1 rank" if size == 1 else f" of {size} ranks" if size else ""
-    because = f"{reason}: " if reason else ""
+    because = f"{reason}: " if (reason := " ".join(reason.split())) else ""
     return f"{because}the run{ranks} was stopped; {_describe_latest(store)}"
 
 

@@ -147,6 +147,7 @@ class BarrierRun:
                 # Spark has given the stage up, but its tasks may not have noticed yet.
                 channel.stop_run()
             channel.wait_for_leaving(CANCEL_SECONDS)  # the last lines may still be on their way
+            console.show(0)  # on_report gets the last points before the outcome is known
             self._note_lost_files(channel)
             outcome = self._outcome(channel)
             has_run = outcome.success is not None or _rank_of(outcome) is not None

@@ -258,7 +258,8 @@ class Run:
             return outcome
         self._console.show(0)  # on_report may refuse the last points
         self._going.check()
-        return self._keyed.keep(outcome, self.left.record, self._console)
+        others = self._results.others()
+        return self._keyed.keep(outcome, others, self.left.record, self._console)
 
     def _job(self, attempt: int) -> JobSpec:
         options, observers, store = self._options, self._observers, self._store
@@ -381,6 +382,7 @@ class Run:
         left, spans, console = self.left, self._spans, self._console
         if error is not None:
             left.results = RankResults(why_none=f"the run failed: {in_one_line(error)}")
+            self._results.drop()
         for phase in console.run_phases:
             spans.add(phase.name, phase.began, phase.ended, phase.last_rank)
             if phase.name == "main":

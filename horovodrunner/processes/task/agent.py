@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import importlib.util
 import itertools
@@ -85,6 +86,12 @@ _NO_ADDRESS = (
     "IPv6 address that Spark uses"
 )
 
+_TOO_LARGE = (
+    "its variables and arguments are more than Linux starts a process with (Argument list too "
+    "long): let fewer variables travel (environment=, forward=), or pass large values as arguments "
+    "of main"
+)
+
 _logger = logging.getLogger(__name__)
 
 
@@ -123,7 +130,12 @@ class _Agent:
     async def run(self) -> Outcome:
         try:
             # The workers import what main needs while the tasks find each other.
-            workers = [self._spawn() for _ in range(self._context.member.workers)]
+            try:
+                workers = [self._spawn() for _ in range(self._context.member.workers)]
+            except OSError as error:
+                if error.errno != errno.E2BIG:
+                    raise
+                return await self._refuse(_TOO_LARGE)
             if problem := _launcher_problem():
                 return await self._refuse(problem)
             if self._context.member.partition == 0:
