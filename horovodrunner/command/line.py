@@ -60,8 +60,9 @@ Without --master the session is what spark-submit or the environment names, else
 
 _END = """\
 exit code: 0, or that of the rank that failed first (128 + its signal); 1 for other failures;
-2 for a wrong command line; 75 where trying again makes sense: the ranks did not start in time, or
-an executor was lost; 130 after Ctrl-C, 143 after SIGTERM."""
+2 for a wrong command line; 75 where trying again makes sense: the ranks did not start in time, an
+executor was lost, or another driver has taken over the --run-key; 130 after Ctrl-C, 143 after
+SIGTERM."""
 
 _PYTHON = re.compile(r"python(3(\.\d+)?)?")
 _COLUMN = 34

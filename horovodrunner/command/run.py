@@ -17,6 +17,7 @@ from horovodrunner.errors import (
     BarrierStageError,
     ConfigurationError,
     HorovodRunnerError,
+    RunSupersededError,
     StartTimeoutError,
     WorkerFailedError,
 )
@@ -73,7 +74,7 @@ def exit_code_of(error: HorovodRunnerError) -> int:
         if error.signal is not None:
             return 128 + _number(error.signal)
         return TRY_AGAIN if error.worker_was_lost else FAILED
-    if isinstance(error, StartTimeoutError):
+    if isinstance(error, (StartTimeoutError, RunSupersededError)):
         return TRY_AGAIN
     if isinstance(error, BarrierStageError) and error.executor_was_lost:
         return TRY_AGAIN
