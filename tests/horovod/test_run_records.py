@@ -21,9 +21,12 @@ def test_the_slow_rank_is_named(tmp_path: Path) -> None:
 
         hvd.init()
         hvd.allreduce(torch.ones(2), name="first")
-        if hvd.rank() == 1:  # until the driver has seen that rank 0 waits
-            while not any("synchronize" in each.read_text() for each in runs.glob("*/stacks-*-0*")):
+        if hvd.rank() == 1:  # until the driver has seen rank 0 wait for longer than both did before
+            seen = set[str]()
+            while len(seen) < 4:
                 time.sleep(0.05)
+                texts = [each.read_text() for each in runs.glob("*/stacks-*-0*")]
+                seen.update(text for text in texts if "synchronize" in text)
         hvd.allreduce(torch.ones(2), name="second")
 
     runner = HorovodRunner(np=-2, run_dir=tmp_path)

@@ -145,6 +145,8 @@ class TestView:
         view.end(error)
         assert (screen.drawn[-1].state, screen.drawn[-1].ranks) == (word, ranks)
         assert "\n" not in screen.drawn[-1].cause
+        view.handlers[CheckpointStored](CheckpointStored(1))
+        assert not view.is_due()  # what comes late is not drawn over it
 
 
 def test_a_screen_that_fails_is_left_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:

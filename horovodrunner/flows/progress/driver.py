@@ -49,6 +49,7 @@ class ProgressView(Observer):
         self._checkpoint: int | None = None
         self._began = time.monotonic()
         self._has_changed = False
+        self._has_ended = False
         self._drawn_at = 0.0
         self.handlers = {
             Points: self._change,
@@ -72,10 +73,13 @@ class ProgressView(Observer):
         self._ranks = tuple(
             each if each in known else "stopped" if error else "ended" for each in self._ranks
         )
+        self._has_ended = True
         self._screen.draw(self._state(state, cause), is_final=True)
 
     def is_due(self) -> bool:
-        """Return whether there is something new to draw."""
+        """Return whether there is something new to draw; there is nothing after the end."""
+        if self._has_ended:
+            return False
         since = time.monotonic() - self._drawn_at
         pause = self._screen.pause_seconds
         return since >= (pause if self._has_changed else max(pause, TICK_SECONDS))
