@@ -207,7 +207,11 @@ class LocalStorage:
     def _write_beside(self, path: str, content: bytes) -> Path:
         beside = (self.root / path).with_name(_beside(_UNFINISHED, PurePath(path).name))
         beside.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
+        try:
+            beside.write_bytes(content)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
         return beside
 
     def begin(self, name: str) -> str:

@@ -60,8 +60,9 @@ Without --master the session is what spark-submit or the environment names, else
 
 _END = """\
 exit code: 0, or that of the rank that failed first (128 + its signal); 1 for other failures;
-2 for a wrong command line; 75 where trying again makes sense: the ranks did not start in time, or
-an executor was lost; 130 after Ctrl-C, 143 after SIGTERM."""
+2 for a wrong command line; 75 where trying again makes sense: the ranks did not start in time, an
+executor was lost, or another driver has taken over the --run-key; 130 after Ctrl-C, 143 after
+SIGTERM."""
 
 _PYTHON = re.compile(r"python(3(\.\d+)?)?")
 _COLUMN = 34
@@ -239,7 +240,8 @@ def _script(command: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _is_python(word: str) -> bool:
-    if "/" in word and os.path.exists(word) and Path(sys.executable).exists():  # noqa: PTH110 - raises never
+    # os.path raises nothing where a name is too long
+    if "/" in word and os.path.exists(word) and Path(sys.executable).exists():  # noqa: PTH110
         return Path(word).samefile(sys.executable) or Path(word).name.startswith("python")
     return _PYTHON.fullmatch(word) is not None
 
@@ -251,7 +253,7 @@ def _not_python(word: str) -> str:
         "package.train`"
     )
     path = Path(word)
-    if os.path.isfile(word):  # noqa: PTH113 - it never raises
+    if os.path.isfile(word):  # noqa: PTH113
         try:
             with path.open("rb") as file:
                 first = file.readline(200)

@@ -17,6 +17,7 @@ from horovodrunner.errors import (
     BarrierStageError,
     ConfigurationError,
     HorovodRunnerError,
+    RunSupersededError,
     StartTimeoutError,
     WorkerFailedError,
 )
@@ -49,7 +50,8 @@ def run_command(words: Sequence[str], say: _Say) -> int:
     signals = EndingSignals()
     try:
         signals.install()
-        return _run(line, signals, say)
+        with _working_directory_explained():
+            return _run(line, signals, say)
     except (ArgumentTypeError, ArgumentValueError) as error:
         say(f"error: {error}", sys.stderr)
         return USAGE
@@ -73,7 +75,7 @@ def exit_code_of(error: HorovodRunnerError) -> int:
         if error.signal is not None:
             return 128 + _number(error.signal)
         return TRY_AGAIN if error.worker_was_lost else FAILED
-    if isinstance(error, StartTimeoutError):
+    if isinstance(error, (StartTimeoutError, RunSupersededError)):
         return TRY_AGAIN
     if isinstance(error, BarrierStageError) and error.executor_was_lost:
         return TRY_AGAIN
@@ -108,8 +110,31 @@ def _run(line: CommandLine, signals: EndingSignals, say: _Say) -> int:
 
 def _forget_own_directory() -> None:
     """Leave out the working directory, which `python -m` has put first: no script has it there."""
-    if not getattr(sys.flags, "safe_path", False) and sys.path[:1] == [os.getcwd()]:  # noqa: PTH109
+    is_safe = getattr(sys.flags, "safe_path", False)
+    if not is_safe and _has_working_directory() and sys.path[:1] == [os.getcwd()]:  # noqa: PTH109
         del sys.path[0]
+
+
+@contextlib.contextmanager
+def _working_directory_explained() -> Iterator[None]:
+    """Explain what fails because the working directory is gone."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if _has_working_directory():
+            raise
+        raise ArgumentValueError(
+            f"the working directory cannot be found ({error.strerror}): somebody has deleted it. "
+            "Change to one that is there, or give full paths"
+        ) from error
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()  # noqa: PTH109
+    except OSError:  # somebody has deleted it
+        return False
+    return True
 
 
 @contextlib.contextmanager

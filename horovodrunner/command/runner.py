@@ -30,8 +30,11 @@ class CommandRunner(HorovodRunner):
         self._output = None if output_filename is None else _directory(output_filename)
         self._options = replace(self._options, errors_apart=True, shows_routine=verbose)
         if (output := self._output) is not None:
-            files = RankFiles(output, abs(self._options.np))
-            self._options = replace(self._options, other_observers=(lambda facts: files,))
+            size = abs(self._options.np)
+            # made with the run: one that was done before keeps its files
+            self._options = replace(
+                self._options, other_observers=(lambda facts: RankFiles(output, size),)
+            )
 
     def check_script(self, script: str, arguments: Sequence[str], code_dir: str | None) -> None:
         """Refuse what :meth:`run_script` would refuse, without packing anything."""

@@ -170,6 +170,9 @@ def test_a_script_is_not_run_again_unless_its_code_is_another(tmp_path: Path, lo
     assert log.read_text() == "first-x "
     with pytest.raises(ArgumentValueError, match=r"run_key='k'.*y is new"):
         runner.run_script(script, "-y", run_key="k")
+    for words in (["-x", "given"], ["-x", ""]):
+        with pytest.raises(ArgumentValueError, match=r"run_key='k'.*x was True, is"):
+            runner.run_script(script, *words, run_key="k")
     (code / "helper.py").write_text("text = 'second'")
     with pytest.raises(ArgumentValueError, match=r"the code of helper\.py has changed"):
         runner.run_script(script, "-x", run_key="k")
@@ -179,6 +182,25 @@ def test_a_script_is_not_run_again_unless_its_code_is_another(tmp_path: Path, lo
     done = processes.run(command, capture_output=True, text=True)
     assert (done.returncode, log.read_text()) == (0, "first-x second-x "), done.stderr
     assert "nothing is launched" in done.stdout + done.stderr
+
+
+def test_words_of_a_script_are_compared_one_by_one(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.touch()
+    runner_in(tmp_path).run_script(script, "--names", "a", "b", run_key="k")
+    with pytest.raises(ArgumentValueError, match="names was 'a b', is"):
+        runner_in(tmp_path).run_script(script, "--names", "a b", run_key="k")
+
+
+def test_the_files_of_a_run_that_was_done_stay(tmp_path: Path) -> None:
+    script, output = tmp_path / "code" / "train.py", tmp_path / "output"
+    script.parent.mkdir()
+    script.write_text("print('done')")
+    command = [sys.executable, "-m", "horovodrunner", "run", "-np", "-1", "--run-key", "k"]
+    command += ["--run-dir", str(tmp_path / "runs"), "--output-filename", str(output), str(script)]
+    for _ in range(2):
+        assert processes.run(command, capture_output=True).returncode == 0
+        assert (output / "rank.0" / "stdout").read_text() == "done\n"
 
 
 def test_no_secret_is_kept_of_a_failed_run(tmp_path: Path) -> None:

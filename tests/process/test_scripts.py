@@ -365,6 +365,16 @@ def test_streams_that_are_closed_or_full_end_nothing(closed: str, code: Path) ->
     assert "Traceback" not in done.stderr
 
 
+def test_a_working_directory_that_is_gone_is_needed_by_relative_paths_alone(code: Path) -> None:
+    words = ["sh", "-c", 'mkdir gone; cd gone; rmdir ../gone; exec "$@"', "sh"]
+    for options in ([], ["--run-dir", "runs"], ["--output-filename", "output"]):
+        line = [*words, *command("-np", "-1", *options, str(code / "beside.py"))]
+        done = processes.run(line, capture_output=True, cwd=code)
+        assert done.returncode == (2 if options else 0), done.stderr
+        assert ("the working directory cannot be found" in done.stderr) == bool(options)
+        assert "Traceback" not in done.stderr
+
+
 def test_verbose_tells_each_step_on_standard_error(code: Path) -> None:
     done = run("-np", "-1", "--verbose", "--", str(code / "beside.py"))
     assert done.returncode == 0

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import resource
 import sys
 import threading
 import uuid
@@ -199,6 +200,25 @@ def test_files_that_cannot_be_read_are_not_believed(content: bytes, tmp_path: Pa
     assert place.value(2) is None
 
 
+def test_what_cannot_be_written_whole_is_not_left(tmp_path: Path) -> None:
+    place = KeyPlace(str(tmp_path), "k")
+    place.begin(1, "k", "g", RECORD)
+    before = {*tmp_path.rglob("*")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            place.store(1, pickled(bytes(200_000)), ranks=1, record="", check=lambda: None)
+        others = [pickled(bytes(200_000))]
+        with pytest.raises(OSError, match="too large"):
+            place.store(1, pickled(b"N."), others, ranks=2, record="", check=lambda: None)
+        with pytest.raises(OSError, match="too large"):
+            place.end(1, "x" * 200_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {*tmp_path.rglob("*")} == before
+
+
 def test_a_value_outside_is_not_read(tmp_path: Path) -> None:
     place = KeyPlace(str(tmp_path), "k")
     stored = place.store(1, pickled(b"N."), ranks=1, record="", check=lambda: None)
@@ -338,6 +358,12 @@ class Holder:
     def other(self) -> None: ...
 
 
+def nested(value: Any) -> Any:
+    for _ in range(8):
+        value = [{"a": value}]
+    return value
+
+
 def one() -> int:
     return 1
 
@@ -367,6 +393,9 @@ frame = pd.DataFrame({"a": [1.0, 2.0], "b": ["x", "y"]})
         (Holder(Holder(1)), Holder(Holder(2))),
         (Holder({"a": [np.arange(3)]}), Holder({"a": [np.arange(3) + 1]})),
         (Holder(one), Holder(other)),
+        (nested(Holder(1)), nested(Holder(2))),
+        ([("a", 10**5000)] * 200, [("a", 10**5000 + 1)] * 200),
+        ([("a", "\udcff")] * 200, [("a", "\udcfe")] * 200),
         (Holder(1).one, Holder(1).other),
         (re.compile("a"), re.compile("a", re.I)),
         (deque([1]), deque([2])),

@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.checkpoints.manifest import Manifest
@@ -528,6 +529,7 @@ def test_the_package_for_a_scheme_is_named(
     scheme: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(_registry, scheme, raising=False)  # another test's
     with pytest.raises(ConfigurationError, match=f"pip install {package}, here and on the executo"):
         CheckpointStore(f"{scheme}://bucket/run", keep=1)
 

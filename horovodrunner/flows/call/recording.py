@@ -48,6 +48,7 @@ _LOOKS_RANDOM = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9+_=-]{32,}")
 _HAVE_SHAPES = frozenset({"numpy", "pandas", "polars", "scipy", "tensorflow", "torch"})
 _HAVE_ARRAYS = frozenset({"jax", "jaxlib", "tensorflow", "torch"})
 _COLLECTIONS = (list, tuple, set, frozenset)
+_SIMPLE = frozenset({bool, float, int, str, types.NoneType})
 _SCALARS = (bool, int, float, complex, str, bytes, bytearray, enum.Enum, PurePath)
 _REPRESENTED = frozenset(
     {
@@ -80,6 +81,9 @@ _OURS = frozenset({"horovodrunner", "petastorm", "sparkdl"})
 _PLAIN_BASES = frozenset({"abc", "builtins", "typing"})
 _NOT_CODE = frozenset({"__doc__", "__firstlineno__"})
 """What a class's body stores that is no code; the line only from Python 3.13 on."""
+
+_Seen = dict[int, tuple[int, Any]]
+"""Objects whose content was written, by id, each with its number: they may form a circle."""
 
 _FLAGS = (
     inspect.CO_VARARGS
@@ -173,6 +177,7 @@ class _Writer:
         self._exactly = exactly
         self._seen: dict[int, Any] = {}
         self._path: list[Any] = []
+        self._told: _Seen = {}
         self._beyond: list[tuple[dict[str, str], str]] = []
 
     def finish(self) -> None:
@@ -194,7 +199,7 @@ class _Writer:
             parts = _parts(value, exactly=self._exactly) if may_have_parts else []
             text = "" if parts else _text(value)
             if self._exactly and not parts and not is_inside_itself:
-                text += _content(value)
+                text += _content(value, self._told)
         except Exception:  # noqa: BLE001 - the user's own __getattr__, __len__, ... may do anything
             parts, text = [], f"of type {type(value).__qualname__}"
         self._path.append(value)
@@ -266,7 +271,7 @@ class _Writer:
     def _visit_value(self, name: str, value: Any, code: types.CodeType) -> None:
         """Add a variable that code uses; of a module, what it seems to use: ``config.LR``."""
         if self._exactly and isinstance(value, _REFERRED):  # another one may have the same name
-            self._enter(self.variables, name, _text(value) + _content(value))
+            self._enter(self.variables, name, _text(value) + _content(value, self._told))
         if isinstance(value, types.ModuleType):
             held = vars(value) if _is_the_users(value.__name__) else {}
             for each in sorted(_names_in(code) & held.keys()):
@@ -423,21 +428,21 @@ def _text(value: Any) -> str:  # noqa: PLR0911 - a list of kinds
     return _bounded(_type_text(value))
 
 
-def _content(value: Any) -> str:
+def _content(value: Any, seen: _Seen) -> str:
     """Write a digest of a value whose text does not say all, if it has the same everywhere."""
     if isinstance(value, _REFERRED):
         module = getattr(value, "__module__", None)
         return f" of {module}" if isinstance(module, str) and not _is_the_users(module) else ""
     digest = hashlib.sha256()
     try:
-        if not _add_content(digest, value):
+        if not _add_content(digest, value, seen):
             return ""
     except Exception:  # noqa: BLE001 - anybody's objects may do anything; its text is all there is
         return ""
     return f" ({digest.hexdigest()[:12]})"
 
 
-def _add_content(digest: Any, value: Any) -> bool:  # noqa: PLR0911 - a list of kinds
+def _add_content(digest: Any, value: Any, seen: _Seen) -> bool:  # noqa: PLR0911 - a list of kinds
     """Add to a digest what a value holds; return whether it is known how."""
     library = type(value).__module__.partition(".")[0]
     if isinstance(value, (str, bytes, bytearray)):
@@ -446,38 +451,45 @@ def _add_content(digest: Any, value: Any) -> bool:  # noqa: PLR0911 - a list of 
         digest.update(value.encode(errors="surrogatepass") if isinstance(value, str) else value)
         return True
     if isinstance(value, _COLLECTIONS) and len(value) > _MAX_ITEMS:
-        texts = [_item_text(item) for item in value]
+        texts = [_item_text(item, seen) for item in value]
         digest.update(
             repr(sorted(texts) if isinstance(value, (set, frozenset)) else texts).encode()
         )
         return True
     if isinstance(value, Mapping) and len(value) > 0:
-        items = [f"{_item_text(key)}: {_item_text(item)}" for key, item in value.items()]
+        items = [
+            f"{_item_text(key, seen)}: {_item_text(item, seen)}" for key, item in value.items()
+        ]
         digest.update(repr(sorted(items)).encode())
         return True
     if library in _HAVE_ARRAYS and hasattr(value, "shape") and hasattr(value, "dtype"):
         value, library = _as_array(value), "numpy"
     if library == "numpy" and hasattr(value, "dtype") and hasattr(value, "tobytes"):
         if value.dtype.hasobject:
-            digest.update(repr([_item_text(item) for item in value.ravel().tolist()]).encode())
+            digest.update(
+                repr([_item_text(item, seen) for item in value.ravel().tolist()]).encode()
+            )
         else:
             digest.update(f"{value.dtype.str} {value.shape}".encode())
             digest.update(value.tobytes())
         return True
     is_frame = library == "pandas" and getattr(value, "ndim", 0) in {1, 2}
     if is_frame and hasattr(value, "to_frame" if value.ndim == 1 else "items"):
-        _add_frame(digest, value.to_frame() if value.ndim == 1 else value)
+        _add_frame(digest, value.to_frame() if value.ndim == 1 else value, seen)
         return True
     if library == "scipy" and hasattr(value, "tocoo"):
         parts = value.tocoo()
         for part in (parts.row, parts.col, parts.data):
             digest.update(part.tobytes())
         return True
+    if _parts(value, exactly=True):
+        digest.update(_item_text(value, seen).encode(errors="surrogatepass"))
+        return True
     is_reduced = library in _REDUCED and not isinstance(value, _COLLECTIONS)
-    return is_reduced and not _is_scalar(value) and _add_reduced(digest, value)
+    return is_reduced and not _is_scalar(value) and _add_reduced(digest, value, seen)
 
 
-def _add_reduced(digest: Any, value: Any) -> bool:
+def _add_reduced(digest: Any, value: Any, seen: _Seen) -> bool:
     """Add to a digest what an object pickles to: a class or a function, and what it is given."""
     made_by = copyreg.dispatch_table.get(type(value))
     # protocol 5 would have objects that are buffers
@@ -485,7 +497,7 @@ def _add_reduced(digest: Any, value: Any) -> bool:
     if isinstance(reduced, str):  # the name of something global
         return False
     kind, *given = reduced
-    texts = [_item_text([*each] if isinstance(each, Iterator) else each) for each in given]
+    texts = [_item_text([*each] if isinstance(each, Iterator) else each, seen) for each in given]
     digest.update(repr((_text(kind), texts)).encode())
     return True
 
@@ -498,25 +510,34 @@ def _as_array(value: Any) -> Any:
     return value.numpy() if hasattr(value, "numpy") else sys.modules["numpy"].asarray(value)
 
 
-def _add_frame(digest: Any, frame: Any) -> None:
+def _add_frame(digest: Any, frame: Any, seen: _Seen) -> None:
     """Add a DataFrame's columns and index to a digest."""
     pandas = sys.modules["pandas"]
     columns = [("index", frame.index), *((repr(name), each) for name, each in frame.items())]
     for name, column in columns:
         digest.update(f"{name} {column.dtype} {len(column)}".encode())
         if pandas.api.types.infer_dtype(column).startswith("mixed"):
-            digest.update(repr([_item_text(item) for item in column]).encode())
+            digest.update(repr([_item_text(item, seen) for item in column]).encode())
         else:
             hashes = pandas.util.hash_pandas_object(column, index=False)
             digest.update(sys.modules["numpy"].asarray(hashes).tobytes())
 
 
-def _item_text(item: Any) -> str:
+def _item_text(item: Any, seen: _Seen) -> str:
     """Write an item of a collection so that equal ones have equal texts in every process."""
+    is_row = type(item) in {tuple, list}
+    if all(type(each) in _SIMPLE for each in (item if is_row else [item])):
+        with contextlib.suppress(ValueError):  # too many digits
+            return repr(item)
     parts = _parts(item, exactly=True)
+    if parts and not isinstance(item, (list, tuple, Mapping)):
+        number, before = len(seen), seen.get(id(item))
+        if before is not None:
+            return f"what was number {before[0]}"
+        seen[id(item)] = (number, item)
     if parts:
-        return repr([(label, _item_text(each)) for label, each in parts])
-    return _text(item) + _content(item)
+        return repr([(label, _item_text(each, seen)) for label, each in parts])
+    return _text(item) + _content(item, seen)
 
 
 def _collection_text(value: Any) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -249,12 +250,16 @@ class KeyPlace:
 
         `check` is called just before, and may raise an error.
         """
-        file, size, sha256 = self._keep(_value_file(number, "bin"), pickled)
-        kept = [
-            self._keep(_value_file(number, "bin", rank), each)
-            for rank, each in enumerate(others, start=1)
-        ]
-        value = StoredValue(number, file, size, sha256, _now(), ranks, record, [*map(list, kept)])
+        kept: list[tuple[str, int, str]] = []
+        try:
+            for rank, each in enumerate(itertools.chain([pickled], others)):
+                kept.append(self._keep(_value_file(number, "bin", rank), each))
+        except BaseException:
+            for name, _, _ in kept:
+                self._give_up(name)
+            raise
+        (file, size, sha256), *rest = kept
+        value = StoredValue(number, file, size, sha256, _now(), ranks, record, [*map(list, rest)])
         check()
         self.confirm(number, value)
         return value
@@ -263,9 +268,13 @@ class KeyPlace:
         """Write a file in one go, and return its name, size and SHA-256."""
         beside = f"new-{name}-{secrets.token_hex(4)}"
         written = beside if isinstance(self._files, LocalStorage) else name
-        with as_os_error(self._files.url(name)), self._files.create(written) as stream:
-            sink = _Hashing(stream)
-            pickled.keep(sink)  # type: ignore[arg-type]
+        try:
+            with as_os_error(self._files.url(name)), self._files.create(written) as stream:
+                sink = _Hashing(stream)
+                pickled.keep(sink)  # type: ignore[arg-type]
+        except BaseException:
+            self._give_up(written)
+            raise
         if isinstance(self._files, LocalStorage):
             (self._files.root / beside).replace(self._files.root / name)
         self._files.refresh()
@@ -274,6 +283,11 @@ class KeyPlace:
                 f"{self._files.url(name)} has {self._files.size(name)} of {sink.size} bytes"
             )
         return name, sink.size, sink.sha256
+
+    def _give_up(self, name: str) -> None:
+        """Delete what is of no use without the rest: a full disk needs the space."""
+        with contextlib.suppress(OSError):
+            self._files.remove_file(name)
 
     def confirm(self, number: int, value: StoredValue) -> None:
         """Let a value count as an epoch's."""

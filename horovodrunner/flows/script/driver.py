@@ -6,6 +6,7 @@ import errno
 import hashlib
 import importlib
 import os
+import shlex
 import sys
 import types
 import warnings
@@ -62,14 +63,19 @@ class ScriptCall(Script):
         """Record what a run calls; `exactly` with the modules that lie beside the script."""
         from horovodrunner.flows.call.recording import record_script
 
-        arguments = self.named_arguments
+        arguments: dict[str, Any] = self.named_arguments
+        if exactly:  # `--names a b` is not `--names "a b"`, nor is `--name given` the same as alone
+            arguments = {name: shlex.join(words) or True for name, words in self._named().items()}
         record = record_script(run_id, size, self.name, arguments, self.code, exactly=exactly)
         if not exactly:
             return record
         from horovodrunner.flows.script.packing import digests_of_modules
 
         modules = digests_of_modules(Path(self.root), self.left_out)
-        modules.pop(self.file, None)  # its code counts, its comments do not
+        own = Path(self.root, self.file)
+        modules.pop(
+            _inside(self.root, own, self.name), None
+        )  # its code counts, its comments do not
         if len(modules) > MAX_ENTRIES // 2:
             modules = {"what lies beside it": _digest(repr(sorted(modules.items())))}
         return replace(record, code={**record.code, **modules})
@@ -77,6 +83,9 @@ class ScriptCall(Script):
     @property
     def named_arguments(self) -> dict[str, str]:
         """Its arguments by name, for records: ``--epochs 3`` as ``{"epochs": "3"}``."""
+        return {name: " ".join(words) or "given" for name, words in self._named().items()}
+
+    def _named(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         name, position = "", 0
         for word in self.arguments:
@@ -90,7 +99,7 @@ class ScriptCall(Script):
             else:
                 position += 1
                 found[f"argument {position}"] = [word]
-        return {name: " ".join(values) or "given" for name, values in found.items()}
+        return found
 
     def _early_imports(self) -> tuple[str, ...]:
         """Return the slow modules that the workers may import before they run it."""
@@ -131,7 +140,7 @@ def prepare_script(
         call,
         root,
         words,
-        file=file if module or travels else str(origin),
+        file=str(origin) if origin.is_symlink() and not (module or travels) else file,
         module=module,
         import_from="." if top is None else _inside(root, Path(top), call),
         working_directory=_working_directory(root),
