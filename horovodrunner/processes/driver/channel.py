@@ -23,12 +23,16 @@ from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.wire.events import (
     Accepted,
+    CheckpointStored,
     Event,
     Failed,
     Gather,
     Handlers,
     Leave,
     Placed,
+    Points,
+    Profile,
+    RankStates,
     Refused,
     Register,
     Stop,
@@ -36,7 +40,9 @@ from horovodrunner.wire.events import (
     UploadArtifacts,
     UploadFile,
     UploadResult,
+    Usage,
     dispatcher,
+    ignore,
     refuse,
 )
 from horovodrunner.wire.server import EventServer
@@ -53,6 +59,11 @@ CLOSE_SECONDS = 10.0
 STORING_SECONDS = 10.0
 """How long the word that a file is still on its way holds good."""
 
+
+_FOR_OBSERVERS: Handlers = dict.fromkeys(
+    (CheckpointStored, Points, Profile, RankStates, Usage), ignore
+)
+"""What tasks tell in any case, also when nobody follows the run."""
 
 _logger = logging.getLogger(__name__)
 
@@ -116,6 +127,7 @@ class DriverChannel:
             [
                 console.handlers,
                 *flows,
+                _FOR_OBSERVERS,
                 {
                     Failed: self._take_failure,
                     Placed: self._take_placement,
