@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,16 @@ from horovodrunner.prerequisites import INSTALL_SPARK
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-__all__ = ["Clusters", "Shape"]
+__all__ = ["Clusters", "Shape", "logs_of"]
 
 SERVER_SECONDS = 120.0
 """How long Spark Connect's server may take to start."""
+
+_CONNECT_MODE = "SPARK_CONNECT_MODE_ENABLED"
+"""How PySpark remembers that sessions of this process are Spark Connect's."""
+
+_OF_A_JVM = ("spark.driver.", "spark.jars")
+"""What a JVM takes when it starts, and at no other time."""
 
 _QUICK_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 """JVMs of tests live for seconds: to compile everything well would take half of their time."""
@@ -60,7 +67,7 @@ class Shape:
             raise ArgumentTypeError(
                 f"spark_cluster(confs={checked.shown(confs)}): give a dict of Spark's settings"
             )
-        least = {"gpus_per_executor": 0}
+        least = {"gpus_per_executor": 0, "memory": 512}  # Spark takes no less than 450 MiB
         numbers = {
             name: checked.integer(name, value, at_least=least.get(name, 1))
             for name, value in given.items()
@@ -73,12 +80,18 @@ class Shape:
         """Spark's name for it."""
         return f"local-cluster[{self.executors},{self.cores},{self.memory}]"
 
+    @property
+    def needs_own_jvm(self) -> bool:
+        """Whether it has settings that a JVM takes only when it starts."""
+        return any(name.startswith(_OF_A_JVM) for name, _ in self.confs)
+
     def settings(self, directory: Path) -> dict[str, str]:
         """Return Spark's settings; a script that finds GPUs is written into the directory."""
         settings = {
             "spark.ui.enabled": "false",
             "spark.ui.showConsoleProgress": "false",
             "spark.log.level": "ERROR",
+            "spark.executor.memory": f"{self.memory}m",
             # logs of executors lie below this name, and other processes have theirs there, too
             "spark.deploy.appIdPattern": f"app-%s-%04d-{os.getpid()}",
         }
@@ -101,42 +114,68 @@ class Clusters:
     def __init__(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="clusters-of-tests-"))
         self._kind: tuple[Shape, bool] | None = None
+        """The shape, and whether it is Spark Connect's."""
         self._session: Any = None
         self._server: subprocess.Popen[bytes] | None = None
 
     def session(self, shape: Shape) -> SparkSession:
         """Return a session on such a cluster; one on another cluster is stopped."""
+        self._refuse_foreign_session()
         if self._kind != (shape, False) or self._has_ended():
-            self.stop()
-            self._refuse_foreign_session()
+            self.stop(for_shape=shape)
             self._session = self._build(shape)
             self._kind = shape, False
         return self._session
 
     def connect(self, shape: Shape) -> SparkSession:
         """Return a Spark Connect session on such a cluster."""
-        if self._kind != (shape, True):
+        self._refuse_foreign_session()
+        if self._kind != (shape, True) or self._has_ended():
             self.stop()
-            self._refuse_foreign_session()
-            address = self._start_server(shape)
-            from pyspark.sql import SparkSession
-
-            self._session = SparkSession.builder.remote(address).create()
             self._kind = shape, True
+            address = self._start_server(shape)
+            with warnings.catch_warnings():
+                # what PySpark thinks of the installed pandas is nothing that a test did
+                warnings.simplefilter("ignore", FutureWarning)
+                from pyspark.sql import SparkSession
+
+                self._session = SparkSession.builder.remote(address).create()
         return self._session
 
-    def stop(self) -> None:
-        """Stop the session, and what was started for it."""
+    def stop(self, for_shape: Shape | None = None) -> None:
+        """Stop the session, and what was started for it.
+
+        The JVM stays for the next shape, if its settings can be taken from it.
+        """
         session, self._session, kind, self._kind = self._session, None, self._kind, None
-        if session is not None:
-            logs = None
-            if kind is not None and not kind[1]:
-                with contextlib.suppress(Exception):  # it may have ended
-                    logs = _logs_of(session)
-            with contextlib.suppress(Exception):
+        if kind is None:
+            return
+        shape, is_connect = kind
+        # stopping what has ended would make PySpark forget the session that came after it
+        if is_connect or session.sparkContext is _active_context():
+            with contextlib.suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 session.stop()
-            if logs is not None:
-                shutil.rmtree(logs, ignore_errors=True)
+        if is_connect:
+            os.environ.pop(_CONNECT_MODE, None)  # PySpark would make no other session
+            self._stop_server()
+        else:
+            is_same = for_shape == shape
+            may_stay = for_shape is not None and not (
+                shape.needs_own_jvm or for_shape.needs_own_jvm
+            )
+            if not (is_same or may_stay) or not _take_from_jvm(shape.settings(self._directory)):
+                _end_jvm()
+        for logs in _work_directory().glob(f"app-*-{os.getpid()}"):
+            shutil.rmtree(logs, ignore_errors=True)
+
+    def close(self) -> None:
+        """Stop everything, for good."""
+        if _active_context() in (None, self._own_context()):
+            self.stop()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _stop_server(self) -> None:
         if self._server is not None:
             self._server.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -145,21 +184,26 @@ class Clusters:
             self._server.wait()
             self._server = None
 
-    def close(self) -> None:
-        """Stop everything, for good."""
-        self.stop()
-        shutil.rmtree(self._directory, ignore_errors=True)
-
     def _has_ended(self) -> bool:
+        if self._kind is not None and self._kind[1]:
+            return bool(self._session is None or self._session.is_stopped or self._is_server_gone())
         try:
-            return bool(self._session.sparkContext._jsc is None)
-        except Exception:  # noqa: BLE001 - a session that a test has stopped fails in many ways
+            context = self._session.sparkContext
+            return context._jsc is None or bool(context._jsc.sc().isStopped())
+        except Exception:  # noqa: BLE001 - its JVM is gone
             return True
 
+    def _is_server_gone(self) -> bool:
+        return self._server is None or self._server.poll() is not None
+
+    def _own_context(self) -> Any:
+        if self._session is None or self._kind is None or self._kind[1]:
+            return None
+        return self._session.sparkContext
+
     def _refuse_foreign_session(self) -> None:
-        pyspark = sys.modules.get("pyspark")
-        context = getattr(getattr(pyspark, "SparkContext", None), "_active_spark_context", None)
-        if context is not None:
+        context = _active_context()
+        if context is not None and context is not self._own_context():
             raise ConfigurationError(
                 f"there is a SparkSession already, on {context.master}, and a process has one at a "
                 "time: stop it before the fixture spark_cluster is used, or use the fixture for "
@@ -212,21 +256,62 @@ class Clusters:
 
 
 @contextlib.contextmanager
-def _environment() -> Any:
+def _environment() -> Iterator[None]:
     """Let executors use this Python, and JVMs start quickly, unless the user chose otherwise."""
-    before = dict(os.environ)
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    os.environ.setdefault("JDK_JAVA_OPTIONS", _QUICK_JVM)
+    ours = {"PYSPARK_PYTHON": sys.executable, "JDK_JAVA_OPTIONS": _QUICK_JVM}
+    added = {name: value for name, value in ours.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for name in ("JDK_JAVA_OPTIONS",):
-            if name not in before:
-                os.environ.pop(name, None)
+        for name in added:
+            os.environ.pop(name, None)
 
 
-def _logs_of(session: Any) -> Path:
+def logs_of(session: Any) -> Path:
     """Return where the executors of local-cluster write their logs."""
-    import pyspark
+    return _work_directory() / str(session.sparkContext.applicationId)
 
-    return Path(pyspark.__file__).parent / "work" / str(session.sparkContext.applicationId)
+
+def _work_directory() -> Path:
+    from pyspark.find_spark_home import _find_spark_home
+
+    return Path(_find_spark_home()) / "work"
+
+
+def _active_context() -> Any:
+    pyspark = sys.modules.get("pyspark")
+    return getattr(getattr(pyspark, "SparkContext", None), "_active_spark_context", None)
+
+
+def _take_from_jvm(settings: Mapping[str, str]) -> bool:
+    """Take settings out of the JVM, which has those of its start for all sessions, if it lives."""
+    from pyspark import SparkContext
+
+    try:
+        for name in settings:
+            SparkContext._jvm.java.lang.System.clearProperty(name)
+    except Exception:  # noqa: BLE001 - py4j has an exception for each way in which a JVM ends
+        return False
+    return True
+
+
+def _end_jvm() -> None:
+    """End the JVM that PySpark has started for this process, and let it start another."""
+    from pyspark import SparkContext
+    from pyspark.sql import SparkSession
+
+    gateway: Any = SparkContext._gateway
+    process = getattr(gateway, "proc", None)
+    if process is None:
+        return  # there is none, or another process's
+    gateway.shutdown()
+    process.stdin.close()  # that is how it knows that it is not needed
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    SparkContext._gateway = SparkContext._jvm = SparkContext._active_spark_context = None
+    sessions: Any = SparkSession
+    sessions._instantiatedSession = sessions._activeSession = None

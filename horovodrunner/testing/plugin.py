@@ -88,9 +88,15 @@ def _shape(request: pytest.FixtureRequest) -> Shape:
     given: dict[str, Any] = {}
     for name in _INI:
         if text := request.config.getini(_PREFIX + name):
+            if not text.strip().isdecimal():
+                raise pytest.UsageError(f"{_PREFIX}{name} = {text}: give a whole number")
             given[name] = int(text)
-    lines = request.config.getini(_PREFIX + "confs")
-    confs = dict(line.split("=", 1) for line in lines)
+    confs = {}
+    for line in request.config.getini(_PREFIX + "confs"):
+        name, equals, value = line.partition("=")
+        if not equals:
+            raise pytest.UsageError(f"{_PREFIX}confs has the line {line!r}: write name=value")
+        confs[name.strip()] = value.strip()
     marker = request.node.get_closest_marker("spark_cluster")
     if marker is not None:
         if marker.args:
@@ -98,8 +104,10 @@ def _shape(request: pytest.FixtureRequest) -> Shape:
                 f"spark_cluster{marker.args}: give names, spark_cluster(executors=2, cores=1)"
             )
         given |= marker.kwargs
-        confs |= marker.kwargs.get("confs", {})
-    return Shape.of(**{**given, "confs": confs})
+    of_marker = given.pop("confs", {})
+    if isinstance(of_marker, dict):
+        of_marker = {**confs, **of_marker}
+    return Shape.of(**given, confs=of_marker)
 
 
 @pytest.fixture

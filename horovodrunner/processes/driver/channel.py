@@ -157,8 +157,8 @@ class DriverChannel:
     def cut_all(cls) -> None:
         """Close the ports and connections of this process's runs, as a broken network would."""
         for channel in list(cls._open):
-            closing = asyncio.run_coroutine_threadsafe(channel._server.close(), channel._loop)
-            closing.result(CLOSE_SECONDS)
+            cutting = asyncio.run_coroutine_threadsafe(channel._server.cut(), channel._loop)
+            cutting.result(CLOSE_SECONDS)
             for transfer in list(channel._transfers):
                 transfer.close()
 
