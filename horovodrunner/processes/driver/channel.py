@@ -29,6 +29,7 @@ from horovodrunner.wire.events import (
     Handlers,
     Leave,
     Placed,
+    RankStates,
     Refused,
     Register,
     Stop,
@@ -37,6 +38,7 @@ from horovodrunner.wire.events import (
     UploadFile,
     UploadResult,
     dispatcher,
+    ignore,
     refuse,
 )
 from horovodrunner.wire.server import EventServer
@@ -121,6 +123,7 @@ class DriverChannel:
                     Placed: self._take_placement,
                     Storing: self._take_storing,
                     Leave: self._take_leave,
+                    RankStates: ignore,  # with progress=False nobody shows them
                 },
             ],
             otherwise=refuse,
