@@ -79,7 +79,7 @@ ONE_JVM = """
         told = capsys.readouterr().out
         assert "the connection to rank 0's task at" in told
         assert "is lost; if the run goes on, its output stays in the executor's log" in told
-        assert "step 3" not in told
+        assert "[0]<stdout>:step 3" not in told
 
     def test_the_cluster_may_be_stopped(spark_cluster):
         test_the_cluster_may_be_stopped.jvm = jvm(spark_cluster)
