@@ -136,6 +136,8 @@ def save(step: int) -> Iterator[Path]:
     """
     step = checked.integer("step", step, at_least=0)
     context = current_context()
+    if context is not None and context.on_step is not None:
+        context.on_step(step)
     if context is None or not context.spec.keeps_checkpoints:
         _note_once(context)
     scratch = context.spec.scratch if context is not None else None
@@ -185,6 +187,8 @@ def save_torch(step: int, **objects: _HasState) -> None:
     states = {name: item.state_dict() for name, item in objects.items()}
     context = current_context()
     if context is not None and context.spec.rank != 0:
+        if context.on_step is not None:
+            context.on_step(step)
         return
     with save(step) as directory:
         for name, state in states.items():

@@ -103,6 +103,8 @@ def report(step: int | None = None, *, ranks: str = "summary", **values: Any) ->
     context = current_context()
     if context is None:
         return
+    if context.on_step is not None:
+        context.on_step(step)
     is_kept = ranks == "all" or context.spec.rank == 0
     record = encode_point(step, _Clocks.now(), values, is_kept=is_kept)
     if len(record) > MAX_RECORD_BYTES:

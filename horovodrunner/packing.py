@@ -85,7 +85,13 @@ def pack(
     environment = _environment_in_use()
     _refuse_what_cannot_move(environment)
     target = _checked_output(output, environment)
-    base = _Base.find(environment, python_prefix)
+    try:
+        base = _Base.find(environment, python_prefix)
+    except OSError as error:
+        raise ConfigurationError(
+            f"a copy of {sys.base_prefix} cannot be tried in {tempfile.gettempdir()}: "
+            f"{in_one_line(error)}. Set TMPDIR to a directory with room, in which programs may run"
+        ) from error
     directory = target if output is None else target.parent
     with _work_directory(directory) as work:
         staged = work / "staged.tar"
@@ -134,8 +140,16 @@ def _environment_in_use() -> _Environment:
         )
     places = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     found = importlib.metadata.distributions(path=sorted(places))
-    by_name = {_normalized(each.metadata["Name"] or ""): each for each in found}
+    by_name = {_name_of(each): each for each in found}
+    by_name.pop("", None)
     return _Environment(sys.prefix, is_conda, by_name)
+
+
+def _name_of(distribution: importlib.metadata.Distribution) -> str:
+    """Return a distribution's name; empty where it does not tell, as when pip was cut off."""
+    with contextlib.suppress(UnicodeDecodeError):
+        return _normalized(distribution.metadata["Name"] or "")
+    return ""
 
 
 def _normalized(name: str) -> str:
@@ -168,7 +182,7 @@ def _refuse_what_cannot_move(environment: _Environment) -> None:
 def _editable(environment: _Environment) -> Iterator[str]:
     """Yield what is installed as a reference to somewhere else, in any of the ways there are."""
     for name, each in environment.distributions.items():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, AttributeError):  # not as it should be
             told = json.loads(each.read_text("direct_url.json") or "{}")
             if told.get("dir_info", {}).get("editable"):
                 url = str(told.get("url", ""))
@@ -414,7 +428,8 @@ def _write(
                 if (code := _of_any_time(entry, entries)) is not None:
                     _add(archive, entry, io.BytesIO(code), len(code))
                 continue  # what Python compiles as it goes does not make another environment
-            digest.update(f"\0{name}\0{entry.link}\0{entry.is_executable}\0".encode())
+            told = f"\0{name}\0{entry.link}\0{entry.is_executable}\0"
+            digest.update(told.encode(errors="surrogateescape"))  # names are any bytes
             with entry.open() as content:
                 watched = _Watched(content, digest)
                 _add(archive, entry, watched, entry.size)
@@ -426,8 +441,8 @@ def _write(
             digest=digest.hexdigest(),
             packages=environment.versions,
         )
-        told = packed.to_bytes()
-        _add(archive, _Entry(FILE), io.BytesIO(told), len(told))
+        about = packed.to_bytes()
+        _add(archive, _Entry(FILE), io.BytesIO(about), len(about))
     return packed, files
 
 
@@ -499,9 +514,10 @@ def _moved(name: str, site_packages: str) -> str:
 def _inner_link(name: str, link: str, prefix: str) -> str | None:
     """Return a link as it is right wherever the environment is; None if it leads out of it."""
     if link.startswith("/"):
-        if not link.startswith(f"{prefix}/"):
+        if link != prefix and not link.startswith(f"{prefix}/"):
             return None
-        return posixpath.relpath(link.removeprefix(f"{prefix}/"), posixpath.dirname(name) or ".")
+        inner = link.removeprefix(prefix).strip("/") or "."
+        return posixpath.relpath(inner, posixpath.dirname(name) or ".")
     inner = posixpath.normpath(posixpath.join(posixpath.dirname(name), link))
     return None if inner.startswith("..") else link
 

@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,8 +221,6 @@ class HorovodRunner:
         )
         if environment:
             changed["environment"] = without_secrets(variables.environment)
-        if on_report is not None:
-            changed["on_report"] = StaysHere(on_report)
         number = checked.integer("np", np)
         verbosity = checked.choice(
             "driver_log_verbosity", driver_log_verbosity, ("all", "log_callback_only")
@@ -339,9 +338,15 @@ class HorovodRunner:
         return self._last.record
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what travels when main refers to its runner: not what a run leaves here."""
+        """Return what travels when main refers to its runner: nothing of what is the driver's."""
+        given = {name: it for name, it in self._options.given.items() if name != "on_report"}
         results = RankResults(why_none="they stay in the process that ran the run")
-        return {**self.__dict__, "_going": [], "_last": LastRun(results)}
+        return {
+            **self.__dict__,
+            "_options": replace(self._options, given=given),
+            "_going": [],
+            "_last": LastRun(results),
+        }
 
     def __repr__(self) -> str:
         """Return the call that makes this runner, without what a URL has before its ``@``."""

@@ -8,7 +8,6 @@ import importlib.util
 import multiprocessing  # noqa: TID251 -- to see whether there are children
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -16,12 +15,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
 from tests import processes
+
+if TYPE_CHECKING:
+    from horovodrunner.testing.clusters import Clusters
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ROOT / "build" / "spark.jsa"
@@ -210,34 +212,16 @@ def executors_use_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def spark() -> Iterator[Any]:
-    """A session on two executor JVMs with one core each."""
-    os.environ["PYSPARK_PYTHON"] = sys.executable
-    from pyspark.sql import SparkSession
+def spark(_spark_clusters: Clusters) -> Any:
+    """The plugin's spark_cluster, for fixtures of modules, too."""
+    from horovodrunner.testing.clusters import Shape
 
-    session = (
-        SparkSession.builder.master("local-cluster[2,1,1024]")
-        .appName("horovodrunner tests")
-        .config("spark.ui.enabled", "false")
-        .config("spark.ui.showConsoleProgress", "false")
-        .config("spark.log.level", "ERROR")
-        # Executors' logs lie below this name: not below that of another test process's session.
-        .config("spark.deploy.appIdPattern", f"app-%s-%04d-{os.getpid()}")
-        .getOrCreate()
-    )
-    yield session
-    logs = _work_directory(session)
-    session.stop()
-    shutil.rmtree(logs, ignore_errors=True)
+    return _spark_clusters.session(Shape())
 
 
 @pytest.fixture
 def executor_logs(spark: Any) -> Path:
     """The directory in which the executors of local-cluster write their logs."""
-    return _work_directory(spark)
+    from horovodrunner.testing.clusters import logs_of
 
-
-def _work_directory(session: Any) -> Path:
-    import pyspark
-
-    return Path(pyspark.__file__).parent / "work" / str(session.sparkContext.applicationId)
+    return logs_of(spark)

@@ -32,6 +32,9 @@ IMPORT_PATH = "HOROVODRUNNER_IMPORT_PATH"
 MLFLOW = "HOROVODRUNNER_MLFLOW"
 """Set in ranks whose driver reports the run to MLflow."""
 
+FAULTS = "HOROVODRUNNER_FAULTS"
+"""Faults that a test wants to happen in ranks (horovodrunner.testing)."""
+
 MAIN_NAMES = "HOROVODRUNNER_MAIN_NAMES"
 """Where a process that main starts finds the names that ``__main__`` holds in the worker."""
 

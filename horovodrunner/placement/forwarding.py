@@ -37,6 +37,7 @@ FRAMEWORK_PREFIXES = (
 _TRAVELLING = frozenset(
     {
         "CUBLAS_WORKSPACE_CONFIG",  # torch.use_deterministic_algorithms, which travels, needs it
+        names.FAULTS,
         names.KERAS_SWITCH,
         names.LOG,
         "PYTHONASYNCIODEBUG",

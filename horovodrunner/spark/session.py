@@ -6,15 +6,17 @@ import contextlib
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from horovodrunner.errors import ConfigurationError
+from horovodrunner.errors import BarrierStageError, ConfigurationError, HorovodRunnerError
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 __all__ = [
     "chosen_threads",
+    "end_is_told",
     "find_session",
     "has_session",
     "is_connect",
@@ -102,6 +104,33 @@ def chosen_threads(spark: SparkSession) -> dict[str, str]:
 def is_connect(spark: SparkSession) -> bool:
     """Return whether a session is Spark Connect's, which has no SparkContext."""
     return type(spark).__module__.startswith("pyspark.sql.connect")
+
+
+@contextlib.contextmanager
+def end_is_told(spark: SparkSession) -> Iterator[None]:
+    """Say so where the session ends meanwhile: what Spark raises then tells nobody anything."""
+    try:
+        yield
+    except HorovodRunnerError:
+        raise
+    except Exception as error:
+        if not _has_ended(spark):
+            raise
+        raise BarrierStageError(
+            "the Spark session was stopped while the run waited for its slots: start the run again "
+            "in a new session",
+            was_cancelled=True,
+        ) from error
+
+
+def _has_ended(spark: SparkSession) -> bool:
+    if is_connect(spark):
+        return bool(spark.is_stopped)
+    context = spark.sparkContext._jsc
+    try:
+        return context is None or bool(context.sc().isStopped())
+    except Exception:  # noqa: BLE001 - the JVM is gone, too
+        return True
 
 
 def shares_terminal(spark: SparkSession) -> bool:

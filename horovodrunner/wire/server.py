@@ -47,7 +47,7 @@ class EventServer:
         self._most_unproved = MAX_UNPROVED_CONNECTIONS + peers
         self._reported: set[str] = set()
         self._unproved: dict[asyncio.StreamWriter, None] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int | socket.socket = 0) -> int:
@@ -64,6 +64,18 @@ class EventServer:
 
     async def close(self) -> None:
         """Stop listening and close every connection."""
+        await self._stop_listening()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def cut(self) -> None:
+        """Let every connection break, as those of a broken network do, and no other be made."""
+        await self._stop_listening()
+        for writer in list(self._tasks.values()):
+            writer.transport.abort()
+
+    async def _stop_listening(self) -> None:
         if self._server is not None:
             # What asyncio accepted reaches _accept a few turns of the loop later, and is lost with
             # its socket open when the server is closed before.
@@ -72,14 +84,12 @@ class EventServer:
             for _ in range(_ACCEPTING_TURNS):
                 await asyncio.sleep(0)
             self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._server = None
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - asyncio runs this function as a task
-        self._tasks.add(task)
+        self._tasks[task] = writer
         connection = Connection(reader, writer)
         peer = connection.peer
         try:
@@ -93,7 +103,7 @@ class EventServer:
         except asyncio.CancelledError:
             writer.transport.abort()
         finally:
-            self._tasks.discard(task)
+            self._tasks.pop(task, None)
 
     async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         """Let the peer prove the token; return why it is refused."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -200,6 +201,27 @@ def test_links_within_the_environment_go_with_it(environment: Path) -> None:
     assert (there / PACKAGES / "absolute.py").readlink() == Path("module.py")
 
 
+def test_odd_things_in_an_environment_are_no_obstacle(environment: Path) -> None:
+    packages = environment / PACKAGES
+    Path(os.fsdecode(os.fsencode(packages) + b"/\xff.txt")).write_text("not in UTF-8\n")
+    (packages / "a line\nand # another").touch()
+    (packages / "broken").symlink_to("nowhere")
+    (packages / "itself").symlink_to(environment)
+    os.mkfifo(packages / "pipe")
+    (distribution(environment, "cut-off") / "METADATA").write_bytes(b"\xff")
+    (distribution(environment, "empty") / "METADATA").unlink()
+    (distribution(environment, "other") / "direct_url.json").write_text("[1]")
+    there = unpacked(packed(environment, "--python-prefix", str(BASE)))
+    assert os.fsencode(there / PACKAGES) + b"/\xff.txt" in map(
+        os.fsencode, (there / PACKAGES).iterdir()
+    )
+    assert (there / PACKAGES / "itself").resolve() == there
+    told = PackedEnvironment.of_this_process(str(there))
+    assert told is not None
+    assert {"other", "torch"} < told.packages.keys()
+    assert told.packages.keys().isdisjoint({"", "cut-off", "empty"})
+
+
 def editable(environment: Path) -> None:
     info = distribution(environment, "My.Package")
     told = {"url": "file:///home/me/code", "dir_info": {"editable": True}}
@@ -295,6 +317,19 @@ def test_an_archive_that_was_there_stays_if_the_new_one_is_refused(environment: 
     linked(environment)
     assert pack(environment, "-o", archive, "--python-prefix", "/usr").returncode == 1
     assert archive.read_text() == "the old one"
+
+
+@pytest.mark.parametrize("options", [[], ["--python-prefix", str(BASE)]])
+def test_without_room_nothing_is_left(environment: Path, options: list[str]) -> None:
+    (environment / PACKAGES / "large.bin").write_bytes(bytes(2_000_000))
+    out = environment.parent / "out"
+    out.mkdir()
+    command, variables = pack_command(environment, *options)
+    limited = ["bash", "-c", 'ulimit -f 1000; exec "$@"', "-", *command]
+    done = processes.run(limited, cwd=out, env=variables, capture_output=True)
+    assert done.returncode == 1
+    assert re.fullmatch("error: .* File too large.*\n", done.stderr), done.stderr
+    assert [*out.iterdir()] == []
 
 
 def test_without_venv_pack_the_command_that_installs_it_is_shown(environment: Path) -> None:

@@ -166,6 +166,7 @@ def test_main_may_refer_to_a_runner_that_has_run(tmp_path: Path) -> None:
         stays = "<no results: they stay in the process that ran the run>", None, False
         assert list(runner.results) == [stays, stays]
     assert len(points) == 2
+    assert "the function test_main_may" in Path(runner.record or "", "run.json").read_text()
     copy.deepcopy(runner).run(main)
     assert len(points) == 3
 

@@ -17,13 +17,13 @@ from tests.spark.standalone import standalone
 pytestmark = [pytest.mark.spark, pytest.mark.timeout(500)]
 
 HEAD = """
-    import os, sys, warnings
+    import os, sys, threading, time, warnings
     from contextlib import contextmanager
 
     from pyspark.sql import SparkSession
 
     from horovodrunner import HorovodRunner, HorovodRunnerError
-    from horovodrunner.processes.driver import slots
+    from horovodrunner.processes.driver import queue, slots
 
     warnings.simplefilter("ignore", DeprecationWarning)
 
@@ -88,6 +88,21 @@ def sections(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             attempt(2, resources={{"cpus": 2}})
             print(spark.range(5).count(), "rows")
 
+        print("SECTION an end")
+        with session("local[1]"):
+            runs = [
+                threading.Thread(target=attempt, args=(1, main), kwargs={{"name": name}})
+                for name, main in (("first", lambda: time.sleep(60)), ("second", train))
+            ]
+            for run in runs:
+                run.start()
+                while not (line := sum(queue._queues.values(), [])) or not line[0].has_started:
+                    time.sleep(0.02)
+            while len(sum(queue._queues.values(), [])) < 2:
+                time.sleep(0.02)
+        for run in runs:
+            run.join()
+
         print("SECTION another python")
         os.environ["PYSPARK_PYTHON"] = "{bare / "bin/python"}"
         with session("local[2]"):
@@ -134,6 +149,12 @@ def test_local_threads_behave_like_a_cluster(sections: dict[str, str]) -> None:
     assert shown.endswith("\n5 rows\n")
     assert shown.count("so is all output of the ranks, on standard error") == 5
     assert "only log_to_driver messages" not in shown
+
+
+def test_runs_end_with_their_session_also_in_the_line(sections: dict[str, str]) -> None:
+    shown = sections["an end"]
+    assert "the run's Spark job was cancelled: " in shown
+    assert "the Spark session was stopped while the run waited for its slots: start" in shown
 
 
 def test_dynamic_allocation_is_refused_before_launch(sections: dict[str, str]) -> None:

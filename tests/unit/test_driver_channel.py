@@ -18,7 +18,7 @@ from horovodrunner.processes.task.driver_link import (
     StartRefusedError,
     register_with_driver,
 )
-from horovodrunner.wire.events import Failed, Lines, Message, Note
+from horovodrunner.wire.events import CheckpointStored, Failed, Lines, Message, Note, RankStates
 
 TOKEN = b"t" * 32
 
@@ -76,6 +76,24 @@ def test_without_streaming_only_messages_travel(
         driver = await register(job(port, stream=False))
         assert driver.is_reached
         driver.emit(Lines(0, "stdout", b"x\n"))
+        driver.emit(Message(0, "hello"))
+        await driver.close()
+
+    asyncio.run(talk())
+    channel.wait_for_leaving(5)
+    console.show(0)
+    assert capsys.readouterr().out == "hello\n"
+
+
+def test_what_only_observers_want_may_be_told_to_a_run_without_any(
+    channel: DriverChannel, console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = channel.open("127.0.0.1", 0)
+
+    async def talk() -> None:
+        driver = await register(job(port))
+        driver.emit(RankStates(("training",)))
+        driver.emit(CheckpointStored(3))
         driver.emit(Message(0, "hello"))
         await driver.close()
 

@@ -294,8 +294,11 @@ def test_a_driver_that_does_not_answer_is_told(smi: Path, monkeypatch: pytest.Mo
     ("act", "problem"),
     [
         (lambda: ("gloo", [1.0, 2.0]), ""),
-        (lambda: os.kill(os.getpid(), signal.SIGTERM), "ended with SIGTERM"),
-        (lambda: os._exit(7), "ended with exit code 7"),
+        (
+            lambda: os.kill(os.getpid(), signal.SIGTERM),
+            "ended with SIGTERM; its standard error may say why",
+        ),
+        (lambda: os._exit(7), "with exit code 7; its standard error may say why"),
         (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
         (lambda: sys.exit("no"), "SystemExit: no"),
     ],

@@ -76,7 +76,7 @@ def _silent_end(code: int) -> str:
     if code == -signal.SIGKILL:  # ours
         return f"its backend did not answer within {SECONDS:g} s"
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return f"the process that tried its backend ended with {how}"
+    return f"the process that tried its backend ended with {how}; its standard error may say why"
 
 
 def _leave_with(writing: int, spec: Job) -> None:

@@ -7,8 +7,10 @@ import contextlib
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import ClassVar
 
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.artifacts.driver import BroughtFiles, file_handler
@@ -21,12 +23,16 @@ from horovodrunner.flows.outcome.outcome import Outcome
 from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.wire.events import (
     Accepted,
+    CheckpointStored,
     Event,
     Failed,
     Gather,
     Handlers,
     Leave,
     Placed,
+    Points,
+    Profile,
+    RankStates,
     Refused,
     Register,
     Stop,
@@ -34,7 +40,9 @@ from horovodrunner.wire.events import (
     UploadArtifacts,
     UploadFile,
     UploadResult,
+    Usage,
     dispatcher,
+    ignore,
     refuse,
 )
 from horovodrunner.wire.server import EventServer
@@ -52,11 +60,18 @@ STORING_SECONDS = 10.0
 """How long the word that a file is still on its way holds good."""
 
 
+_FOR_OBSERVERS: Handlers = dict.fromkeys(
+    (CheckpointStored, Points, Profile, RankStates, Usage), ignore
+)
+"""What tasks tell in any case, also when nobody follows the run."""
+
 _logger = logging.getLogger(__name__)
 
 
 class DriverChannel:
     """Listens for partition 0 of one run, in a thread of its own."""
+
+    _open: ClassVar[weakref.WeakSet[DriverChannel]] = weakref.WeakSet()
 
     def __init__(
         self,
@@ -112,6 +127,7 @@ class DriverChannel:
             [
                 console.handlers,
                 *flows,
+                _FOR_OBSERVERS,
                 {
                     Failed: self._take_failure,
                     Placed: self._take_placement,
@@ -125,6 +141,7 @@ class DriverChannel:
     def open(self, host: str, port: int) -> int:
         """Start to listen."""
         self._thread.start()
+        self._open.add(self)
         opening = asyncio.run_coroutine_threadsafe(self._server.start(host, port), self._loop)
         try:
             return opening.result()
@@ -135,6 +152,15 @@ class DriverChannel:
                 f"{error}; choose another one with spark.horovodrunner.driver.port (0 picks a "
                 "free one)"
             ) from error
+
+    @classmethod
+    def cut_all(cls) -> None:
+        """Close the ports and connections of this process's runs, as a broken network would."""
+        for channel in list(cls._open):
+            cutting = asyncio.run_coroutine_threadsafe(channel._server.cut(), channel._loop)
+            cutting.result(CLOSE_SECONDS)
+            for transfer in list(channel._transfers):
+                transfer.close()
 
     def stop_run(self) -> None:
         """Ask partition 0 to end the run."""
@@ -151,6 +177,7 @@ class DriverChannel:
 
     def close(self) -> None:
         """Close the port and every connection."""
+        self._open.discard(self)
         if not self._thread.is_alive():  # never opened, or closed already
             self._loop.close()
             return

@@ -30,6 +30,7 @@ from horovodrunner.processes.driver.stage_end import StageEnd, data_problem, sta
 from horovodrunner.processes.task.barrier import ROW_SCHEMA, barrier_task
 from horovodrunner.spark.arrow import map_in_arrow
 from horovodrunner.spark.jobs import spark_job, start_thread
+from horovodrunner.spark.session import end_is_told
 from horovodrunner.wire.events import Handlers
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ class BarrierRun:
             until_look = first_look - time.monotonic()
             self._console.show(until_look if until_look > 0 else LOOK_SECONDS)
             if time.monotonic() >= first_look and not (self._ended or channel.registered):
-                self._look_whether_it_starts(has_heard=channel.has_heard)
+                with end_is_told(self._spark):
+                    self._look_whether_it_starts(has_heard=channel.has_heard)
         self._on_start()
         end_by: float | None = None
         while not self._ended:

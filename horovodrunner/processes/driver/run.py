@@ -330,15 +330,18 @@ class Run:
             )
         with interrupt.only_this_run():
             turn.join(spark.conf.get("spark.app.id", None) or "")
-            size = slots.require_slots(spark, options.np, request, options.start_timeout, console)
-            turn.wait(
-                request.tasks(size),
-                request,
-                lambda: slots.total_slots(spark, request),
-                waiting_since=waiting_since,
-                start_timeout=options.start_timeout,
-                console=console,
-            )
+            with session.end_is_told(spark):
+                size = slots.require_slots(
+                    spark, options.np, request, options.start_timeout, console
+                )
+                turn.wait(
+                    request.tasks(size),
+                    request,
+                    lambda: slots.total_slots(spark, request),
+                    waiting_since=waiting_since,
+                    start_timeout=options.start_timeout,
+                    console=console,
+                )
             if rest := request.describe_rest(size):
                 console.note(rest)
             job = replace(

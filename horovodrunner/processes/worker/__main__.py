@@ -50,7 +50,7 @@ from horovodrunner.formatting import cut, in_one_line
 from horovodrunner.memory_limit import memory_hint
 from horovodrunner.pickling import payload
 from horovodrunner.pickling.buffers import Layout, loads
-from horovodrunner.placement.environment import IMPORT_PATH
+from horovodrunner.placement.environment import FAULTS, IMPORT_PATH
 from horovodrunner.processes.worker import horovod_keras, notices
 from horovodrunner.processes.worker.context import TaskLink, WorkerContext, set_context
 from horovodrunner.processes.worker.control import ControlPipe, leave_without_pipes
@@ -93,7 +93,7 @@ def main() -> int:
     imported_at = time.time()
     _logger.debug("has imported %s; waits for its job", arguments.early_imports)
     spec, call = control.wait_for_job()
-    set_context(WorkerContext(spec, link, control, metrics))
+    set_context(WorkerContext(spec, link, control, metrics, _faults(spec)))
     _logger.debug("is rank %d; main and its arguments have %d bytes", spec.rank, len(call))
     if spec.preflight:
         from horovodrunner.flows.preflight.worker import measure
@@ -114,6 +114,15 @@ def main() -> int:
             leave_without_pipes()
         raise
     return exit_code
+
+
+def _faults(spec: Job) -> Callable[[int], None] | None:
+    """Return what lets faults of a test happen, if there are any."""
+    if (text := os.environ.get(FAULTS)) is None:
+        return None
+    from horovodrunner.testing.injection import StepFaults
+
+    return StepFaults(spec, text)
 
 
 def run(spec: Job, call: bytes, control: ControlPipe, result_fd: int | None) -> tuple[Outcome, int]:

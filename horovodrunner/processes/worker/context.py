@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,6 +84,8 @@ class WorkerContext:
     link: TaskLink
     control: _AnswersQuestions
     metrics: MetricsPipe
+    on_step: Callable[[int], None] | None = None
+    """Called with each step that main gets to, where a test wants faults to happen."""
 
 
 _context: WorkerContext | None = None
