@@ -1,0 +1,220 @@
+"""What the plugin does to suites that use it, and to those that do not."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from tests import processes
+from tests.plugin.conftest import Suite, outcomes
+
+TRAIN = """
+import os, sys
+import numpy as np
+import pytest
+from horovodrunner import WorkerFailedError, checkpoint, log_to_driver, metrics
+from horovodrunner.testing import *
+
+def train(steps=5, scale=1.0):
+    latest = checkpoint.latest()
+    start = 0 if latest is None else latest.step + 1
+    weights = np.zeros(4) if latest is None else np.load(latest / "weights.npy")
+    for step in range(start, steps):
+        metrics.report(step=step, loss=1.0 / (step + 1))
+        weights = weights * 0.5 + step * scale
+        with checkpoint.save(step=step) as directory:
+            np.save(directory / "weights.npy", weights)
+    print(f"rank {os.environ['RANK']} from {start}")
+    return weights
+"""
+
+
+def test_a_suite_that_does_not_use_it_imports_nothing_of_it(suite: Suite) -> None:
+    done = suite("""
+import sys
+
+def test_it():
+    ours = {name for name in sys.modules if name.startswith("horovodrunner.")}
+    assert ours <= {
+        f"horovodrunner.{name}" for name in ("errors", "testing", "testing.plugin")
+    }
+    for heavy in ("numpy", "pyspark", "psutil", "cloudpickle", "torch", "horovod"):
+        assert heavy not in sys.modules
+""")
+    assert outcomes(done) == {"passed": 1}, done.stdout
+
+
+def test_ranks_faults_and_comparisons(suite: Suite) -> None:
+    done = suite(
+        TRAIN
+        + """
+def test_all_ranks_have_the_same(run_ranks):
+    assert_same_weights(run_ranks(3)(train))
+
+def test_a_killed_rank_is_told(horovod_runner, faults, checkpoint_dir):
+    faults.kill(rank=1, at_step=3)
+    with pytest.raises(WorkerFailedError, match="rank 1 .*SIGKILL"):
+        horovod_runner(checkpoint_dir=checkpoint_dir).run(train)
+
+def test_what_is_raised_is_the_cause(run_ranks, faults):
+    faults.raise_in(0, ValueError("no luck"), at_step=2)
+    with pytest.raises(WorkerFailedError) as caught:
+        run_ranks(2)(train)
+    assert isinstance(caught.value.__cause__, ValueError)
+
+def test_nothing_of_it_is_left_for_the_next_test(run_ranks):
+    assert "HOROVODRUNNER_FAULTS" not in os.environ
+    assert len(run_ranks(2)(train)) == 2
+
+def test_a_slow_rank(horovod_runner, faults):
+    faults.slow(rank=1, seconds_per_step=0.05)
+    runner = horovod_runner()
+    runner.run(train)
+    assert runner.history.last is not None
+
+def test_files_cannot_grow(horovod_runner, faults, checkpoint_dir):
+    faults.fill_disk(rank=0, at_step=2)
+    runner = horovod_runner(checkpoint_dir=checkpoint_dir)
+    with pytest.raises(WorkerFailedError, match="File too large"):
+        runner.run(train)
+    assert [each.step for each in runner.checkpoints][:1] == [0]
+
+def test_a_later_attempt_and_each(horovod_runner, faults, checkpoint_dir):
+    faults.kill(rank=0, at_step=1)
+    faults.kill(rank=1, at_step=2, attempt=2)
+    horovod_runner(checkpoint_dir=checkpoint_dir, max_restarts=2).run(train)
+    faults.kill(rank=1, at_step=0, attempt=0)
+    with pytest.raises(WorkerFailedError) as caught:
+        horovod_runner(max_restarts=1).run(train)
+    assert len(caught.value.attempts) == 2
+
+def test_it_resumes():
+    assert_resumes(train, at_step=3, rank=1)
+""",
+    )
+    assert outcomes(done) == {"passed": 8}, done.stdout
+
+
+def test_comparisons_that_fail_say_what_differs(suite: Suite) -> None:
+    done = suite(
+        TRAIN
+        + """
+def differs(epochs=1):
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return {"layer": {"w": np.full(3, 1.0 + rank), "b": np.zeros(2)}}
+
+def wrong_alone():
+    return np.full(2, float(os.environ["WORLD_SIZE"]), "float32")
+
+def forgets(steps=4):
+    latest = checkpoint.latest()
+    for step in range(0 if latest is None else latest.step + 1, steps):
+        with checkpoint.save(step=step) as directory:
+            (directory / "f").write_text("x")
+    return np.arange(2.0) + (0 if latest is None else 1)
+
+def test_ranks(run_ranks):
+    assert_same_weights(run_ranks(2)(differs))
+
+def test_single():
+    assert_equal_to_single_process(wrong_alone)
+
+def test_resumes():
+    assert_resumes(forgets, at_step=2)
+
+def test_never_there():
+    assert_resumes(train, at_step=100)
+""",
+    )
+    assert outcomes(done) == {"failed": 4}, done.stdout
+    said = re.sub(r"\s+", " ", done.stdout)
+    assert "rank 1 and rank 0 have different weights:" in said
+    assert "layer.w: 3 of 3 numbers differ, by 1 at most" in said
+    assert "2 ranks do not train to what one process does" in said
+    assert "ends with other weights than an undisturbed one" in said
+    assert "never got to step 100" in said
+
+
+def test_a_failing_run_shows_all_ranks_and_a_passing_one_nothing(suite: Suite) -> None:
+    done = suite(
+        TRAIN
+        + """
+def fails():
+    print("I am rank", os.environ["RANK"])
+    raise ValueError("no luck")
+
+def test_fails(horovod_runner):
+    horovod_runner().run(fails)
+
+def test_passes(horovod_runner):
+    horovod_runner().run(train)
+"""
+    )
+    assert outcomes(done) == {"passed": 1, "failed": 1}
+    assert re.search(r"\[[01]\]<stdout>:I am rank [01]", done.stdout)
+    assert "from 0" not in done.stdout
+
+
+LEAKING = """
+import os, subprocess, tempfile, threading, pytest
+
+def test_process():
+    global child
+    child = subprocess.Popen(["sleep", "600"])
+
+def test_process_is_gone():
+    assert child.wait() == -9
+
+def test_file():
+    tempfile.mkdtemp(prefix="horovodrunner-left-")
+
+def test_port():
+    import socket
+    global listening
+    listening = socket.create_server(("127.0.0.1", 0))
+
+def test_nothing(horovod_runner):
+    horovod_runner(np=-1).run(os.getpid)
+"""
+
+
+def test_leaks_fail_where_that_is_wanted(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("theirs")))
+    monkeypatch.setattr("horovodrunner.testing.leaks.LEAVING_SECONDS", 1.0)
+    quiet = LEAKING.replace('"sleep", "600"', '"sleep", "0.1"').replace("== -9", "in (0, -9)")
+    assert outcomes(suite(quiet, "-W", "ignore")) == {"passed": 5}
+    done = suite(LEAKING, "--horovodrunner-leaks", "-W", "ignore")
+    assert outcomes(done) == {"passed": 2, "failed": 3}, done.stdout
+    for what in ("left behind: process", "left behind: file", "left behind: port"):
+        assert what in done.stdout
+
+
+def test_markers_and_options_are_told_and_checked(suite: Suite) -> None:
+    help_text = processes.run(
+        [sys.executable, "-m", "pytest", "--help", "-p", "horovodrunner.testing.plugin"],
+        capture_output=True,
+    ).stdout
+    assert "--horovodrunner-leaks" in help_text
+    done = suite(
+        """
+import pytest
+
+@pytest.mark.spark_cluster(executor=2)
+def test_name(spark_cluster): ...
+
+@pytest.mark.spark_cluster(2)
+def test_place(spark_cluster): ...
+
+@pytest.mark.spark_cluster(cores=0)
+def test_number(spark_cluster): ...
+"""
+    )
+    assert outcomes(done) == {"errors": 3}, done.stdout
+    said = re.sub(r"\s+", " ", done.stdout)
+    assert "spark_cluster(executor=...): it takes executors, cores" in said
+    assert "give names, spark_cluster(executors=2, cores=1)" in said
+    assert "cores=0" in said
