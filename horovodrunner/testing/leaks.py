@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["end_processes", "present", "wait_for_leaving"]
+__all__ = ["end_what_is_left", "present"]
 
 LEAVING_SECONDS = 10.0
 """How long what is left may take to leave by itself. Only a test that fails waits for so long."""
@@ -27,16 +27,11 @@ def present() -> set[str]:
     return {*_processes(), *_threads(), *_ports(), *_files()}
 
 
-def wait_for_leaving(before: set[str]) -> list[str]:
-    """Wait until nothing is there that was not before; return what stays."""
+def end_what_is_left(before: set[str]) -> list[str]:
+    """Wait until nothing is there that was not before; return what stays, and kill processes."""
     end_by = time.monotonic() + LEAVING_SECONDS
     while (left := present() - before) and time.monotonic() < end_by:
         time.sleep(0.02)
-    return sorted(left)
-
-
-def end_processes(left: list[str]) -> None:
-    """Kill the processes among what was left, with their children."""
     for what in left:
         kind, number, *_ = what.split()
         if kind == "process":
@@ -45,6 +40,7 @@ def end_processes(left: list[str]) -> None:
                 for each in [*process.children(recursive=True), process]:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         each.kill()
+    return sorted(left)
 
 
 def _processes() -> set[str]:

@@ -25,6 +25,7 @@ _INI = {
     "gpus_per_executor": "simulated GPUs of each executor (0)",
 }
 _PREFIX = "spark_cluster_"
+_SCOPES = ("function", "class", "module", "package", "session")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +41,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, text in _INI.items():
         parser.addini(_PREFIX + name, text)
     parser.addini(_PREFIX + "confs", "settings of Spark, name=value, one a line", type="linelist")
+    parser.addini(
+        _PREFIX + "scope",
+        "scope of spark_cluster and spark_connect_cluster: function, or a wider one, such as "
+        "session, for fixtures that have it, too; markers count with function alone",
+        default="function",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,12 +71,14 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
 
     before = leaks.present()
     try:
-        return (yield)
-    finally:
-        left = leaks.wait_for_leaving(before)
-        leaks.end_processes(left)
-        if left:
-            pytest.fail(f"left behind: {', '.join(left)}", pytrace=False)
+        result = yield
+    except BaseException:
+        if left := leaks.end_what_is_left(before):
+            item.add_report_section("call", "left behind", "\n".join(left))
+        raise
+    if left := leaks.end_what_is_left(before):
+        pytest.fail(f"left behind: {', '.join(left)}", pytrace=False)
+    return result
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +88,13 @@ def _spark_clusters() -> Iterator[Clusters]:
     clusters = Clusters()
     yield clusters
     clusters.close()
+
+
+def _cluster_scope(fixture_name: str, config: pytest.Config) -> Any:
+    scope = config.getini(_PREFIX + "scope")
+    if scope not in _SCOPES:
+        raise pytest.UsageError(f"{_PREFIX}scope = {scope}: it is one of {', '.join(_SCOPES)}")
+    return scope
 
 
 def _shape(request: pytest.FixtureRequest) -> Shape:
@@ -110,7 +126,7 @@ def _shape(request: pytest.FixtureRequest) -> Shape:
     return Shape.of(**given, confs=of_marker)
 
 
-@pytest.fixture
+@pytest.fixture(scope=_cluster_scope)
 def spark_cluster(request: pytest.FixtureRequest, _spark_clusters: Clusters) -> Any:
     """Return a SparkSession on real executors: two of one core, if no marker says otherwise.
 
@@ -119,7 +135,7 @@ def spark_cluster(request: pytest.FixtureRequest, _spark_clusters: Clusters) -> 
     return _spark_clusters.session(_shape(request))
 
 
-@pytest.fixture
+@pytest.fixture(scope=_cluster_scope)
 def spark_connect_cluster(request: pytest.FixtureRequest, _spark_clusters: Clusters) -> Any:
     """Return a Spark Connect session, whose server has real executors."""
     return _spark_clusters.connect(_shape(request))

@@ -25,19 +25,11 @@ def suite(tmp_path: Path) -> Suite:
     def run(text: str, *options: str, ini: str = "") -> processes.CompletedProcess[str]:
         (directory / "test_theirs.py").write_text(text)
         (directory / "pytest.ini").write_text(f"[pytest]\nfilterwarnings = error\n{ini}")
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *PLUGIN, *options]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+        command += ["-p", "horovodrunner.testing.plugin", *options]
         return processes.run(command, cwd=directory, capture_output=True)
 
     return run
-
-
-def _is_an_entry_point() -> bool:
-    from importlib.metadata import entry_points
-
-    return any(each.name == "horovodrunner" for each in entry_points(group="pytest11"))
-
-
-PLUGIN = [] if _is_an_entry_point() else ["-p", "horovodrunner.testing.plugin"]
 
 
 def outcomes(done: processes.CompletedProcess[str]) -> dict[str, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -159,6 +161,9 @@ def test_passes(horovod_runner):
 
 LEAKING = """
 import os, subprocess, tempfile, threading, pytest
+from horovodrunner.testing import leaks
+
+leaks.LEAVING_SECONDS = 0.5  # what a test leaves here would stay for ever
 
 def test_process():
     global child
@@ -177,6 +182,11 @@ def test_port():
 
 def test_nothing(horovod_runner):
     horovod_runner(np=-1).run(os.getpid)
+
+def test_fails_for_another_reason(request):
+    if request.config.getoption("horovodrunner_leaks"):
+        tempfile.mkdtemp(prefix="horovodrunner-late-")
+        raise ValueError("its own reason")
 """
 
 
@@ -184,13 +194,72 @@ def test_leaks_fail_where_that_is_wanted(
     suite: Suite, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("theirs")))
-    monkeypatch.setattr("horovodrunner.testing.leaks.LEAVING_SECONDS", 1.0)
     quiet = LEAKING.replace('"sleep", "600"', '"sleep", "0.1"').replace("== -9", "in (0, -9)")
-    assert outcomes(suite(quiet, "-W", "ignore")) == {"passed": 5}
+    assert outcomes(suite(quiet, "-W", "ignore")) == {"passed": 6}
     done = suite(LEAKING, "--horovodrunner-leaks", "-W", "ignore")
-    assert outcomes(done) == {"passed": 2, "failed": 3}, done.stdout
+    assert outcomes(done) == {"passed": 2, "failed": 4}, done.stdout
+    assert "ValueError: its own reason" in done.stdout
+    assert "horovodrunner-late-" in done.stdout
     for what in ("left behind: process", "left behind: file", "left behind: port"):
         assert what in done.stdout
+
+
+def test_it_works_beside_xdist_and_a_timeout(suite: Suite) -> None:
+    done = suite(
+        TRAIN
+        + """
+@pytest.mark.parametrize("rank", [0, 1])
+def test_kill(rank, run_ranks, faults):
+    faults.kill(rank, at_step=1)
+    with pytest.raises(WorkerFailedError, match=f"rank {rank} .*SIGKILL"):
+        run_ranks(2)(train)
+
+def test_slow(run_ranks, faults):
+    faults.slow(1, 600)
+    run_ranks(2)(train)
+""",
+        *("-n", "2", "--timeout", "20", "--horovodrunner-leaks"),
+    )
+    assert outcomes(done) == {"passed": 2, "failed": 1}, done.stdout
+    assert "Timeout" in done.stdout
+    assert "left behind" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("packages", "ini"),
+    [
+        (("pytest==8.0.2", "pytest-asyncio<0.24"), ""),
+        (("pytest>=9", "pytest-asyncio>=1"), "asyncio_default_fixture_loop_scope = function\n"),
+    ],
+)
+def test_it_works_with_these_versions(
+    packages: tuple[str, ...],
+    ini: str,
+    suite: Suite,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory = tmp_path / "packages"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(directory)]
+    processes.run([*pip, *packages], check=True)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(directory), *sys.path]))
+    done = suite(
+        TRAIN
+        + """
+import asyncio
+
+@pytest.mark.asyncio
+async def test_in_a_loop(horovod_runner):
+    assert (await asyncio.to_thread(horovod_runner().run, train)).shape == (4,)
+    assert horovod_runner().run(train).shape == (4,)
+
+def test_resumes():
+    assert_resumes(train, at_step=2)
+""",
+        ini=ini,
+    )
+    assert outcomes(done) == {"passed": 2}, done.stdout
 
 
 def test_markers_and_options_are_told_and_checked(suite: Suite) -> None:
