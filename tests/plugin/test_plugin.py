@@ -262,6 +262,28 @@ def test_resumes():
     assert outcomes(done) == {"passed": 2}, done.stdout
 
 
+def test_a_cluster_may_have_a_wider_scope(suite: Suite) -> None:
+    text = """
+import pytest
+from horovodrunner.testing.clusters import Clusters
+
+Clusters.session = lambda self, shape: shape  # no JVM is needed to see who may ask for one
+
+@pytest.fixture(scope="module")
+def table(spark_cluster):
+    return spark_cluster.executors
+
+def test_it(table):
+    assert table == 3
+"""
+    count = "spark_cluster_executors = 3\n"
+    assert outcomes(suite(text, ini=count)) == {"error": 1}
+    done = suite(text, ini=f"{count}spark_cluster_scope = session\n")
+    assert outcomes(done) == {"passed": 1}, done.stdout
+    done = suite(text, ini="spark_cluster_scope = suite\n")
+    assert "spark_cluster_scope = suite: it is one of function, class" in done.stdout + done.stderr
+
+
 def test_markers_and_options_are_told_and_checked(suite: Suite) -> None:
     help_text = processes.run(
         [sys.executable, "-m", "pytest", "--help", "-p", "horovodrunner.testing.plugin"],
