@@ -16,7 +16,8 @@ from typing import Protocol
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.call.record import calls_another_main, changes
 from horovodrunner.flows.checkpoints.manifest import Manifest
-from horovodrunner.flows.checkpoints.store import CheckpointStore, pieces_of_tree, restore
+from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.checkpoints.tree import pieces_of_tree, restore
 from horovodrunner.placement.topology import Member
 from horovodrunner.wire.events import (
     CheckpointSaved,
