@@ -1,0 +1,147 @@
+"""The states of PyTorch's objects, and their files. Runs in: the worker.
+
+Objects that every rank has whole are files of rank 0: ``model.pt``. Where one is sharded (FSDP2,
+tensor parallelism), each rank writes its parts of the sharded ones, as shards.py has them, and the
+others whole. The keys are those of ``torch.distributed.checkpoint.state_dict``: a parameter's
+fully qualified name, whatever the module is wrapped in, also in the states of optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from horovodrunner.errors import ArgumentValueError
+from horovodrunner.flows.checkpoints.staging import Copies, is_sharded
+
+__all__ = ["Objects", "States", "canonical", "has_sharded_parameters", "is_optimizer"]
+
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+"""Attributes that torch.compile and the like put into a parameter's name."""
+
+
+@dataclass
+class States:
+    """What a rank has to write."""
+
+    whole: dict[str, Any]
+    parts: list[tuple[Any, Any]] | None = None
+    """None where nothing is sharded, and rank 0 alone writes."""
+
+    def copied(self) -> States:
+        """Return a copy that main does not change."""
+        copies = Copies()
+        whole = copies.of_state(self.whole)
+        parts = self.parts
+        if parts is not None:
+            parts = [
+                (part, content if isinstance(content, bytes) else copies.of_tensor(content))
+                for part, content in parts
+            ]
+        copies.finish()
+        return States(whole, parts)
+
+    def write(self, directory: Path) -> None:
+        """Write this rank's files."""
+        for name, state in self.whole.items():
+            torch.save(state, directory / f"{name}.pt")
+        if self.parts is not None:
+            from horovodrunner.flows.checkpoints.shards import write_parts
+
+            write_parts(self.parts, directory)
+
+
+class Objects:
+    """Modules, optimizers, schedulers and the like, by the names that main gives them."""
+
+    def __init__(self, objects: Mapping[str, Any]) -> None:
+        self.items = dict(objects)
+        self._names: dict[int, tuple[str, str]] = {}
+        for name, item in objects.items():
+            if isinstance(item, torch.nn.Module):
+                for key, parameter in _unwrapped(item).named_parameters():
+                    self._names.setdefault(id(parameter), (name, canonical(key)))
+
+    def states(self) -> States:
+        """Return the state of each; tensors are those of the objects, not copies."""
+        whole: dict[str, Any] = {}
+        sharded: dict[str, Any] = {}
+        for name, item in self.items.items():
+            if has_sharded_parameters(item):
+                sharded[name] = self.state(name)
+            else:
+                state = item.state_dict()
+                (sharded if is_sharded(state) else whole)[name] = state
+        if not sharded:
+            return States(whole)
+        from horovodrunner.flows.checkpoints.shards import parts_of
+
+        return States(whole, parts_of(sharded))
+
+    def state(self, name: str) -> Any:
+        """Return the state of an object with keys that do not depend on how it is wrapped."""
+        item = self.items[name]
+        if isinstance(item, torch.nn.Module):
+            from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+            return get_model_state_dict(item)
+        if is_optimizer(item):
+            return self.named(name, item.state_dict())
+        return item.state_dict()
+
+    def named(self, name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Put the names of parameters for their numbers in an optimizer's state."""
+        names: dict[int, str] = {}
+        groups = []
+        for own, packed in zip(self.names_by_group(name), state["param_groups"], strict=True):
+            names.update(zip(packed["params"], own, strict=True))
+            groups.append({**packed, "params": own})
+        values = {names.get(number, number): value for number, value in state["state"].items()}
+        return {"state": values, "param_groups": groups}
+
+    def names_by_group(self, name: str) -> list[list[str]]:
+        """Return the names of an optimizer's parameters, those of several modules with theirs."""
+        groups = [group["params"] for group in self.items[name].param_groups]
+        unknown = [p for group in groups for p in group if id(p) not in self._names]
+        if unknown:
+            raise ArgumentValueError(
+                f"{len(unknown)} of the parameters of {name!r} are of no module that is given with "
+                f"it ({', '.join(self.items)}), and sharded state goes by their names: name the "
+                f"module, too, save_torch(step, model=model, {name}={name})"
+            )
+        found = [[self._names[id(p)] for p in group] for group in groups]
+        is_of_one = len({module for group in found for module, _ in group}) == 1
+        return [
+            [key if is_of_one else f"{module}.{key}" for module, key in group] for group in found
+        ]
+
+
+def is_optimizer(item: Any) -> bool:
+    """Return whether an object has groups of parameters."""
+    return hasattr(item, "param_groups") and hasattr(item, "state_dict")
+
+
+def has_sharded_parameters(item: Any) -> bool:
+    """Return whether a module or an optimizer has parameters that each rank has a part of."""
+    if isinstance(item, torch.nn.Module):
+        return is_sharded([*item.parameters(), *item.buffers()])
+    return is_optimizer(item) and is_sharded([group["params"] for group in item.param_groups])
+
+
+def _unwrapped(module: Any) -> Any:
+    while True:
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        else:
+            return module
+
+
+def canonical(key: str) -> str:
+    """Return a parameter's name without what wraps its modules."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
