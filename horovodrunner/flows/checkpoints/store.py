@@ -43,7 +43,13 @@ from horovodrunner.flows.checkpoints.manifest import (
     directory_of,
     safe_path,
 )
-from horovodrunner.flows.checkpoints.tree import Chunks, pieces_of_tree, restore, sha256_of
+from horovodrunner.flows.checkpoints.tree import (
+    Chunks,
+    pieces_of_tree,
+    restore,
+    sha256_of,
+    write_pieces,
+)
 from horovodrunner.storage import as_os_error, open_storage
 from horovodrunner.wire.upload import Piece, chunks_of
 
@@ -302,6 +308,10 @@ class CheckpointStore:
             where = f"{_name(manifest.step)}/{stored}"
             yield Piece(path, length, self._read_range(where, start, start + length))
 
+    def read_into(self, path: Path, manifest: Manifest, ranges: Sequence[Range]) -> None:
+        """Write parts of files, one after the other, to a new file."""
+        write_pieces(self.read(manifest, ranges), path)
+
     def _read_range(self, path: str, start: int, end: int) -> Iterator[bytes]:
         for at in range(start, end, _READ_BYTES):
             yield self._storage.read(path, at, min(at + _READ_BYTES, end))
@@ -332,7 +342,7 @@ class CheckpointStore:
             else:
                 path = root + safe_path(piece.name)
                 sizes[path] = 0
-                sizes[path] = self._write_file(f"{place}/{path}", piece.chunks)
+                sizes[path] = self._write_again(f"{place}/{path}", piece.chunks)
         names = {path.removeprefix(root) for path in sizes}
         if not isinstance(hashes, dict) or hashes.keys() != names:
             raise ValueError("the hashes that came are not those of the files that came")
@@ -341,6 +351,14 @@ class CheckpointStore:
             StoredFile(path, sizes[path], str(hashes[path.removeprefix(root)])) for path in sizes
         ]
         return Part(tuple(files), tuple(directories))
+
+    def _write_again(self, path: str, chunks: Chunks) -> int:
+        """Write a file that may be there, of an earlier try whose answer did not arrive."""
+        try:
+            return self._write_file(path, chunks)
+        except FileExistsError:
+            self._storage.remove_file(path)
+            return self._write_file(path, chunks)
 
     def _write_file(self, path: str, chunks: Chunks) -> int:
         size = 0

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn
 from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest, safe_path
 from horovodrunner.wire.upload import Piece, chunks_of
 
-__all__ = ["Chunks", "files_below", "pieces_of_tree", "restore", "sha256_of"]
+__all__ = ["Chunks", "files_below", "pieces_of_tree", "restore", "sha256_of", "write_pieces"]
 
 Chunks = Iterable[bytes | memoryview]
 
@@ -105,3 +105,11 @@ def sha256_of(chunks: Chunks, sink: BinaryIO | None = None) -> str:
         if sink is not None:
             sink.write(chunk)
     return digest.hexdigest()
+
+
+def write_pieces(pieces: Iterable[Piece], path: Path) -> None:
+    """Write pieces one after the other to a new file."""
+    with path.open("xb") as file:
+        for piece in pieces:
+            for chunk in piece.chunks:
+                file.write(chunk)
