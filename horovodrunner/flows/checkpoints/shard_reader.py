@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,7 +123,7 @@ class ShardReader(_Reader):
         wanted = [each for item in plan.items for each in self._wanted(item)]
         wanted.sort(key=lambda each: (each.part.file, each.start))
         for batch in _batches(wanted, self._batch_bytes):
-            ranges, places = _merged(batch)
+            ranges, places = _merged(batch, self._source.files())
             views = self._source.read(ranges)
             for each, place in zip(batch, places, strict=True):
                 begin = each.start - ranges[place][1]
@@ -272,17 +272,21 @@ def _batches(wanted: Iterable[_Wanted], limit: int) -> Iterator[list[_Wanted]]:
         yield batch
 
 
-def _merged(batch: Sequence[_Wanted]) -> tuple[list[Range], list[int]]:
-    """Merge what touches; return the ranges, and for each that is wanted which one it is in."""
+def _merged(batch: Sequence[_Wanted], sizes: Mapping[str, int]) -> tuple[list[Range], list[int]]:
+    """Merge what touches; return the ranges, and for each that is wanted which one it is in.
+
+    They begin and end so that tensors are aligned wherever the ranges are put one after the other.
+    """
     ranges: list[Range] = []
     places = []
     for each in batch:
         start = each.start - each.start % ALIGNMENT
+        stop = min(each.stop + -each.stop % ALIGNMENT, sizes[each.part.file])
         path, offset, length = ranges[-1] if ranges else ("", 0, 0)
-        if path == each.part.file and start <= offset + length + ALIGNMENT:
-            ranges[-1] = path, offset, max(length, each.stop - offset)
+        if path == each.part.file and start <= offset + length:
+            ranges[-1] = path, offset, max(length, stop - offset)
         else:
-            ranges.append((each.part.file, start, each.stop - start))
+            ranges.append((each.part.file, start, stop - start))
         places.append(len(ranges) - 1)
     return ranges, places
 

@@ -30,7 +30,7 @@ from horovodrunner.flows.checkpoints.staging import identity, tensors_in
 __all__ = ["ALIGNMENT", "Content", "Part", "parts_of", "read_index", "write_parts"]
 
 ALIGNMENT = 64
-"""Bytes; parts begin at multiples of it."""
+"""Bytes; parts begin at multiples of it, and so does the end of the file."""
 
 _FORMAT = 1
 
@@ -137,6 +137,7 @@ def write_parts(parts: Sequence[tuple[Part, Content]], directory: Path) -> None:
                 places[known] = begin, file.tell() - begin
             begin, length = places[known]
             placed.append(replace(part, offset=begin, length=length))
+        file.write(b"\0" * (-file.tell() % ALIGNMENT))
     index = {"format": _FORMAT, "parts": [asdict(part) for part in placed]}
     (directory / INDEX_NAME).write_text(json.dumps(index))
 

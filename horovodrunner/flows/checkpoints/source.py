@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["DATA_NAME", "INDEX_NAME", "DirectorySource", "Range", "Source"]
+__all__ = ["DATA_NAME", "INDEX_NAME", "DirectorySource", "NearFirst", "Range", "Source"]
 
 DATA_NAME = "shards.bin"
 INDEX_NAME = "shards.json"
@@ -55,3 +55,30 @@ class DirectorySource:
                     )
                 done += count
         return view
+
+
+class NearFirst:
+    """Reads what a directory of this machine has from there, and the rest from where it is.
+
+    The directory has the files whose paths begin with `prefix`, or some of them, or none.
+    """
+
+    def __init__(self, directory: Path, prefix: str, far: Source) -> None:
+        self._near = DirectorySource(directory)
+        self._here = {prefix + path for path in self._near.files()}
+        self._prefix = prefix
+        self._far = far
+
+    def files(self) -> Mapping[str, int]:
+        return self._far.files()
+
+    def read(self, ranges: Sequence[Range]) -> list[memoryview]:
+        near = [
+            (path.removeprefix(self._prefix), offset, length)
+            for path, offset, length in ranges
+            if path in self._here
+        ]
+        far = [each for each in ranges if each[0] not in self._here]
+        from_near = iter(self._near.read(near))
+        from_far = iter(self._far.read(far) if far else ())
+        return [next(from_near if each[0] in self._here else from_far) for each in ranges]

@@ -32,6 +32,11 @@ class States:
     parts: list[tuple[Any, Any]] | None = None
     """None where nothing is sharded, and rank 0 alone writes."""
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every rank has to write its own."""
+        return self.parts is not None
+
     def copied(self) -> States:
         """Return a copy that main does not change."""
         copies = Copies()
