@@ -124,3 +124,128 @@ def train_and_save(kind: str, step: int, steps: int, asynchronous: bool = False)
         assert whole(*parts) != found
     leave_group()
     return found
+
+
+ROWS = 4096
+COLUMNS = 256
+
+
+def save_large(step: int) -> None:
+    """Save four mebibytes, in two tensors."""
+    import torch
+
+    torch.manual_seed(0)
+    model = _large()
+    checkpoint.save_torch(step, model=model)
+    leave_group()
+
+
+def _large() -> Any:
+    import torch
+    import torch.distributed as dist
+
+    model: Any = torch.nn.Linear(COLUMNS, ROWS)
+    dist.init_process_group("gloo")
+    _divide(model, "fsdp", dist.get_world_size())
+    return model
+
+
+def read_large(batch_bytes: int) -> tuple[list[int], list[float]]:
+    """Load it, and return the bytes that each rank read, and the rows' sums."""
+    import torch
+    import torch.distributed as dist
+
+    from horovodrunner.flows.checkpoints.shard_reader import ShardReader, load_into
+
+    class Counting:
+        def __init__(self, source: Any) -> None:
+            self._source = source
+            self.total = self.most = 0
+
+        def files(self) -> Any:
+            return self._source.files()
+
+        def read(self, ranges: Any) -> Any:
+            size = sum(length for _, _, length in ranges)
+            self.total, self.most = self.total + size, max(self.most, size)
+            return self._source.read(ranges)
+
+    model = _large()
+    latest = checkpoint.latest()
+    assert latest is not None
+    counting = Counting(latest.source())
+    reader = ShardReader(counting, batch_bytes=batch_bytes)
+    load_into({"model": model.state_dict()}, reader, reader.read_metadata())
+    assert counting.most <= max(batch_bytes, 4096), counting.most
+    totals: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(totals, counting.total)
+    torch.manual_seed(0)
+    expected = torch.nn.Linear(COLUMNS, ROWS)
+    for got, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(got.full_tensor(), wanted)
+    leave_group()
+    return totals, []
+
+
+def save_with_dcp(step: int) -> None:
+    """Save the way a user of torch.distributed.checkpoint does, each rank into its directory."""
+    import torch.distributed.checkpoint as dcp
+
+    model, _, _ = build("fsdp", seed=1)
+    with checkpoint.save(step, ranks="all") as directory:
+        state = {"model": model.state_dict(), "note": {"epoch": 7}}
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(directory / "dcp"))
+    leave_group()
+
+
+def load_with_dcp(directory: str) -> tuple[dict[str, Any], Any]:
+    """Load with dcp.load() and our reader what either way has saved."""
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer, schedule = build("fsdp", seed=2)
+    latest = checkpoint.latest()
+    assert latest is not None
+    state: dict[str, Any] = {"model": model.state_dict()}
+    if directory:
+        state["note"] = {"epoch": 0}
+    dcp.load(state, storage_reader=checkpoint.torch_reader(latest, directory))
+    found = whole(model, optimizer, schedule)[0]
+    leave_group()
+    return found, state.get("note")
+
+
+def save_plainly(step: int, seed: int) -> dict[str, Any]:
+    model, optimizer, schedule = build("plain", seed)
+    checkpoint.save_torch(step, model=model, optimizer=optimizer)
+    return dict(whole(model, optimizer, schedule)[0])
+
+
+def load_other(how: str) -> str:
+    """Load into what does not fit, and return what the error says."""
+    import torch
+
+    from horovodrunner import ArgumentValueError, CheckpointError
+
+    model, optimizer, _ = build("fsdp", seed=2)
+    objects: dict[str, Any] = {"model": model}
+    if how == "no module":
+        objects = {"optimizer": optimizer}
+    elif how == "other name":
+        objects = {"net": model}
+    elif how == "other size":
+        model.last = torch.nn.Linear(3, 2)
+    elif how == "more":
+        model.more = torch.nn.Linear(1, 1)
+    elif how == "less":
+        del model.last
+    elif how == "other groups":
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        objects["optimizer"] = torch.optim.AdamW(parameters)
+    elif how == "meta":
+        objects = {"model": model.to("meta")}
+    try:
+        checkpoint.load_torch(**objects)
+    except (ArgumentValueError, CheckpointError) as error:
+        leave_group()
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("it was loaded")
