@@ -12,11 +12,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from horovodrunner.flows.checkpoints import parts as parts_module
 from horovodrunner.flows.checkpoints.manifest import Manifest, Part
-from horovodrunner.flows.checkpoints.parts import PartKeeper
 from horovodrunner.flows.checkpoints.store import CheckpointStore
-from horovodrunner.flows.checkpoints.uploading import CheckpointUploader
+from horovodrunner.flows.checkpoints.task import parts as parts_module
+from horovodrunner.flows.checkpoints.task.parts import PartKeeper
+from horovodrunner.flows.checkpoints.task.uploading import CheckpointUploader
 from horovodrunner.wire.events import (
     CheckpointStored,
     Ended,
