@@ -12,11 +12,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from horovodrunner.flows.checkpoints import parts as parts_module
 from horovodrunner.flows.checkpoints.manifest import Manifest, Part
-from horovodrunner.flows.checkpoints.parts import PartKeeper
 from horovodrunner.flows.checkpoints.store import CheckpointStore
-from horovodrunner.flows.checkpoints.uploading import CheckpointUploader
+from horovodrunner.flows.checkpoints.task import parts as parts_module
+from horovodrunner.flows.checkpoints.task.parts import PartKeeper
+from horovodrunner.flows.checkpoints.task.uploading import CheckpointUploader
 from horovodrunner.wire.events import (
     CheckpointStored,
     Ended,
@@ -409,3 +409,33 @@ def test_ranges_are_read_of_stored_files_and_of_copies(store: Store, tmp_path: P
     for wrong in (("rank-2/state", 5, 99), ("rank-2/state", -1, 1), ("../state", 0, 1)):
         with pytest.raises(ValueError, match="the checkpoint has no"):
             list(store.read(manifest, [wrong]))
+
+
+@pytest.mark.parametrize("damage", ["content", "size", "gone"])
+def test_a_damaged_part_is_found_before_it_is_used(
+    store: Store, tmp_path: Path, damage: str
+) -> None:
+    async def scenario() -> None:
+        async with running(store, tmp_path / "scratch") as run:
+            for step in (1, 2):
+                run.save_all(step)
+                assert await run.uploader.drain(10)
+
+    asyncio.run(scenario())
+    state = tmp_path / "kept" / "step-00000002" / "rank-3" / "state"
+    if damage == "gone":
+        state.unlink()
+    else:
+        state.write_bytes(b"Rank 3 at 2" + b"more" * (damage == "size"))
+    found, sentences = store.find_latest()
+    assert found is not None
+    if damage == "content" and store.location.startswith("file:"):
+        # nobody reads all ranks' files behind a URL; who fetches one compares it
+        (tmp_path / "fetched").mkdir()
+        store.fetch(found, tmp_path / "fetched", 2)
+        with pytest.raises(OSError, match="rank-3/state of the checkpoint of step 2 arrived with"):
+            store.fetch(found, tmp_path / "fetched", 3)
+        return
+    assert found.step == 1
+    (sentence,) = sentences
+    assert "step-00000002 is damaged and skipped: rank-3/state" in sentence
