@@ -249,3 +249,29 @@ def load_other(how: str) -> str:
         leave_group()
         return f"{type(error).__name__}: {error}"
     raise AssertionError("it was loaded")
+
+
+def save_flattened(step: int) -> str:
+    """Save a module of FSDP1, whose state rank 0 gathers, and then its optimizer, too."""
+    import warnings
+
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    from horovodrunner import ArgumentValueError
+
+    dist.init_process_group("gloo")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FSDP1 has many
+        model = FullyShardedDataParallel(torch.nn.Linear(5, 3), device_id=torch.device("cpu"))
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.ones(2, 5)).sum().backward()
+        optimizer.step()
+        checkpoint.save_torch(step, model=model)
+        try:
+            checkpoint.save_torch(step, model=model, optimizer=optimizer)
+        except ArgumentValueError as error:
+            leave_group()
+            return str(error)
+    raise AssertionError("it was saved")

@@ -84,3 +84,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_does_not_fit_is_named(saved: Path, how: str, told: str) -> None:
     text = HorovodRunner(np=-1, checkpoint_dir=saved).run(sharded.load_other, how=how)
     assert told in text
+
+
+def test_fsdp1_is_gathered_and_its_optimizer_refused(tmp_path: Path) -> None:
+    runner = HorovodRunner(np=-2, checkpoint_dir=tmp_path)
+    text = runner.run(sharded.save_flattened, step=1)
+    assert "'optimizer' is an optimizer of a FullyShardedDataParallel (FSDP1)" in text
+    (saved,) = runner.checkpoints
+    assert sorted(path.name for path in Path(saved.path).iterdir()) == ["manifest.json", "model.pt"]

@@ -21,6 +21,7 @@ from horovodrunner.flows.checkpoints.states import (
     canonical,
     has_sharded_parameters,
     is_optimizer,
+    unwrapped,
 )
 
 __all__ = ["Found", "Loading"]
@@ -106,8 +107,6 @@ class Loading:
             ) from error
 
     def _fill_in_place(self, name: str, reader: Any, metadata: Any) -> None:
-        from torch.distributed.checkpoint.state_dict import set_model_state_dict
-
         from horovodrunner.flows.checkpoints.shard_reader import load_into
 
         item, state = self._objects.items[name], self._objects.state(name)
@@ -120,8 +119,9 @@ class Loading:
         if is_module and (unexpected := sorted(saved - set(state))):
             raise ValueError(f"it has no {', '.join(unexpected[:5])}, which the checkpoint has")
         load_into({name: state}, reader, metadata)
-        if is_module:
-            set_model_state_dict(item, state)
+        if is_module:  # for its hooks, and what is no tensor; the tensors are its own
+            own = unwrapped(item).state_dict(keep_vars=True)
+            unwrapped(item).load_state_dict({key: state[canonical(key)] for key in own})
         else:
             item.load_state_dict(state)
 

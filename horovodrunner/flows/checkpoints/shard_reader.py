@@ -313,6 +313,7 @@ def _narrowed(tensor: Any, offsets: Sequence[int], lengths: Sequence[int]) -> An
 
 
 def _copy(tensor: Any, item: Any, planner: Any) -> None:
-    target = planner.resolve_tensor(item).detach()
-    target.copy_(tensor)
-    planner.commit_tensor(item, target)
+    with torch.no_grad():
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(tensor)
+        planner.commit_tensor(item, target)

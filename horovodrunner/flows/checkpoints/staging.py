@@ -27,8 +27,12 @@ def tensors_in(state: Any) -> Iterator[Any]:
 
 def is_sharded(state: Any) -> bool:
     """Return whether a nested state dict has tensors of which each rank holds a part."""
-    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    dtensor = _dtensor()
     return dtensor is not None and any(isinstance(each, dtensor) for each in tensors_in(state))
+
+
+def _dtensor() -> Any:
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
 def identity(tensor: Any) -> Hashable:
@@ -45,15 +49,22 @@ class Copies:
 
     def __init__(self) -> None:
         self._made: dict[Hashable, tuple[Any, Any]] = {}
+        self._dtensor = _dtensor() or ()
+        self.local: dict[int, Any] = {}
+        """Copies of what DTensors have here, by their ids; they themselves stay in the state."""
 
     def of_tensor(self, tensor: Any) -> Any:
-        """Return the copy, which is not complete before `finish`."""
+        """Return the copy, which is not complete before `finish`; a DTensor itself."""
+        if isinstance(tensor, self._dtensor):
+            self.local[id(tensor)] = self.of_tensor(tensor.to_local())
+            return tensor
         key = identity(tensor)
         if key not in self._made:
             source = tensor.detach()
-            is_cuda = source.device.type == "cuda"
-            # non_blocking makes pinned memory of torch's cache
-            copy = source.to("cpu", non_blocking=is_cuda, copy=True)
+            if source.device.type == "cpu":
+                copy = source.clone()
+            else:  # non_blocking takes pinned memory of torch's cache
+                copy = source.to("cpu", non_blocking=source.device.type == "cuda")
             self._made[key] = tensor, copy  # the source is kept, so that no other has its address
         return self._made[key][1]
 
@@ -73,7 +84,8 @@ class Copies:
                 return tensors[number]
 
         buffer = io.BytesIO()
-        Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(state)
+        with torch.no_grad():
+            Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(state)
         buffer.seek(0)
         return Unpickler(buffer).load()
 
