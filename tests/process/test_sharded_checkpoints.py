@@ -69,7 +69,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ("no module", "ArgumentValueError: 6 of the parameters of 'optimizer' are of no module"),
+        ("no module", "ArgumentValueError: 7 of the parameters of 'optimizer' are of no module"),
         ("other name", "step 0 has no net.pt, only model, optimizer, schedule.pt: load_torch"),
         ("other size", "step 0 does not fit 'model': Size mismatch"),
         ("more", "does not fit 'model': Missing key in checkpoint state_dict: model.more.weight"),

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from horovodrunner.errors import CheckpointError
+from horovodrunner.errors import ArgumentValueError, CheckpointError
 from horovodrunner.flows.checkpoints.source import DATA_NAME, INDEX_NAME, Source
 from horovodrunner.flows.checkpoints.staging import tensors_in
 from horovodrunner.flows.checkpoints.states import (
@@ -69,7 +69,7 @@ class Loading:
         if is_optimizer(item):
             whole = self._objects.named(name, whole)
         elif isinstance(item, torch.nn.Module):
-            whole = _as_unwrapped(whole)
+            whole = _as_unwrapped(whole, own=self._objects.state(name))
         reader = MemoryReader({name: whole})
         self._fill(name, reader, reader.read_metadata())
 
@@ -99,6 +99,8 @@ class Loading:
                 self._fill_optimizer(name, reader, metadata)
             else:
                 self._fill_in_place(name, reader, metadata)
+        except ArgumentValueError:
+            raise
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"the checkpoint of step {self._found.step} does not fit {name!r}: {error}. Make "
@@ -145,9 +147,11 @@ class Loading:
         optimizer.load_state_dict(_numbered(state[name], own))
 
 
-def _as_unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+def _as_unwrapped(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Return a module's state with the keys that it has without wrappers."""
-    is_of_ddp = all(key.startswith("module.") for key in state)
+    is_of_ddp = all(k.startswith("module.") for k in state) and not any(
+        k.startswith("module.") for k in own
+    )
     return {canonical(key.removeprefix("module." * is_of_ddp)): v for key, v in state.items()}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.tensor import DTensor
 
 from horovodrunner.flows.checkpoints.source import DATA_NAME, INDEX_NAME
-from horovodrunner.flows.checkpoints.staging import identity, tensors_in
+from horovodrunner.flows.checkpoints.staging import identity
 
 __all__ = ["ALIGNMENT", "Content", "Part", "parts_of", "read_index", "write_parts"]
 
@@ -59,37 +59,38 @@ class Part:
 
 
 def parts_of(
-    state: Mapping[str, Any], local: Mapping[int, Any] | None = None
+    state: Mapping[str, Any], plain: Collection[str], local: Mapping[int, Any]
 ) -> list[tuple[Part, Content]]:
     """List what this rank has to write of several objects' nested state dicts, by their names.
 
-    `local` has copies of what DTensors have here, by their ids.
+    `plain` names those of which it also writes what all ranks have alike. `local` has copies of
+    what DTensors have here, by their ids. There may be no process group: main may have left it.
     """
     planner = DefaultSavePlanner()
     planner.set_up_planner(dict(state), is_coordinator=True)
     flat = planner.state_dict
-    return [(part, _content(flat[part.key], local or {})) for part in _planned(planner, state)]
+    return [(part, _content(flat[part.key], local)) for part in _planned(planner, plain)]
 
 
 _last_plan: tuple[Any, list[Part]] = (None, [])
 
 
-def _planned(planner: Any, state: Mapping[str, Any]) -> list[Part]:
+def _planned(planner: Any, plain: Collection[str]) -> list[Part]:
     """Return what this rank has to write; the same as last time, if all is divided as it was.
 
     To find out takes a third of a millisecond for each tensor.
     """
     global _last_plan
-    layout = [(key, _layout(value)) for key, value in planner.state_dict.items()]
+    values = planner.state_dict
+    layout = [sorted(plain), *((key, _layout(value)) for key, value in values.items())]
     if _last_plan[0] == layout:
         return _last_plan[1]
-    writes_whole = {name: _is_lowest_rank(value) for name, value in state.items()}
     plan = planner.create_local_plan()
     parts = []
     for item in plan.items:
         key, path = item.index.fqn, tuple(plan.planner_data[item.index.fqn])
-        value = planner.state_dict[key]
-        if _is_first_replica(value) if isinstance(value, DTensor) else writes_whole[str(path[0])]:
+        value = values[key]
+        if _is_first_replica(value) if isinstance(value, DTensor) else path[0] in plain:
             parts.append(_part(key, path, item, value))
     _last_plan = layout, parts
     return parts
@@ -137,18 +138,6 @@ def _is_first_replica(tensor: Any) -> bool:
         for place, placement in zip(coordinate, tensor.placements, strict=True)
         if placement.is_replicate()
     )
-
-
-def _is_lowest_rank(state: Any) -> bool:
-    """Whether this rank writes what all ranks of an object's meshes have alike.
-
-    With pipeline stages rank 0 has nothing of the later ones.
-    """
-    if not torch.distributed.is_initialized():
-        return True
-    meshes = {id(t.device_mesh): t.device_mesh for t in tensors_in(state) if isinstance(t, DTensor)}
-    ranks = [int(mesh.mesh.min()) for mesh in meshes.values()]
-    return bool(torch.distributed.get_rank() == min(ranks, default=0))
 
 
 def _is_raw(tensor: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from horovodrunner.errors import ArgumentValueError
-from horovodrunner.flows.checkpoints.staging import Copies, is_sharded
+from horovodrunner.flows.checkpoints.staging import Copies, is_sharded, tensors_in
 
 __all__ = ["Objects", "States", "canonical", "has_sharded_parameters", "is_optimizer", "unwrapped"]
 
@@ -31,6 +31,8 @@ class States:
 
     whole: dict[str, Any]
     sharded: dict[str, Any]
+    plain: frozenset[str] = frozenset()
+    """The sharded ones of which this rank also writes what all ranks have alike."""
     local: dict[int, Any] = field(default_factory=dict)
     """Copies of what DTensors of the sharded ones have here, by their ids."""
 
@@ -44,7 +46,7 @@ class States:
         copies = Copies()
         whole, sharded = copies.of_state((self.whole, self.sharded))
         copies.finish()
-        return States(whole, sharded, copies.local)
+        return States(whole, sharded, self.plain, copies.local)
 
     def write(self, directory: Path) -> None:
         """Write this rank's files."""
@@ -53,7 +55,7 @@ class States:
         if self.sharded:
             from horovodrunner.flows.checkpoints.shards import parts_of, write_parts
 
-            write_parts(parts_of(self.sharded, self.local), directory)
+            write_parts(parts_of(self.sharded, self.plain, self.local), directory)
 
 
 class Objects:
@@ -78,7 +80,8 @@ class Objects:
                 self._refuse_flattened(name)
                 state = item.state_dict()
                 (sharded if is_sharded(state) else whole)[name] = state
-        return States(whole, sharded)
+        plain = frozenset(name for name, state in sharded.items() if _is_lowest_rank(state))
+        return States(whole, sharded, plain)
 
     def _refuse_flattened(self, name: str) -> None:
         """Refuse an optimizer of FSDP1, which has a part of the state and does not say which."""
@@ -148,6 +151,20 @@ def has_sharded_parameters(item: Any) -> bool:
     if isinstance(item, torch.nn.Module):
         return is_sharded([*item.parameters(), *item.buffers()])
     return is_optimizer(item) and is_sharded([group["params"] for group in item.param_groups])
+
+
+def _is_lowest_rank(state: Any) -> bool:
+    """Return whether no rank of an object's meshes is below this one.
+
+    It need not be rank 0, which has nothing of the later ones of pipeline stages.
+    """
+    meshes = {
+        id(tensor.device_mesh): tensor.device_mesh
+        for tensor in tensors_in(state)
+        if hasattr(tensor, "device_mesh")
+    }
+    ranks = [int(mesh.mesh.min()) for mesh in meshes.values()]
+    return bool(torch.distributed.get_rank() == min(ranks))
 
 
 def unwrapped(module: Any) -> Any:
