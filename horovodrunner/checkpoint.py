@@ -407,11 +407,8 @@ def load_torch(**objects: _HasState) -> int:
     from horovodrunner.flows.checkpoints.states import Objects
 
     loading = Loading(Objects(objects), found)
-    for name, item in objects.items():
-        made_with = _settings(item)
+    for name in objects:
         loading.load(name)
-        if found._differs:
-            _tell_of_old_settings(name, made_with, _settings(item))
     return found.step + 1
 
 
@@ -453,36 +450,6 @@ def torch_reader(found: Checkpoint | str | os.PathLike[str], directory: str = ""
     if isinstance(found, Checkpoint) and found.world_size is not None:
         return ShardReader(found.source(), directory)
     return ShardReader(DirectorySource(found), directory)
-
-
-def _settings(item: Any) -> list[dict[str, Any]]:
-    """List an optimizer's settings by group; a scheduler's changes to lr are none."""
-    return [
-        {
-            name: value
-            for name, value in {**group, "lr": group.get("initial_lr", group.get("lr"))}.items()
-            if isinstance(value, (bool, int, float, tuple)) and name != "initial_lr"
-        }
-        for group in getattr(item, "param_groups", ())
-    ]
-
-
-def _tell_of_old_settings(
-    name: str, made_with: list[dict[str, Any]], loaded: list[dict[str, Any]]
-) -> None:
-    """Log on the driver, once, that an optimizer's new settings were replaced."""
-    changes = dict.fromkeys(
-        f"{setting} is {value!r} again, not {new[setting]!r}"
-        for new, old in zip(made_with, loaded, strict=False)
-        for setting, value in old.items()
-        if setting in new and new[setting] != value
-    )
-    context = current_context()
-    if changes and context is not None and context.spec.rank == 0:
-        log_to_driver(
-            f"HorovodRunner: checkpoint.load_torch() put the saved settings into {name!r}: "
-            f"{', '.join(changes)}. Set them after loading to use the new ones"
-        )
 
 
 def _check_objects(call: str, objects: dict[str, Any]) -> None:

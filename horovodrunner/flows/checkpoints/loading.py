@@ -23,6 +23,7 @@ from horovodrunner.flows.checkpoints.states import (
     is_optimizer,
     unwrapped,
 )
+from horovodrunner.processes.worker.context import current_context, log_to_driver
 
 __all__ = ["Found", "Loading"]
 
@@ -32,6 +33,7 @@ class Found(Protocol):
 
     step: int
     world_size: int | None
+    _differs: bool
 
     def source(self) -> Source: ...
     def __truediv__(self, name: str) -> Path: ...
@@ -54,8 +56,14 @@ class Loading:
             self._sharded = {str(path[0]) for path in self._metadata.planner_data.values()}
 
     def load(self, name: str) -> None:
-        """Load one object."""
+        """Load one object, and tell of settings that this has replaced."""
         item = self._objects.items[name]
+        made_with = _settings(item)
+        self._load(name, item)
+        if self._found._differs:
+            _tell_of_old_settings(name, made_with, _settings(item))
+
+    def _load(self, name: str, item: Any) -> None:
         if name in self._sharded:
             self._fill(name, self._reader, self._metadata)
             return
@@ -203,3 +211,33 @@ def _numbered(state: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any
 
 def _holds_shards(source: Source) -> bool:
     return any(path.endswith(f"/{INDEX_NAME}") for path in source.files())
+
+
+def _settings(item: Any) -> list[dict[str, Any]]:
+    """List an optimizer's settings by group; a scheduler's changes to lr are none."""
+    return [
+        {
+            name: value
+            for name, value in {**group, "lr": group.get("initial_lr", group.get("lr"))}.items()
+            if isinstance(value, (bool, int, float, tuple)) and name != "initial_lr"
+        }
+        for group in getattr(item, "param_groups", ())
+    ]
+
+
+def _tell_of_old_settings(
+    name: str, made_with: list[dict[str, Any]], loaded: list[dict[str, Any]]
+) -> None:
+    """Log on the driver, once, that an optimizer's new settings were replaced."""
+    changes = dict.fromkeys(
+        f"{setting} is {value!r} again, not {new[setting]!r}"
+        for new, old in zip(made_with, loaded, strict=False)
+        for setting, value in old.items()
+        if setting in new and new[setting] != value
+    )
+    context = current_context()
+    if changes and context is not None and context.spec.rank == 0:
+        log_to_driver(
+            f"HorovodRunner: checkpoint.load_torch() put the saved settings into {name!r}: "
+            f"{', '.join(changes)}. Set them after loading to use the new ones"
+        )
