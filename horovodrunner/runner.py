@@ -33,6 +33,7 @@ from horovodrunner.processes.driver.attempts import STOPPED
 from horovodrunner.processes.driver.run import LastRun, Run, checkpoints_of, store_of_key
 from horovodrunner.storage import is_url, open_storage
 from horovodrunner.usage import explained, wrong_options, wrong_run, wrong_script
+from horovodrunner.wire.events import SaveWanted
 
 if TYPE_CHECKING:
     from horovodrunner.flows.metrics.records import Point
@@ -515,6 +516,29 @@ class HorovodRunner:
         text = f"{reason}: {STOPPED}" if reason else STOPPED
         stops = [run.stop(RunStoppedError(text, reason=reason)) for run in [*self._going]]
         return any(stops)
+
+    def request_checkpoint(self) -> bool:
+        """Have the ranks of the run that is going save a checkpoint soon, all at the same step.
+
+        ``checkpoint.should_save_now()`` is True once on every rank, at the same call, a few
+        milliseconds later or as soon as the ranks run; saving is up to main. It may be called from
+        another thread, a handler of signals or ``on_report``. What is requested before any rank
+        gets to that call is one checkpoint.
+
+        Returns
+        -------
+        bool
+            Whether there was a run to ask. A run that begins later is not affected.
+
+        Examples
+        --------
+        >>> runner = HorovodRunner(np=2, checkpoint_dir="checkpoints")
+        >>> runner.request_checkpoint()  # nothing is running
+        False
+        """
+        wanted = SaveWanted("runner.request_checkpoint()")
+        asked = [run.want_save(wanted) for run in [*self._going]]
+        return any(asked)
 
     @explained(wrong_script)
     def run_script(
