@@ -20,6 +20,7 @@ from horovodrunner.processes.worker.watch import MainThreadWatch
 from horovodrunner.wire.events import (
     PREFIX_BYTES,
     Event,
+    Handlers,
     Job,
     Latest,
     LatestWanted,
@@ -148,7 +149,7 @@ class ControlPipe:
         incoming = select.poll()  # select() takes no descriptor from 1024 on
         incoming.register(self._control_fd, select.POLLIN)
         steps = {Measure: self._steps.put, Proceed: self._steps.put}
-        own = {Job: self._take_job, Latest: self._answers.put}
+        own: Handlers = {Job: self._take_job, Latest: self._answers.put}
         take = dispatcher([own, steps, self.saves.handlers], refuse)
         while True:
             pause = min(SAMPLE_SECONDS, self._beat_seconds)
