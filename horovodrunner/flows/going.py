@@ -27,6 +27,7 @@ class GoingRun:
         # Whoever comes first decides how the run ends: setdefault() is atomic, and a handler of
         # signals may call it, which must not wait for a lock that its own thread has.
         self._end: dict[str, BaseException | None] = {}
+        self._end_with_main: BaseException | None = None
         self._wishes: deque[SaveWanted] = deque()
         self._send_wish: Callable[[SaveWanted], None] | None = None
         self.is_closed = False
@@ -61,6 +62,20 @@ class GoingRun:
     def stop(self, error: BaseException) -> bool:
         """Have the run's own thread raise an error; return False if the run has ended."""
         return self._end.setdefault(_END, error) is not None
+
+    def stop_with_main(self, error: BaseException) -> None:
+        """Have the run's own thread raise an error when main has ended, however it did."""
+        self._end_with_main = error
+
+    def main_has_ended(self) -> None:
+        """Stop the run if it is to be stopped by now."""
+        if self._end_with_main is not None:
+            self.stop(self._end_with_main)
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether its ranks run, or are being launched."""
+        return self._send_wish is not None
 
     def want_save(self, wanted: SaveWanted) -> bool:
         """Have all ranks save, as soon as they run; return False if the run has ended."""

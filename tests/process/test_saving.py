@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 from horovodrunner import (
+    ConfigurationError,
     HorovodRunner,
     RunStoppedError,
     WorkerFailedError,
     checkpoint,
     metrics,
 )
+from horovodrunner.processes.driver import grace
 from horovodrunner.processes.task import leader
 from horovodrunner.processes.task.process import WorkerProcess
 from tests.process import mains
@@ -208,3 +210,88 @@ def test_a_rank_that_has_returned_is_not_waited_for() -> None:
     runner = HorovodRunner(np=-2, results="all", on_report=on_report)
     first, second = results_of(runner, end_early, saves=1)
     assert (len(first), second) == (1, [])
+
+
+def save_and_return(directory: str) -> int:
+    """Return at the first call that is told to save."""
+    mains.count_run(directory)
+    calls = 1
+    while not checkpoint.should_save_now():
+        calls += 1
+        time.sleep(0.001)
+    with checkpoint.save(step=calls) as saved:
+        (saved / "a.txt").write_text("state")
+    return calls
+
+
+def signal_own_process(directory: Path) -> Callable[[], None]:
+    """Return what sends SIGTERM to the driver once main runs on both ranks."""
+
+    def send() -> None:
+        for rank in (0, 1):
+            pid_of(directory, rank)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    return send
+
+
+def test_sigterm_to_the_driver_lets_ranks_save_and_ends_the_run(
+    tmp_path: Path,
+    in_thread: Callable[[Callable[[], object]], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    store, runs = tmp_path / "saved", tmp_path / "runs"
+    runner = HorovodRunner(np=-2, checkpoint_dir=store, run_dir=runs, sigterm_grace=600)
+    in_thread(signal_own_process(tmp_path))
+    with pytest.raises(RunStoppedError) as caught:
+        runner.run(save_and_return, directory=str(tmp_path), run_key="k")
+    assert "SIGTERM: the run of 2 ranks was stopped; the latest checkpoint is that of step " in str(
+        caught.value
+    )
+    assert signal.getsignal(signal.SIGTERM) is before
+    shown = capsys.readouterr().out
+    assert "this process was sent SIGTERM: all ranks are to save a checkpoint" in shown
+    # what main has returned then is not the value of the key
+    assert runner.run(lambda: "done", run_key="k", on_change="rerun") == "done"
+
+
+def test_when_the_grace_period_is_over_the_run_is_stopped(
+    tmp_path: Path, in_thread: Callable[[Callable[[], object]], None]
+) -> None:
+    in_thread(signal_own_process(tmp_path))
+    with pytest.raises(RunStoppedError, match=r"^SIGTERM: the run of 2 ranks was stopped"):
+        HorovodRunner(np=-2, sigterm_grace=0.1).run(sleep_after_a_call, directory=str(tmp_path))
+
+
+def test_a_second_sigterm_to_the_driver_ends_the_grace_period(
+    tmp_path: Path,
+    in_thread: Callable[[Callable[[], object]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grace, "SAME_SECONDS", 0.0)
+
+    def on_report(point: Any) -> None:
+        if "saves" in point.values:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    in_thread(signal_own_process(tmp_path))
+    runner = HorovodRunner(np=-2, sigterm_grace=600, on_report=on_report)
+    with pytest.raises(RunStoppedError, match=r"^SIGTERM: "):
+        runner.run(step_until, saves=2, directory=str(tmp_path))
+
+
+def test_outside_the_main_thread_there_is_no_grace_period(
+    in_thread: Callable[[Callable[[], object]], None],
+) -> None:
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            HorovodRunner(np=-1, sigterm_grace=1).run(int)
+        except ConfigurationError as error:
+            errors.append(error)
+
+    in_thread(run)
+    wait_until(lambda: errors)
+    assert str(errors[0]).startswith("sigterm_grace=1: run() was called in 'Thread-")

@@ -254,6 +254,7 @@ class Run:
         self._spans.add("stage start", now, now)
         job = self._job(attempt)
         outcome = self._run_locally(job) if self._options.np < 0 else self._run_on_spark(job)
+        self._going.main_has_ended()
         if self._keyed is None:
             return outcome
         self._console.show(0)  # on_report may refuse the last points
