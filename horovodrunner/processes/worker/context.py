@@ -11,12 +11,12 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from horovodrunner.flows.logs.showing import show_text
 from horovodrunner.flows.metrics.worker import MetricsPipe
 from horovodrunner.flows.saving.worker import SaveCalls
-from horovodrunner.wire.events import Event, Job, Latest, Message, Notice, encode
+from horovodrunner.wire.events import Event, Job, Message, Notice, encode
 from horovodrunner.wire.signals import pipe_at
 
 __all__ = [
@@ -76,7 +76,7 @@ class TaskLink:
 class _AnswersQuestions(Protocol):
     saves: SaveCalls
 
-    def ask_latest(self) -> Latest: ...
+    def ask(self, question: Event) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from horovodrunner.flows.metrics.worker import MetricsPipe
 from horovodrunner.flows.saving.worker import SaveCalls
@@ -20,14 +20,13 @@ from horovodrunner.processes.worker.watch import MainThreadWatch
 from horovodrunner.wire.events import (
     PREFIX_BYTES,
     Event,
-    Handlers,
     Job,
     Latest,
-    LatestWanted,
     MainEnded,
     Measure,
     Notice,
     Proceed,
+    RangesRead,
     Started,
     WorkerTimes,
     decode,
@@ -69,7 +68,7 @@ class ControlPipe:
         self.saves = SaveCalls(link.send)
         self._watch = MainThreadWatch()
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[Latest] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._steps: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._asking = threading.Lock()
         self._rank = -1
@@ -127,10 +126,10 @@ class ControlPipe:
         """Return when main was unpickled and when it ran, as far as that happened."""
         return WorkerTimes(self._rank, imported_at, warmed, self._times)
 
-    def ask_latest(self) -> Latest:
-        """Ask the task for the latest checkpoint and wait for the answer."""
+    def ask(self, question: Event) -> Any:
+        """Ask the task for something and wait for the answer."""
         with self._asking:
-            self._link.send(LatestWanted())
+            self._link.send(question)
             return self._answers.get()
 
     def _serve(self) -> None:
@@ -149,8 +148,8 @@ class ControlPipe:
         incoming = select.poll()  # select() takes no descriptor from 1024 on
         incoming.register(self._control_fd, select.POLLIN)
         steps = {Measure: self._steps.put, Proceed: self._steps.put}
-        own: Handlers = {Job: self._take_job, Latest: self._answers.put}
-        take = dispatcher([own, steps, self.saves.handlers], refuse)
+        answers = {Latest: self._answers.put, RangesRead: self._answers.put}
+        take = dispatcher([{Job: self._take_job}, answers, steps, self.saves.handlers], refuse)
         while True:
             pause = min(SAMPLE_SECONDS, self._beat_seconds)
             if not incoming.poll(pause * 1000):
