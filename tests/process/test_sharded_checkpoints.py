@@ -14,14 +14,13 @@ pytest.importorskip("torch.distributed.fsdp", reason="needs torch")
 pytestmark = pytest.mark.heavy
 
 
-def chain(location: Path, *runs: tuple[str, int], **options: Any) -> None:
+def chain(location: Path, *runs: tuple[str, int], first_steps: int = 2, **options: Any) -> None:
     """Train in the first run; every later one loads, compares bit for bit and saves again."""
     expected = None
     for step, (kind, ranks) in enumerate(runs):
         runner = HorovodRunner(np=-ranks, checkpoint_dir=location, on_checkpoint_error="raise")
-        found = runner.run(
-            sharded.train_and_save, kind=kind, step=step, steps=2 if step == 0 else 0, **options
-        )
+        steps = 0 if step else first_steps
+        found = runner.run(sharded.train_and_save, kind=kind, step=step, steps=steps, **options)
         expected = expected or found
         for got, wanted in zip(found, expected, strict=True):
             assert got == wanted, (kind, ranks)
@@ -37,6 +36,10 @@ def test_meshes_of_all_kinds_save_while_main_goes_on(tmp_path: Path) -> None:
     """Main trains on, and leaves its process group, while the files are being written."""
     runs = ("hsdp", 4), ("2d", 4), ("tp", 2), ("plain", 1)
     chain(tmp_path, *runs, asynchronous=True)
+
+
+def test_an_optimizer_that_has_no_state_yet_gets_none(tmp_path: Path) -> None:
+    chain(tmp_path, ("fsdp", 2), ("fsdp", 1), ("plain", 1), first_steps=0)
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])

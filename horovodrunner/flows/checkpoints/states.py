@@ -80,8 +80,8 @@ class Objects:
                 self._refuse_flattened(name)
                 state = item.state_dict()
                 (sharded if is_sharded(state) else whole)[name] = state
-        plain = frozenset(name for name, state in sharded.items() if _is_lowest_rank(state))
-        return States(whole, sharded, plain)
+        plain = (name for name in sharded if _is_lowest_rank(self.items[name], sharded[name]))
+        return States(whole, sharded, frozenset(plain))
 
     def _refuse_flattened(self, name: str) -> None:
         """Refuse an optimizer of FSDP1, which has a part of the state and does not say which."""
@@ -153,14 +153,16 @@ def has_sharded_parameters(item: Any) -> bool:
     return is_optimizer(item) and is_sharded([group["params"] for group in item.param_groups])
 
 
-def _is_lowest_rank(state: Any) -> bool:
+def _is_lowest_rank(item: Any, state: Any) -> bool:
     """Return whether no rank of an object's meshes is below this one.
 
     It need not be rank 0, which has nothing of the later ones of pipeline stages.
     """
+    # before its first step, an optimizer's state has no tensor
+    groups = [group["params"] for group in item.param_groups] if is_optimizer(item) else []
     meshes = {
         id(tensor.device_mesh): tensor.device_mesh
-        for tensor in tensors_in(state)
+        for tensor in tensors_in([state, groups])
         if hasattr(tensor, "device_mesh")
     }
     ranks = [int(mesh.mesh.min()) for mesh in meshes.values()]
