@@ -61,6 +61,13 @@ def load() -> tuple[list[float], list[int], bool]:
     return model.weight.flatten().tolist(), gate.steps, is_tied
 
 
+def open_later() -> None:
+    """Open the gate in a while, in a thread that no process waits for."""
+    timer = threading.Timer(1.0, opened.set)
+    timer.daemon = True
+    timer.start()
+
+
 def return_before_it_is_written(how: str) -> None:
     """Return, or leave, while the thread still waits at the gate; a child is not to wait there."""
     checkpoint.save_torch(1, asynchronous=True, gate=Gate())
@@ -71,7 +78,7 @@ def return_before_it_is_written(how: str) -> None:
     assert os.waitpid(child, 0)[1] == 0
     if how == "raise":
         raise ValueError("main does not go on")
-    threading.Timer(0.3, opened.set).start()
+    open_later()
     if how == "exit":
         raise SystemExit(0)
 
@@ -91,7 +98,7 @@ class Noted(Gate):
 def save_twice() -> list[str]:
     """Save at once again: that waits for the first one."""
     checkpoint.save_torch(1, asynchronous=True, gate=Noted())
-    threading.Timer(0.3, opened.set).start()
+    open_later()
     checkpoint.save_torch(2, gate=Noted())
     order.append("saved")
     checkpoint.wait()
