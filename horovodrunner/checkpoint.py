@@ -187,7 +187,9 @@ def save(
         own; the checkpoint counts when all ranks have saved theirs, and not before. Files that
         are the same on several ranks are stored once.
     metrics
-        Numbers to compare the checkpoint by, such as ``{"val_loss": 0.3}``; rank 0's count.
+        Numbers to compare the checkpoint by, such as ``{"val_loss": 0.3}``; rank 0's count. None
+        takes those that rank 0 has reported with :func:`horovodrunner.metrics.report` since it
+        saved a checkpoint before.
 
     Yields
     ------
@@ -206,7 +208,7 @@ def save(
     """
     step = checked.integer("step", step, at_least=0)
     of_all = _is_of_all(ranks)
-    numbers = _checked_metrics(metrics)
+    numbers = _numbers(metrics)
     context = current_context()
     if context is not None and context.on_step is not None:
         context.on_step(step)
@@ -248,13 +250,27 @@ def _is_of_all(ranks: object) -> bool:
     )
 
 
+def _numbers(metrics: object) -> dict[str, float]:
+    """Return the numbers of a checkpoint: those that are given, or else the last reported ones."""
+    given = None if metrics is None else _checked_metrics(metrics)
+    context = current_context()
+    reported = {} if context is None else context.metrics.take_unsaved()
+    return {
+        # halves of characters could not be written
+        name.encode(errors="replace").decode(): float(value)
+        for name, value in (reported if given is None else given).items()
+    }
+
+
 def _checked_metrics(metrics: object) -> dict[str, float]:
-    if metrics is None:
-        return {}
-    if not isinstance(metrics, Mapping):
+    example = 'give numbers by their names, such as {"val_loss": 0.3}'
+    if hasattr(metrics, "state_dict"):
         raise ArgumentTypeError(
-            f'metrics={metrics!r:.100}: give numbers by their names, such as {{"val_loss": 0.3}}'
+            f"metrics={checked.shown(metrics)} has a state to be saved: give it another name, "
+            f"because metrics= is for numbers; {example}"
         )
+    if not isinstance(metrics, Mapping):
+        raise ArgumentTypeError(f"metrics={checked.shown(metrics)}: {example}")
     return {
         checked.text("a metric's name", name): checked.number(f"metrics[{name!r:.50}]", value)
         for name, value in metrics.items()
@@ -266,20 +282,24 @@ class _HasState(Protocol):
     def load_state_dict(self, state: Any) -> Any: ...
 
 
-def save_torch(step: int, **objects: _HasState) -> None:
+def save_torch(
+    step: int, *, metrics: Mapping[str, float] | None = None, **objects: _HasState
+) -> None:
     """Save each object's ``state_dict()`` as ``<name>.pt``; every rank calls this, rank 0 writes.
 
     Parameters
     ----------
     step
         As for :func:`save`.
+    metrics
+        As for :func:`save`; so no object is called ``metrics``.
     **objects
         PyTorch modules, optimizers, schedulers and the like, by name.
 
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        If step is not an int or negative, or nothing is to be saved.
+        If step is not an int or negative, nothing is to be saved, or a metric is no number.
 
     Examples
     --------
@@ -291,6 +311,7 @@ def save_torch(step: int, **objects: _HasState) -> None:
 
     step = checked.integer("step", step, at_least=0)
     _check_objects("save_torch(step, ...)", objects)
+    numbers = _numbers(metrics)
     # On every rank: a sharded object gathers its state from all of them.
     states = {name: item.state_dict() for name, item in objects.items()}
     context = current_context()
@@ -298,7 +319,7 @@ def save_torch(step: int, **objects: _HasState) -> None:
         if context.on_step is not None:
             context.on_step(step)
         return
-    with save(step) as directory:
+    with save(step, metrics=numbers) as directory:
         for name, state in states.items():
             torch.save(state, directory / f"{name}.pt")
 
