@@ -8,7 +8,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 
-from horovodrunner.flows.checkpoints.latest import LatestDecision
+from horovodrunner.flows.checkpoints.task.latest import LatestDecision
 from horovodrunner.flows.logs.task import LineSender, own_line
 from horovodrunner.flows.outcome.outcome import FailureKind
 from horovodrunner.flows.outcome.task import RunOutcome
@@ -114,6 +114,10 @@ class PeerServer:
                 )
         self._not_left -= self._not_joined  # nobody needs to wait for them to leave
         self._note_presence()
+
+    async def wait_for_joining(self) -> None:
+        """Wait until all peers have connected, however long it takes."""
+        await self._all_joined.wait()
 
     async def wait_for_leaving(self, timeout: float) -> None:
         """Wait until every peer has sent all it had and left, while files are on their way."""
