@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ pytestmark = [pytest.mark.spark, pytest.mark.heavy, pytest.mark.usefixtures("spa
 @pytest.mark.parametrize("prefix", ["", "file://"], ids=["path", "URL"])
 def test_two_executors_save_what_one_loads(tmp_path: Path, prefix: str) -> None:
     location = f"{prefix}{tmp_path}/kept"
-    runs = (
+    runs: tuple[tuple[int, dict[str, Any]], ...] = (
         (2, {"kind": "fsdp", "asynchronous": True}),
         (1, {"kind": "fsdp"}),
         (1, {"kind": "plain"}),
