@@ -356,6 +356,7 @@ def test_ranks_that_run_ahead_take_bounded_space(store: Store, tmp_path: Path) -
             for step in range(30):
                 run.save_all(step, ranks=[0])
             await until(lambda: len(run.left()) <= 4)
+            assert "ranks 1, 2 and 3 had not saved it yet when 4 newer ones waited" in run.errors[0]
             run.uploader.no_more()
             assert await run.uploader.drain(10)
             assert len(run.errors) == 30

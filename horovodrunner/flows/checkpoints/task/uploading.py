@@ -202,7 +202,8 @@ class CheckpointUploader:
             self._take_complete(save)
         incomplete = [each for each in self._saves if not self._is_complete(each)]
         if len(incomplete) > MAX_INCOMPLETE:
-            self._give_up_passed_over(incomplete[0])
+            waits = f"had not saved it yet when {MAX_INCOMPLETE} newer ones waited"
+            self._give_up_passed_over(incomplete[0], waits)
 
     def _take_complete(self, newest: _Save) -> None:
         """Let a checkpoint wait for its turn; what is older is not stored any more."""
@@ -222,9 +223,9 @@ class CheckpointUploader:
                 return save
         return None
 
-    def _give_up_passed_over(self, save: _Save) -> None:
+    def _give_up_passed_over(self, save: _Save, how: str = "did not save it") -> None:
         missing = self._hosts.keys() - save.ranks
-        self._give_up(save, missing, f"{ranks_in_words(missing)} did not save it")
+        self._give_up(save, missing, f"{ranks_in_words(missing)} {how}")
 
     def _is_complete(self, save: _Save) -> bool:
         return save.ranks >= self._hosts.keys()
