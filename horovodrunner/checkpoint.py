@@ -201,7 +201,9 @@ def save(
         own; the checkpoint counts when all ranks have saved theirs, and not before. Files that
         are the same on several ranks are stored once.
     metrics
-        Numbers to compare the checkpoint by, such as ``{"val_loss": 0.3}``; rank 0's count.
+        Numbers to compare the checkpoint by, such as ``{"val_loss": 0.3}``; rank 0's count. None
+        takes those that rank 0 has reported with :func:`horovodrunner.metrics.report` since it
+        saved a checkpoint before.
 
     Yields
     ------
@@ -220,7 +222,7 @@ def save(
     """
     step = checked.integer("step", step, at_least=0)
     of_all = _is_of_all(ranks)
-    numbers = _checked_metrics(metrics)
+    numbers = _numbers(metrics)
     _got_to(step)
     with _saving(step, of_all, numbers) as directory:
         yield directory
@@ -303,13 +305,27 @@ def _is_of_all(ranks: object) -> bool:
     )
 
 
+def _numbers(metrics: object) -> dict[str, float]:
+    """Return the numbers of a checkpoint: those that are given, or else the last reported ones."""
+    given = None if metrics is None else _checked_metrics(metrics)
+    context = current_context()
+    reported = {} if context is None else context.metrics.take_unsaved()
+    return {
+        # halves of characters could not be written
+        name.encode(errors="replace").decode(): float(value)
+        for name, value in (reported if given is None else given).items()
+    }
+
+
 def _checked_metrics(metrics: object) -> dict[str, float]:
-    if metrics is None:
-        return {}
-    if not isinstance(metrics, Mapping):
+    example = 'give numbers by their names, such as {"val_loss": 0.3}'
+    if hasattr(metrics, "state_dict"):
         raise ArgumentTypeError(
-            f'metrics={metrics!r:.100}: give numbers by their names, such as {{"val_loss": 0.3}}'
+            f"metrics={checked.shown(metrics)} has a state to be saved: give it another name, "
+            f"because metrics= is for numbers; {example}"
         )
+    if not isinstance(metrics, Mapping):
+        raise ArgumentTypeError(f"metrics={checked.shown(metrics)}: {example}")
     return {
         checked.text("a metric's name", name): checked.number(f"metrics[{name!r:.50}]", value)
         for name, value in metrics.items()
@@ -321,7 +337,13 @@ class _HasState(Protocol):
     def load_state_dict(self, state: Any) -> Any: ...
 
 
-def save_torch(step: int, *, asynchronous: bool = False, **objects: _HasState) -> None:
+def save_torch(
+    step: int,
+    *,
+    asynchronous: bool = False,
+    metrics: Mapping[str, float] | None = None,
+    **objects: _HasState,
+) -> None:
     """Save the states of PyTorch objects; every rank calls this.
 
     What every rank has whole, rank 0 writes, one file ``<name>.pt`` each. If a state is sharded
@@ -337,6 +359,8 @@ def save_torch(step: int, *, asynchronous: bool = False, **objects: _HasState) -
         writes the files. The next save waits until the one before is written, and so does the end
         of main; :func:`wait` waits at once. When files cannot be written, ``on_checkpoint_error``
         says what happens.
+    metrics
+        As for :func:`save`; so no object is called ``metrics``, nor ``asynchronous``.
     **objects
         PyTorch modules, optimizers, schedulers and the like, by name. A sharded optimizer needs
         its module beside it: its state goes by the names of parameters.
@@ -344,8 +368,8 @@ def save_torch(step: int, *, asynchronous: bool = False, **objects: _HasState) -
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        If step is not an int or negative, nothing is to be saved, or the module of a sharded
-        optimizer is not given.
+        If step is not an int or negative, nothing is to be saved, a metric is no number, or the
+        module of a sharded optimizer is not given.
 
     Examples
     --------
@@ -358,6 +382,7 @@ def save_torch(step: int, *, asynchronous: bool = False, **objects: _HasState) -
 
     step = checked.integer("step", step, at_least=0)
     _check_objects("save_torch(step, ...)", objects)
+    numbers = _numbers(metrics)
     background.wait()
     states = Objects(objects).states()  # on every rank: some gather their state from all of them
     _got_to(step)
@@ -366,17 +391,17 @@ def save_torch(step: int, *, asynchronous: bool = False, **objects: _HasState) -
         return
     if asynchronous:
         copied = states.copied()
-        background.start(lambda: _write_behind(step, copied))
+        background.start(lambda: _write_behind(step, copied, numbers))
     else:
-        with _saving(step, states.is_sharded, {}) as directory:
+        with _saving(step, states.is_sharded, numbers) as directory:
             states.write(directory)
 
 
-def _write_behind(step: int, states: States) -> None:
+def _write_behind(step: int, states: States, numbers: dict[str, float]) -> None:
     """Write a checkpoint's files while main goes on, and report what goes wrong."""
     context = current_context()
     try:
-        with _saving(step, states.is_sharded, {}) as directory:
+        with _saving(step, states.is_sharded, numbers) as directory:
             states.write(directory)
     except Exception as error:  # noqa: BLE001 - it is reported
         if context is None:

@@ -505,6 +505,7 @@ class CheckpointStored(Event):
     """The checkpoint of a step is where it is kept."""
 
     step: int
+    metrics: dict[str, float] = {}  # noqa: RUF012 - events are frozen
 
 
 class Note(Event):

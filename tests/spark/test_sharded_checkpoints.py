@@ -17,11 +17,11 @@ pytestmark = [pytest.mark.spark, pytest.mark.heavy, pytest.mark.usefixtures("spa
 @pytest.mark.parametrize("prefix", ["", "file://"], ids=["path", "URL"])
 def test_two_executors_save_what_one_loads(tmp_path: Path, prefix: str) -> None:
     location = f"{prefix}{tmp_path}/kept"
-    runs: list[tuple[int, dict[str, Any]]] = [
+    runs: tuple[tuple[int, dict[str, Any]], ...] = (
         (2, {"kind": "fsdp", "asynchronous": True}),
         (1, {"kind": "fsdp"}),
         (1, {"kind": "plain"}),
-    ]
+    )
     expected = None
     for step, (ranks, options) in enumerate(runs):
         runner = HorovodRunner(np=ranks, checkpoint_dir=location, on_checkpoint_error="raise")

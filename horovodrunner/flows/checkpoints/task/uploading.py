@@ -266,7 +266,7 @@ class CheckpointUploader:
         for attempt in range(1, PUT_ATTEMPTS + 1):
             try:
                 await in_thread(self._backend.put, save.step, save.directory, save.metrics)
-                self._to_driver(CheckpointStored(save.step))
+                self._to_driver(CheckpointStored(save.step, dict(save.metrics)))
             except (ConnectionError, TimeoutError) as error:
                 if attempt < PUT_ATTEMPTS and not self._saves:
                     await asyncio.sleep(RETRY_SECONDS)  # the network may come back
@@ -295,7 +295,7 @@ class CheckpointUploader:
             else:
                 raise
         else:
-            self._to_driver(CheckpointStored(save.step))
+            self._to_driver(CheckpointStored(save.step, dict(save.metrics)))
 
     async def _store_parts(self, save: _Save, place: str) -> tuple[list[Part], dict[str, str]]:
         """Let all tasks store their parts, what is the same once; return these, and the copies."""
