@@ -8,6 +8,7 @@ fully qualified name, whatever the module is wrapped in, also in the states of o
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -80,6 +81,9 @@ class Objects:
                 self._refuse_flattened(name)
                 state = item.state_dict()
                 (sharded if is_sharded(state) else whole)[name] = state
+        if sharded:
+            # not in the thread: torch's modules import each other, and main may do so meanwhile
+            importlib.import_module("horovodrunner.flows.checkpoints.shards")
         plain = (name for name in sharded if _is_lowest_rank(self.items[name], sharded[name]))
         return States(whole, sharded, frozenset(plain))
 
