@@ -1,0 +1,108 @@
+"""The files of a checkpoint of Keras: model, callbacks, and what is a rank's own. Runs in: the worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from horovodrunner.callbacks import saving
+from horovodrunner.errors import CheckpointError
+
+__all__ = ["callbacks_in", "load_own", "load_weights", "position_in", "save", "values_of"]
+
+_WEIGHTS = "model.weights.h5"
+_CALLBACKS = "callbacks.pkl"
+_RANK = "rank.pkl"
+
+
+def save(
+    directory: Path, model: Any, callbacks: dict[str, Any], position: dict[str, Any]
+) -> None:
+    """Write this rank's part of a training into a directory."""
+    if saving.is_first():
+        model.save_weights(directory / _WEIGHTS)  # the optimizer's, too
+    saving.write(directory / _CALLBACKS, callbacks)
+    own = {
+        **position,
+        "built": model.get_build_config(),
+        "variables": list(map(_array, _own_variables(model))),
+        "metrics": list(map(_array, model.metrics_variables)),
+    }
+    saving.write(directory / _RANK, own)
+
+
+def position_in(directory: Path) -> dict[str, Any]:
+    """Return what `save` wrote of this rank."""
+    position: dict[str, Any] = saving.read(directory / _RANK)
+    return position
+
+
+def callbacks_in(directory: Path) -> dict[str, Any]:
+    """Return what `save` wrote of the other callbacks."""
+    callbacks: dict[str, Any] = saving.read(directory / _CALLBACKS)
+    return callbacks
+
+
+def load_weights(directory: Path, model: Any, position: dict[str, Any]) -> None:
+    """Set what all ranks share: weights and the optimizer's state."""
+    if not model.built:
+        model.build_from_config(position["built"])
+    for optimizer in _optimizers(model):
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+    model.load_weights(directory / _WEIGHTS)
+
+
+def load_own(model: Any, position: dict[str, Any], in_epoch: bool) -> None:
+    """Set what is this rank's own: batch statistics, seeds and, within an epoch, metrics."""
+    _assign(_own_variables(model), position["variables"])
+    if in_epoch:
+        _assign(model.metrics_variables, position["metrics"])
+
+
+def _own_variables(model: Any) -> list[Any]:
+    shared = {id(variable) for variable in (*model.trainable_variables, *model.metrics_variables)}
+    return [variable for variable in model.variables if id(variable) not in shared]
+
+
+def _assign(variables: list[Any], arrays: list[Any]) -> None:
+    now, before = [[tuple(each.shape) for each in group] for group in (variables, arrays)]
+    if now != before:
+        raise CheckpointError(
+            f"the checkpoint is of a model whose variables have the shapes {before}, and this one "
+            f"has {now}: HorovodRunner(..., resume=False) starts anew"
+        )
+    for variable, array in zip(variables, arrays, strict=True):
+        variable.assign(array)
+
+
+def _array(variable: Any) -> Any:
+    import keras
+
+    return keras.ops.convert_to_numpy(variable.value)
+
+
+def _optimizers(model: Any) -> list[Any]:
+    import keras
+
+    found = [model.optimizer, *vars(model).values()]
+    return [each for each in found if isinstance(each, keras.optimizers.Optimizer)]
+
+
+def values_of(callback: Any) -> dict[str, Any]:
+    """Return the numbers, texts and arrays among a callback's attributes."""
+    return {
+        name: value
+        for name, value in vars(callback).items()
+        if name not in ("params", "_params", "validation_data") and _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    return value is None or isinstance(value, (bool, int, float, str, np.ndarray, np.generic))
