@@ -26,7 +26,7 @@ from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
 from horovod.runner.http.http_server import RendezvousServer
 
 from benchmarks.report import Case, Figures
-from horovodrunner.flows.checkpoints.task import LatestDecision
+from horovodrunner.flows.checkpoints.latest import LatestDecision
 from horovodrunner.flows.logs.task import MergedLog
 from horovodrunner.flows.outcome.outcome import Outcome, Success
 from horovodrunner.flows.outcome.task import RunOutcome
@@ -106,7 +106,14 @@ async def _coordinate(size: int, token: bytes) -> dict[str, float]:
     emit = dispatcher(flows, otherwise=take)
     latest = LatestDecision(None, members(size), lambda text: None)
     server = PeerServer(
-        token, listening, slots, emit, outcome=outcome, latest=latest, log=lines.append
+        token,
+        listening,
+        slots,
+        emit,
+        outcome=outcome,
+        latest=latest,
+        on_lost=lambda ranks: None,
+        log=lines.append,
     )
     await server.start()
     joining = asyncio.create_task(server.watch_joining())

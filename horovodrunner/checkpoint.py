@@ -24,14 +24,18 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from horovodrunner import validation as checked
-from horovodrunner.errors import ArgumentTypeError, CheckpointError
+from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
 from horovodrunner.processes.worker.context import WorkerContext, current_context, log_to_driver
-from horovodrunner.wire.events import CheckpointSaved
+from horovodrunner.wire.events import CheckpointSaved, Latest, LatestWanted, PartSaved
+
+if TYPE_CHECKING:
+    from horovodrunner.flows.checkpoints.manifest import Manifest
+    from horovodrunner.flows.checkpoints.worker import TaskSource
 
 __all__ = ["Checkpoint", "attempt", "latest", "load_torch", "save", "save_torch"]
 
@@ -51,21 +55,73 @@ class Checkpoint(type(Path())):  # type: ignore[misc]  # Path's class for this s
     ----------
     step : int
         The step it was saved with.
+    world_size : int or None
+        How many ranks saved it, each its own part; None if it was rank 0 for all. With as many
+        ranks as this run has, the directory has what this very rank saved. With more or fewer
+        it is empty, and :meth:`of_rank` has the files.
     """
 
     step: int
+    world_size: int | None
     _differs: bool  # whether the run that saved it was called with something else
+    _manifest: Manifest | None
 
     @classmethod
-    def _at(cls, directory: str, step: int, differs: bool) -> Checkpoint:
-        checkpoint = cls(directory)
-        checkpoint.step = step
-        checkpoint._differs = differs
+    def _at(cls, found: Latest) -> Checkpoint:
+        checkpoint = cls(found.directory)
+        checkpoint.step = found.step
+        checkpoint._differs = found.differs
+        checkpoint._manifest = None
+        if found.manifest:
+            from horovodrunner.flows.checkpoints.manifest import Manifest
+
+            checkpoint._manifest = Manifest.from_json(found.manifest.decode())
+        manifest = checkpoint._manifest
+        checkpoint.world_size = None if manifest is None else manifest.world_size
         return checkpoint
 
     def with_segments(self, *segments: str | os.PathLike[str]) -> Path:
         """Return a plain path for what is below; pathlib calls it from Python 3.12 on."""
         return Path(*segments)
+
+    def of_rank(self, rank: int) -> Path:
+        """Return the directory with what a rank saved; each host fetches it once.
+
+        Parameters
+        ----------
+        rank
+            At least 0 and less than :attr:`world_size`. Rank 0 of a checkpoint that it saved for
+            all has this very directory.
+
+        Raises
+        ------
+        ArgumentTypeError, ArgumentValueError
+            If rank is not an int, or there was no such rank.
+        CheckpointError
+            If the files cannot be fetched, or one is not what was saved.
+        """
+        rank = checked.integer("rank", rank, at_least=0)
+        if rank >= (self.world_size or 1):
+            raise ArgumentValueError(
+                f"rank={rank}: the checkpoint of step {self.step} was saved by "
+                f"{self.world_size or 1} rank{'s' * (self.world_size not in (None, 1))}; ranks "
+                "begin at 0"
+            )
+        if self.world_size is None:
+            return Path(self)
+        return Path(_ask_latest(rank).directory)
+
+    def source(self) -> TaskSource:
+        """Return what reads parts of files of all ranks without fetching the rest."""
+        from horovodrunner.flows.checkpoints.worker import TaskSource
+
+        context = current_context()
+        if context is None or self._manifest is None:
+            raise CheckpointError(
+                f"the checkpoint of step {self.step} has no parts of several ranks to read from: "
+                'it was saved without ranks="all"'
+            )
+        return TaskSource(context, self._manifest)
 
 
 def latest() -> Checkpoint | None:
@@ -93,31 +149,45 @@ def latest() -> Checkpoint | None:
     context = current_context()
     if context is None or not context.spec.keeps_checkpoints:
         return None
-    answer = context.control.ask_latest()
+    found = _ask_latest()
+    return Checkpoint._at(found) if found.directory else None
+
+
+def _ask_latest(part: int = -1) -> Latest:
+    context = current_context()
+    if context is None:  # a process that main forked
+        raise CheckpointError("only a rank's own process can get files of the latest checkpoint")
+    answer: Latest = context.control.ask(LatestWanted(context.spec.rank, part))
     if answer.error:
         raise CheckpointError(
             f"rank {context.spec.rank} on {context.spec.host} cannot get the latest checkpoint: "
             f"{answer.error}"
         )
-    if not answer.directory:
-        return None
-    return Checkpoint._at(answer.directory, answer.step, answer.differs)
+    return answer
 
 
 @contextlib.contextmanager
-def save(step: int) -> Iterator[Path]:
-    """Save whatever rank 0 writes into the directory, files and subdirectories, as a checkpoint.
+def save(
+    step: int, *, ranks: int | str = 0, metrics: Mapping[str, float] | None = None
+) -> Iterator[Path]:
+    """Save whatever is written into the directory, files and subdirectories, as a checkpoint.
 
     When the block ends, main goes on, and the files are stored in the background, complete or not
     at all. If saves come faster than they can be stored, the newest wins. If the block raises,
-    nothing is saved. Other ranks get a directory that is thrown away, so that the same code runs
-    everywhere.
+    nothing is saved.
 
     Parameters
     ----------
     step
         Names the checkpoint: an epoch or a number of batches, not negative. A checkpoint of the
         same step is replaced.
+    ranks
+        Whose files are kept. 0: rank 0's; the other ranks get a directory that is thrown away, so
+        that the same code runs everywhere. ``"all"``: every rank's, each in a directory of its
+        own; the checkpoint counts when all ranks have saved theirs, and not before. Files that
+        are the same on several ranks are stored once.
+    metrics
+        Numbers to compare the checkpoint by, such as ``{"val_loss": 0.3}``; rank 0's count.
 
     Yields
     ------
@@ -127,7 +197,7 @@ def save(step: int) -> Iterator[Path]:
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        If step is not an int, or negative.
+        If step is not an int, or negative, ranks neither 0 nor "all", or a metric no number.
 
     Examples
     --------
@@ -135,6 +205,8 @@ def save(step: int) -> Iterator[Path]:
     ...     _ = (directory / "state.txt").write_text("weights")
     """
     step = checked.integer("step", step, at_least=0)
+    of_all = _is_of_all(ranks)
+    numbers = _checked_metrics(metrics)
     context = current_context()
     if context is not None and context.on_step is not None:
         context.on_step(step)
@@ -142,15 +214,51 @@ def save(step: int) -> Iterator[Path]:
         _note_once(context)
     scratch = context.spec.scratch if context is not None else None
     directory = Path(tempfile.mkdtemp(prefix="horovodrunner-saving-", dir=scratch))
+    keeps = context is not None and context.spec.keeps_checkpoints
     own_pid, handed_over = os.getpid(), False
     try:
         yield directory
-        if context is not None and context.spec.keeps_checkpoints and context.spec.rank == 0:
-            context.link.send(CheckpointSaved(step, str(directory)))
+        if context is not None and keeps and (of_all or context.spec.rank == 0):
+            context.link.send(
+                PartSaved(context.spec.rank, step, str(directory), metrics=numbers)
+                if of_all
+                else CheckpointSaved(step, str(directory), numbers)
+            )
             handed_over = True
+    except BaseException as error:
+        if context is not None and keeps and of_all and not handed_over:
+            rank, name = context.spec.rank, type(error).__name__
+            problem = f"rank {rank} on {context.spec.host} raised {name} in checkpoint.save()"
+            context.link.send(PartSaved(rank, step, problem=problem))
+        raise
     finally:
         if not handed_over and os.getpid() == own_pid:  # not by a process forked in the block
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_of_all(ranks: object) -> bool:
+    if isinstance(ranks, str) and ranks == "all":
+        return True
+    value = checked.plain(ranks)
+    if type(value) is int and value == 0:
+        return False
+    raise ArgumentValueError(
+        f'ranks={ranks!r:.100}: whose files are kept is 0 (rank 0 saves for all) or "all" (every '
+        "rank saves its own)"
+    )
+
+
+def _checked_metrics(metrics: object) -> dict[str, float]:
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise ArgumentTypeError(
+            f'metrics={metrics!r:.100}: give numbers by their names, such as {{"val_loss": 0.3}}'
+        )
+    return {
+        checked.text("a metric's name", name): checked.number(f"metrics[{name!r:.50}]", value)
+        for name, value in metrics.items()
+    }
 
 
 class _HasState(Protocol):

@@ -168,6 +168,12 @@ class LocalStorage:
         """Open a file for reading."""
         return (self.root / path).open("rb")
 
+    def read(self, path: str, start: int, end: int) -> bytes:
+        """Read a part of a file."""
+        with self.open(path) as stream:
+            stream.seek(start)
+            return stream.read(end - start)
+
     def create(self, path: str) -> BinaryIO:
         """Open a new file for writing, with the directories above it."""
         target = self.root / path

@@ -191,10 +191,30 @@ class CheckpointSaved(Event):
 
     step: int
     directory: str
+    metrics: dict[str, float] = {}  # noqa: RUF012 - events are frozen
+
+
+class PartSaved(Event):
+    """The rank has written its part of a checkpoint to a directory of its task's; or why not."""
+
+    rank: int
+    step: int
+    directory: str = ""
+    problem: str = ""
+    metrics: dict[str, float] = {}  # noqa: RUF012 - events are frozen
 
 
 class LatestWanted(Event):
-    """Somebody asks which checkpoint main starts from."""
+    """The rank asks which checkpoint main starts from, and for the files of a rank: -1, its own."""
+
+    rank: int
+    part: int = -1
+
+
+class RangesWanted(Event):
+    """Somebody asks for ranges of files of the latest checkpoint."""
+
+    ranges: bytes
 
 
 # ---- from a task to its worker
@@ -228,11 +248,22 @@ class Proceed(Event):
 
 
 class Latest(Event):
-    """Where the task has its copy of the latest checkpoint; "" if there is none."""
+    """Where the task has what was asked for of the latest checkpoint; "" if there is none.
+
+    The manifest comes with a checkpoint of all ranks.
+    """
 
     directory: str = ""
     step: int = -1
     differs: bool = False
+    error: str = ""
+    manifest: bytes = b""
+
+
+class RangesRead(Event):
+    """The ranges that were asked for, one after the other in a file."""
+
+    path: str = ""
     error: str = ""
 
 
@@ -318,18 +349,70 @@ class Stop(Event):
     """The workers, or the run, are to end."""
 
 
-class LatestDecided(Event):
-    """Which checkpoint all ranks start from, and which directory on the host has it already."""
+class PartWaits(Event):
+    """A rank's part of a checkpoint, its n-th one of this step, waits in its task; or why not."""
 
-    manifest: bytes = b""
+    rank: int
+    step: int
+    turn: int
+    problem: str = ""
+    metrics: dict[str, float] = {}  # noqa: RUF012 - events are frozen
+
+
+class ListParts(Event):
+    """The tasks are to list the files of all parts of a checkpoint."""
+
+    number: int
+    step: int
+    turn: int
+
+
+class StoreParts(Event):
+    """The tasks are to store the parts of a checkpoint; `choice` says which files, or is empty."""
+
+    number: int
+    step: int
+    turn: int
+    place: str
+    choice: bytes = b""
+
+
+class PartAnswer(Event):
+    """What became of a rank's part, when the tasks were to do something with it."""
+
+    rank: int
+    number: int
+    error: str = ""
+    content: bytes = b""
+
+
+class DropParts(Event):
+    """The parts of a checkpoint are not needed any more."""
+
+    step: int
+    turn: int
+
+
+class LatestDecided(Event):
+    """Which checkpoint all ranks start from, for one that asked (`rank`, `asked`).
+
+    It is to have the files of rank `part` (-1: rank 0 has saved for all; -2: none), which the
+    directory on its host has already.
+    """
+
+    rank: int
+    asked: int
+    part: int = -1
     copy_from: str = ""
     differs: bool = False
     error: str = ""
+    manifest: bytes = b""
 
 
 class LatestFetched(Event):
-    """Where the task has its copy of that checkpoint; "" if it has none."""
+    """Where the task has its copy of a part of that checkpoint; "" if it has none."""
 
+    part: int
     directory: str
 
 
@@ -444,6 +527,30 @@ class UploadCheckpoint(Event):
 
     run_id: str
     step: int
+    metrics: dict[str, float] = {}  # noqa: RUF012 - events are frozen
+
+
+class UploadPart(Event):
+    """What a rank has saved of a checkpoint is to be uploaded; the answer says what has come."""
+
+    run_id: str
+    place: str
+    step: int
+    rank: int
+
+
+class CommitCheckpoint(Event):
+    """The checkpoint whose parts are at a place is to count; its manifest is uploaded."""
+
+    run_id: str
+    place: str
+
+
+class DiscardCheckpoint(Event):
+    """What is at a place is not to count."""
+
+    run_id: str
+    place: str
 
 
 class FindCheckpoint(Event):
@@ -453,7 +560,15 @@ class FindCheckpoint(Event):
 
 
 class FetchCheckpoint(Event):
-    """The checkpoint of a step is to be downloaded."""
+    """The checkpoint of a step is to be downloaded, or a rank's part of it."""
+
+    run_id: str
+    step: int
+    rank: int = -1
+
+
+class ReadCheckpoint(Event):
+    """Ranges of files of a step's checkpoint, which are uploaded, are to be downloaded."""
 
     run_id: str
     step: int

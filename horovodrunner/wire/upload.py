@@ -150,6 +150,11 @@ class Transfer:
 
     def upload(self, pieces: Iterable[Piece]) -> None:
         """Send pieces and wait until the driver has taken them in."""
+        for _ in self.exchange(pieces):
+            pass
+
+    def exchange(self, pieces: Iterable[Piece]) -> Iterator[IncomingPiece]:
+        """Send pieces, and yield those that the driver answers with once it has taken them in."""
         while isinstance(self._expect(Go, NotYet), NotYet):
             pass
         try:
@@ -157,7 +162,7 @@ class Transfer:
         except ConnectionError:
             self._expect(End)  # the driver may have said why it hung up
             raise
-        self._expect(End)
+        yield from self.download()
 
     def download(self) -> Iterator[IncomingPiece]:
         """Yield the pieces that the driver sends."""
@@ -291,6 +296,14 @@ class TransferClient:
         """Ask the driver for pieces."""
         with self._connected(request) as transfer:
             yield transfer.download()
+
+    @contextlib.contextmanager
+    def exchange(
+        self, request: Event, pieces: Iterable[Piece]
+    ) -> Iterator[Iterator[IncomingPiece]]:
+        """Send pieces to the driver, and receive those that it answers with."""
+        with self._connected(request) as transfer:
+            yield transfer.exchange(pieces)
 
     def abort(self) -> None:
         """Let transfers of other threads fail soon, and later ones at once."""

@@ -343,9 +343,9 @@ def test_what_is_saved_just_before_main_returns_arrives(
 ) -> None:
     put = CheckpointStore.put
 
-    def slow_put(self: CheckpointStore, step: int, directory: Path) -> None:
+    def slow_put(self: CheckpointStore, *arguments: Any) -> None:
         time.sleep(1)
-        put(self, step, directory)
+        put(self, *arguments)
 
     monkeypatch.setattr(CheckpointStore, "put", slow_put)
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-from horovodrunner.flows.checkpoints import task as checkpoints
+from horovodrunner.flows.checkpoints import uploading
+from horovodrunner.flows.checkpoints.latest import LatestCopy, LatestDecision
 from horovodrunner.flows.checkpoints.manifest import Manifest
+from horovodrunner.flows.checkpoints.parts import PUT_ATTEMPTS
 from horovodrunner.flows.checkpoints.store import CheckpointStore
-from horovodrunner.flows.checkpoints.task import (
-    CheckpointUploader,
-    LatestCopy,
-    LatestDecision,
-)
+from horovodrunner.flows.checkpoints.uploading import CheckpointUploader
 from horovodrunner.placement.topology import Member
-from horovodrunner.wire.events import Latest
+from horovodrunner.wire.events import Latest, LatestWanted
 
 
 class CountingBackend(CheckpointStore):
@@ -40,17 +39,18 @@ class CountingBackend(CheckpointStore):
             raise self.find_error
         return super().find_latest()
 
-    def fetch(self, manifest: Manifest, directory: Path) -> None:
+    def fetch(self, manifest: Manifest, directory: Path, rank: int | None = None) -> None:
         self.fetched.append(directory)
         if self.fetch_errors:
             raise self.fetch_errors.pop()
-        super().fetch(manifest, directory)
+        super().fetch(manifest, directory, rank)
 
 
-class SlowBackend:
+class SlowBackend(CheckpointStore):
     """Stores nothing before the gate opens; fails in the given ways first."""
 
     def __init__(self, *errors: Exception, is_open: bool = True) -> None:
+        super().__init__("nowhere", keep=1)
         self.gate = threading.Event()
         if is_open:
             self.gate.set()
@@ -58,18 +58,12 @@ class SlowBackend:
         self.stored: list[tuple[int, str]] = []
         self._errors = list(errors)
 
-    def put(self, step: int, directory: Path) -> None:
+    def put(self, step: int, directory: Path, metrics: Mapping[str, float] | None = None) -> None:
         self.tried.append(step)
         self.gate.wait(30)
         if self._errors:
             raise self._errors.pop(0)
         self.stored.append((step, (directory / "state").read_text()))
-
-    def find_latest(self) -> tuple[Manifest | None, Sequence[str]]:
-        return None, []
-
-    def fetch(self, manifest: Manifest, directory: Path) -> None:
-        raise NotImplementedError
 
 
 class Run:
@@ -112,7 +106,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(uploading, "RETRY_SECONDS", 0.05)
 
 
 def test_what_is_saved_is_stored_and_its_directory_deleted(tmp_path: Path) -> None:
@@ -166,7 +160,7 @@ def test_a_network_that_stays_away_is_reported_and_the_next_checkpoint_tried(
     tmp_path: Path,
 ) -> None:
     async def scenario() -> None:
-        backend = SlowBackend(*[ConnectionResetError("gone")] * checkpoints.PUT_ATTEMPTS)
+        backend = SlowBackend(*[ConnectionResetError("gone")] * PUT_ATTEMPTS)
         async with running(backend, tmp_path) as run:
             run.save(1)
             assert await run.uploader.drain(10)
@@ -259,6 +253,7 @@ def member(partition: int, host: str) -> Member:
     return Member(partition, host, f"{host}.example", "127.0.0.1", "lo", 1)
 
 
+WANTED = LatestWanted(0)
 MEMBERS = [member(0, "a"), member(1, "a"), member(2, "b"), member(3, "a")]
 
 
@@ -288,13 +283,12 @@ class Tasks:
         scratch = self._scratch / f"task-{partition}"
         scratch.mkdir()
 
-        def tell(directory: str) -> None:
+        def tell(part: int, directory: str) -> None:
             self.told.append((partition, directory))
-            self.decision.fetched(partition, directory)
+            self.decision.fetched(partition, part, directory)
 
-        return LatestCopy(
-            self._backend, scratch, ask=lambda: self.decision.answer(partition), tell=tell
-        )
+        ask = functools.partial(self.decision.answer, partition)
+        return LatestCopy(self._backend, scratch, ask=ask, tell=tell)
 
 
 def content(directory: str) -> dict[str, bytes | None]:
@@ -318,9 +312,9 @@ def test_every_task_gets_the_same_checkpoint_whatever_is_saved_meanwhile(
 ) -> None:
     async def scenario() -> None:
         tasks = Tasks(backend, tmp_path)
-        first = await tasks.copy(2).get()
+        first = await tasks.copy(2).get(WANTED)
         backend.put(6, tmp_path / "source")
-        later = [await tasks.copy(partition).get() for partition in (0, 1)]
+        later = [await tasks.copy(partition).get(WANTED) for partition in (0, 1)]
         assert [answer.step for answer in (first, *later)] == [5, 5, 5]
         assert all(content(answer.directory) == WHOLE for answer in (first, *later))
         assert backend.looked == 1
@@ -333,7 +327,7 @@ def test_tasks_of_one_host_share_one_fetch_by_hard_links(
 ) -> None:
     async def scenario() -> None:
         tasks = Tasks(backend, tmp_path)
-        answers = await asyncio.gather(*(tasks.copy(partition).get() for partition in range(4)))
+        answers = await asyncio.gather(*(tasks.copy(each).get(WANTED) for each in range(4)))
         directories = [answer.directory for answer in answers]
         assert len(set(directories)) == 4
         assert all(content(directory) == WHOLE for directory in directories)
@@ -349,8 +343,8 @@ def test_tasks_of_one_host_share_one_fetch_by_hard_links(
 def test_workers_of_one_task_share_one_copy(backend: CountingBackend, tmp_path: Path) -> None:
     async def scenario() -> None:
         copy = Tasks(backend, tmp_path).copy(0)
-        first, second = await asyncio.gather(copy.get(), copy.get())
-        assert first == second == await copy.get()
+        first, second = await asyncio.gather(copy.get(WANTED), copy.get(WANTED))
+        assert first == second == await copy.get(WANTED)
         assert len(backend.fetched) == 1
 
     asyncio.run(scenario())
@@ -362,7 +356,7 @@ def test_when_the_first_fetch_fails_the_others_fetch_for_themselves(
     async def scenario() -> None:
         backend.fetch_errors = [OSError("the disk of the scratch directory is full")]
         tasks = Tasks(backend, tmp_path)
-        answers = await asyncio.gather(*(tasks.copy(partition).get() for partition in (0, 1, 3)))
+        answers = await asyncio.gather(*(tasks.copy(each).get(WANTED) for each in (0, 1, 3)))
         assert answers[0] == Latest(error="OSError: the disk of the scratch directory is full")
         assert [answer.step for answer in answers[1:]] == [5, 5]
         assert all(content(answer.directory) == WHOLE for answer in answers[1:])
@@ -374,15 +368,15 @@ def test_when_the_first_fetch_fails_the_others_fetch_for_themselves(
 def test_a_task_that_is_gone_keeps_nobody_waiting(backend: CountingBackend, tmp_path: Path) -> None:
     async def scenario() -> None:
         tasks = Tasks(backend, tmp_path)
-        assert (await tasks.decision.answer(0)).copy_from == ""  # it is to fetch, and dies
-        waiting = asyncio.create_task(tasks.copy(1).get())
+        assert (await tasks.decision.answer(0, WANTED)).copy_from == ""  # it is to fetch, and dies
+        waiting = asyncio.create_task(tasks.copy(1).get(WANTED))
         await asyncio.sleep(0.05)
         assert not waiting.done()
-        tasks.decision.fetched(0, "")
+        tasks.decision.fetched(0, -1, "")
         answer = await asyncio.wait_for(waiting, 10)
         assert content(answer.directory) == WHOLE
-        tasks.decision.fetched(0, "")  # told twice
-        tasks.decision.fetched(3, "")  # it never asked
+        tasks.decision.fetched(0, -1, "")  # told twice
+        tasks.decision.fetched(3, -1, "")  # it never asked
 
     asyncio.run(scenario())
 
@@ -393,12 +387,12 @@ def test_a_copy_that_cannot_be_linked_is_fetched_instead(
 ) -> None:
     async def scenario() -> None:
         tasks = Tasks(backend, tmp_path)
-        first = Path((await tasks.copy(0).get()).directory)
+        first = Path((await tasks.copy(0).get(WANTED)).directory)
         if what_is_gone == "all":
             first.rename(tmp_path / "moved")
         else:
             (first / "variables" / "deep" / "index").unlink()
-        second = await tasks.copy(1).get()
+        second = await tasks.copy(1).get(WANTED)
         assert content(second.directory) == WHOLE
         assert len(backend.fetched) == 2
 
@@ -412,7 +406,7 @@ def test_damaged_checkpoints_are_noted_and_the_one_before_is_taken(
         backend.put(6, tmp_path / "source")
         (tmp_path / "kept" / "step-00000006" / "model.pt").write_bytes(b"Weights")
         tasks = Tasks(backend, tmp_path)
-        assert [(await tasks.copy(partition).get()).step for partition in (0, 1)] == [5, 5]
+        assert [(await tasks.copy(partition).get(WANTED)).step for partition in (0, 1)] == [5, 5]
         (note,) = tasks.notes
         assert "step-00000006 is damaged and skipped: model.pt" in note
 
@@ -425,7 +419,7 @@ def test_when_the_backend_cannot_be_asked_every_task_gets_the_error(
     async def scenario() -> None:
         backend.find_error = PermissionError("not yours")
         tasks = Tasks(backend, tmp_path)
-        answers = [await tasks.copy(partition).get() for partition in (0, 2)]
+        answers = [await tasks.copy(partition).get(WANTED) for partition in (0, 2)]
         assert answers == [Latest(error="PermissionError: not yours")] * 2
         assert backend.looked == 1
         assert backend.fetched == []
@@ -438,7 +432,7 @@ def test_without_a_checkpoint_there_is_none(tmp_path: Path, is_kept: bool) -> No
     async def scenario() -> None:
         tasks = Tasks(CountingBackend(tmp_path / "none") if is_kept else None, tmp_path)
         for partition in (0, 1):
-            assert (await tasks.copy(partition).get()).directory == ""
+            assert (await tasks.copy(partition).get(WANTED)).directory == ""
         assert tasks.told == []
 
     asyncio.run(scenario())

@@ -290,13 +290,13 @@ def test_the_one_who_is_superseded_while_it_writes_is_refused(
 ) -> None:
     root = CheckpointStore(location, 3)
     first = root.begin_epoch(1, resume=True)
-    size = first._write
+    write_part = first._write_part
 
     def write(*args: Any) -> Any:
         root.begin_epoch(2, resume=True)
-        return size(*args)
+        return write_part(*args)
 
-    first._write = write  # type: ignore[method-assign, assignment]
+    first._write_part = write  # type: ignore[method-assign, assignment]
     with pytest.raises(RunSupersededError):
         saved(first, 1, tmp_path)
     assert steps(first) == []

@@ -18,7 +18,8 @@ from fsspec.registry import _registry
 
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.checkpoints.manifest import Manifest
-from horovodrunner.flows.checkpoints.store import CheckpointStore, pieces_of_tree
+from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.checkpoints.tree import pieces_of_tree
 from horovodrunner.storage import is_url
 from horovodrunner.wire.upload import Piece
 from tests import processes

@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 
 from horovodrunner.flows.artifacts.driver import BroughtFiles
-from horovodrunner.flows.checkpoints.driver import checkpoint_handlers
+from horovodrunner.flows.checkpoints.backend import DriverBackend
+from horovodrunner.flows.checkpoints.driver import CheckpointReceiver
 from horovodrunner.flows.checkpoints.manifest import Manifest
 from horovodrunner.flows.checkpoints.store import CheckpointStore
-from horovodrunner.flows.checkpoints.task import DriverBackend
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.processes.driver.channel import DriverChannel
@@ -718,7 +718,7 @@ def test_serving_a_task_that_is_gone_ends_without_an_error(
     pair: tuple[Transfer, Transfer], tmp_path: Path, ready: str
 ) -> None:
     task, driver = pair
-    handler = checkpoint_handlers(CheckpointStore(tmp_path, keep=3))[UploadCheckpoint]
+    handler = CheckpointReceiver(CheckpointStore(tmp_path, keep=3)).handlers[UploadCheckpoint]
     serving = Serving(driver, handler.handle)
     if ready == "never":
         task._socket.shutdown(socket.SHUT_RD)

@@ -17,18 +17,28 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
+from horovodrunner.flows.checkpoints.manifest import Manifest, StoredFile
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.wire.events import (
+    CommitCheckpoint,
+    DiscardCheckpoint,
     Event,
     FetchCheckpoint,
     FindCheckpoint,
+    ReadCheckpoint,
     UploadCheckpoint,
+    UploadPart,
 )
 from horovodrunner.wire.upload import Piece, TransferHandler
 
-__all__ = ["checkpoint_handlers", "new_history", "newest_history"]
+__all__ = ["CheckpointReceiver", "new_history", "newest_history"]
+
+MAX_UPLOADS = 4
+"""So many ranks send their parts of a checkpoint at once; the others wait."""
 
 _NAME = re.compile(r"run-([0-9]{4,})-[0-9a-f]+")
 
@@ -61,26 +71,86 @@ def _numbers(root: CheckpointStore) -> dict[str, int]:
     return {name: int(match[1]) for name, match in matches if match is not None}
 
 
-def checkpoint_handlers(store: CheckpointStore) -> dict[type[Event], TransferHandler]:
-    """Make what serves tasks that upload checkpoints and download the latest one."""
+class CheckpointReceiver:
+    """Serves tasks that upload checkpoints, whole or rank by rank, and download the latest one."""
 
-    def put(request: UploadCheckpoint, pieces: Iterator[Piece]) -> None:
-        store.put_pieces(request.step, pieces)
+    def __init__(self, store: CheckpointStore) -> None:
+        self._store = store
+        self._incoming: dict[str, _Incoming] = {}
+        self._lock = threading.Lock()
+        turns = threading.Semaphore(MAX_UPLOADS)
+        title = "a checkpoint's transfer"
+        self.handlers: dict[type[Event], TransferHandler] = {
+            UploadCheckpoint: TransferHandler(f"{title} (put)", self._put),
+            UploadPart: TransferHandler(f"{title} (a rank's part)", self._put_part, turns),
+            CommitCheckpoint: TransferHandler(f"{title} (commit)", self._commit),
+            DiscardCheckpoint: TransferHandler(f"{title} (discard)", self._discard),
+            FindCheckpoint: TransferHandler(f"{title} (latest)", self._find_latest),
+            FetchCheckpoint: TransferHandler(f"{title} (fetch)", self._fetch),
+            ReadCheckpoint: TransferHandler(f"{title} (ranges)", self._read),
+        }
 
-    def latest(request: FindCheckpoint, pieces: Iterator[Piece]) -> Iterable[Piece]:
-        manifest, damaged = store.find_latest()
+    def close(self) -> None:
+        """Delete what has come of checkpoints that did not become complete."""
+        while self._incoming:
+            _, incoming = self._incoming.popitem()
+            self._store.discard(incoming.place)
+
+    def _put(self, request: UploadCheckpoint, pieces: Iterator[Piece]) -> None:
+        self._store.put_pieces(request.step, pieces, request.metrics)
+
+    def _put_part(self, request: UploadPart, pieces: Iterator[Piece]) -> Iterable[Piece]:
+        with self._lock:
+            incoming = self._incoming.get(request.place)
+            if incoming is None:
+                incoming = _Incoming(self._store.begin(request.step))
+                self._incoming[request.place] = incoming
+        part = self._store.put_part(incoming.place, _rank_of(request.rank), pieces)
+        incoming.files.update((file.path, file) for file in part.files)
+        content = part.to_json().encode()
+        return [Piece("part", len(content), [content])]
+
+    def _commit(self, request: CommitCheckpoint, pieces: Iterator[Piece]) -> None:
+        (manifest,) = (Manifest.from_json(piece.read().decode()) for piece in pieces)
+        incoming = self._incoming[request.place]
+        if {file.path: file for file in manifest.files} != incoming.files:
+            raise ValueError("the files that the manifest names are not those that have come")
+        self._store.commit(incoming.place, manifest)
+        del self._incoming[request.place]
+
+    def _discard(self, request: DiscardCheckpoint, pieces: Iterator[Piece]) -> None:
+        incoming = self._incoming.pop(request.place, None)
+        if incoming is not None:
+            self._store.discard(incoming.place)
+
+    def _find_latest(self, request: FindCheckpoint, pieces: Iterator[Piece]) -> Iterable[Piece]:
+        manifest, damaged = self._store.find_latest()
         text = "" if manifest is None else manifest.to_json()
         content = json.dumps({"manifest": text, "damaged": damaged}).encode()
         return [Piece("latest", len(content), [content])]
 
-    def fetch(request: FetchCheckpoint, pieces: Iterator[Piece]) -> Iterable[Piece]:
-        for manifest in store.manifests():
-            if manifest.step == request.step:
-                return store.pieces(manifest)
-        raise FileNotFoundError(f"there is no checkpoint of step {request.step} any more")
+    def _fetch(self, request: FetchCheckpoint, pieces: Iterator[Piece]) -> Iterable[Piece]:
+        return self._store.pieces(self._manifest_of(request.step), _rank_of(request.rank))
 
-    return {
-        UploadCheckpoint: TransferHandler("a checkpoint's transfer (put)", put),
-        FindCheckpoint: TransferHandler("a checkpoint's transfer (latest)", latest),
-        FetchCheckpoint: TransferHandler("a checkpoint's transfer (fetch)", fetch),
-    }
+    def _read(self, request: ReadCheckpoint, pieces: Iterator[Piece]) -> Iterable[Piece]:
+        (ranges,) = (json.loads(piece.read()) for piece in pieces)
+        wanted = [(str(path), int(start), int(length)) for path, start, length in ranges]
+        return self._store.read(self._manifest_of(request.step), wanted)
+
+    def _manifest_of(self, step: int) -> Manifest:
+        for manifest in self._store.manifests():
+            if manifest.step == step:
+                return manifest
+        raise FileNotFoundError(f"there is no checkpoint of step {step} any more")
+
+
+def _rank_of(number: int) -> int | None:
+    return None if number < 0 else number
+
+
+@dataclass
+class _Incoming:
+    """A checkpoint of which parts have come."""
+
+    place: str
+    files: dict[str, StoredFile] = field(default_factory=dict)

@@ -9,22 +9,26 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import PurePosixPath
 from typing import Any
 
 from horovodrunner.flows.call.record import RunRecord
 
-__all__ = ["MANIFEST_NAME", "Manifest", "StoredFile", "safe_path"]
+__all__ = ["MANIFEST_NAME", "Manifest", "Part", "StoredFile", "directory_of", "safe_path"]
 
 MANIFEST_NAME = "manifest.json"
 """Name of the file, at the root of a checkpoint, that holds its manifest."""
 
-_FORMAT = 1
+_FORMAT, _FORMAT_OF_ALL_RANKS = 1, 2
+"""Releases that know only what rank 0 saves are not to take a rank's files for all of them."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FIELDS = {"step": int, "sequence": int, "saved_at": str, "files": list, "directories": list}
 _FIELDS_OF_A_FILE = {"path": str, "size": int, "sha256": str}
+_RANK = re.compile(r"rank-([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,24 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one rank has saved, or rank 0 for all."""
+
+    files: tuple[StoredFile, ...]
+    directories: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Return it as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Part:
+        """Read what :meth:`to_json` wrote; raise a ValueError for anything else."""
+        fields = _parsed("the part", text)
+        return cls(*_checked_tree("the part", fields))
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that belongs to one checkpoint."""
 
@@ -57,6 +79,12 @@ class Manifest:
     """The empty ones, which some formats need (TensorFlow's SavedModel has ``assets/``)."""
     run: RunRecord | None = None
     """What the run was called with that saved it; None in checkpoints of earlier releases."""
+    world_size: int | None = None
+    """How many ranks have saved into directories of their own; None: rank 0 has for all."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Paths of files that are stored once for several ranks, and the path where they are."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the checkpoint was saved with, to compare it with others."""
 
     def __post_init__(self) -> None:
         try:
@@ -65,7 +93,7 @@ class Manifest:
             raise ValueError(f"'saved_at' is no time: {error}") from error
         if offset != timedelta(0):
             raise ValueError(f"'saved_at' is {self.saved_at!r}, which is not in UTC")
-        files = [file.path for file in self.files]
+        files = [*(file.path for file in self.files), *map(safe_path, self.copies)]
         paths = [*files, *map(safe_path, self.directories)]
         for path, count in Counter(paths).items():
             if count > 1:
@@ -74,6 +102,36 @@ class Manifest:
         for path in files:
             if path in parents:
                 raise ValueError(f"the path {path!r} is a file and a directory at once")
+        if missing := set(self.copies.values()) - {file.path for file in self.files}:
+            raise ValueError(f"{min(missing)!r}, of which there are copies, is not in it")
+        if self.world_size is not None:
+            self._check_ranks(self.world_size, paths)
+
+    def _check_ranks(self, world_size: int, paths: list[str]) -> None:
+        if world_size < 1:
+            raise ValueError(f"'world_size' is {world_size}, below 1")
+        for path in paths:
+            match = _RANK.fullmatch(path.partition("/")[0])
+            if match is None or int(match[1]) >= world_size or match[0] == path:
+                raise ValueError(f"the path {path!r} is in no directory of {world_size} ranks")
+
+    def files_of(self, rank: int | None) -> dict[str, StoredFile]:
+        """Return the files of a rank, or (None) of rank 0 for all, by their paths for main."""
+        if rank is None:
+            return {file.path: file for file in self.files}
+        root = f"{directory_of(rank)}/"
+        by_path = {file.path: file for file in self.files}
+        by_path |= {path: by_path[stored] for path, stored in self.copies.items()}
+        return {
+            path.removeprefix(root): file for path, file in by_path.items() if path.startswith(root)
+        }
+
+    def directories_of(self, rank: int | None) -> list[str]:
+        """Return the empty directories that belong to the same."""
+        if rank is None:
+            return list(self.directories)
+        root = f"{directory_of(rank)}/"
+        return [each.removeprefix(root) for each in self.directories if each.startswith(root)]
 
     @property
     def size(self) -> int:
@@ -82,25 +140,42 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return JSON text that people can read."""
-        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1)
+        known = _FORMAT if self.world_size is None else _FORMAT_OF_ALL_RANKS
+        fields = asdict(self)
+        for name in ("world_size", "copies", "metrics"):
+            if not fields[name]:
+                del fields[name]
+        return json.dumps({"format": known, **fields}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Read what :meth:`to_json` wrote; raise a ValueError for anything else."""
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"not JSON: {error}") from error
-        _check("the manifest", fields, dict)
-        if type(fields.get("format")) is not int or fields["format"] != _FORMAT:
-            raise ValueError(f"its format is {fields.get('format')!r}; known is {_FORMAT}")
+        fields = _parsed("the manifest", text)
+        known = _FORMAT if fields.get("world_size") is None else _FORMAT_OF_ALL_RANKS
+        if type(fields.get("format")) is not int or fields["format"] != known:
+            raise ValueError(f"its format is {fields.get('format')!r}; known is {known}")
         found = _checked_fields("the manifest", fields, _FIELDS)
-        files = [_checked_fields("a file", each, _FIELDS_OF_A_FILE) for each in found["files"]]
-        for each in found["directories"]:
-            _check("a directory", each, str)
-        found["files"] = tuple(StoredFile(**each) for each in files)
-        found["directories"] = tuple(found["directories"])
-        return cls(**found, run=RunRecord.from_fields(fields.get("run")))
+        found["files"], found["directories"] = _checked_tree("the manifest", fields)
+        if known == _FORMAT_OF_ALL_RANKS:
+            found |= _checked_fields("the manifest", fields, {"world_size": int})
+        copies, metrics = fields.get("copies", {}), fields.get("metrics", {})
+        _check("'copies'", copies, dict)
+        _check("'metrics'", metrics, dict)
+        for each in copies.values():
+            _check("a path", each, str)
+        for name, value in metrics.items():
+            _check(repr(name), value, float)
+        run = RunRecord.from_fields(fields.get("run"))
+        return cls(**found, run=run, copies=copies, metrics=metrics)
+
+
+def directory_of(rank: int) -> str:
+    """Return the name of a rank's directory in a checkpoint of all ranks.
+
+    >>> directory_of(3)
+    'rank-3'
+    """
+    return f"rank-{rank}"
 
 
 def safe_path(path: str) -> str:
@@ -120,6 +195,23 @@ def safe_path(path: str) -> str:
     if parts[0] == MANIFEST_NAME:
         raise ValueError(f"the path {path!r} is taken: the checkpoint's own {MANIFEST_NAME}")
     return path
+
+
+def _parsed(what: str, text: str | bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    _check(what, fields, dict)
+    return dict(fields)
+
+
+def _checked_tree(what: str, fields: Any) -> tuple[tuple[StoredFile, ...], tuple[str, ...]]:
+    found = _checked_fields(what, fields, {"files": list, "directories": list})
+    files = [_checked_fields("a file", each, _FIELDS_OF_A_FILE) for each in found["files"]]
+    for each in found["directories"]:
+        _check("a directory", each, str)
+    return tuple(StoredFile(**each) for each in files), tuple(found["directories"])
 
 
 def _check(what: str, value: Any, kind: type) -> None:

@@ -15,17 +15,16 @@ rename, so behind a URL the files are written in place and the manifest makes th
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
 import secrets
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any
 
 from horovodrunner.errors import ConfigurationError, RunSupersededError
 from horovodrunner.flows.call.record import RunRecord
@@ -36,15 +35,33 @@ from horovodrunner.flows.checkpoints.fence import (
     epoch_name,
     epochs_among,
 )
-from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest, StoredFile, safe_path
+from horovodrunner.flows.checkpoints.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Part,
+    StoredFile,
+    directory_of,
+    safe_path,
+)
+from horovodrunner.flows.checkpoints.tree import (
+    Chunks,
+    pieces_of_tree,
+    restore,
+    sha256_of,
+    write_pieces,
+)
 from horovodrunner.storage import as_os_error, open_storage
 from horovodrunner.wire.upload import Piece, chunks_of
 
-__all__ = ["CheckpointStore", "pieces_of_tree", "restore"]
+__all__ = ["CheckpointStore", "Range", "draft"]
 
 _STEP = re.compile(r"step-([0-9]{8,})")
 
-Chunks = Iterable[bytes | memoryview]
+_READ_BYTES = 16 * 1024 * 1024
+"""So much of a range is asked of an object store at once."""
+
+Range = tuple[str, int, int]
+"""A part of a file of a checkpoint: its path, where it begins, and how many bytes it has."""
 
 
 class CheckpointStore:
@@ -169,31 +186,65 @@ class CheckpointStore:
                 "(for a URL, check its credentials too)."
             ) from error
 
-    def put(self, step: int, directory: Path) -> None:
+    def put(self, step: int, directory: Path, metrics: Mapping[str, float] | None = None) -> None:
         """Store the files below a local directory as the checkpoint of a step."""
-        self.put_pieces(step, pieces_of_tree(directory))
+        self.put_pieces(step, pieces_of_tree(directory), metrics)
 
-    def put_pieces(self, step: int, pieces: Iterable[Piece]) -> Manifest:
+    def put_pieces(
+        self, step: int, pieces: Iterable[Piece], metrics: Mapping[str, float] | None = None
+    ) -> Manifest:
         """Store what :func:`pieces_of_tree` yields as the checkpoint of a step, all or nothing.
 
         A checkpoint of the same step is replaced: on a local path at the end, behind a URL at once.
         Then those that are too old to keep are deleted.
         """
-        self._refuse_if_superseded()
-        incoming = self._storage.begin(_name(step))
+        place = self.begin(step)
         try:
-            manifest = self._write(step, incoming, pieces)
-            self._refuse_if_superseded()
-            content = manifest.to_json().encode()
-            self._write_file(f"{incoming}/{MANIFEST_NAME}", [content])
-            self._storage.finish(incoming, _name(step))
+            part = self.put_part(place, None, pieces)
+            return self.commit(place, draft(step, [part], metrics))
         except BaseException:
-            with suppress(OSError):
-                self._storage.remove(incoming)
+            self.discard(place)
             raise
+
+    def begin(self, step: int) -> str:
+        """Make room for the parts of a checkpoint, and return the name of the place."""
+        self._refuse_if_superseded()
+        return self._storage.begin(_name(step))
+
+    def put_part(self, place: str, rank: int | None, pieces: Iterable[Piece]) -> Part:
+        """Write what a rank has saved, or (None) rank 0 for all; nothing is left if it fails."""
+        root = "" if rank is None else f"{directory_of(rank)}/"
+        sizes: dict[str, int] = {}
+        try:
+            return self._write_part(place, root, pieces, sizes)
+        except BaseException:
+            for path in sizes:  # another try writes them again
+                with suppress(OSError):
+                    self._storage.remove_file(f"{place}/{path}")
+            raise
+
+    def commit(self, place: str, manifest: Manifest) -> Manifest:
+        """Let a checkpoint whose parts are all there count; return its final manifest.
+
+        Then those that are too old to keep are deleted.
+        """
+        manifest = replace(
+            manifest,
+            sequence=1 + max((each.sequence for each in self.manifests()), default=0),
+            saved_at=_now(),
+            run=self.run,
+        )
+        self._refuse_if_superseded()
+        self._write_file(f"{place}/{MANIFEST_NAME}", [manifest.to_json().encode()])
+        self._storage.finish(place, _name(manifest.step))
         self.prune()
         self._prune_older_epochs()
         return manifest
+
+    def discard(self, place: str) -> None:
+        """Delete what there is of a checkpoint that is not to count."""
+        with suppress(OSError):
+            self._storage.remove(place)
 
     def manifests(self) -> list[Manifest]:
         """List the complete checkpoints, what was saved last first, without reading their files."""
@@ -237,16 +288,33 @@ class CheckpointStore:
                 return f"{file.path} {problem}"
         return ""
 
-    def fetch(self, manifest: Manifest, directory: Path) -> None:
-        """Copy a checkpoint's files into an empty directory and check their hashes."""
-        restore(manifest, directory, self.pieces(manifest))
+    def fetch(self, manifest: Manifest, directory: Path, rank: int | None = None) -> None:
+        """Copy a rank's files into an empty directory and check their hashes."""
+        restore(manifest, directory, self.pieces(manifest, rank), rank)
 
-    def pieces(self, manifest: Manifest) -> Iterator[Piece]:
-        """Read a checkpoint's files, in the manifest's order."""
-        for file in manifest.files:
-            path = f"{_name(manifest.step)}/{file.path}"
-            with self._storage.open(path) as stream:
-                yield Piece(file.path, file.size, chunks_of(stream))
+    def pieces(self, manifest: Manifest, rank: int | None = None) -> Iterator[Piece]:
+        """Read a rank's files, in the manifest's order."""
+        for path, file in manifest.files_of(rank).items():
+            with self._storage.open(f"{_name(manifest.step)}/{file.path}") as stream:
+                yield Piece(path, file.size, chunks_of(stream))
+
+    def read(self, manifest: Manifest, ranges: Sequence[Range]) -> Iterator[Piece]:
+        """Read parts of files; nothing else is asked for."""
+        files = {file.path: file for file in manifest.files}
+        for path, start, length in ranges:
+            stored = manifest.copies.get(path, path)
+            if stored not in files or start < 0 or not 0 <= length <= files[stored].size - start:
+                raise ValueError(f"the checkpoint has no {length} bytes at {start} of {path!r}")
+            where = f"{_name(manifest.step)}/{stored}"
+            yield Piece(path, length, self._read_range(where, start, start + length))
+
+    def read_into(self, path: Path, manifest: Manifest, ranges: Sequence[Range]) -> None:
+        """Write parts of files, one after the other, to a new file."""
+        write_pieces(self.read(manifest, ranges), path)
+
+    def _read_range(self, path: str, start: int, end: int) -> Iterator[bytes]:
+        for at in range(start, end, _READ_BYTES):
+            yield self._storage.read(path, at, min(at + _READ_BYTES, end))
 
     def prune(self) -> None:
         """Delete all but the newest checkpoints, and what interrupted writes left long ago.
@@ -260,30 +328,37 @@ class CheckpointStore:
                     with suppress(OSError):
                         self._storage.remove(name)
 
-    def _write(self, step: int, root: str, pieces: Iterable[Piece]) -> Manifest:
-        sizes: dict[str, int] = {}
+    def _write_part(
+        self, place: str, root: str, pieces: Iterable[Piece], sizes: dict[str, int]
+    ) -> Part:
         hashes: Any = None
         directories = []
         for piece in pieces:
             if piece.name == MANIFEST_NAME:
                 hashes = json.loads(piece.read())
             elif piece.name.endswith("/"):
-                directories.append(safe_path(piece.name[:-1]))
-                self._storage.make(f"{root}/{directories[-1]}")
+                directories.append(root + safe_path(piece.name[:-1]))
+                self._storage.make(f"{place}/{directories[-1]}")
             else:
-                path = safe_path(piece.name)
-                sizes[path] = self._write_file(f"{root}/{path}", piece.chunks)
-        if not isinstance(hashes, dict) or hashes.keys() != sizes.keys():
+                path = root + safe_path(piece.name)
+                sizes[path] = 0
+                sizes[path] = self._write_again(f"{place}/{path}", piece.chunks)
+        names = {path.removeprefix(root) for path in sizes}
+        if not isinstance(hashes, dict) or hashes.keys() != names:
             raise ValueError("the hashes that came are not those of the files that came")
-        self._refuse_torn(root, sizes)
-        return Manifest(
-            step=step,
-            sequence=1 + max((each.sequence for each in self.manifests()), default=0),
-            saved_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            files=tuple(StoredFile(path, sizes[path], str(hashes[path])) for path in sizes),
-            directories=tuple(directories),
-            run=self.run,
-        )
+        self._refuse_torn(place, sizes)
+        files = [
+            StoredFile(path, sizes[path], str(hashes[path.removeprefix(root)])) for path in sizes
+        ]
+        return Part(tuple(files), tuple(directories))
+
+    def _write_again(self, path: str, chunks: Chunks) -> int:
+        """Write a file that may be there, of an earlier try whose answer did not arrive."""
+        try:
+            return self._write_file(path, chunks)
+        except FileExistsError:
+            self._storage.remove_file(path)
+            return self._write_file(path, chunks)
 
     def _write_file(self, path: str, chunks: Chunks) -> int:
         size = 0
@@ -334,89 +409,35 @@ class CheckpointStore:
         if size != file.size:
             return f"has {size} bytes instead of {file.size}"
         with as_os_error(self._storage.url(path)), self._storage.open(path) as stream:
-            if _copy(chunks_of(stream)) != file.sha256:
+            if sha256_of(chunks_of(stream)) != file.sha256:
                 return "does not have the content that was saved (its SHA-256 differs)"
         return ""
 
 
-def pieces_of_tree(directory: Path) -> Iterator[Piece]:
-    """Read what is below a local directory; symbolic links are followed.
-
-    Empty directories, whose names end with ``/``, come first, then the files, and under the
-    manifest's name the files' SHA-256: the sender hashes, whoever reads the checkpoint compares.
-    """
-    files, empty_directories = _files_below(directory)
-    for name in files:
-        safe_path(name)  # a file of the manifest's name would pass for the hashes
-
-    def read() -> Iterator[Piece]:
-        for name in sorted(empty_directories):
-            yield Piece(f"{name}/", 0, ())
-        hashes = {}
-        for name, path in sorted(files.items()):
-            digest = hashlib.sha256()
-            with path.open("rb") as source:
-                yield Piece(name, path.stat().st_size, _hashed(chunks_of(source), digest))
-            hashes[name] = digest.hexdigest()
-        content = json.dumps(hashes).encode()
-        yield Piece(MANIFEST_NAME, len(content), [content])
-
-    return read()
-
-
-def restore(manifest: Manifest, directory: Path, pieces: Iterable[Piece]) -> None:
-    """Write a checkpoint's files, which come in the manifest's order, and check their hashes."""
-    for file, piece in zip(manifest.files, pieces, strict=True):
-        target = directory / file.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as sink:
-            sha256 = _copy(piece.chunks, sink)
-        if sha256 != file.sha256:
-            raise OSError(
-                f"{file.path} of the checkpoint of step {manifest.step} arrived with another "
-                "SHA-256 than its manifest has"
-            )
-    for name in manifest.directories:
-        (directory / name).mkdir(parents=True, exist_ok=True)
-
-
-def _files_below(directory: Path) -> tuple[dict[str, Path], list[str]]:
-    """Find the files below a directory, and its empty directories, by their paths in it."""
-    files: dict[str, Path] = {}
-    empty_directories = []
-
-    def fail(error: OSError) -> NoReturn:
-        raise error
-
-    for here, directories, names in os.walk(directory, onerror=fail, followlinks=True):
-        folder = Path(here)
-        path = folder.relative_to(directory)
-        if folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve()):
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), here)
-        for name in names:
-            if not stat.S_ISREG((folder / name).stat().st_mode):
-                # reading a pipe would wait forever
-                raise OSError(errno.EINVAL, "Neither a file nor a directory", str(folder / name))
-            files[(path / name).as_posix()] = folder / name
-        if not (names or directories or folder == directory):
-            empty_directories.append(path.as_posix())
-    return files, empty_directories
-
-
-def _hashed(chunks: Chunks, digest: Any) -> Iterator[bytes | memoryview]:
-    for chunk in chunks:
-        digest.update(chunk)
-        yield chunk
-
-
-def _copy(chunks: Chunks, sink: BinaryIO | None = None) -> str:
-    """Read chunks, write them if there is where to, and return their SHA-256."""
-    digest = hashlib.sha256()
-    for chunk in _hashed(chunks, digest):
-        if sink is not None:
-            sink.write(chunk)
-    return digest.hexdigest()
-
-
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def draft(
+    step: int,
+    parts: Sequence[Part],
+    metrics: Mapping[str, float] | None = None,
+    *,
+    world_size: int | None = None,
+    copies: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Return the manifest of a checkpoint with these parts, but for what its store adds."""
+    return Manifest(
+        step=step,
+        sequence=0,
+        saved_at=_now(),
+        files=tuple(file for part in parts for file in part.files),
+        directories=tuple(each for part in parts for each in part.directories),
+        world_size=world_size,
+        copies=copies or {},
+        metrics=metrics or {},
+    )
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -15,7 +15,7 @@ from typing import ClassVar
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.artifacts.driver import BroughtFiles, file_handler
 from horovodrunner.flows.artifacts.store import ArtifactStore
-from horovodrunner.flows.checkpoints.driver import checkpoint_handlers
+from horovodrunner.flows.checkpoints.driver import CheckpointReceiver
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.members.driver import GatherPoint
@@ -98,8 +98,9 @@ class DriverChannel:
         self._transfer_handlers: dict[type[Event], TransferHandler] = {}
         if results is not None:
             self._transfer_handlers[UploadResult] = results.handler
-        if store is not None:
-            self._transfer_handlers |= checkpoint_handlers(store)
+        self._checkpoints = None if store is None else CheckpointReceiver(store)
+        if self._checkpoints is not None:
+            self._transfer_handlers |= self._checkpoints.handlers
         if artifacts is not None:
             self._transfer_handlers[UploadArtifacts] = artifacts.handler
         if files is not None:
@@ -189,6 +190,8 @@ class DriverChannel:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        if self._checkpoints is not None:
+            self._checkpoints.close()
 
     def __enter__(self) -> DriverChannel:
         return self

@@ -24,7 +24,8 @@ from horovodrunner.flows.artifacts.places import directory_of_task
 from horovodrunner.flows.artifacts.task import bring_artifacts
 from horovodrunner.flows.call.import_path import of_worker
 from horovodrunner.flows.call.job import JobSpec
-from horovodrunner.flows.checkpoints.task import LatestCopy
+from horovodrunner.flows.checkpoints.latest import LatestCopy
+from horovodrunner.flows.checkpoints.parts import PartKeeper
 from horovodrunner.flows.logs.lines import prefix_lines
 from horovodrunner.flows.logs.task import own_line
 from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
@@ -58,11 +59,13 @@ from horovodrunner.wire.events import (
     Ended,
     Event,
     Job,
+    LatestWanted,
     Lines,
     Measure,
     Note,
     Phases,
     Proceed,
+    RangesWanted,
     ShowStacks,
     Sink,
     Stop,
@@ -259,7 +262,10 @@ class _Agent:
             link.emit(event)
             log(prefix_lines(event.lines, event.rank, event.stream))
 
-        emit = dispatcher([{Lines: take_lines}], otherwise=link.emit)
+        keeps = self._context.checkpoints
+        parts = None if keeps is None else PartKeeper(keeps, link.emit)
+        saved, asked = ({}, {}) if parts is None else (parts.handlers, parts.requests)
+        emit = dispatcher([{Lines: take_lines}, saved], otherwise=link.emit)
         latest = LatestCopy(
             self._context.checkpoints, self._scratch, ask=link.ask_latest, tell=link.fetched
         )
@@ -290,11 +296,13 @@ class _Agent:
 
         self._probe(members, link.emit)
         handlers = {Stop: stop, ShowStacks: show, Measure: tell, Proceed: tell}
-        listening = asyncio.create_task(link.listen(handlers))
+        listening = asyncio.create_task(link.listen([handlers, asked]))
         listening.add_done_callback(stop)  # without partition 0 there is no run
         try:
             outcomes = await asyncio.gather(*(each.run() for each in supervisors))
             await results.finish(stopping, link.emit)
+            if parts is not None:
+                await parts.finish(listening)
             await bring_artifacts(
                 self._context.take_artifacts, directory_of_task(self._scratch), link.emit
             )
@@ -351,7 +359,7 @@ class _Agent:
                 worker,
                 self._job_of(slot, members, next(data) if data is not None else None),
                 emit,
-                latest.get,
+                {LatestWanted: latest.get, RangesWanted: latest.read},
                 functools.partial(results.written, slot.rank, file),
                 beside=self._usage_watch(worker, slot, emit),
             )

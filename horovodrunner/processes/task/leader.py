@@ -16,12 +16,10 @@ from typing import Any
 from horovodrunner.flows.artifacts.places import directory_of_task
 from horovodrunner.flows.artifacts.task import bring_artifacts
 from horovodrunner.flows.call.job import JobSpec
-from horovodrunner.flows.checkpoints.task import (
-    CheckpointUploader,
-    LatestCopy,
-    LatestDecision,
-    Resumption,
-)
+from horovodrunner.flows.checkpoints.latest import LatestCopy, LatestDecision
+from horovodrunner.flows.checkpoints.parts import PartKeeper
+from horovodrunner.flows.checkpoints.resumption import Resumption
+from horovodrunner.flows.checkpoints.uploading import CheckpointUploader
 from horovodrunner.flows.logs.task import MergedLog
 from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
 from horovodrunner.flows.outcome.task import RunOutcome
@@ -39,12 +37,14 @@ from horovodrunner.processes.task.supervisor import TEARDOWN_SECONDS, Supervisor
 from horovodrunner.wire.events import (
     Event,
     Failed,
+    Handlers,
     Placed,
     ShowStacks,
     Sink,
     Stop,
     Storing,
     dispatcher,
+    refuse,
 )
 from horovodrunner.wire.upload import in_thread
 
@@ -88,13 +88,20 @@ class Leader:
             functools.partial(context.take_result, reaches_driver=driver.is_reached),
             on_error=functools.partial(self._fail, FailureKind.RESULT),
         )
-        self._uploader = (
-            None
-            if context.checkpoints is None
-            else CheckpointUploader(
-                context.checkpoints, self._log.note, self._checkpoint_failed, driver.emit
+        self._uploader: CheckpointUploader | None = None
+        checkpoint_handlers: list[Handlers] = []
+        if context.checkpoints is not None:
+            parts = PartKeeper(context.checkpoints, self._emit)
+            self._take_request = dispatcher([parts.requests], refuse)
+            self._uploader = CheckpointUploader(
+                context.checkpoints,
+                self._log.note,
+                self._checkpoint_failed,
+                driver.emit,
+                ask=self._ask_all,
+                hosts={slot.rank: slot.host for slot in slots},
             )
-        )
+            checkpoint_handlers = [self._uploader.handlers, parts.handlers]
         self._resumption = Resumption(job, self._log.note)
         decision = LatestDecision(
             context.checkpoints, members, self._log.note, on_found=self._resumption.found
@@ -102,8 +109,8 @@ class Leader:
         self.latest = LatestCopy(
             context.checkpoints,
             scratch,
-            ask=lambda: decision.answer(0),
-            tell=lambda directory: decision.fetched(0, directory),
+            ask=functools.partial(decision.answer, 0),
+            tell=functools.partial(decision.fetched, 0),
         )
         self._preflight = PreflightCheck(
             members,
@@ -119,7 +126,7 @@ class Leader:
                 self._log.handlers,
                 self._outcome.handlers,
                 self._telemetry.handlers,
-                {} if self._uploader is None else self._uploader.handlers,
+                *checkpoint_handlers,
             ],
             otherwise=driver.emit,
         )
@@ -130,6 +137,7 @@ class Leader:
             self.emit,
             outcome=self._outcome,
             latest=decision,
+            on_lost=self._ranks_are_lost,
             log=context.log,
         )
 
@@ -173,6 +181,8 @@ class Leader:
         if failure is not None:
             self._driver.emit(Failed(failure.to_bytes()))
             await asyncio.wait([own], timeout=STOP_SECONDS)
+            if self._uploader is not None:
+                self._uploader.no_more()
             await self._peers.wait_for_leaving(STOP_SECONDS)
         else:
             await own
@@ -193,6 +203,17 @@ class Leader:
         self._resumption.main_returned(has_saved=has_saved)
         is_complete = has_results and self._outcome.all_ended.is_set()
         return own.result()[0] if is_complete else Outcome()
+
+    def _emit(self, event: Event) -> None:
+        self.emit(event)
+
+    def _ask_all(self, event: Event) -> None:
+        self._take_request(event)
+        self._peers.broadcast(event)
+
+    def _ranks_are_lost(self, ranks: Sequence[int]) -> None:
+        if self._uploader is not None:
+            self._uploader.lost(ranks)
 
     async def _check_hosts(self, supervisors: Sequence[Supervisor]) -> None:
         def tell(event: Event) -> None:
@@ -218,7 +239,10 @@ class Leader:
 
     async def _finish_storing(self) -> None:
         """Let the last checkpoint arrive, unless the user wants the run to end now."""
-        if self._uploader is None or self._uploader.is_idle:
+        if self._uploader is None:
+            return
+        self._uploader.no_more()
+        if self._uploader.is_idle:
             return
         text = "the ranks have ended; the last checkpoint is still being stored"
         self._log.note(text, routine=True)

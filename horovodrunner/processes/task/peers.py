@@ -8,7 +8,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 
-from horovodrunner.flows.checkpoints.task import LatestDecision
+from horovodrunner.flows.checkpoints.latest import LatestDecision
 from horovodrunner.flows.logs.task import LineSender, own_line
 from horovodrunner.flows.outcome.outcome import FailureKind
 from horovodrunner.flows.outcome.task import RunOutcome
@@ -71,6 +71,7 @@ class PeerServer:
         *,
         outcome: RunOutcome,
         latest: LatestDecision,
+        on_lost: Callable[[Sequence[int]], None],
         log: Callable[[bytes], None],
     ) -> None:
         self._listening = listening
@@ -78,6 +79,7 @@ class PeerServer:
         self._emit = emit
         self._outcome = outcome
         self._latest = latest
+        self._on_lost = on_lost
         self._ranks: dict[int, list[int]] = {}
         for slot in slots:
             self._ranks.setdefault(slot.partition, []).append(slot.rank)
@@ -147,10 +149,12 @@ class PeerServer:
         emit = dispatcher(
             [
                 {
-                    LatestWanted: lambda _: answers.add(
-                        asyncio.create_task(self._answer(connection, partition))
+                    LatestWanted: lambda it: answers.add(
+                        asyncio.create_task(self._answer(connection, partition, it))
                     ),
-                    LatestFetched: lambda it: self._latest.fetched(partition, it.directory),
+                    LatestFetched: lambda it: self._latest.fetched(
+                        partition, it.part, it.directory
+                    ),
                 }
             ],
             otherwise=self._emit,
@@ -167,13 +171,14 @@ class PeerServer:
             for answer in answers:
                 answer.cancel()
             self._connections.discard(connection)
-            self._latest.fetched(partition, "")
+            self._latest.lost(partition)
+            self._on_lost(ranks)
             self._outcome.lost(ranks, f"{contact_lost(ranks)}; the executor may have died")
             self._not_left.discard(partition)
             self._note_presence()
 
-    async def _answer(self, connection: Connection, partition: int) -> None:
-        connection.send(await self._latest.answer(partition))
+    async def _answer(self, connection: Connection, partition: int, wanted: LatestWanted) -> None:
+        connection.send(await self._latest.answer(partition, wanted))
 
     def _note_presence(self) -> None:
         if not self._not_joined:
@@ -188,7 +193,7 @@ class PeerLink:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._sender = LineSender(connection)
-        self._answers: asyncio.Queue[LatestDecided] = asyncio.Queue()
+        self._answers: dict[tuple[int, int], asyncio.Future[LatestDecided]] = {}
         self.emit: Sink = self._sender.send
         self.close = self._sender.close
 
@@ -200,17 +205,22 @@ class PeerLink:
         _logger.debug("connected to partition 0 at %s:%d", host, port)
         return cls(connection)
 
-    async def listen(self, handlers: Handlers) -> None:
+    async def listen(self, flows: Sequence[Handlers]) -> None:
         """Take what partition 0 sends until the connection ends."""
-        take = dispatcher([handlers, {LatestDecided: self._answers.put_nowait}], refuse)
+        take = dispatcher([*flows, {LatestDecided: self._take_answer}], refuse)
         while (event := await self._connection.receive()) is not None:
             take(event)
 
-    async def ask_latest(self) -> LatestDecided:
-        """Ask which checkpoint all ranks start from."""
-        self._connection.send(LatestWanted())
-        return await self._answers.get()
+    async def ask_latest(self, wanted: LatestWanted) -> LatestDecided:
+        """Ask which checkpoint all ranks start from, and for a part of it."""
+        answer: asyncio.Future[LatestDecided] = asyncio.get_running_loop().create_future()
+        self._answers[wanted.rank, wanted.part] = answer
+        self._connection.send(wanted)
+        return await answer
 
-    def fetched(self, directory: str) -> None:
-        """Report where this task has its copy of that checkpoint; "" if it has none."""
-        self._connection.send(LatestFetched(directory))
+    def fetched(self, part: int, directory: str) -> None:
+        """Report where this task has its copy of a part of it; "" if it has none."""
+        self._connection.send(LatestFetched(part, directory))
+
+    def _take_answer(self, event: LatestDecided) -> None:
+        self._answers.pop((event.rank, event.asked)).set_result(event)

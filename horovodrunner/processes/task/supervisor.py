@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 from horovodrunner.flows.logs.task import own_line
@@ -16,8 +17,6 @@ from horovodrunner.wire.events import (
     Ended,
     Event,
     Job,
-    Latest,
-    LatestWanted,
     Lines,
     MainEnded,
     Points,
@@ -46,7 +45,7 @@ _logger = logging.getLogger(__name__)
 class Supervisor:
     """Sends a worker its job, takes what it reports, and finds out how it ended.
 
-    `emit` takes the events that do not end here. `get_latest` returns the latest checkpoint's copy;
+    `emit` takes the events that do not end here. `answers` has what answers the worker's questions;
     `on_result` takes the layout of what rank 0's main returned, which is in the worker's file.
     `beside` runs as long as the worker does.
     """
@@ -56,7 +55,7 @@ class Supervisor:
         worker: WorkerProcess,
         job: Job,
         emit: Sink,
-        get_latest: Callable[[], Awaitable[Latest]],
+        answers: Mapping[type[Event], Callable[[Any], Awaitable[Event]]],
         on_result: Callable[[Layout], None],
         *,
         beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
@@ -64,7 +63,6 @@ class Supervisor:
         self._worker = worker
         self._job = job
         self._pass_on = emit
-        self._get_latest = get_latest
         self._on_result = on_result
         self._beside = beside
         self._reported: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -81,9 +79,9 @@ class Supervisor:
                     Started: self._take_start,
                     MainEnded: self._take_end_of_main,
                     WorkerTimes: self._take_times,
-                    LatestWanted: self._take_question,
                     Ended: self._take_outcome,
-                }
+                },
+                {asked: functools.partial(self._answer, how) for asked, how in answers.items()},
             ],
             otherwise=emit,
         )
@@ -174,9 +172,9 @@ class Supervisor:
         own = {"worker spawn": (spawned, ready), "imports": (ready, event.imported_at)}
         self._pass_on(RankPhases(event.rank, {**own, **event.spans}))
 
-    def _take_question(self, event: LatestWanted) -> None:
+    def _answer(self, how: Callable[[Event], Awaitable[Event]], event: Event) -> None:
         async def answer() -> None:
-            await self._worker.send(await self._get_latest())
+            await self._worker.send(await how(event))
 
         self._answers.append(asyncio.create_task(answer()))
 

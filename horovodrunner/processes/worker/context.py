@@ -11,11 +11,11 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from horovodrunner.flows.logs.showing import show_text
 from horovodrunner.flows.metrics.worker import MetricsPipe
-from horovodrunner.wire.events import Event, Job, Latest, Message, Notice, encode
+from horovodrunner.wire.events import Event, Job, Message, Notice, encode
 from horovodrunner.wire.signals import pipe_at
 
 __all__ = [
@@ -73,7 +73,7 @@ class TaskLink:
 
 
 class _AnswersQuestions(Protocol):
-    def ask_latest(self) -> Latest: ...
+    def ask(self, question: Event) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from horovodrunner.flows.metrics.worker import MetricsPipe
 from horovodrunner.processes.worker.context import TaskLink
@@ -21,11 +21,11 @@ from horovodrunner.wire.events import (
     Event,
     Job,
     Latest,
-    LatestWanted,
     MainEnded,
     Measure,
     Notice,
     Proceed,
+    RangesRead,
     Started,
     WorkerTimes,
     decode,
@@ -66,7 +66,7 @@ class ControlPipe:
         self._metrics = metrics
         self._watch = MainThreadWatch()
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[Latest] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._steps: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._asking = threading.Lock()
         self._rank = -1
@@ -123,10 +123,10 @@ class ControlPipe:
         """Return when main was unpickled and when it ran, as far as that happened."""
         return WorkerTimes(self._rank, imported_at, warmed, self._times)
 
-    def ask_latest(self) -> Latest:
-        """Ask the task for the latest checkpoint and wait for the answer."""
+    def ask(self, question: Event) -> Any:
+        """Ask the task for something and wait for the answer."""
         with self._asking:
-            self._link.send(LatestWanted())
+            self._link.send(question)
             return self._answers.get()
 
     def _serve(self) -> None:
@@ -145,7 +145,8 @@ class ControlPipe:
         incoming = select.poll()  # select() takes no descriptor from 1024 on
         incoming.register(self._control_fd, select.POLLIN)
         steps = {Measure: self._steps.put, Proceed: self._steps.put}
-        take = dispatcher([{Job: self._take_job, Latest: self._answers.put}, steps], refuse)
+        answers = {Latest: self._answers.put, RangesRead: self._answers.put}
+        take = dispatcher([{Job: self._take_job}, answers, steps], refuse)
         while True:
             pause = min(SAMPLE_SECONDS, self._beat_seconds)
             if not incoming.poll(pause * 1000):
