@@ -10,9 +10,9 @@ import numpy as np
 from horovodrunner.callbacks import saving
 from horovodrunner.errors import CheckpointError
 
-__all__ = ["callbacks_in", "load_own", "load_weights", "position_in", "save", "values_of"]
+__all__ = ["WEIGHTS", "callbacks_in", "load_own", "load_weights", "position_in", "save", "values_of"]
 
-_WEIGHTS = "model.weights.h5"
+WEIGHTS = "model.weights.h5"
 _CALLBACKS = "callbacks.pkl"
 _RANK = "rank.pkl"
 
@@ -22,7 +22,7 @@ def save(
 ) -> None:
     """Write this rank's part of a training into a directory."""
     if saving.is_first():
-        model.save_weights(directory / _WEIGHTS)  # the optimizer's, too
+        model.save_weights(directory / WEIGHTS)  # the optimizer's, too
     saving.write(directory / _CALLBACKS, callbacks)
     own = {
         **position,
@@ -52,7 +52,7 @@ def load_weights(directory: Path, model: Any, position: dict[str, Any]) -> None:
     for optimizer in _optimizers(model):
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
-    model.load_weights(directory / _WEIGHTS)
+    model.load_weights(directory / WEIGHTS)
 
 
 def load_own(model: Any, position: dict[str, Any], in_epoch: bool) -> None:

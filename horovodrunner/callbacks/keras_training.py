@@ -58,7 +58,7 @@ class Training:
         }
         if not self._is_asked:
             self._is_asked = True
-            self._found = saving.find()
+            self._found = saving.find(state.WEIGHTS)
             if self._found is not None:
                 self._position = state.position_in(self._found.own)
                 if not self._found.is_of_this_rank:
@@ -136,13 +136,13 @@ class Training:
         self._counted = self._steps_before
         if self._is_due or self._schedule.has_epoch(epoch + 1):
             self._is_due, self._batch = False, 0
-            self._save(epoch + 1, 0)
+            self._save(epoch + 1, 0, logs)
 
     def ends(self) -> None:
         """Let the next fit() of this model begin where it is told to."""
         self._model._initial_epoch = None
 
-    def _save(self, epoch: int, batch: int) -> None:
+    def _save(self, epoch: int, batch: int, metrics: Any = None) -> None:
         if hasattr(self._model, "jax_state_sync"):
             self._model.jax_state_sync()
         position = {
@@ -152,7 +152,7 @@ class Training:
             "random": self._random.state_dict(),
             "random_at_epoch": self._random_at_epoch if batch else {},
         }
-        with saving.save(position["steps"]) as directory:
+        with saving.save(position["steps"], metrics) as directory:
             state.save(directory, self._model, self._changed_values(), position)
 
     def _changed_values(self) -> dict[str, dict[str, Any]]:

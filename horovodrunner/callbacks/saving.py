@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from horovodrunner import checkpoint
 from horovodrunner import validation as checked
+from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
+from horovodrunner.metrics import number_of
 from horovodrunner.processes.worker.context import current_context, notice
 
 __all__ = ["Found", "Schedule", "find", "is_first", "read", "save", "write"]
@@ -75,23 +78,35 @@ class Found:
         return batches * self.ranks_before // self.ranks
 
 
-def find() -> Found | None:
-    """Return the latest checkpoint; the driver shows what it lacks for another number of ranks."""
+def find(needs: str) -> Found | None:
+    """Return the latest checkpoint; a CheckpointError if it has no file of that name."""
     latest, context = checkpoint.latest(), current_context()
     if latest is None or context is None:
         return None
-    before, now = latest.world_size, context.spec.size
+    before, now = latest.world_size or 1, int(context.spec.environment["WORLD_SIZE"])
+    shared = latest.of_rank(0)
+    if not (shared / needs).exists():
+        held = ", ".join(sorted(each.name for each in shared.iterdir()))
+        raise CheckpointError(
+            f"the checkpoint of step {latest.step} has no {needs}, only {held}, so it was not "
+            "saved by this callback: HorovodRunner(..., resume=False) starts anew"
+        )
     if before != now:
         notice(
             "checkpoint.ranks",
-            f"the checkpoint is of {before} ranks and this run has {now}: model and optimizer go "
-            "on, but every rank has new random numbers, and an epoch that was begun goes on at "
-            "about the same place in the data",
+            f"the checkpoint is of {before} rank{'s' * (before != 1)} and this run has {now}: "
+            "model and optimizer go on, but every rank has new random numbers, and an epoch that "
+            "was begun goes on at about the same place in the data",
         )
-    shared = latest.of_rank(0)
     return Found(shared, latest if before == now else shared, before, now)
 
 
-def save(step: int) -> contextlib.AbstractContextManager[Path]:
-    """Save what every rank writes."""
-    return checkpoint.save(step, ranks="all")
+def save(
+    step: int, metrics: Mapping[str, Any] | None = None
+) -> contextlib.AbstractContextManager[Path]:
+    """Save what every rank writes, with the numbers among the metrics."""
+    numbers: dict[str, float] = {}
+    for name, value in (metrics or {}).items():
+        with contextlib.suppress(ArgumentTypeError, ArgumentValueError):
+            numbers[name] = number_of(name, value)
+    return checkpoint.save(step, ranks="all", metrics=numbers)
