@@ -27,6 +27,7 @@ CASES = (
     "scale",
     "coordinator",
     "checkpoint",
+    "parts",
     "metrics",
 )
 """Modules of this package with a function ``measure(rounds) -> Case``."""

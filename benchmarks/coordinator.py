@@ -26,7 +26,7 @@ from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
 from horovod.runner.http.http_server import RendezvousServer
 
 from benchmarks.report import Case, Figures
-from horovodrunner.flows.checkpoints.latest import LatestDecision
+from horovodrunner.flows.checkpoints.task.latest import LatestDecision
 from horovodrunner.flows.logs.task import MergedLog
 from horovodrunner.flows.outcome.outcome import Outcome, Success
 from horovodrunner.flows.outcome.task import RunOutcome

@@ -383,10 +383,10 @@ def test_saves_that_are_too_fast_take_bounded_space_and_the_newest_wins(
     put, has_saved = CheckpointStore.put, kept.parent / "has saved"
     is_storing = kept.parent / "is storing"
 
-    def slow_put(self: CheckpointStore, step: int, directory: Path) -> None:
+    def slow_put(self: CheckpointStore, *arguments: Any) -> None:
         is_storing.touch()
         wait_until(has_saved.exists)
-        put(self, step, directory)
+        put(self, *arguments)
 
     monkeypatch.setattr(CheckpointStore, "put", slow_put)
 
@@ -409,9 +409,9 @@ def test_saves_that_are_too_fast_take_bounded_space_and_the_newest_wins(
 def test_main_does_not_wait_for_what_is_stored(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, put = threading.Event(), CheckpointStore.put
 
-    def held_put(self: CheckpointStore, step: int, directory: Path) -> None:
+    def held_put(self: CheckpointStore, *arguments: Any) -> None:
         assert gate.wait(60)
-        put(self, step, directory)
+        put(self, *arguments)
 
     monkeypatch.setattr(CheckpointStore, "put", held_put)
     marker = kept.parent / "main goes on"
@@ -479,9 +479,9 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_stored(
     with pytest.MonkeyPatch.context() as patch:
         put = CheckpointStore.put
 
-        def watched_put(self: CheckpointStore, step: int, directory: Path) -> None:
+        def watched_put(self: CheckpointStore, step: int, *arguments: Any) -> None:
             try:
-                put(self, step, directory)
+                put(self, step, *arguments)
             except OSError:
                 reported.append(step)
                 raise

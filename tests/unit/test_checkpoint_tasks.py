@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from horovodrunner.flows.checkpoints import uploading
-from horovodrunner.flows.checkpoints.latest import LatestCopy, LatestDecision
 from horovodrunner.flows.checkpoints.manifest import Manifest
-from horovodrunner.flows.checkpoints.parts import PUT_ATTEMPTS
 from horovodrunner.flows.checkpoints.store import CheckpointStore
-from horovodrunner.flows.checkpoints.uploading import CheckpointUploader
+from horovodrunner.flows.checkpoints.task import uploading
+from horovodrunner.flows.checkpoints.task.latest import LatestCopy, LatestDecision
+from horovodrunner.flows.checkpoints.task.parts import PUT_ATTEMPTS
+from horovodrunner.flows.checkpoints.task.uploading import CheckpointUploader
 from horovodrunner.placement.topology import Member
 from horovodrunner.wire.events import Latest, LatestWanted
 

@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 
 from horovodrunner.flows.artifacts.driver import BroughtFiles
-from horovodrunner.flows.checkpoints.backend import DriverBackend
 from horovodrunner.flows.checkpoints.driver import CheckpointReceiver
 from horovodrunner.flows.checkpoints.manifest import Manifest
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.checkpoints.task.backend import DriverBackend
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.processes.driver.channel import DriverChannel

@@ -63,7 +63,7 @@ def restore(
         if sha256 != file.sha256:
             raise OSError(
                 f"{file.path} of the checkpoint of step {manifest.step} arrived with another "
-                "SHA-256 than its manifest has"
+                "SHA-256 than its manifest has: delete that checkpoint to go on from the one before"
             )
     for name in manifest.directories_of(rank):
         (directory / name).mkdir(parents=True, exist_ok=True)

@@ -24,8 +24,8 @@ from horovodrunner.flows.artifacts.places import directory_of_task
 from horovodrunner.flows.artifacts.task import bring_artifacts
 from horovodrunner.flows.call.import_path import of_worker
 from horovodrunner.flows.call.job import JobSpec
-from horovodrunner.flows.checkpoints.latest import LatestCopy
-from horovodrunner.flows.checkpoints.parts import PartKeeper
+from horovodrunner.flows.checkpoints.task.latest import LatestCopy
+from horovodrunner.flows.checkpoints.task.parts import PartKeeper
 from horovodrunner.flows.logs.lines import prefix_lines
 from horovodrunner.flows.logs.task import own_line
 from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from horovodrunner.flows.artifacts.task import upload_artifacts, upload_file
 from horovodrunner.flows.call.job import JobSpec
-from horovodrunner.flows.checkpoints.backend import CheckpointBackend, DriverBackend
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.checkpoints.task.backend import CheckpointBackend, DriverBackend
 from horovodrunner.flows.logs.debug import turn_on_if_wanted
 from horovodrunner.flows.logs.task import TaskLog
 from horovodrunner.flows.members.task import gather

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from horovodrunner.flows.checkpoints.backend import CheckpointBackend
+from horovodrunner.flows.checkpoints.task.backend import CheckpointBackend
 from horovodrunner.flows.rows.taking import RowsTaker
 from horovodrunner.pickling.buffers import Layout
 from horovodrunner.placement.topology import Member

@@ -16,10 +16,10 @@ from typing import Any
 from horovodrunner.flows.artifacts.places import directory_of_task
 from horovodrunner.flows.artifacts.task import bring_artifacts
 from horovodrunner.flows.call.job import JobSpec
-from horovodrunner.flows.checkpoints.latest import LatestCopy, LatestDecision
-from horovodrunner.flows.checkpoints.parts import PartKeeper
-from horovodrunner.flows.checkpoints.resumption import Resumption
-from horovodrunner.flows.checkpoints.uploading import CheckpointUploader
+from horovodrunner.flows.checkpoints.task.latest import LatestCopy, LatestDecision
+from horovodrunner.flows.checkpoints.task.parts import PartKeeper
+from horovodrunner.flows.checkpoints.task.resumption import Resumption
+from horovodrunner.flows.checkpoints.task.uploading import CheckpointUploader
 from horovodrunner.flows.logs.task import MergedLog
 from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
 from horovodrunner.flows.outcome.task import RunOutcome

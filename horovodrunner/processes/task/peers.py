@@ -8,7 +8,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 
-from horovodrunner.flows.checkpoints.latest import LatestDecision
+from horovodrunner.flows.checkpoints.task.latest import LatestDecision
 from horovodrunner.flows.logs.task import LineSender, own_line
 from horovodrunner.flows.outcome.outcome import FailureKind
 from horovodrunner.flows.outcome.task import RunOutcome

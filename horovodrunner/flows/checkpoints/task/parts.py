@@ -1,7 +1,7 @@
 """What the ranks of a task save of checkpoints of all ranks, until it is stored. Runs in: the task.
 
 A rank's part waits here until partition 0, which knows what the others have, decides what becomes
-of it (flows/checkpoints/uploading.py).
+of it (flows/checkpoints/task/uploading.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from horovodrunner.flows.checkpoints.backend import CheckpointBackend
+from horovodrunner.flows.checkpoints.task.backend import CheckpointBackend
 from horovodrunner.flows.checkpoints.tree import files_below, pieces_of_tree, sha256_of
 from horovodrunner.formatting import in_one_line
 from horovodrunner.wire.events import (

@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from horovodrunner.flows.checkpoints.backend import CheckpointBackend
 from horovodrunner.flows.checkpoints.manifest import Part, directory_of
-from horovodrunner.flows.checkpoints.parts import PUT_ATTEMPTS, RETRY_SECONDS, delete_tree
 from horovodrunner.flows.checkpoints.store import draft
+from horovodrunner.flows.checkpoints.task.backend import CheckpointBackend
+from horovodrunner.flows.checkpoints.task.parts import PUT_ATTEMPTS, RETRY_SECONDS, delete_tree
 from horovodrunner.formatting import ranks_in_words
 from horovodrunner.wire.events import (
     CheckpointSaved,

@@ -13,8 +13,8 @@ import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from horovodrunner.flows.checkpoints.backend import CheckpointBackend
 from horovodrunner.flows.checkpoints.manifest import Manifest
+from horovodrunner.flows.checkpoints.task.backend import CheckpointBackend
 from horovodrunner.placement.topology import Member
 from horovodrunner.wire.events import Latest, LatestDecided, LatestWanted, RangesRead, RangesWanted
 from horovodrunner.wire.upload import in_thread

@@ -1,0 +1,1 @@
+"""What tasks do with checkpoints: keep parts, store them, fetch the latest."""
