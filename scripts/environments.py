@@ -52,5 +52,6 @@ def become_pytest(python: Path, versions: Mapping[str, str], arguments: Sequence
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     environment = python.parent.parent.relative_to(ROOT)
     print(f"Testing with {named} ({environment})", flush=True)
-    environ = {**os.environ, "TESTED_PYSPARK": versions["pyspark"]}
+    # an outer test session has named its own Python
+    environ = {**os.environ, "TESTED_PYSPARK": versions["pyspark"], "PYSPARK_PYTHON": str(python)}
     os.execve(python, [str(python), "-m", "pytest", *arguments], environ)  # noqa: S606
