@@ -31,13 +31,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
 from horovodrunner.processes.worker.context import WorkerContext, current_context, log_to_driver
+from horovodrunner.random_state import RandomState
 from horovodrunner.wire.events import CheckpointSaved, Latest, LatestWanted, PartSaved
 
 if TYPE_CHECKING:
     from horovodrunner.flows.checkpoints.manifest import Manifest
     from horovodrunner.flows.checkpoints.worker import TaskSource
 
-__all__ = ["Checkpoint", "attempt", "latest", "load_torch", "save", "save_torch"]
+__all__ = ["Checkpoint", "RandomState", "attempt", "latest", "load_torch", "save", "save_torch"]
 
 attempt: int
 """1 in the first launch of a run, one more after each restart; 1 outside a run, too."""

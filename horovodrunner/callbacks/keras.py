@@ -122,9 +122,7 @@ class CheckpointCallback(WithFrameworkBase):
         If one of the two is not an int, or not positive.
     """
 
-    def __new__(
-        cls, every_epochs: int = 1, every_steps: int | None = None
-    ) -> CheckpointCallback:
+    def __new__(cls, every_epochs: int = 1, every_steps: int | None = None) -> CheckpointCallback:
         """Make an instance whose class has Keras's own base class."""
         hooks = () if every_steps is None else (_BatchCheckpoint,)
         bases = base_classes(("keras",), "callbacks.Callback")
@@ -135,6 +133,11 @@ class CheckpointCallback(WithFrameworkBase):
         super().__init__()
         self._options = (every_epochs, every_steps)
         self._training = Training(self, Schedule(every_epochs, every_steps))
+
+    @property
+    def initial_epoch(self) -> int:
+        """The epoch that ``fit()`` is about to begin with, for data that has to know it."""
+        return self._training.initial_epoch
 
     def set_model(self, model: Any) -> None:
         """Take the model; Keras calls it."""

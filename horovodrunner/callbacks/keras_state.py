@@ -1,25 +1,29 @@
-"""The files of a checkpoint of Keras: model, callbacks, and what is a rank's own. Runs in: the worker."""
+"""The files of a checkpoint of a Keras model in training. Runs in: the worker."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from horovodrunner.callbacks import saving
 from horovodrunner.errors import CheckpointError
 
-__all__ = ["WEIGHTS", "callbacks_in", "load_own", "load_weights", "position_in", "save", "values_of"]
+__all__ = [
+    "WEIGHTS",
+    "callbacks_in",
+    "load_own",
+    "load_weights",
+    "position_in",
+    "save",
+    "values_of",
+]
 
 WEIGHTS = "model.weights.h5"
 _CALLBACKS = "callbacks.pkl"
 _RANK = "rank.pkl"
 
 
-def save(
-    directory: Path, model: Any, callbacks: dict[str, Any], position: dict[str, Any]
-) -> None:
+def save(directory: Path, model: Any, callbacks: dict[str, Any], position: dict[str, Any]) -> None:
     """Write this rank's part of a training into a directory."""
     if saving.is_first():
         model.save_weights(directory / WEIGHTS)  # the optimizer's, too
@@ -105,4 +109,5 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value))
     if isinstance(value, dict):
         return all(map(_is_plain, (*value, *value.values())))
-    return value is None or isinstance(value, (bool, int, float, str, np.ndarray, np.generic))
+    is_of_numpy = type(value).__module__ == "numpy"
+    return value is None or is_of_numpy or isinstance(value, (bool, int, float, str))

@@ -56,27 +56,39 @@ class Training:
             name: {key: pickle.dumps(value) for key, value in state.values_of(callback).items()}
             for name, callback in self._named_callbacks()
         }
-        if not self._is_asked:
-            self._is_asked = True
-            self._found = saving.find(state.WEIGHTS)
-            if self._found is not None:
-                self._position = state.position_in(self._found.own)
-                if not self._found.is_of_this_rank:
-                    self._position["batch"] = self._found.scaled(self._position["batch"])
+        self._ask()
         if self._position is None:
             return
         self._model._initial_epoch = self._position["epoch"]  # as Keras's BackupAndRestore does
         if not self._position["batch"] or self._position["epoch"] >= (epochs or 0):
             self._restore(self._position)
 
+    def _ask(self) -> None:
+        if self._is_asked:
+            return
+        self._is_asked = True
+        self._found = saving.find(state.WEIGHTS)
+        if self._found is not None:
+            self._position = state.position_in(self._found.own)
+            if not self._found.is_of_this_rank:
+                self._position["batch"] = self._found.scaled(self._position["batch"])
+
+    @property
+    def initial_epoch(self) -> int:
+        """The epoch that fit() begins with."""
+        self._ask()
+        return 0 if self._position is None else int(self._position["epoch"])
+
     def _restore(self, position: dict[str, Any], in_epoch: bool = False) -> None:
-        assert self._found is not None
-        state.load_weights(self._found.shared, self._model, position)
-        callbacks = state.callbacks_in(self._found.own)
+        found = self._found
+        if found is None:
+            return
+        state.load_weights(found.shared, self._model, position)
+        callbacks = state.callbacks_in(found.own)
         for name, callback in self._named_callbacks():
             for key, value in callbacks.get(name, {}).items():
                 setattr(callback, key, value)
-        if self._found.is_of_this_rank:
+        if found.is_of_this_rank:
             state.load_own(self._model, position, in_epoch)
             self._random.load_state_dict(position["random"])
 
@@ -145,14 +157,15 @@ class Training:
     def _save(self, epoch: int, batch: int, metrics: Any = None) -> None:
         if hasattr(self._model, "jax_state_sync"):
             self._model.jax_state_sync()
+        steps = self._steps_before + batch
         position = {
             "epoch": epoch,
             "batch": batch,
-            "steps": self._steps_before + batch,
+            "steps": steps,
             "random": self._random.state_dict(),
             "random_at_epoch": self._random_at_epoch if batch else {},
         }
-        with saving.save(position["steps"], metrics) as directory:
+        with saving.save(steps, metrics) as directory:
             state.save(directory, self._model, self._changed_values(), position)
 
     def _changed_values(self) -> dict[str, dict[str, Any]]:

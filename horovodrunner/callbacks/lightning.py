@@ -1,4 +1,4 @@
-"""LogCallback, MetricsLogger and CheckpointCallback for Lightning's Trainer. Runs in: the worker."""
+"""Callbacks and a logger for Lightning's Trainer. Runs in: the worker."""
 
 from __future__ import annotations
 

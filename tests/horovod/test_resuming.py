@@ -1,0 +1,40 @@
+"""Trainings with Horovod end bit for bit as undisturbed ones, wherever a rank is killed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from horovodrunner.testing import assert_resumes
+from tests.process.resuming import fit_keras
+
+pytestmark = [pytest.mark.horovod, pytest.mark.heavy]
+
+
+@pytest.mark.parametrize(
+    ("backend", "every_steps", "options"),
+    [
+        ("tensorflow", 3, {}),
+        ("tensorflow", None, {"is_built": False}),
+        ("tensorflow", 3, {"is_built": False, "steps_per_execution": 2}),
+        ("torch", 3, {}),
+    ],
+    ids=["tensorflow", "tensorflow-unbuilt", "tensorflow-two-at-once", "torch"],
+)
+def test_keras(
+    backend: str, every_steps: int | None, options: dict[str, Any], horovod_runner: Any
+) -> None:
+    step = random.randrange(4 if every_steps else 11, 33)
+    print(f"killed at step {step}")
+    assert_resumes(
+        fit_keras,
+        at_step=step,
+        rank=1,
+        runner=horovod_runner,
+        backend=backend,
+        epochs=3,
+        every_steps=every_steps,
+        **options,
+    )

@@ -1,0 +1,33 @@
+"""Trainings of frameworks end bit for bit as undisturbed ones, wherever a rank is killed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from horovodrunner.testing import assert_resumes
+from tests.process.resuming import fit_lightning
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("package", "every_steps", "workers"),
+    [("lightning.pytorch", 3, 0), ("pytorch_lightning", None, 1)],
+)
+def test_lightning(
+    package: str, every_steps: int | None, workers: int, horovod_runner: Any
+) -> None:
+    step = random.randrange(3 if every_steps else 11, 33)
+    print(f"killed at step {step}")
+    assert_resumes(
+        fit_lightning,
+        at_step=step,
+        rank=1,
+        runner=horovod_runner,
+        package=package,
+        epochs=3,
+        every_steps=every_steps,
+        workers=workers,
+    )
