@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = [
 WEIGHTS = "model.weights.h5"
 _CALLBACKS = "callbacks.pkl"
 _RANK = "rank.pkl"
+_OF_KERAS = {"params", "_params", "validation_data"}
 
 
 def save(directory: Path, model: Any, callbacks: dict[str, Any], position: dict[str, Any]) -> None:
@@ -96,11 +98,19 @@ def _optimizers(model: Any) -> list[Any]:
 
 
 def values_of(callback: Any) -> dict[str, Any]:
-    """Return the numbers, texts and arrays among a callback's attributes."""
+    """Return the numbers, texts and arrays among a callback's attributes, but for its arguments.
+
+    Those are settings, even where they change: Keras negates `min_delta`, once in each process.
+    """
+    arguments = {
+        name
+        for each in type(callback).__mro__
+        for name in inspect.signature(each.__init__).parameters
+    }
     return {
         name: value
         for name, value in vars(callback).items()
-        if name not in ("params", "_params", "validation_data") and _is_plain(value)
+        if name not in arguments and name not in _OF_KERAS and _is_plain(value)
     }
 
 
