@@ -1,4 +1,4 @@
-"""Checkpoints, as main() sees them: save() and latest(). Runs in: the worker.
+"""Checkpoints, as main() sees them. Runs in: the worker.
 
 Files that rank 0 saves appear where ``HorovodRunner(checkpoint_dir=...)`` says while training goes
 on, and every rank finds them again in the next attempt or the next run::
@@ -38,7 +38,16 @@ if TYPE_CHECKING:
     from horovodrunner.flows.checkpoints.manifest import Manifest
     from horovodrunner.flows.checkpoints.worker import TaskSource
 
-__all__ = ["Checkpoint", "RandomState", "attempt", "latest", "load_torch", "save", "save_torch"]
+__all__ = [
+    "Checkpoint",
+    "RandomState",
+    "attempt",
+    "latest",
+    "load_torch",
+    "save",
+    "save_torch",
+    "should_save_now",
+]
 
 attempt: int
 """1 in the first launch of a run, one more after each restart; 1 outside a run, too."""
@@ -235,6 +244,35 @@ def save(
     finally:
         if not handed_over and os.getpid() == own_pid:  # not by a process forked in the block
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def should_save_now() -> bool:
+    """Return whether a checkpoint is wanted before the next regular one; every rank calls this.
+
+    It is True once, on all ranks at the same call, after ``runner.request_checkpoint()``, when
+    Spark decommissions an executor of the run, or when a rank is sent SIGTERM. Call it once a step,
+    on every rank at the same place and always in the same thread: its calls are counted, and the
+    ranks agree upon one that none of them has reached yet.
+
+    Returns
+    -------
+    bool
+        False in nearly all calls, at the cost of half a microsecond; False outside a run, and in a
+        process that main has forked.
+
+    Notes
+    -----
+    From its first call in the main thread on, SIGTERM no longer ends the rank: the first one asks
+    for a checkpoint, and another one before that is saved, a second later or more, ends the rank. A
+    handler that main has installed is left alone.
+
+    Examples
+    --------
+    >>> should_save_now()  # outside a run
+    False
+    """
+    context = current_context()
+    return context is not None and context.control.saves.should_save_now()
 
 
 def _is_of_all(ranks: object) -> bool:

@@ -214,14 +214,14 @@ class StallTimeoutError(WorkerFailedError, TimeoutError):
 
 
 class RunStoppedError(HorovodRunnerError):
-    """The run was ended from the driver, by :meth:`horovodrunner.HorovodRunner.stop`.
+    """The run was ended from the driver: by ``stop()``, or by SIGTERM with ``sigterm_grace``.
 
     Parameters
     ----------
     text
         What happened, and what is left.
     reason
-        What ``stop`` was given.
+        What ``stop`` was given, or ``"SIGTERM"``.
 
     Examples
     --------

@@ -49,6 +49,7 @@ class Options:
     mlflow: bool | str
     tensorboard_dir: Path | None
     on_report: Callable[[Point], object] | None
+    sigterm_grace: float | None
     name: str
     errors_apart: bool = False
     """Whether notes, and what ranks write to standard error, are shown on standard error."""

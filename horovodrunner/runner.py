@@ -30,9 +30,11 @@ from horovodrunner.flows.tensorboard.driver import checked_directory
 from horovodrunner.options import AUTO, Options
 from horovodrunner.placement.forwarding import Variables, checked_patterns, checked_variables
 from horovodrunner.processes.driver.attempts import STOPPED
+from horovodrunner.processes.driver.grace import sigterm_grace
 from horovodrunner.processes.driver.run import LastRun, Run, checkpoints_of, store_of_key
 from horovodrunner.storage import is_url, open_storage
 from horovodrunner.usage import explained, wrong_options, wrong_run, wrong_script
+from horovodrunner.wire.events import SaveWanted
 
 if TYPE_CHECKING:
     from horovodrunner.flows.metrics.records import Point
@@ -149,6 +151,11 @@ class HorovodRunner:
         A function that is called with each point that rank 0 reports
         (:class:`~horovodrunner.flows.metrics.records.Point`: ``step``, ``values``), in the thread
         that called :meth:`run`. What it raises ends the run, and ``run()`` raises it.
+    sigterm_grace
+        Seconds that the ranks get to save when this process is sent SIGTERM, as schedulers and
+        Kubernetes do before they end it: ``checkpoint.should_save_now()`` is True, and the run ends
+        with a :class:`RunStoppedError` when main returns or the time is over. A second SIGTERM ends
+        it at once. It needs :meth:`run` to be called in the main thread. None leaves SIGTERM alone.
     name
         What the run is called in the lines that it prints, in its progress, in Spark's UI, in its
         record, in MLflow and in TensorBoard: to tell several runs at once apart.
@@ -206,6 +213,7 @@ class HorovodRunner:
         mlflow: bool | str = AUTO,
         tensorboard_dir: str | os.PathLike[str] | None = None,
         on_report: Callable[[Point], object] | None = None,
+        sigterm_grace: float | None = None,
         name: str | None = None,
     ) -> None:
         given = locals()
@@ -268,6 +276,9 @@ class HorovodRunner:
                 None
                 if on_report is None
                 else StaysHere(checked.callback("on_report", on_report, _A_POINT))
+            ),
+            sigterm_grace=(
+                None if sigterm_grace is None else checked.seconds("sigterm_grace", sigterm_grace)
             ),
             name="" if name is None else checked.name("name", name, MAX_NAME),
         )
@@ -405,7 +416,8 @@ class HorovodRunner:
             If main, an argument or the result cannot be pickled.
         ConfigurationError
             If the executors or this machine lack Horovod, Spark's settings rule the run out, or a
-            file such as the timeline cannot be written where it should.
+            file such as the timeline cannot be written where it should; and with ``sigterm_grace``
+            outside the main thread.
         ClusterCapacityError
             If the cluster has fewer slots than np.
         StartTimeoutError
@@ -425,7 +437,8 @@ class HorovodRunner:
         BarrierStageError
             If Spark lost or cancelled the run's stage.
         RunStoppedError
-            If :meth:`stop` has ended the run. What ``on_report`` raises is raised as it is.
+            If :meth:`stop` has ended the run, or SIGTERM with ``sigterm_grace``. What ``on_report``
+            raises is raised as it is.
 
         Examples
         --------
@@ -446,7 +459,7 @@ class HorovodRunner:
         going = GoingRun(secrets.token_hex(4), self._options.name)
         self._going.append(going)
         try:
-            with going.going():
+            with going.going(), sigterm_grace(going, self._options.sigterm_grace):
                 if run_key is None:
                     return self._begin(call, going).go()
                 with keyed_run(self._request(going, run_key, on_change, call), going) as keyed:
@@ -515,6 +528,29 @@ class HorovodRunner:
         text = f"{reason}: {STOPPED}" if reason else STOPPED
         stops = [run.stop(RunStoppedError(text, reason=reason)) for run in [*self._going]]
         return any(stops)
+
+    def request_checkpoint(self) -> bool:
+        """Have the ranks of the run that is going save a checkpoint soon, all at the same step.
+
+        ``checkpoint.should_save_now()`` is True once on every rank, at the same call, a few
+        milliseconds later or as soon as the ranks run; saving is up to main. It may be called from
+        another thread, a handler of signals or ``on_report``. What is requested before any rank
+        gets to that call is one checkpoint.
+
+        Returns
+        -------
+        bool
+            Whether there was a run to ask. A run that begins later is not affected.
+
+        Examples
+        --------
+        >>> runner = HorovodRunner(np=2, checkpoint_dir="checkpoints")
+        >>> runner.request_checkpoint()  # nothing is running
+        False
+        """
+        wanted = SaveWanted("runner.request_checkpoint()")
+        asked = [run.want_save(wanted) for run in [*self._going]]
+        return any(asked)
 
     @explained(wrong_script)
     def run_script(

@@ -114,7 +114,8 @@ class CheckpointCallback(WithFrameworkBase):
     every_epochs
         Save at the end of every so many epochs.
     every_steps
-        Save after every so many batches, too.
+        Save after every so many batches, too, and before a machine goes
+        (:func:`horovodrunner.checkpoint.should_save_now`).
 
     Raises
     ------

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from horovodrunner import checkpoint
 from horovodrunner.callbacks import keras_state as state
 from horovodrunner.callbacks import saving
 from horovodrunner.errors import ArgumentTypeError, CheckpointError
@@ -132,7 +133,8 @@ class Training:
         if self._others is not None:
             return
         before, self._counted = self._counted, self._steps_before + self._batch
-        if self._schedule.has_step(before, self._counted):
+        is_wanted = checkpoint.should_save_now()  # once a batch, on every rank
+        if is_wanted or self._schedule.has_step(before, self._counted):
             if self._batch == batches:
                 self._is_due = True
             else:

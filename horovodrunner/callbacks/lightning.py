@@ -92,7 +92,8 @@ class CheckpointCallback(WithFrameworkBase):
     trained are passed over, unless the data loader has a ``state_dict()``. ``ckpt_path`` stays out
     of ``trainer.fit()``.
 
-    The step of a checkpoint is the global step. Its ``lightning.ckpt`` is for
+    It also saves before a machine goes (:func:`horovodrunner.checkpoint.should_save_now`). The step
+    of a checkpoint is the global step. Its ``lightning.ckpt`` is for
     ``load_from_checkpoint()``. See :mod:`horovodrunner.checkpoint`.
 
     Parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from horovodrunner import checkpoint
 from horovodrunner.callbacks import saving
 from horovodrunner.errors import ArgumentValueError
 from horovodrunner.random_state import RandomState
@@ -25,7 +26,7 @@ class Training:
         self._position: dict[str, Any] | None = None  # to go on from
         self._begins_epoch = False  # with a state of the random numbers that was restored
         self._counted = 0
-        self._is_due = False
+        self._is_due = self._is_wanted = False
         self._random_at_epoch: dict[str, Any] = {}
 
     def is_set_up(self, trainer: Any) -> None:
@@ -93,7 +94,11 @@ class Training:
     def batch_ends(self, trainer: Any) -> None:
         """Save, if it is time; after an epoch's last batch, that is when the epoch ends."""
         before, self._counted = self._counted, trainer.global_step
-        if self._schedule.has_step(before, self._counted):
+        self._is_wanted |= checkpoint.should_save_now()  # once a batch, on every rank
+        if self._counted == before:  # gradients are being added up
+            return
+        if self._is_wanted or self._schedule.has_step(before, self._counted):
+            self._is_wanted = False
             if trainer.is_last_batch:
                 self._is_due = True
             else:

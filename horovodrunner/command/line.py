@@ -32,6 +32,7 @@ _RUNNER = (
     Option(("--keep-checkpoints",), ("N",), "how many (3)"),
     Option(("--no-resume",), (), "do not go on from the newest one"),
     Option(("--max-restarts",), ("N",), "launches after a lost worker or executor (0)"),
+    Option(("--sigterm-grace",), ("S",), "on SIGTERM let the ranks save, and end after so long"),
     Option(("--stall-timeout",), ("S",), "end a run whose ranks wait for each other so long"),
     Option(("--run-dir",), ("DIR",), "keep a record of the run there; or a URL"),
     Option(
@@ -109,7 +110,7 @@ def parse(words: Sequence[str]) -> CommandLine | None:
         name: named[name]
         for name in (
             *("start_timeout", "checkpoint_dir", "keep_checkpoints", "max_restarts"),
-            *("stall_timeout", "run_dir", "tensorboard_dir", "forward"),
+            *("sigterm_grace", "stall_timeout", "run_dir", "tensorboard_dir", "forward"),
         )
         if named[name] is not None
     }
@@ -190,7 +191,8 @@ class _Keep(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="run", add_help=False, allow_abbrev=False)
     types = {"num_proc": int, "max_restarts": int, "keep_checkpoints": int}
-    types |= {"start_timeout": float, "stall_timeout": float}  # type: ignore[dict-item]
+    spans = ("start_timeout", "stall_timeout", "sigterm_grace")
+    types |= dict.fromkeys(spans, float)  # type: ignore[arg-type]
     for option in (*_OWN, *_RUNNER, *_SPARK):
         name = option.names[-1].lstrip("-").replace("-", "_")
         how: dict[str, Any] = {"action": "store_true"}

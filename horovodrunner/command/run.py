@@ -17,6 +17,7 @@ from horovodrunner.errors import (
     BarrierStageError,
     ConfigurationError,
     HorovodRunnerError,
+    RunStoppedError,
     RunSupersededError,
     StartTimeoutError,
     WorkerFailedError,
@@ -75,9 +76,10 @@ def exit_code_of(error: HorovodRunnerError) -> int:
         if error.signal is not None:
             return 128 + _number(error.signal)
         return TRY_AGAIN if error.worker_was_lost else FAILED
-    if isinstance(error, (StartTimeoutError, RunSupersededError)):
-        return TRY_AGAIN
-    if isinstance(error, BarrierStageError) and error.executor_was_lost:
+    if isinstance(error, RunStoppedError):  # nothing but --sigterm-grace stops a run here
+        return 128 + signal.SIGTERM
+    executor_was_lost = isinstance(error, BarrierStageError) and error.executor_was_lost
+    if executor_was_lost or isinstance(error, (StartTimeoutError, RunSupersededError)):
         return TRY_AGAIN
     return FAILED
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import ClassVar
+
+from horovodrunner.wire.events import SaveWanted
 
 __all__ = ["GoingRun"]
 
@@ -24,6 +27,9 @@ class GoingRun:
         # Whoever comes first decides how the run ends: setdefault() is atomic, and a handler of
         # signals may call it, which must not wait for a lock that its own thread has.
         self._end: dict[str, BaseException | None] = {}
+        self._end_with_main: BaseException | None = None
+        self._wishes: deque[SaveWanted] = deque()
+        self._send_wish: Callable[[SaveWanted], None] | None = None
         self.is_closed = False
         """Whether nothing can stop it any more."""
 
@@ -56,6 +62,43 @@ class GoingRun:
     def stop(self, error: BaseException) -> bool:
         """Have the run's own thread raise an error; return False if the run has ended."""
         return self._end.setdefault(_END, error) is not None
+
+    def stop_with_main(self, error: BaseException) -> None:
+        """Have the run's own thread raise an error when main has ended, however it did."""
+        self._end_with_main = error
+
+    def main_has_ended(self) -> None:
+        """Stop the run if it is to be stopped by now."""
+        if self._end_with_main is not None:
+            self.stop(self._end_with_main)
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether its ranks run, or are being launched."""
+        return self._send_wish is not None
+
+    def want_save(self, wanted: SaveWanted) -> bool:
+        """Have all ranks save, as soon as they run; return False if the run has ended."""
+        if self.is_closed:
+            return False
+        self._wishes.append(wanted)
+        self._send_wishes()
+        return True
+
+    @contextlib.contextmanager
+    def wishes_go_to(self, send: Callable[[SaveWanted], None]) -> Iterator[None]:
+        """Send what was wanted, and will be, to the ranks."""
+        self._send_wish = send
+        self._send_wishes()
+        try:
+            yield
+        finally:
+            self._send_wish = None
+
+    def _send_wishes(self) -> None:
+        with contextlib.suppress(IndexError):  # another thread has sent it
+            while (send := self._send_wish) is not None and self._wishes:
+                send(self._wishes.popleft())
 
     def check(self) -> None:
         """Raise what the run was stopped with, as long as it is not ending."""

@@ -53,6 +53,24 @@ class ClassicJob:
             if self._tag in tags and is_barrier == in_barrier
         )
 
+    tells_executors = True
+
+    def executors(self) -> dict[int, str]:
+        """Return the executor of each of the barrier stage's tasks, by partition."""
+        found: dict[int, str] = {}
+        for task_set in self._schedulables():
+            if task_set.isBarrier() and self._tag in _tags(task_set):
+                infos = task_set.taskInfos().values().iterator()
+                while infos.hasNext():
+                    info = infos.next()
+                    found[info.index()] = info.executorId()
+        return found
+
+    def is_decommissioned(self, executor: str) -> bool:
+        """Return whether Spark has begun to decommission an executor."""
+        scheduler = self._context._jsc.sc().taskScheduler()
+        return bool(scheduler.getExecutorDecommissionState(executor).isDefined())
+
     def slots_by_other_job(self) -> dict[int, int] | None:
         """Return the slots that each other running job holds."""
         by_job: dict[int, int] = {}
@@ -62,7 +80,17 @@ class ClassicJob:
         return by_job
 
     def _task_sets(self) -> Iterator[tuple[int, list[str], int, bool]]:
-        """Yield each task set's job, tags, running tasks, and whether it is a barrier stage's.
+        """Yield each task set's job, tags, running tasks, and whether it is a barrier stage's."""
+        for task_set in self._schedulables():
+            yield (
+                int(task_set.priority()),
+                _tags(task_set),
+                task_set.runningTasks(),
+                task_set.isBarrier(),
+            )
+
+    def _schedulables(self) -> Iterator[Any]:
+        """Yield the managers of task sets.
 
         The scheduler itself is asked: what Spark's status tracker tells may be ten seconds old.
         """
@@ -73,14 +101,13 @@ class ClassicJob:
             if members is not None:  # a pool
                 waiting.extend(members.toArray())
                 continue
-            properties = schedulable.taskSet().properties()  # a job from Scala may have none
-            tags = properties and properties.getProperty("spark.job.tags")
-            yield (
-                int(schedulable.priority()),
-                (tags or "").split(","),
-                schedulable.runningTasks(),
-                schedulable.isBarrier(),
-            )
+            yield schedulable
+
+
+def _tags(task_set: Any) -> list[str]:
+    properties = task_set.taskSet().properties()  # a job from Scala may have none
+    tags = properties and properties.getProperty("spark.job.tags")
+    return (tags or "").split(",")
 
 
 class ConnectJob:
@@ -114,6 +141,16 @@ class ConnectJob:
     def computing_tasks(self) -> int:
         """Return how many tasks run now: the server does not tell the stages apart."""
         return self._running or 0
+
+    tells_executors = False
+
+    def executors(self) -> dict[int, str]:
+        """Return nothing: the server does not tell."""
+        return {}
+
+    def is_decommissioned(self, executor: str) -> bool:
+        """Return False: the server does not tell."""
+        return False
 
     def slots_by_other_job(self) -> dict[int, int] | None:
         """Return None: a Spark Connect server tells nothing about others' jobs."""

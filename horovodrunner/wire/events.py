@@ -217,6 +217,24 @@ class RangesWanted(Event):
     ranges: bytes
 
 
+class SaveWanted(Event):
+    """The ranks are to save a checkpoint, and why; `urgent` if a machine may be about to go.
+
+    It comes from a rank, or from the driver.
+    """
+
+    why: str
+    urgent: bool = False
+
+
+class CallsCounted(Event):
+    """How many calls of should_save_now() the rank's main has begun."""
+
+    rank: int
+    question: int
+    calls: int
+
+
 # ---- from a task to its worker
 
 
@@ -265,6 +283,23 @@ class RangesRead(Event):
 
     path: str = ""
     error: str = ""
+
+
+class CountCalls(Event):
+    """How many calls has main begun? The next one waits for the answer to this question."""
+
+    question: int
+
+
+class SaveAt(Event):
+    """That call is told to save; 0: none is."""
+
+    question: int
+    call: int = 0
+
+
+class Ending(Event):
+    """The SIGTERM that comes is the task's own."""
 
 
 # ---- between partition 0 and the other tasks

@@ -428,6 +428,36 @@ def test_a_signal_that_comes_again_ends_it_in_any_case(code: Path, tmp_path: Pat
     assert process.returncode == 130
 
 
+SAVES = """
+import time
+from horovodrunner import checkpoint
+assert not checkpoint.should_save_now()
+print("begun")
+while not checkpoint.should_save_now():
+    time.sleep(0.01)
+with checkpoint.save(step=7) as directory:
+    (directory / "state").write_text("state")
+"""
+
+
+def test_sigterm_lets_a_script_save_if_the_command_says_so(code: Path, tmp_path: Path) -> None:
+    script, log = code / "saves.py", tmp_path / "log"
+    script.write_text(SAVES)
+    options = ("--sigterm-grace", "600", "--checkpoint-dir", str(tmp_path / "saved"))
+    with (
+        log.open("wb") as output,
+        processes.started(
+            command("-np", "-2", *options, str(script)), stdout=output, stderr=processes.STDOUT
+        ) as process,
+    ):
+        wait_for_line("begun(?s:.*)begun", log)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+    assert process.returncode == 128 + signal.SIGTERM
+    told = "error: SIGTERM: the run of 2 ranks was stopped; the latest checkpoint is that of step 7"
+    assert told in log.read_text()
+
+
 def test_a_reader_that_goes_away_ends_nothing(code: Path, tmp_path: Path) -> None:
     script, done = code / "talks.py", tmp_path / "done"
     script.write_text(

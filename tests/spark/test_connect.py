@@ -121,6 +121,19 @@ SECTIONS = """
     print("weights:", Path(runner.checkpoints[0].path, "weights").read_text())
     print("with resources:", HorovodRunner(np=2, resources={"cpus": 1}).run(train, prefix=""))
 
+    def wait_to_save():
+        from horovodrunner import checkpoint
+        while not checkpoint.should_save_now():
+            time.sleep(0.01)
+        return "saved"
+
+    def ask():
+        while not runner.request_checkpoint():
+            time.sleep(0.01)
+
+    threading.Thread(target=ask).start()
+    print("asked:", runner.run(wait_to_save))
+
     print("SECTION errors")
     for np, main in ((2, lambda: 1 / 0), (3, lambda: 1), (0, lambda: os.environ["WORLD_SIZE"])):
         try:
@@ -216,6 +229,7 @@ def test_value_output_and_checkpoints_arrive(sections: dict[str, str]) -> None:
     assert {"[0]<stdout>:training", "[1]<stdout>:training"} <= set(shown)
     assert shown.count("message of rank 1") == 2
     assert "with resources: 2" in shown
+    assert "asked: saved" in shown
 
 
 def test_errors_are_those_of_any_cluster(sections: dict[str, str]) -> None:

@@ -18,7 +18,17 @@ from horovodrunner.processes.task.driver_link import (
     StartRefusedError,
     register_with_driver,
 )
-from horovodrunner.wire.events import CheckpointStored, Failed, Lines, Message, Note, RankStates
+from horovodrunner.wire.events import (
+    CheckpointStored,
+    Failed,
+    Handlers,
+    Lines,
+    Message,
+    Note,
+    RankStates,
+    SaveWanted,
+    Stop,
+)
 
 TOKEN = b"t" * 32
 
@@ -40,7 +50,7 @@ def job(port: int, token: bytes = TOKEN, run_id: str = "run-1", stream: bool = T
 
 async def register(spec: JobSpec, log: list[bytes] | None = None) -> DriverLink:
     return await register_with_driver(
-        spec, on_stop=lambda: None, log=(log if log is not None else []).append
+        spec, handlers={}, log=(log if log is not None else []).append
     )
 
 
@@ -151,12 +161,30 @@ def test_the_driver_can_end_the_run(channel: DriverChannel) -> None:
 
     async def talk() -> None:
         stopped = asyncio.Event()
-        driver = await register_with_driver(job(port), stopped.set, lambda lines: None)
+        handlers: Handlers = {Stop: lambda _: stopped.set()}
+        driver = await register_with_driver(job(port), handlers, lambda lines: None)
         channel.stop_run()
         await asyncio.wait_for(stopped.wait(), 5)
         await driver.close()
 
     asyncio.run(talk())
+
+
+def test_a_checkpoint_is_wanted_also_before_partition_0_is_there(channel: DriverChannel) -> None:
+    port = channel.open("127.0.0.1", 0)
+    channel.want_save(SaveWanted("early"))
+
+    async def talk() -> None:
+        wanted: asyncio.Queue[SaveWanted] = asyncio.Queue()
+        handlers: Handlers = {SaveWanted: wanted.put_nowait}
+        driver = await register_with_driver(job(port), handlers, lambda lines: None)
+        assert await wanted.get() == SaveWanted("early")
+        channel.want_save(SaveWanted("later", urgent=True))
+        assert await wanted.get() == SaveWanted("later", urgent=True)
+        await driver.close()
+
+    asyncio.run(talk())
+    channel.want_save(SaveWanted("too late"))
 
 
 def test_a_port_that_is_taken_is_refused_with_the_conf_to_change(channel: DriverChannel) -> None:

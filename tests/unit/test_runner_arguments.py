@@ -69,9 +69,10 @@ def test_a_wrong_verbosity_is_a_value_error_that_names_both(verbosity: Any) -> N
     ("timeout", "kind"),
     [("600", TypeError), (True, TypeError), (0, ValueError), (-1.0, ValueError)],
 )
-def test_a_wrong_timeout_is_refused(timeout: Any, kind: type[Exception]) -> None:
-    with pytest.raises(kind, match="start_timeout"):
-        HorovodRunner(np=-1, start_timeout=timeout)
+@pytest.mark.parametrize("name", ["start_timeout", "sigterm_grace"])
+def test_a_wrong_timeout_is_refused(name: str, timeout: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=name):
+        HorovodRunner(np=-1, **{name: timeout})
 
 
 @pytest.mark.parametrize(

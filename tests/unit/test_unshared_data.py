@@ -28,6 +28,7 @@ from horovodrunner.data.unshared import UnsharedDataSet
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, DataError
 from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.call.job import JobSpec
+from horovodrunner.flows.going import GoingRun
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.flows.rows.task import TaskRows, Travelling
@@ -299,6 +300,7 @@ def test_the_start_timeout_begins_when_the_data_sets_are_computed(
         TaskRequest(1, 0, ""),
         console,
         BroughtFiles({}),
+        run=GoingRun("r1"),
         results=ResultStore(),
         start_timeout=1000,
         waiting_since=time.monotonic() - 2000,

@@ -8,6 +8,7 @@ import pytest
 
 from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.call.job import JobSpec
+from horovodrunner.flows.going import GoingRun
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.processes.driver import addresses, cluster
@@ -46,6 +47,7 @@ class Waiting:
             TaskRequest(1, 0, ""),
             self._console,
             BroughtFiles({}),
+            run=GoingRun("r1"),
             results=ResultStore(),
             start_timeout=1000,
             waiting_since=time.monotonic(),

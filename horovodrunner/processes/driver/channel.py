@@ -35,6 +35,7 @@ from horovodrunner.wire.events import (
     RankStates,
     Refused,
     Register,
+    SaveWanted,
     Stop,
     Storing,
     UploadArtifacts,
@@ -108,6 +109,7 @@ class DriverChannel:
         self._transfers: dict[Transfer, threading.Thread] = {}
         self._gather_point = GatherPoint(tasks)
         self._leader: Connection | None = None
+        self._saves_wanted: list[SaveWanted] = []
         self._left = threading.Event()
         self._left.set()
         self.has_heard = False
@@ -172,6 +174,18 @@ class DriverChannel:
 
         self._loop.call_soon_threadsafe(send)
 
+    def want_save(self, wanted: SaveWanted) -> None:
+        """Ask partition 0, now or as soon as it is there, for a checkpoint of all ranks."""
+
+        def send() -> None:
+            if self._leader is None:
+                self._saves_wanted.append(wanted)
+            else:
+                self._leader.send(wanted)
+
+        with contextlib.suppress(RuntimeError):  # the channel is closed
+            self._loop.call_soon_threadsafe(send)
+
     def wait_for_leaving(self, timeout: float) -> None:
         """Wait until partition 0 has ended its part of the run and closed the connection."""
         self._left.wait(timeout)
@@ -226,6 +240,8 @@ class DriverChannel:
         self._leader = connection
         self._left.clear()
         connection.send(Accepted())
+        for wanted in self._saves_wanted:
+            connection.send(wanted)
         self._on_event()
         try:
             while (event := await connection.receive()) is not None:

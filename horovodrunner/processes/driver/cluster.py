@@ -22,6 +22,7 @@ from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.outcome import FailureKind, Outcome, with_result
 from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.flows.rows.driver import stage_input
+from horovodrunner.flows.saving.driver import decommissions_noticed
 from horovodrunner.processes.driver import addresses
 from horovodrunner.processes.driver.channel import RETRY_REFUSED, DriverChannel
 from horovodrunner.processes.driver.resources import TaskRequest
@@ -71,12 +72,12 @@ class BarrierRun:
         console: Console,
         files: BroughtFiles,
         *,
+        run: GoingRun,
         results: ResultStore,
         artifacts: ArtifactStore | None = None,
         start_timeout: float,
         waiting_since: float,
         on_start: Callable[[], None] = lambda: None,
-        name: str = "",
         store: CheckpointStore | None = None,
         data: Sequence[UnsharedDataSet] = (),
         flows: Sequence[Handlers] = (),
@@ -87,6 +88,7 @@ class BarrierRun:
         self._request = request
         self._console = console
         self._files = files
+        self._run = run
         self._results = results
         self._artifacts = artifacts
         self._start_timeout = start_timeout
@@ -98,7 +100,7 @@ class BarrierRun:
         self._spark_job = spark_job(
             spark,
             self._tag,
-            f"HorovodRunner(np={job.size}), {GoingRun(job.run_id, name).title}",
+            f"HorovodRunner(np={job.size}), {GoingRun(job.run_id, run.name).title}",
         )
         self._outcomes: dict[int, Outcome] | None = None
         self._error: Exception | None = None
@@ -136,7 +138,13 @@ class BarrierRun:
             _logger.debug("run %s: listening at %s", job.run_id, job.driver_address)
             thread = start_thread(spark, self._tag, functools.partial(self._run_stage, job))
             try:
-                self._wait(channel)
+                with (
+                    self._run.wishes_go_to(channel.want_save),
+                    decommissions_noticed(
+                        spark, self._spark_job, lambda: channel.placement, channel.want_save
+                    ),
+                ):
+                    self._wait(channel)
             except BaseException:
                 channel.stop_run()
                 self._cancel(thread)

@@ -9,13 +9,14 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from horovodrunner.errors import ConfigurationError
 from horovodrunner.flows.artifacts.driver import BroughtFiles, copy_file
 from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.job import JobSpec
 from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.going import GoingRun
 from horovodrunner.flows.logs.debug import turn_on_if_wanted
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.outcome import Outcome, with_result
@@ -27,7 +28,7 @@ from horovodrunner.processes.task.agent import run_task
 from horovodrunner.processes.task.context import TaskContext
 from horovodrunner.processes.task.driver_link import DriverLink
 from horovodrunner.processes.task.network import host_id, loopback_address
-from horovodrunner.wire.events import Handlers, dispatcher, ignore
+from horovodrunner.wire.events import Event, Handlers, Sink, Stop, dispatcher, ignore, refuse
 
 __all__ = ["run_locally"]
 
@@ -39,6 +40,7 @@ def run_locally(
     results: ResultStore,
     rows: RowsTaker | None = None,
     *,
+    run: GoingRun,
     artifacts: ArtifactStore,
     flows: Sequence[Handlers] = (),
     deals_gpus: bool = True,
@@ -54,17 +56,24 @@ def run_locally(
         workers=job.size,
         gpus=_gpus_of_the_driver() if deals_gpus else (),
     )
-    stop: list[Callable[[], object]] = []
+    told: list[Sink] = []
     interrupted = threading.Event()
     results.begin(job.size)
 
-    async def open_driver(on_stop: Callable[[], None]) -> DriverLink:
-        loop = asyncio.get_running_loop()
-        stop.append(lambda: loop.call_soon_threadsafe(on_stop))
+    async def open_driver(handlers: Handlers) -> DriverLink:
+        loop, take = asyncio.get_running_loop(), dispatcher([handlers], refuse)
+
+        def tell(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has just ended
+                loop.call_soon_threadsafe(take, event)
+
+        told.append(tell)
         if interrupted.is_set():
-            on_stop()
+            take(Stop())
+        sending = contextlib.AsyncExitStack()
+        sending.enter_context(run.wishes_go_to(tell))
         # ignored: what matters to a driver that only hears of the run
-        return DriverLink(dispatcher([console.handlers, *flows], ignore))
+        return DriverLink(dispatcher([console.handlers, *flows], ignore), close=sending.aclose)
 
     async def gather(text: str, *, reaches_driver: bool) -> list[str]:
         return [text]
@@ -94,7 +103,7 @@ def run_locally(
     outcomes: list[Outcome] = []
     errors: list[BaseException] = []
 
-    def run() -> None:
+    def run_in_thread() -> None:
         try:
             outcomes.append(asyncio.run(run_task(job, context)))
         except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
@@ -102,15 +111,14 @@ def run_locally(
         finally:
             console.wake()
 
-    thread = threading.Thread(target=run, name="horovodrunner-local", daemon=True)
+    thread = threading.Thread(target=run_in_thread, name="horovodrunner-local", daemon=True)
     thread.start()
     try:
         console.show()
     except BaseException:
         interrupted.set()
-        for request_stop in stop:
-            with contextlib.suppress(RuntimeError):  # the loop has just ended
-                request_stop()
+        for tell in told:
+            tell(Stop())
         thread.join()
         raise
     thread.join()

@@ -254,6 +254,7 @@ class Run:
         self._spans.add("stage start", now, now)
         job = self._job(attempt)
         outcome = self._run_locally(job) if self._options.np < 0 else self._run_on_spark(job)
+        self._going.main_has_ended()
         if self._keyed is None:
             return outcome
         self._console.show(0)  # on_report may refuse the last points
@@ -306,6 +307,7 @@ class Run:
                 self._files,
                 self._results,
                 rows,
+                run=self._going,
                 artifacts=self.left.artifacts,
                 flows=self._observers.handlers,
                 deals_gpus=DEVICES not in self._options.variables.environment,
@@ -360,12 +362,12 @@ class Run:
                 request,
                 console,
                 self._files,
+                run=self._going,
                 results=self._results,
                 artifacts=self.left.artifacts,
                 start_timeout=options.start_timeout,
                 waiting_since=waiting_since,
                 on_start=turn.start,
-                name=options.name,
                 store=_store_on_driver(job),
                 data=self._pickled.data,
                 flows=self._observers.handlers,

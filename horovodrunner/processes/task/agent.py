@@ -56,6 +56,7 @@ from horovodrunner.processes.task.process import WorkerProcess
 from horovodrunner.processes.task.scratch import Scratch
 from horovodrunner.processes.task.supervisor import Supervisor
 from horovodrunner.wire.events import (
+    CountCalls,
     Ended,
     Event,
     Job,
@@ -66,6 +67,8 @@ from horovodrunner.wire.events import (
     Phases,
     Proceed,
     RangesWanted,
+    SaveAt,
+    SaveWanted,
     ShowStacks,
     Sink,
     Stop,
@@ -118,6 +121,7 @@ class _Agent:
         self._context = context
         self._resources = resources
         self._stop_requested = asyncio.Event()
+        self._saves_wanted: asyncio.Queue[SaveWanted] = asyncio.Queue()
         self._has_gathered = False
         self._spans = Spans()
         now = time.time()
@@ -182,7 +186,12 @@ class _Agent:
         )
         member = await self._open_preflight(member)
         try:
-            driver = await self._context.open_driver(self._stop_requested.set)
+            driver = await self._context.open_driver(
+                {
+                    Stop: lambda _: self._stop_requested.set(),
+                    SaveWanted: self._saves_wanted.put_nowait,
+                }
+            )
         except StartRefusedError as error:
             return await self._refuse(str(error))
         self._resources.push_async_callback(driver.close)
@@ -224,6 +233,7 @@ class _Agent:
             scratch=self._scratch,
             spans=self._spans,
             stop_requested=self._stop_requested,
+            saves_wanted=self._saves_wanted,
         )
         own = [slot for slot in slots if slot.partition == 0]
         self._probe(members, leader.emit)
@@ -295,7 +305,8 @@ class _Agent:
                 supervisor.tell(event)
 
         self._probe(members, link.emit)
-        handlers = {Stop: stop, ShowStacks: show, Measure: tell, Proceed: tell}
+        told = dict.fromkeys((Measure, Proceed, CountCalls, SaveAt), tell)
+        handlers = {Stop: stop, ShowStacks: show, **told}
         listening = asyncio.create_task(link.listen([handlers, asked]))
         listening.add_done_callback(stop)  # without partition 0 there is no run
         try:

@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from horovodrunner.flows.artifacts.task import upload_artifacts, upload_file
@@ -34,6 +34,7 @@ from horovodrunner.processes.task.network import (
     loopback_address,
 )
 from horovodrunner.storage import is_url
+from horovodrunner.wire.events import Handlers
 from horovodrunner.wire.upload import TransferClient
 
 if TYPE_CHECKING:
@@ -117,8 +118,8 @@ def _context(
     async def gather_members(text: str, *, reaches_driver: bool) -> list[str]:
         return await gather(job, partition, text, barrier.allGather, reaches_driver=reaches_driver)
 
-    async def open_driver(on_stop: Callable[[], None]) -> DriverLink:
-        return await register_with_driver(job, on_stop, log)
+    async def open_driver(handlers: Handlers) -> DriverLink:
+        return await register_with_driver(job, handlers, log)
 
     return TaskContext(
         member=Member(

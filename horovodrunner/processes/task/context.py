@@ -13,6 +13,7 @@ from horovodrunner.flows.rows.taking import RowsTaker
 from horovodrunner.pickling.buffers import Layout
 from horovodrunner.placement.topology import Member
 from horovodrunner.processes.task.driver_link import DriverLink
+from horovodrunner.wire.events import Handlers
 
 __all__ = ["TaskContext"]
 
@@ -35,8 +36,8 @@ class TaskContext:
     """What this task tells its peers; the agent fills in the ports."""
     gather: _Gather
     """Exchanges one text between all tasks: waits for all, and returns all texts."""
-    open_driver: Callable[[Callable[[], None]], Awaitable[DriverLink]]
-    """Called by partition 0, with what ends the run: registers the run with the driver."""
+    open_driver: Callable[[Handlers], Awaitable[DriverLink]]
+    """Called by partition 0, with what takes the driver's events: registers the run there."""
     log: Callable[[bytes], None]
     """Takes whole lines for this task's own log."""
     take_result: _TakeResult

@@ -17,12 +17,12 @@ from horovodrunner.flows.logs.task import LineSender, own_line, what_the_log_kee
 from horovodrunner.wire.events import (
     Accepted,
     Event,
+    Handlers,
     Leave,
     Lines,
     Refused,
     Register,
     Sink,
-    Stop,
     dispatcher,
     ignore,
     refuse,
@@ -54,9 +54,11 @@ class DriverLink:
 
 
 async def register_with_driver(
-    job: JobSpec, on_stop: Callable[[], None], log: Callable[[bytes], None]
+    job: JobSpec, handlers: Handlers, log: Callable[[bytes], None]
 ) -> DriverLink:
     """Connect to the driver and ask whether this run may start; StartRefusedError if not.
+
+    `handlers` take what the driver sends later.
 
     Spark tries a barrier stage again when it lost an executor, and PySpark does not tell a task
     that it is such a second try. The driver knows: it accepts one registration per run.
@@ -82,7 +84,7 @@ async def register_with_driver(
         await connection.close()
         closed = "the driver closed the channel"
         raise StartRefusedError(answer.why if isinstance(answer, Refused) else closed)
-    channel = _Channel(connection, job.stream_output, on_stop, log)
+    channel = _Channel(connection, job.stream_output, handlers, log)
     return DriverLink(channel.emit, close=channel.close)
 
 
@@ -93,7 +95,7 @@ class _Channel:
         self,
         connection: Connection,
         stream_output: bool,
-        on_stop: Callable[[], None],
+        handlers: Handlers,
         log: Callable[[bytes], None],
     ) -> None:
         self._connection = connection
@@ -102,7 +104,7 @@ class _Channel:
         self._log = log
         self._keep = dispatcher([what_the_log_keeps(log)], ignore)
         self._is_lost = False
-        self._take = dispatcher([{Stop: lambda _: on_stop()}], refuse)
+        self._take = dispatcher([handlers], refuse)
         self._listening = asyncio.create_task(self._listen())
 
     def emit(self, event: Event) -> None:

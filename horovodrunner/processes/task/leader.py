@@ -25,6 +25,7 @@ from horovodrunner.flows.outcome.outcome import Failure, FailureKind, Outcome
 from horovodrunner.flows.outcome.task import RunOutcome
 from horovodrunner.flows.preflight.task import PreflightCheck
 from horovodrunner.flows.results.task import ResultUploader
+from horovodrunner.flows.saving.task import SaveAgreement
 from horovodrunner.flows.telemetry.phases import Spans
 from horovodrunner.flows.telemetry.task import Telemetry
 from horovodrunner.formatting import in_one_line
@@ -39,6 +40,7 @@ from horovodrunner.wire.events import (
     Failed,
     Handlers,
     Placed,
+    SaveWanted,
     ShowStacks,
     Sink,
     Stop,
@@ -74,6 +76,7 @@ class Leader:
         scratch: Path,
         spans: Spans,
         stop_requested: asyncio.Event,
+        saves_wanted: asyncio.Queue[SaveWanted],
     ) -> None:
         self._job = job
         self._context = context
@@ -119,9 +122,16 @@ class Leader:
             note=self._log.note,
             refuse=lambda text: self._outcome.failed(Failure(None, slots[0].host, text)),
         )
+        self._saving = SaveAgreement(
+            [slot.rank for slot in slots],
+            saves_wanted,
+            stopping=self._outcome.stopping,
+            note=self._log.note,
+        )
         self.emit: Sink = dispatcher(
             [
                 self._preflight.handlers,
+                self._saving.handlers,
                 {Storing: self._take_storing},
                 self._log.handlers,
                 self._outcome.handlers,
@@ -158,6 +168,7 @@ class Leader:
             self._stop_all(supervisors),
             self._telemetry.watch(self._job.stall_timeout, show_stacks),
             self._telemetry.tell_states(),
+            self._let_ranks_save(supervisors),
         ]
         if self._uploader is not None:
             watchers.append(self._uploader.run())
@@ -215,14 +226,18 @@ class Leader:
         if self._uploader is not None:
             self._uploader.lost(ranks)
 
-    async def _check_hosts(self, supervisors: Sequence[Supervisor]) -> None:
-        def tell(event: Event) -> None:
-            for supervisor in supervisors:
-                supervisor.tell(event)
-            self._peers.broadcast(event)
+    def _tell_all(self, supervisors: Sequence[Supervisor], event: Event) -> None:
+        for supervisor in supervisors:
+            supervisor.tell(event)
+        self._peers.broadcast(event)
 
+    async def _let_ranks_save(self, supervisors: Sequence[Supervisor]) -> None:
+        await self._peers.wait_for_joining()
+        await self._saving.run(functools.partial(self._tell_all, supervisors))
+
+    async def _check_hosts(self, supervisors: Sequence[Supervisor]) -> None:
         try:
-            await self._preflight.run(tell)
+            await self._preflight.run(functools.partial(self._tell_all, supervisors))
         except Exception as error:  # noqa: BLE001 - the workers wait for its end
             self._fail(FailureKind.SETUP, 0, f"the preflight failed: {in_one_line(error)}")
 

@@ -115,6 +115,10 @@ class PeerServer:
         self._not_left -= self._not_joined  # nobody needs to wait for them to leave
         self._note_presence()
 
+    async def wait_for_joining(self) -> None:
+        """Wait until all peers have connected, however long it takes."""
+        await self._all_joined.wait()
+
     async def wait_for_leaving(self, timeout: float) -> None:
         """Wait until every peer has sent all it had and left, while files are on their way."""
         loop = asyncio.get_running_loop()

@@ -15,6 +15,7 @@ import functools
 import logging
 import os
 import re
+import select
 import signal
 import subprocess
 import time
@@ -27,7 +28,7 @@ from horovodrunner.flows.call.import_path import start_command
 from horovodrunner.processes.task.exits import ExitStatus, OomWitness
 from horovodrunner.processes.task.output import OutputReader
 from horovodrunner.processes.task.warm import fork_worker
-from horovodrunner.wire.events import Event, Sink, encode
+from horovodrunner.wire.events import Ending, Event, Sink, encode
 from horovodrunner.wire.signals import STACK_SIGNAL
 from horovodrunner.wire.stream import read_event
 from horovodrunner.wire.upload import in_thread
@@ -90,6 +91,7 @@ class WorkerProcess:
         self.killed_by_kernel = ""
         """What the kernel says about a worker that SIGKILL ended; after :meth:`wait`."""
         self.spawned_at = time.time()
+        self._has_events = False
         self._stopping = False
         self._killed = False
         self._kill_timer: asyncio.TimerHandle | None = None
@@ -135,6 +137,7 @@ class WorkerProcess:
         """Write an event to the control pipe, in a thread: a job may be larger than the pipe."""
         with contextlib.suppress(OSError):  # the worker's end is reported by wait()
             await asyncio.to_thread(self._write, *encode(event))
+            self._has_events = True
 
     def _write(self, *parts: bytes) -> None:
         for part in parts:
@@ -198,8 +201,17 @@ class WorkerProcess:
         if self._stopping or self.has_ended():
             return
         self._stopping = True
+        self._announce_end()
         self._process.signal_group(signal.SIGTERM)
         self._kill_timer = asyncio.get_running_loop().call_later(grace, self._end_grace)
+
+    def _announce_end(self) -> None:
+        """Let a worker that takes SIGTERM for something else know this one."""
+        with contextlib.suppress(OSError):
+            room = select.poll()
+            room.register(self._control_write, select.POLLOUT)
+            if self._has_events and room.poll(0):  # not into the middle of its job
+                os.write(self._control_write, b"".join(encode(Ending())))
 
     def _end_grace(self) -> None:
         self._killed = True

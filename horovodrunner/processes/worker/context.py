@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from horovodrunner.flows.logs.showing import show_text
 from horovodrunner.flows.metrics.worker import MetricsPipe
+from horovodrunner.flows.saving.worker import SaveCalls
 from horovodrunner.wire.events import Event, Job, Message, Notice, encode
 from horovodrunner.wire.signals import pipe_at
 
@@ -73,6 +74,8 @@ class TaskLink:
 
 
 class _AnswersQuestions(Protocol):
+    saves: SaveCalls
+
     def ask(self, question: Event) -> Any: ...
 
 

@@ -14,6 +14,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from horovodrunner.flows.metrics.worker import MetricsPipe
+from horovodrunner.flows.saving.worker import SaveCalls
 from horovodrunner.processes.worker.context import TaskLink
 from horovodrunner.processes.worker.watch import MainThreadWatch
 from horovodrunner.wire.events import (
@@ -64,6 +65,7 @@ class ControlPipe:
         self._pipe = pipe_at(control_fd)
         self._link = link
         self._metrics = metrics
+        self.saves = SaveCalls(link.send)
         self._watch = MainThreadWatch()
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -109,6 +111,7 @@ class ControlPipe:
         """Report it, and no longer where main is."""
         self._main_runs = False
         self._times["main"] = (self._main_began, self._now())
+        self.saves.main_ends()
         with contextlib.suppress(OSError):  # the outcome will meet it, too
             self._metrics.finish()
             if self._metrics.dropped:
@@ -146,7 +149,7 @@ class ControlPipe:
         incoming.register(self._control_fd, select.POLLIN)
         steps = {Measure: self._steps.put, Proceed: self._steps.put}
         answers = {Latest: self._answers.put, RangesRead: self._answers.put}
-        take = dispatcher([{Job: self._take_job}, answers, steps], refuse)
+        take = dispatcher([{Job: self._take_job}, answers, steps, self.saves.handlers], refuse)
         while True:
             pause = min(SAMPLE_SECONDS, self._beat_seconds)
             if not incoming.poll(pause * 1000):
@@ -162,6 +165,7 @@ class ControlPipe:
 
     def _take_job(self, job: Job) -> None:
         self._rank, self._beat_seconds = job.rank, job.beat_seconds
+        self.saves.begin(job)
         if job.profiles:
             from horovodrunner.flows.profile.worker import StackProfile
 
