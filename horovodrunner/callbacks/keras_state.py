@@ -105,7 +105,8 @@ def values_of(callback: Any) -> dict[str, Any]:
     arguments = {
         name
         for each in type(callback).__mro__
-        for name in inspect.signature(each.__init__).parameters
+        if "__init__" in vars(each)
+        for name in inspect.signature(vars(each)["__init__"]).parameters
     }
     return {
         name: value

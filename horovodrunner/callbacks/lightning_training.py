@@ -73,6 +73,7 @@ class Training:
         if batches and not _resumes_itself(fit):
             if position["epoch"] > 0:
                 self._random.load_state_dict(position["random_at_epoch"])
+                _set_epoch(fit, position["epoch"])
                 iter(fit._data_fetcher)
             fetched = fit._data_fetcher.fetched
             for _ in range(batches):
@@ -131,6 +132,15 @@ class Training:
 def _resumes_itself(fit: Any) -> bool:
     loaders = fit._combined_loader.flattened
     return all(hasattr(loader, "load_state_dict") for loader in loaders)
+
+
+def _set_epoch(fit: Any, epoch: int) -> None:
+    """Do what Lightning does only when the first batch has been drawn."""
+    for loader in fit._combined_loader.flattened:
+        batches = getattr(loader, "batch_sampler", None)
+        for sampler in (getattr(loader, "sampler", None), getattr(batches, "sampler", None)):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
 
 
 def _steps_to_come(trainer: Any, interval: str) -> list[tuple[int, float]]:

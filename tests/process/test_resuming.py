@@ -13,13 +13,17 @@ from tests.process.resuming import fit_lightning
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("package", "every_steps", "workers"),
-    [("lightning.pytorch", 3, 0), ("pytorch_lightning", None, 1)],
+    ("package", "every_steps", "workers", "steps"),
+    [
+        ("lightning.pytorch", 3, 0, range(4, 11)),  # within the first of epochs of 11 steps
+        ("lightning.pytorch", 3, 1, range(14, 33)),
+        ("pytorch_lightning", None, 0, range(11, 33)),
+    ],
 )
 def test_lightning(
-    package: str, every_steps: int | None, workers: int, horovod_runner: Any
+    package: str, every_steps: int | None, workers: int, steps: range, horovod_runner: Any
 ) -> None:
-    step = random.randrange(3 if every_steps else 11, 33)
+    step = random.choice(steps)
     print(f"killed at step {step}")
     assert_resumes(
         fit_lightning,
