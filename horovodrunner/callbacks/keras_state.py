@@ -51,14 +51,18 @@ def callbacks_in(directory: Path) -> dict[str, Any]:
     return callbacks
 
 
-def load_weights(directory: Path, model: Any, position: dict[str, Any]) -> None:
+def load_weights(directory: Path, model: Any, built: dict[str, Any] | None) -> None:
     """Set what all ranks share: weights and the optimizer's state."""
     if not model.built:
-        model.build_from_config(position["built"])
+        model.build_from_config(built)
     for optimizer in _optimizers(model):
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
+    weights = {id(variable) for variable in model.weights}
+    seeds = [each for each in _own_variables(model) if id(each) not in weights]
+    arrays = list(map(_array, seeds))
     model.load_weights(directory / WEIGHTS)
+    _assign(seeds, arrays)  # the file has those of rank 0
 
 
 def load_own(model: Any, position: dict[str, Any], in_epoch: bool) -> None:

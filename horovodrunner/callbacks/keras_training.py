@@ -84,7 +84,7 @@ class Training:
         found = self._found
         if found is None:
             return
-        state.load_weights(found.shared, self._model, position)
+        state.load_weights(found.shared, self._model, position["built"])
         callbacks = state.callbacks_in(found.own)
         for name, callback in self._named_callbacks():
             for key, value in callbacks.get(name, {}).items():
@@ -109,7 +109,7 @@ class Training:
             return
         if self._found is not None and self._found.is_of_this_rank:
             self._random.load_state_dict(position["random_at_epoch"])
-        self._random_at_epoch = position["random_at_epoch"]
+        self._random_at_epoch = self._random.state_dict()
         self._others = self._list.callbacks
         self._list.callbacks = [self._callback]
         _pass_over(

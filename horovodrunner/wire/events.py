@@ -187,11 +187,12 @@ class Measured(Event):
 
 
 class CheckpointSaved(Event):
-    """Rank 0 has written a checkpoint to a directory of its task's."""
+    """Rank 0 has written a checkpoint to a directory of its task's; or why not."""
 
     step: int
     directory: str
     metrics: dict[str, float] = {}  # noqa: RUF012 - events are frozen
+    problem: str = ""
 
 
 class PartSaved(Event):

@@ -5,12 +5,21 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from horovodrunner.testing import assert_resumes
-from tests.process.resuming import fit_keras
+from tests.process.resuming import ROWS, fit_keras, train_torch
 
 pytestmark = [pytest.mark.horovod, pytest.mark.heavy]
+
+
+def test_a_loop_of_torch(training_data: Any, horovod_runner: Any) -> None:
+    step = random.randrange(2, 33)
+    print(f"killed at step {step}")
+    x = np.random.default_rng(0).normal(size=(ROWS, 3)).astype("float32")
+    rows = training_data({"x": list(x), "y": x.sum(axis=1)})
+    assert_resumes(train_torch, at_step=step, rank=1, runner=horovod_runner, rows=rows, epochs=3)
 
 
 @pytest.mark.parametrize(

@@ -137,3 +137,40 @@ def fit_keras(backend: str, epochs: int, every_steps: int | None, **options: Any
     )
     optimizer_state = [keras.ops.convert_to_numpy(each.value) for each in optimizer.variables]
     return model.get_weights(), optimizer_state, sorted(history.history.items()), history.epoch
+
+
+def train_torch(rows: Any, epochs: int) -> Any:
+    """Train with Horovod, random rows, dropout and a schedule, in a loop of one's own."""
+    import horovod.torch as hvd
+    import torch
+
+    from horovodrunner import checkpoint
+
+    hvd.init()
+    torch.manual_seed(7 + hvd.rank())
+    torch.set_num_threads(1)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)
+    )
+    optimizer: Any = torch.optim.Adam(model.parameters(), lr=0.02)
+    optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters())
+    state: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "schedule": torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.9),
+        "batches": rows.torch(batch_size=BATCH, shuffle=True, seed=1),
+        "random": checkpoint.RandomState(),
+    }
+    step = checkpoint.load_torch(**state)
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    while state["batches"].epoch < epochs:
+        for batch in state["batches"]:
+            optimizer.zero_grad()
+            noisy = batch["x"] + torch.randn(len(batch["x"]), 3)
+            torch.nn.functional.mse_loss(model(noisy)[:, 0], batch["y"]).backward()
+            optimizer.step()
+            state["schedule"].step()
+            checkpoint.save_torch(step, **state)
+            step += 1
+    own = hvd.allgather(torch.rand(1))  # what this rank's generator comes to in the end
+    return model.state_dict(), own, step

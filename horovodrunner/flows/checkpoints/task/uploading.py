@@ -111,9 +111,7 @@ class CheckpointUploader:
         self.has_saved = False
         """Whether main has saved any."""
         self.handlers: Handlers = {
-            CheckpointSaved: lambda event: self.saved(
-                event.step, Path(event.directory), event.metrics
-            ),
+            CheckpointSaved: self._take_whole,
             PartWaits: self._take_part,
             PartAnswer: self._take_answer,
             Ended: lambda event: self._rank_is_gone(event.rank, "ended without saving its own"),
@@ -170,6 +168,12 @@ class CheckpointUploader:
         return self.is_idle
 
     # ---- what is saved, and what of it is to be stored
+
+    def _take_whole(self, event: CheckpointSaved) -> None:
+        if event.problem:
+            self._report_problem(event.step, event.problem)
+        else:
+            self.saved(event.step, Path(event.directory), event.metrics)
 
     def _take_part(self, event: PartWaits) -> None:
         key = event.step, event.turn
@@ -362,6 +366,9 @@ class CheckpointUploader:
 
     def _report(self, step: int, error: Exception) -> None:
         text = str(error) if type(error) is OSError else f"{type(error).__name__}: {error}"
+        self._report_problem(step, text)
+
+    def _report_problem(self, step: int, text: str) -> None:
         self._on_error(
             f"the checkpoint of step {step} was not stored: {text}. Older checkpoints are intact"
         )
