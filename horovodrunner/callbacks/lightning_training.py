@@ -139,7 +139,7 @@ def _set_epoch(fit: Any, epoch: int) -> None:
     for loader in fit._combined_loader.flattened:
         batches = getattr(loader, "batch_sampler", None)
         for sampler in (getattr(loader, "sampler", None), getattr(batches, "sampler", None)):
-            if hasattr(sampler, "set_epoch"):
+            if sampler is not None and hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
 
 

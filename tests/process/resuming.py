@@ -149,9 +149,7 @@ def train_torch(rows: Any, epochs: int) -> Any:
     hvd.init()
     torch.manual_seed(7 + hvd.rank())
     torch.set_num_threads(1)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)
-    )
+    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
     optimizer: Any = torch.optim.Adam(model.parameters(), lr=0.02)
     optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters())
     state: dict[str, Any] = {
