@@ -32,6 +32,7 @@ from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
 from horovodrunner.formatting import in_one_line
 from horovodrunner.processes.worker.context import WorkerContext, current_context, log_to_driver
+from horovodrunner.random_state import RandomState
 from horovodrunner.wire.events import CheckpointSaved, Latest, LatestWanted, PartSaved
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoint",
+    "RandomState",
     "attempt",
     "latest",
     "load_torch",
