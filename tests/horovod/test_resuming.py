@@ -19,8 +19,10 @@ def test_a_loop_of_torch(training_data: Any, horovod_runner: Any) -> None:
     step = random.randrange(2, 33)
     print(f"killed at step {step}")
     x = np.random.default_rng(0).normal(size=(ROWS, 3)).astype("float32")
-    rows = training_data(pa.table({"x": list(x), "y": x.sum(axis=1)}))
-    assert_resumes(train_torch, at_step=step, rank=1, runner=horovod_runner, rows=rows, epochs=3)
+    with training_data(pa.table({"x": list(x), "y": x.sum(axis=1)})) as rows:
+        assert_resumes(
+            train_torch, at_step=step, rank=1, runner=horovod_runner, rows=rows, epochs=3
+        )
 
 
 @pytest.mark.parametrize(
