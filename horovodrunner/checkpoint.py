@@ -33,6 +33,7 @@ from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, Checkpoi
 from horovodrunner.flows.checkpoints import background
 from horovodrunner.formatting import in_one_line
 from horovodrunner.processes.worker.context import WorkerContext, current_context, log_to_driver
+from horovodrunner.random_state import RandomState
 from horovodrunner.wire.events import CheckpointSaved, Latest, LatestWanted, PartSaved
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoint",
+    "RandomState",
     "attempt",
     "latest",
     "load_torch",

@@ -25,6 +25,7 @@ from horovodrunner.errors import (
     PayloadError,
 )
 from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest, directory_of
+from horovodrunner.flows.checkpoints.source import INDEX_NAME
 from horovodrunner.formatting import format_bytes
 from horovodrunner.inference.chunks import Shipment
 from horovodrunner.inference.loading import Kind, ModelHandle
@@ -192,7 +193,7 @@ class Model:
         location = checked.path("checkpoint", getattr(checkpoint, "path", checkpoint))
         with tempfile.TemporaryDirectory(prefix="horovodrunner-checkpoint-") as copied:
             directory = _local_files(location, Path(copied))
-            made = _load_module(build, directory) if is_module else build(directory)
+            made = _load_module(build, directory, location) if is_module else build(directory)
         if isinstance(made, cls):
             return made
         maker = _maker_of(made)
@@ -351,13 +352,13 @@ def _is_of_all_ranks(directory: Path) -> bool:
     return manifest.world_size is not None
 
 
-def _load_module(net: Any, directory: Path) -> Any:
+def _load_module(net: Any, directory: Path, location: str) -> Any:
     """Load what ``checkpoint.save_torch(step, model=net)`` saved into a module."""
     import torch
 
     path = directory / "model.pt"
     if not path.is_file() and _has_shards(directory):
-        return _load_shards(net, directory)
+        return _load_shards(net, directory, location)
     files = sorted(directory.glob("*.pt"))
     if len(files) == 1:
         path = files[0]
@@ -371,15 +372,19 @@ def _load_module(net: Any, directory: Path) -> Any:
     return net
 
 
-def _has_shards(directory: Path) -> bool:
-    """Whether a rank's directory has parts of tensors, of torch.distributed.checkpoint."""
-    return any(directory.rglob("*.distcp")) or any(directory.rglob(".metadata"))
+def _load_shards(net: Any, directory: Path, location: str) -> Any:
+    """Load a module whose weights are spread over the ranks' directories."""
+    if (directory / INDEX_NAME).is_file():
+        from horovodrunner.inference.shards import load_shards
 
-
-def _load_shards(net: Any, directory: Path) -> Any:
-    """Load a module whose weights are spread over the ranks' directories, beside rank 0's."""
+        return load_shards(net, location)
     raise CheckpointError(
-        f"{directory} has only rank 0's shards of the weights, and no model.pt: load them in a run "
-        "(checkpoint.latest()), gather the full state dict, and save that with checkpoint.save() "
-        "or checkpoint.save_torch(); a Model is made from that checkpoint"
+        f"{directory} has only rank 0's shards of the weights, and no model.pt: give a function as "
+        "build that loads them from all ranks' directories, torch.distributed.checkpoint.load("
+        "state, storage_reader=checkpoint.torch_reader(path))"
     )
+
+
+def _has_shards(directory: Path) -> bool:
+    """Whether a rank's directory has parts of tensors."""
+    return any([*directory.glob(INDEX_NAME), *directory.rglob(".metadata")])

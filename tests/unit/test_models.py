@@ -36,6 +36,9 @@ from horovodrunner.errors import (
 )
 from horovodrunner.flows.checkpoints.manifest import Manifest, StoredFile
 from horovodrunner.flows.checkpoints.saved import saved_in
+from horovodrunner.flows.checkpoints.shards import Part as Shard
+from horovodrunner.flows.checkpoints.shards import write_parts
+from horovodrunner.flows.checkpoints.source import DATA_NAME
 from horovodrunner.flows.checkpoints.store import CheckpointStore, draft
 from horovodrunner.flows.checkpoints.tree import pieces_of_tree
 from horovodrunner.inference import devices, host_copy, loading
@@ -696,6 +699,33 @@ def test_shards_alone_make_no_model(tmp_path: Path) -> None:
     (saved,) = saved_in(store)
     with pytest.raises(CheckpointError, match=r"rank-0 has only rank 0's shards of the weights"):
         Model.from_checkpoint(saved, torch.nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_a_sharded_module_is_put_together(scheme: str, tmp_path: Path) -> None:
+    net, other = torch.nn.Linear(2, 4, bias=False), torch.nn.Linear(2, 4, bias=False)
+    rows = net.weight.detach().clone()
+    rows[2:] = rows[:2]  # so that both ranks' parts are the same bytes
+    store = CheckpointStore(f"{scheme}{tmp_path}/sharded", 1)
+    place = store.begin(4)
+    parts = []
+    for rank in range(2):
+        own = tmp_path / f"of-{rank}"
+        own.mkdir()
+        part = Shard(
+            *("model.weight", ("model", "weight"), "raw", (4, 2), "float32", (2 * rank, 0), (2, 2))
+        )
+        write_parts([(part, rows[2 * rank : 2 * rank + 2].contiguous())], own)
+        wanted = (lambda name: name != DATA_NAME) if rank else (lambda name: True)
+        parts.append(store.put_part(place, rank, pieces_of_tree(own, wanted)))
+    copies = {f"rank-1/{DATA_NAME}": f"rank-0/{DATA_NAME}"}
+    store.commit(place, draft(4, parts, world_size=2, copies=copies))
+    (saved,) = saved_in(store)
+    with Model.from_checkpoint(saved, other) as model:
+        x = np.eye(2, dtype=np.float32)
+        assert np.array_equal(load(handle(model))(x), (torch.eye(2) @ rows.T).numpy())
+    with pytest.raises(CheckpointError, match="does not fit 'model'"):
+        Model.from_checkpoint(saved, torch.nn.Conv2d(1, 1, 1))
 
 
 def test_no_checkpoint_is_no_model() -> None:

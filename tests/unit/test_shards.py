@@ -146,3 +146,25 @@ def test_copies_keep_what_is_tied_and_everything_else() -> None:
     assert copied["steps"] == [1]
     assert copied["n"][0].item() == 3.0
     assert copied._metadata == {"": {"version": 2}}
+
+
+def test_files_that_are_stored_once_are_read_for_each_rank(tmp_path: Path) -> None:
+    """Ranks with the same bytes in other rows: one file, and the manifest knows of the other."""
+    from horovodrunner.flows.checkpoints.manifest import Part, StoredFile
+    from horovodrunner.flows.checkpoints.store import draft
+    from horovodrunner.flows.checkpoints.tree import sha256_of
+
+    save_rows(tmp_path, 0, torch.zeros(4, 2), 0, 2)
+    save_rows(tmp_path, 1, torch.zeros(4, 2), 2, 4)
+    (tmp_path / "rank-1" / "shards.bin").unlink()
+    stored = [
+        StoredFile(
+            name, (tmp_path / name).stat().st_size, sha256_of([(tmp_path / name).read_bytes()])
+        )
+        for name in ("rank-0/shards.bin", "rank-0/shards.json", "rank-1/shards.json")
+    ]
+    copies = {"rank-1/shards.bin": "rank-0/shards.bin"}
+    manifest = draft(1, [Part(tuple(stored))], world_size=2, copies=copies)
+    (tmp_path / "manifest.json").write_text(manifest.to_json())
+    found = load(tmp_path, w=torch.ones(4, 2))
+    assert torch.equal(found["w"], torch.zeros(4, 2))

@@ -23,7 +23,8 @@ from horovodrunner.flows.checkpoints.states import (
     is_optimizer,
     unwrapped,
 )
-from horovodrunner.processes.worker.context import current_context, log_to_driver
+from horovodrunner.processes.worker.context import current_context, log_to_driver, notice
+from horovodrunner.random_state import RandomState
 
 __all__ = ["Found", "Loading"]
 
@@ -68,6 +69,13 @@ class Loading:
             self._fill(name, self._reader, self._metadata)
             return
         file = self._file_of(name)
+        if isinstance(item, RandomState) and not isinstance(file, Path):
+            notice(
+                "checkpoint.random",
+                f"the checkpoint is of {self._found.world_size} ranks, and this run has another "
+                "number of them: every rank has new random numbers",
+            )
+            return
         if not has_sharded_parameters(item):
             _load_whole(item, _read(file))
             return

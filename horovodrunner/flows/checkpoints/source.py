@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest
+
 __all__ = ["DATA_NAME", "INDEX_NAME", "DirectorySource", "NearFirst", "Range", "Source"]
 
 DATA_NAME = "shards.bin"
@@ -31,21 +33,27 @@ class Source(Protocol):
 
 
 class DirectorySource:
-    """A checkpoint in a directory of this machine."""
+    """A checkpoint in a directory of this machine, with its manifest or without one."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = Path(directory)
+        self._copies: Mapping[str, str] = {}
+        if (manifest := self._directory / MANIFEST_NAME).is_file():
+            self._copies = Manifest.from_json(manifest.read_text()).copies
 
     def files(self) -> Mapping[str, int]:
         found = (path for path in self._directory.rglob("*") if path.is_file())
-        return {path.relative_to(self._directory).as_posix(): path.stat().st_size for path in found}
+        sizes = {
+            path.relative_to(self._directory).as_posix(): path.stat().st_size for path in found
+        }
+        return sizes | {path: sizes[stored] for path, stored in self._copies.items()}
 
     def read(self, ranges: Sequence[Range]) -> list[memoryview]:
         return [self._read(*each) for each in ranges]
 
     def _read(self, path: str, offset: int, length: int) -> memoryview:
         view = memoryview(bytearray(length))
-        with (self._directory / path).open("rb", buffering=0) as file:
+        with (self._directory / self._copies.get(path, path)).open("rb", buffering=0) as file:
             file.seek(offset)
             done = 0
             while done < length:

@@ -8,6 +8,7 @@ fully qualified name, whatever the module is wrapped in, also in the states of o
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ import torch
 
 from horovodrunner.errors import ArgumentValueError
 from horovodrunner.flows.checkpoints.staging import Copies, is_sharded, tensors_in
+from horovodrunner.processes.worker.context import current_context
+from horovodrunner.random_state import RandomState
 
 __all__ = ["Objects", "States", "canonical", "has_sharded_parameters", "is_optimizer", "unwrapped"]
 
@@ -35,22 +38,25 @@ class States:
     """The sharded ones of which this rank also writes what all ranks have alike."""
     local: dict[int, Any] = field(default_factory=dict)
     """Copies of what DTensors of the sharded ones have here, by their ids."""
+    own: dict[str, Any] = field(default_factory=dict)
+    """What every rank has another one of: random numbers."""
 
     @property
     def is_sharded(self) -> bool:
         """Whether every rank has to write its own, and not rank 0 alone."""
-        return bool(self.sharded)
+        return bool(self.sharded or self.own)
 
     def copied(self) -> States:
         """Return a copy that main does not change."""
         copies = Copies()
         whole, sharded = copies.of_state((self.whole, self.sharded))
         copies.finish()
-        return States(whole, sharded, self.plain, copies.local)
+        return States(whole, sharded, self.plain, copies.local, self.own)
 
     def write(self, directory: Path) -> None:
         """Write this rank's files."""
-        for name, state in self.whole.items():
+        whole = self.whole if self.sharded or _is_rank_0() else {}
+        for name, state in {**whole, **self.own}.items():
             torch.save(state, directory / f"{name}.pt")
         if self.sharded:
             from horovodrunner.flows.checkpoints.shards import parts_of, write_parts
@@ -73,15 +79,21 @@ class Objects:
         """Return the state of each; tensors are those of the objects, not copies."""
         whole: dict[str, Any] = {}
         sharded: dict[str, Any] = {}
+        own: dict[str, Any] = {}
         for name, item in self.items.items():
-            if has_sharded_parameters(item):
+            if isinstance(item, RandomState):
+                own[name] = item.state_dict()
+            elif has_sharded_parameters(item):
                 sharded[name] = self.state(name)
             else:
                 self._refuse_flattened(name)
                 state = item.state_dict()
                 (sharded if is_sharded(state) else whole)[name] = state
+        if sharded:
+            # not in the thread: torch's modules import each other, and main may do so meanwhile
+            importlib.import_module("horovodrunner.flows.checkpoints.shards")
         plain = (name for name in sharded if _is_lowest_rank(self.items[name], sharded[name]))
-        return States(whole, sharded, frozenset(plain))
+        return States(whole, sharded, frozenset(plain), own=own)
 
     def _refuse_flattened(self, name: str) -> None:
         """Refuse an optimizer of FSDP1, which has a part of the state and does not say which."""
@@ -139,6 +151,11 @@ class Objects:
         return [
             [key if is_of_one else f"{module}.{key}" for module, key in group] for group in found
         ]
+
+
+def _is_rank_0() -> bool:
+    context = current_context()
+    return context is None or context.spec.rank == 0
 
 
 def is_optimizer(item: Any) -> bool:
