@@ -187,10 +187,11 @@ def _load_whole(item: Any, state: Any) -> None:
 
 def _as_unwrapped(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Return a module's state with the keys that it has without wrappers."""
-    is_of_ddp = all(k.startswith("module.") for k in state) and not any(
+    named = {canonical(key): value for key, value in state.items()}
+    is_of_ddp = all(k.startswith("module.") for k in named) and not any(
         k.startswith("module.") for k in own
     )
-    return {canonical(key.removeprefix("module." * is_of_ddp)): v for key, v in state.items()}
+    return {key.removeprefix("module." * is_of_ddp): value for key, value in named.items()}
 
 
 def _put(state: dict[str, Any], path: tuple[str | int, ...], value: Any) -> None:
