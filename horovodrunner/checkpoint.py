@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
+from horovodrunner.flows.checkpoints import background
 from horovodrunner.formatting import in_one_line
 from horovodrunner.processes.worker.context import WorkerContext, current_context, log_to_driver
 from horovodrunner.random_state import RandomState
@@ -225,6 +226,7 @@ def save(
     step = checked.integer("step", step, at_least=0)
     of_all = _is_of_all(ranks)
     numbers = _numbers(metrics)
+    background.wait()  # or this one would be taken for the older one
     _got_to(step)
     with _saving(step, of_all, numbers) as directory:
         yield directory
@@ -243,10 +245,11 @@ def _saving(step: int, of_all: bool, numbers: dict[str, float]) -> Iterator[Path
     if context is None or not context.spec.keeps_checkpoints:
         _note_once(context)
     scratch = context.spec.scratch if context is not None else None
-    directory = Path(tempfile.mkdtemp(prefix="horovodrunner-saving-", dir=scratch))
     keeps = context is not None and context.spec.keeps_checkpoints
     own_pid, handed_over = os.getpid(), False
+    directory: Path | None = None
     try:
+        directory = Path(tempfile.mkdtemp(prefix="horovodrunner-saving-", dir=scratch))
         yield directory
         if context is not None and keeps and (of_all or context.spec.rank == 0):
             context.link.send(
@@ -262,7 +265,8 @@ def _saving(step: int, of_all: bool, numbers: dict[str, float]) -> Iterator[Path
             context.link.send(PartSaved(rank, step, problem=problem))
         raise
     finally:
-        if not handed_over and os.getpid() == own_pid:  # not by a process forked in the block
+        is_forked = os.getpid() != own_pid  # in the block
+        if directory is not None and not handed_over and not is_forked:
             shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -379,7 +383,6 @@ def save_torch(
     >>> model = torch.nn.Linear(2, 1)
     >>> save_torch(3, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     """
-    from horovodrunner.flows.checkpoints import background
     from horovodrunner.flows.checkpoints.states import Objects
 
     step = checked.integer("step", step, at_least=0)
@@ -421,8 +424,6 @@ def wait() -> None:
     --------
     >>> wait()  # nothing is being written
     """
-    from horovodrunner.flows.checkpoints import background
-
     background.wait()
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import resource
 import threading
+from pathlib import Path
 from typing import Any
 
 from horovodrunner import checkpoint
+from horovodrunner.processes.worker.context import current_context
 
 opened = threading.Event()
 """What the writing thread waits for."""
@@ -105,8 +107,16 @@ def save_twice() -> list[str]:
     return order
 
 
-def cannot_write(sharded: bool) -> None:
-    """No file may be longer than a few bytes while the checkpoint is written."""
+def save_otherwise() -> None:
+    """Save files of main's own after a checkpoint that is still being written."""
+    checkpoint.save_torch(1, asynchronous=True, gate=Gate())
+    open_later()
+    with checkpoint.save(2) as directory:
+        (directory / "state").write_text("newer")
+
+
+def cannot_write(sharded: bool, has_directory: bool) -> None:
+    """No file may be longer than a few bytes while the checkpoint is written, or none made."""
     import torch
     import torch.distributed as dist
 
@@ -117,10 +127,20 @@ def cannot_write(sharded: bool) -> None:
 
         dist.init_process_group("gloo")
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    if has_directory:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    else:
+        context = current_context()
+        assert context is not None
+        scratch = Path(context.spec.scratch)
+        away = scratch.rename(scratch.with_name(f"{scratch.name}-away"))
     checkpoint.save_torch(4, asynchronous=True, model=model)
     checkpoint.wait()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if has_directory:
+        unlimited = resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+    else:
+        away.rename(scratch)
     if sharded:
         dist.barrier()
         dist.destroy_process_group()

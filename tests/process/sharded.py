@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from horovodrunner import checkpoint
 
 
@@ -279,3 +281,46 @@ def save_flattened(step: int) -> str:
             leave_group()
             return str(error)
     raise AssertionError("it was saved")
+
+
+def save_or_load_wrapped(step: int, wraps: bool, loads: bool) -> list[float]:
+    """Save or load a model that DistributedDataParallel and torch.compile wrap, or nothing."""
+    import torch
+    import torch.distributed as dist
+
+    torch.manual_seed(step)
+    model: Any = torch.nn.Linear(2, 1)
+    weights = model.weight
+    if wraps:
+        dist.init_process_group("gloo")
+        model = torch.compile(torch.nn.parallel.DistributedDataParallel(model))
+    if loads:
+        assert checkpoint.load_torch(model=model) == step
+    else:
+        checkpoint.save_torch(step, model=model)
+    leave_group()
+    return list(weights.flatten().tolist())
+
+
+class Sampler:
+    """An object with NumPy's random state and a number of NumPy's, as a sampler may have."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = np.random.RandomState(seed)
+        self.place: Any = np.int64(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random": self.random.get_state(), "place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.random.set_state(state["random"])
+        self.place = state["place"]
+
+
+def save_or_load_sampler(seed: int, loads: bool) -> tuple[int, float]:
+    sampler = Sampler(seed)
+    if loads:
+        checkpoint.load_torch(sampler=sampler)
+    else:
+        checkpoint.save_torch(1, sampler=sampler)
+    return int(sampler.place), sampler.random.random_sample()

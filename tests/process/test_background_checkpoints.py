@@ -40,18 +40,29 @@ def test_one_is_written_at_a_time(tmp_path: Path) -> None:
     assert runner.checkpoints[-1].step == 2
 
 
+def test_what_is_saved_otherwise_waits_for_it(tmp_path: Path) -> None:
+    runner = HorovodRunner(np=-1, checkpoint_dir=tmp_path)
+    runner.run(background.save_otherwise)
+    assert runner.checkpoints[-1].step == 2
+
+
 @pytest.mark.parametrize(
-    ("sharded", "told"),
+    ("sharded", "has_directory", "told"),
     [
-        (False, "the checkpoint of step 4 was not stored: RuntimeError: [enforce fail"),
-        (True, "rank 0 on {host} could not save its own: OSError: [Errno 27] File too large"),
+        (False, True, "the checkpoint of step 4 was not stored: RuntimeError: [enforce fail"),
+        (True, True, "rank 0 on {host} could not save its own: OSError: [Errno 27] File too large"),
+        (True, False, "rank 0 on {host} could not save its own: FileNotFoundError: [Errno 2]"),
     ],
 )
 def test_what_cannot_be_written_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], sharded: bool, told: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    sharded: bool,
+    has_directory: bool,
+    told: str,
 ) -> None:
     runner = HorovodRunner(np=-1, checkpoint_dir=tmp_path)
-    runner.run(background.cannot_write, sharded=sharded)
+    runner.run(background.cannot_write, sharded=sharded, has_directory=has_directory)
     shown = capsys.readouterr().out
     assert told.format(host=os.uname().nodename) in shown
     assert "lder checkpoints are intact" in shown
@@ -61,4 +72,4 @@ def test_what_cannot_be_written_is_told(
 def test_it_ends_the_run_where_that_is_wanted(tmp_path: Path) -> None:
     runner = HorovodRunner(np=-1, checkpoint_dir=tmp_path, on_checkpoint_error="raise")
     with pytest.raises(CheckpointError, match="step 4 was not stored: RuntimeError"):
-        runner.run(background.cannot_write, sharded=False)
+        runner.run(background.cannot_write, sharded=False, has_directory=True)

@@ -42,6 +42,20 @@ def test_an_optimizer_that_has_no_state_yet_gets_none(tmp_path: Path) -> None:
     chain(tmp_path, ("fsdp", 2), ("fsdp", 1), ("plain", 1), first_steps=0)
 
 
+@pytest.mark.parametrize("wraps", [True, False])
+def test_a_wrapped_module_is_the_one_that_it_wraps(tmp_path: Path, wraps: bool) -> None:
+    runner = HorovodRunner(np=-1, checkpoint_dir=tmp_path)
+    saved = runner.run(sharded.save_or_load_wrapped, step=1, wraps=wraps, loads=False)
+    loaded = runner.run(sharded.save_or_load_wrapped, step=2, wraps=not wraps, loads=True)
+    assert loaded == saved
+
+
+def test_what_numpy_keeps_can_be_loaded_as_well_as_saved(tmp_path: Path) -> None:
+    runner = HorovodRunner(np=-1, checkpoint_dir=tmp_path)
+    saved = runner.run(sharded.save_or_load_sampler, seed=1, loads=False)
+    assert runner.run(sharded.save_or_load_sampler, seed=2, loads=True) == saved
+
+
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
 def test_a_rank_reads_the_bytes_that_it_needs(tmp_path: Path, before: int, after: int) -> None:
     size = 4 * sharded.ROWS * (sharded.COLUMNS + 1)

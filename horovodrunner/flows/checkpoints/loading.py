@@ -77,11 +77,11 @@ class Loading:
             )
             return
         if not has_sharded_parameters(item):
-            item.load_state_dict(torch.load(file, map_location="cpu"))
+            _load_whole(item, _read(file))
             return
         from horovodrunner.flows.checkpoints.shard_reader import MemoryReader
 
-        whole = torch.load(file, map_location="cpu", mmap=isinstance(file, Path))
+        whole = _read(file, mmap=isinstance(file, Path))
         if is_optimizer(item):
             whole = self._objects.named(name, whole)
         elif isinstance(item, torch.nn.Module):
@@ -163,12 +163,35 @@ class Loading:
         optimizer.load_state_dict(_numbered(state[name], own))
 
 
+def _read(file: Path | io.BytesIO, *, mmap: bool = False) -> Any:
+    """Read what torch.save() wrote, NumPy's random state and other objects included.
+
+    The run's own checkpoints are as trusted as the code that it executes.
+    """
+    return torch.load(file, map_location="cpu", mmap=mmap, weights_only=False)
+
+
+def _load_whole(item: Any, state: Any) -> None:
+    """Load an object's state; a module may be wrapped here and not there, or the other way round.
+
+    The wrappers are DistributedDataParallel and those of torch.compile.
+    """
+    if isinstance(item, torch.nn.Module) and state.keys() != item.state_dict().keys():
+        inner = unwrapped(item)
+        own = {canonical(key): key for key in inner.state_dict()}
+        renamed = {own.get(k, k): v for k, v in _as_unwrapped(state, own).items()}
+        if renamed.keys() == set(own.values()):
+            item, state = inner, renamed
+    item.load_state_dict(state)
+
+
 def _as_unwrapped(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Return a module's state with the keys that it has without wrappers."""
-    is_of_ddp = all(k.startswith("module.") for k in state) and not any(
+    named = {canonical(key): value for key, value in state.items()}
+    is_of_ddp = all(k.startswith("module.") for k in named) and not any(
         k.startswith("module.") for k in own
     )
-    return {canonical(key.removeprefix("module." * is_of_ddp)): v for key, v in state.items()}
+    return {key.removeprefix("module." * is_of_ddp): value for key, value in named.items()}
 
 
 def _put(state: dict[str, Any], path: tuple[str | int, ...], value: Any) -> None:

@@ -47,7 +47,7 @@ from horovodrunner.wire.upload import in_thread
 __all__ = ["CheckpointUploader"]
 
 MAX_INCOMPLETE = 4
-"""So many checkpoints wait for slower ranks; then the oldest is given up."""
+"""So many checkpoints wait for slower ranks; then the oldest but one is given up."""
 
 
 class _NotStoredError(Exception):
@@ -202,7 +202,9 @@ class CheckpointUploader:
             self._take_complete(save)
         incomplete = [each for each in self._saves if not self._is_complete(each)]
         if len(incomplete) > MAX_INCOMPLETE:
-            self._give_up_passed_over(incomplete[0])
+            # not the oldest: a rank that stays behind completes that one next
+            how = f"had not saved it yet when {MAX_INCOMPLETE} others waited, too"
+            self._give_up_passed_over(incomplete[1], how)
 
     def _take_complete(self, newest: _Save) -> None:
         """Let a checkpoint wait for its turn; what is older is not stored any more."""
@@ -222,9 +224,9 @@ class CheckpointUploader:
                 return save
         return None
 
-    def _give_up_passed_over(self, save: _Save) -> None:
+    def _give_up_passed_over(self, save: _Save, how: str = "did not save it") -> None:
         missing = self._hosts.keys() - save.ranks
-        self._give_up(save, missing, f"{ranks_in_words(missing)} did not save it")
+        self._give_up(save, missing, f"{ranks_in_words(missing)} {how}")
 
     def _is_complete(self, save: _Save) -> bool:
         return save.ranks >= self._hosts.keys()
