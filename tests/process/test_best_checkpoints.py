@@ -29,7 +29,8 @@ LOSSES = [0.9, 0.3, 0.5, 0.4, math.nan, 0.7, 0.8, 0.3]
 
 def is_stored(location: str, step: int) -> bool:
     """Whether the checkpoint of a step is stored, or a later one, for which it was deleted."""
-    found = Path(location).rglob("step-*/manifest.json")
+    places = [Path(location), *Path(location).glob("run-*")]  # what is on its way comes and goes
+    found = (path for place in places for path in place.glob("step-*/manifest.json"))
     return any(int(path.parent.name.removeprefix("step-")) >= step for path in found)
 
 
