@@ -27,6 +27,7 @@ CASES = (
     "scale",
     "coordinator",
     "checkpoint",
+    "sharded",
     "parts",
     "metrics",
 )

@@ -30,21 +30,28 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
+from horovodrunner.flows.checkpoints import background
+from horovodrunner.formatting import in_one_line
 from horovodrunner.processes.worker.context import WorkerContext, current_context, log_to_driver
+from horovodrunner.random_state import RandomState
 from horovodrunner.wire.events import CheckpointSaved, Latest, LatestWanted, PartSaved
 
 if TYPE_CHECKING:
     from horovodrunner.flows.checkpoints.manifest import Manifest
-    from horovodrunner.flows.checkpoints.worker import TaskSource
+    from horovodrunner.flows.checkpoints.source import Source
+    from horovodrunner.flows.checkpoints.states import States
 
 __all__ = [
     "Checkpoint",
+    "RandomState",
     "attempt",
     "latest",
     "load_torch",
     "save",
     "save_torch",
     "should_save_now",
+    "torch_reader",
+    "wait",
 ]
 
 attempt: int
@@ -119,8 +126,9 @@ class Checkpoint(type(Path())):  # type: ignore[misc]  # Path's class for this s
             return Path(self)
         return Path(_ask_latest(rank).directory)
 
-    def source(self) -> TaskSource:
+    def source(self) -> Source:
         """Return what reads parts of files of all ranks without fetching the rest."""
+        from horovodrunner.flows.checkpoints.source import NearFirst
         from horovodrunner.flows.checkpoints.worker import TaskSource
 
         context = current_context()
@@ -129,7 +137,8 @@ class Checkpoint(type(Path())):  # type: ignore[misc]  # Path's class for this s
                 f"the checkpoint of step {self.step} has no parts of several ranks to read from: "
                 'it was saved without ranks="all"'
             )
-        return TaskSource(context, self._manifest)
+        far = TaskSource(context, self._manifest)
+        return NearFirst(Path(self), f"rank-{context.spec.rank}/", far)
 
 
 def latest() -> Checkpoint | None:
@@ -197,7 +206,9 @@ def save(
         own; the checkpoint counts when all ranks have saved theirs, and not before. Files that
         are the same on several ranks are stored once.
     metrics
-        Numbers to compare the checkpoint by, such as ``{"val_loss": 0.3}``; rank 0's count.
+        Numbers to compare the checkpoint by, such as ``{"val_loss": 0.3}``; rank 0's count. None
+        takes those that rank 0 has reported with :func:`horovodrunner.metrics.report` since it
+        saved a checkpoint before.
 
     Yields
     ------
@@ -216,17 +227,31 @@ def save(
     """
     step = checked.integer("step", step, at_least=0)
     of_all = _is_of_all(ranks)
-    numbers = _checked_metrics(metrics)
+    numbers = _numbers(metrics)
+    background.wait()  # or this one would be taken for the older one
+    _got_to(step)
+    with _saving(step, of_all, numbers) as directory:
+        yield directory
+
+
+def _got_to(step: int) -> None:
+    """Let the faults of a test happen, if there are any."""
     context = current_context()
     if context is not None and context.on_step is not None:
         context.on_step(step)
+
+
+@contextlib.contextmanager
+def _saving(step: int, of_all: bool, numbers: dict[str, float]) -> Iterator[Path]:
+    context = current_context()
     if context is None or not context.spec.keeps_checkpoints:
         _note_once(context)
     scratch = context.spec.scratch if context is not None else None
-    directory = Path(tempfile.mkdtemp(prefix="horovodrunner-saving-", dir=scratch))
     keeps = context is not None and context.spec.keeps_checkpoints
     own_pid, handed_over = os.getpid(), False
+    directory: Path | None = None
     try:
+        directory = Path(tempfile.mkdtemp(prefix="horovodrunner-saving-", dir=scratch))
         yield directory
         if context is not None and keeps and (of_all or context.spec.rank == 0):
             context.link.send(
@@ -237,12 +262,13 @@ def save(
             handed_over = True
     except BaseException as error:
         if context is not None and keeps and of_all and not handed_over:
-            rank, name = context.spec.rank, type(error).__name__
-            problem = f"rank {rank} on {context.spec.host} raised {name} in checkpoint.save()"
+            rank, text = context.spec.rank, in_one_line(error)
+            problem = f"rank {rank} on {context.spec.host} could not save its own: {text}"
             context.link.send(PartSaved(rank, step, problem=problem))
         raise
     finally:
-        if not handed_over and os.getpid() == own_pid:  # not by a process forked in the block
+        is_forked = os.getpid() != own_pid  # in the block
+        if directory is not None and not handed_over and not is_forked:
             shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -287,13 +313,27 @@ def _is_of_all(ranks: object) -> bool:
     )
 
 
+def _numbers(metrics: object) -> dict[str, float]:
+    """Return the numbers of a checkpoint: those that are given, or else the last reported ones."""
+    given = None if metrics is None else _checked_metrics(metrics)
+    context = current_context()
+    reported = {} if context is None else context.metrics.take_unsaved()
+    return {
+        # halves of characters could not be written
+        name.encode(errors="replace").decode(): float(value)
+        for name, value in (reported if given is None else given).items()
+    }
+
+
 def _checked_metrics(metrics: object) -> dict[str, float]:
-    if metrics is None:
-        return {}
-    if not isinstance(metrics, Mapping):
+    example = 'give numbers by their names, such as {"val_loss": 0.3}'
+    if hasattr(metrics, "state_dict"):
         raise ArgumentTypeError(
-            f'metrics={metrics!r:.100}: give numbers by their names, such as {{"val_loss": 0.3}}'
+            f"metrics={checked.shown(metrics)} has a state to be saved: give it another name, "
+            f"because metrics= is for numbers; {example}"
         )
+    if not isinstance(metrics, Mapping):
+        raise ArgumentTypeError(f"metrics={checked.shown(metrics)}: {example}")
     return {
         checked.text("a metric's name", name): checked.number(f"metrics[{name!r:.50}]", value)
         for name, value in metrics.items()
@@ -305,20 +345,39 @@ class _HasState(Protocol):
     def load_state_dict(self, state: Any) -> Any: ...
 
 
-def save_torch(step: int, **objects: _HasState) -> None:
-    """Save each object's ``state_dict()`` as ``<name>.pt``; every rank calls this, rank 0 writes.
+def save_torch(
+    step: int,
+    *,
+    asynchronous: bool = False,
+    metrics: Mapping[str, float] | None = None,
+    **objects: _HasState,
+) -> None:
+    """Save the states of PyTorch objects; every rank calls this.
+
+    What every rank has whole, rank 0 writes, one file ``<name>.pt`` each. If a state is sharded
+    (FSDP2, tensor parallelism: its tensors are DTensors), every rank writes its own parts, and no
+    rank ever has the whole. No rank waits for another one.
 
     Parameters
     ----------
     step
         As for :func:`save`.
+    asynchronous
+        Whether main goes on as soon as the tensors are copied to memory of the CPU, and a thread
+        writes the files. The next save waits until the one before is written, and so does the end
+        of main; :func:`wait` waits at once. When files cannot be written, ``on_checkpoint_error``
+        says what happens.
+    metrics
+        As for :func:`save`; so no object is called ``metrics``, nor ``asynchronous``.
     **objects
-        PyTorch modules, optimizers, schedulers and the like, by name.
+        PyTorch modules, optimizers, schedulers and the like, by name. A sharded optimizer needs
+        its module beside it: its state goes by the names of parameters.
 
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        If step is not an int or negative, or nothing is to be saved.
+        If step is not an int or negative, nothing is to be saved, a metric is no number, or the
+        module of a sharded optimizer is not given.
 
     Examples
     --------
@@ -326,24 +385,55 @@ def save_torch(step: int, **objects: _HasState) -> None:
     >>> model = torch.nn.Linear(2, 1)
     >>> save_torch(3, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     """
-    import torch
+    from horovodrunner.flows.checkpoints.states import Objects
 
     step = checked.integer("step", step, at_least=0)
     _check_objects("save_torch(step, ...)", objects)
-    # On every rank: a sharded object gathers its state from all of them.
-    states = {name: item.state_dict() for name, item in objects.items()}
+    numbers = _numbers(metrics)
+    background.wait()
+    states = Objects(objects).states()  # on every rank: some gather their state from all of them
+    _got_to(step)
     context = current_context()
-    if context is not None and context.spec.rank != 0:
-        if context.on_step is not None:
-            context.on_step(step)
+    if not states.is_sharded and context is not None and context.spec.rank != 0:
         return
-    with save(step) as directory:
-        for name, state in states.items():
-            torch.save(state, directory / f"{name}.pt")
+    if asynchronous:
+        copied = states.copied()
+        background.start(lambda: _write_behind(step, copied, numbers))
+    else:
+        with _saving(step, states.is_sharded, numbers) as directory:
+            states.write(directory)
+
+
+def _write_behind(step: int, states: States, numbers: dict[str, float]) -> None:
+    """Write a checkpoint's files while main goes on, and report what goes wrong."""
+    context = current_context()
+    try:
+        with _saving(step, states.is_sharded, numbers) as directory:
+            states.write(directory)
+    except Exception as error:  # noqa: BLE001 - it is reported
+        if context is None:
+            log_to_driver(f"the checkpoint of step {step} was not written: {in_one_line(error)}")
+        elif not states.is_sharded:  # of one of all ranks it has been reported
+            context.link.send(CheckpointSaved(step, "", problem=in_one_line(error)))
+
+
+def wait() -> None:
+    """Wait until what ``save_torch(asynchronous=True)`` saves is written on this rank.
+
+    From then on it is stored as after :func:`save`, in the background.
+
+    Examples
+    --------
+    >>> wait()  # nothing is being written
+    """
+    background.wait()
 
 
 def load_torch(**objects: _HasState) -> int:
     """Load what :func:`save_torch` saved into objects of the same shape; return the next step.
+
+    Objects may be sharded over another number of ranks than those that saved them, or whole where
+    they were sharded, and the other way round. Each rank reads what it needs of sharded ones.
 
     Parameters
     ----------
@@ -360,7 +450,8 @@ def load_torch(**objects: _HasState) -> int:
     ArgumentTypeError
         If nothing is to be loaded.
     CheckpointError
-        If the checkpoint cannot be fetched, or does not hold one of the objects.
+        If the checkpoint cannot be fetched, does not hold one of the objects, or an object that
+        is sharded here or there has other parameters.
 
     Examples
     --------
@@ -368,55 +459,57 @@ def load_torch(**objects: _HasState) -> int:
     >>> load_torch(model=torch.nn.Linear(2, 1))  # outside a run there is no checkpoint
     0
     """
-    import torch
-
     _check_objects("load_torch(...)", objects)
     found = latest()
     if found is None:
         return 0
-    for name, item in objects.items():
-        path = found / f"{name}.pt"
-        if not path.exists():
-            held = ", ".join(sorted(each.name for each in found.iterdir()))
-            raise CheckpointError(
-                f"the checkpoint of step {found.step} has no {name}.pt, only {held}: "
-                f"load_torch() takes the names that save_torch() was given"
-            )
-        made_with = _settings(item)
-        item.load_state_dict(torch.load(path, map_location="cpu"))
-        if found._differs:
-            _tell_of_old_settings(name, made_with, _settings(item))
+    from horovodrunner.flows.checkpoints.loading import Loading
+    from horovodrunner.flows.checkpoints.states import Objects
+
+    loading = Loading(Objects(objects), found)
+    for name in objects:
+        loading.load(name)
     return found.step + 1
 
 
-def _settings(item: Any) -> list[dict[str, Any]]:
-    """List an optimizer's settings by group; a scheduler's changes to lr are none."""
-    return [
-        {
-            name: value
-            for name, value in {**group, "lr": group.get("initial_lr", group.get("lr"))}.items()
-            if isinstance(value, (bool, int, float, tuple)) and name != "initial_lr"
-        }
-        for group in getattr(item, "param_groups", ())
-    ]
+def torch_reader(found: Checkpoint | str | os.PathLike[str], directory: str = "") -> Any:
+    """Return a ``StorageReader`` for ``torch.distributed.checkpoint.load(storage_reader=...)``.
 
+    It reads the tensors of :func:`save_torch`, and what every rank wrote with a
+    ``torch.distributed.checkpoint.FileSystemWriter`` into its own directory of
+    ``save(step, ranks="all")``. A rank reads the bytes that it needs, and no more of them at once
+    than 128 MiB and one tensor's part.
 
-def _tell_of_old_settings(
-    name: str, made_with: list[dict[str, Any]], loaded: list[dict[str, Any]]
-) -> None:
-    """Log on the driver, once, that an optimizer's new settings were replaced."""
-    changes = dict.fromkeys(
-        f"{setting} is {value!r} again, not {new[setting]!r}"
-        for new, old in zip(made_with, loaded, strict=False)
-        for setting, value in old.items()
-        if setting in new and new[setting] != value
-    )
-    context = current_context()
-    if changes and context is not None and context.spec.rank == 0:
-        log_to_driver(
-            f"HorovodRunner: checkpoint.load_torch() put the saved settings into {name!r}: "
-            f"{', '.join(changes)}. Set them after loading to use the new ones"
-        )
+    Parameters
+    ----------
+    found
+        What :func:`latest` returned; or a directory of this machine with a checkpoint's files,
+        such as ``runner.checkpoints[-1].path``.
+    directory
+        The one below each rank's own that was given to the writer; "" if it was the rank's own.
+
+    Returns
+    -------
+    torch.distributed.checkpoint.StorageReader
+        For this checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        When metadata or tensors are read: if there are none, or some are missing.
+
+    Examples
+    --------
+    >>> from torch.distributed.checkpoint import StorageReader
+    >>> isinstance(torch_reader("/data/checkpoints/step-00000012"), StorageReader)
+    True
+    """
+    from horovodrunner.flows.checkpoints.shard_reader import ShardReader
+    from horovodrunner.flows.checkpoints.source import DirectorySource
+
+    if isinstance(found, Checkpoint) and found.world_size is not None:
+        return ShardReader(found.source(), directory)
+    return ShardReader(DirectorySource(found), directory)
 
 
 def _check_objects(call: str, objects: dict[str, Any]) -> None:

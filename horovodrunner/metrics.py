@@ -112,6 +112,8 @@ def report(step: int | None = None, *, ranks: str = "summary", **values: Any) ->
             f"a report of {len(values)} numbers has {len(record)} bytes; at most "
             f"{MAX_RECORD_BYTES} are taken: report statistics, and save the rest to a file"
         )
+    if context.spec.rank == 0 and context.spec.keeps_checkpoints:
+        context.metrics.keep_for_checkpoint(values)
     context.metrics.send(record)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentValueError, ConfigurationError, RunStoppedError
 from horovodrunner.flows.call.driver import Call, FunctionCall
+from horovodrunner.flows.checkpoints.best import checked_retention
 from horovodrunner.flows.checkpoints.saved import SavedCheckpoint
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.going import GoingRun
@@ -98,7 +99,13 @@ class HorovodRunner:
         which the files travel, or a URL of any fsspec file system (``s3://...``, ``hdfs://...``,
         ``file://...`` for a path that all machines share), to which rank 0 writes itself.
     keep_checkpoints
-        How many checkpoints are kept; older ones are deleted.
+        How many checkpoints are kept, the newest; older ones are deleted.
+    keep_best
+        Which checkpoint is kept as well, whatever its age: ``("val_loss", "min")`` or
+        ``("accuracy", "max")``; ``("val_loss", "min", 3)`` keeps the best three. The metric is one
+        that main reports (:func:`horovodrunner.metrics.report`) or gives to ``checkpoint.save``.
+    keep_every
+        Each checkpoint whose step is a multiple of this number is kept as well.
     resume
         Whether main finds the newest checkpoint in ``checkpoint_dir``. False starts anew: older
         ones are kept beside the new ones and are neither found nor deleted. Restarts within the
@@ -199,6 +206,8 @@ class HorovodRunner:
         stall_timeout: float | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         keep_checkpoints: int = 3,
+        keep_best: tuple[str, str] | tuple[str, str, int] | None = None,
+        keep_every: int | None = None,
         resume: bool = True,
         on_checkpoint_error: str = "warn",
         max_restarts: int = 0,
@@ -233,7 +242,7 @@ class HorovodRunner:
         verbosity = checked.choice(
             "driver_log_verbosity", driver_log_verbosity, ("all", "log_callback_only")
         )
-        keep = checked.integer("keep_checkpoints", keep_checkpoints, at_least=1)
+        keep = checked_retention(keep_checkpoints, keep_best, keep_every, checkpoint_dir)
         self._options = Options(
             given=changed,
             np=number,
@@ -311,6 +320,32 @@ class HorovodRunner:
         With ``resume=False`` the last run's own, as soon as there was one.
         """
         return tuple(checkpoints_of(self._last, self._options.store))
+
+    @property
+    def best_checkpoint(self) -> SavedCheckpoint | None:
+        """The best one of :attr:`checkpoints` by ``keep_best``; None if none has that metric.
+
+        Of equally good ones it is the newest. NaN is never the best.
+
+        Raises
+        ------
+        ConfigurationError
+            If the runner has no ``keep_best``, which says what is best.
+
+        Examples
+        --------
+        >>> runner = HorovodRunner(np=2, checkpoint_dir="c", keep_best=("val_loss", "min"))
+        >>> runner.run(train)  # doctest: +SKIP
+        >>> runner.best_checkpoint.metrics  # doctest: +SKIP
+        {'loss': 0.21, 'val_loss': 0.3}
+        """
+        store = self._options.store
+        if store is None or store.keep.best is None:
+            raise ConfigurationError(
+                "best_checkpoint needs keep_best, which says what is best: "
+                'HorovodRunner(..., checkpoint_dir="checkpoints", keep_best=("val_loss", "min"))'
+            )
+        return next(iter(store.keep.best.among(self.checkpoints[::-1])), None)
 
     @property
     def phases(self) -> tuple[Phase, ...]:

@@ -44,6 +44,9 @@ _OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _CREATE_ONCE = frozenset({"abfs", "abfss", "az", "gcs", "gs", "memory", "s3", "s3a"})
 """Schemes whose implementations create a file only where there is none, in one step."""
 
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What writing to an open file raises, without saying on which disk."""
+
 SETTLE_SECONDS = 3.0
 """How long a file that was written may take to be listed, with other schemes."""
 
@@ -451,7 +454,9 @@ def as_os_error(where: str) -> Iterator[None]:
     """Raise an OSError, which names the path or URL, instead of any other exception."""
     try:
         yield
-    except OSError:
+    except OSError as error:
+        if error.errno in _NO_ROOM and error.filename is None:
+            error.filename = where
         raise
     except Exception as error:  # every fsspec implementation has errors of its own
         raise OSError(f"{where}: {type(error).__name__}: {error}") from error

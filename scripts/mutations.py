@@ -207,6 +207,20 @@ MUTATIONS = (
         "tests/unit/test_store.py",
     ),
     Mutation(
+        "NaN is the best checkpoint",
+        "horovodrunner/flows/checkpoints/retention.py",
+        "return None if math.isnan(value) else value",
+        "return value",
+        "tests/unit/test_retention.py",
+    ),
+    Mutation(
+        "numbers of one checkpoint go with the next as well",
+        "horovodrunner/flows/metrics/worker.py",
+        "taken, self._unsaved = self._unsaved, {}",
+        "taken = self._unsaved",
+        "tests/process/test_best_checkpoints.py",
+    ),
+    Mutation(
         "a resumed run does not say what differs",
         "horovodrunner/flows/call/record.py",
         "    if was == now:",

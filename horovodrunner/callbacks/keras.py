@@ -12,9 +12,11 @@ from horovodrunner.callbacks.bases import (
     WithFrameworkBase,
     base_classes,
 )
+from horovodrunner.callbacks.keras_training import Training
+from horovodrunner.callbacks.saving import Schedule
 from horovodrunner.flows.logs.training_log import TrainingLog, count_or_none
 
-__all__ = ["LogCallback", "MetricsCallback"]
+__all__ = ["CheckpointCallback", "LogCallback", "MetricsCallback"]
 
 
 class LogCallback(FrameworkCallback):
@@ -92,6 +94,85 @@ class MetricsCallback(WithFrameworkBase):
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """End the bar; Keras calls it."""
         self._reporter.close()
+
+
+class CheckpointCallback(WithFrameworkBase):
+    """Saves the training as checkpoints, and goes on from the latest one.
+
+    Pass it to ``model.fit(..., callbacks=[CheckpointCallback()])`` of Keras 3, on every rank and to
+    one ``fit()``. What is saved and restored: the model, its optimizers with their iterations, the
+    state of the other callbacks as far as it is numbers (``EarlyStopping``, ``ReduceLROnPlateau``,
+    the history), the random state of every rank, the epoch, and the batch within it. After a
+    restart ``fit()`` begins with that epoch, whatever its ``initial_epoch``, and passes over the
+    batches that were trained.
+
+    The step of a checkpoint is the number of batches trained. Its ``model.weights.h5`` is for
+    ``model.load_weights()``. See :mod:`horovodrunner.checkpoint`.
+
+    Parameters
+    ----------
+    every_epochs
+        Save at the end of every so many epochs.
+    every_steps
+        Save after every so many batches, too, and before a machine goes
+        (:func:`horovodrunner.checkpoint.should_save_now`).
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        If one of the two is not an int, or not positive.
+    """
+
+    def __new__(cls, every_epochs: int = 1, every_steps: int | None = None) -> CheckpointCallback:
+        """Make an instance whose class has Keras's own base class."""
+        hooks = () if every_steps is None else (_BatchCheckpoint,)
+        bases = base_classes(("keras",), "callbacks.Callback")
+        instance: CheckpointCallback = cls._with_bases(*hooks, *bases)
+        return instance
+
+    def __init__(self, every_epochs: int = 1, every_steps: int | None = None) -> None:
+        super().__init__()
+        self._options = (every_epochs, every_steps)
+        self._training = Training(self, Schedule(every_epochs, every_steps))
+
+    @property
+    def initial_epoch(self) -> int:
+        """The epoch that ``fit()`` is about to begin with, for data that has to know it."""
+        return self._training.initial_epoch
+
+    def set_model(self, model: Any) -> None:
+        """Take the model; Keras calls it."""
+        super().set_model(model)  # type: ignore[misc]
+        self._training.is_of(model)
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Go on from the latest checkpoint; Keras calls it."""
+        self._training.begins(_of(self, "epochs"))
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Pass over the batches that were trained; Keras calls it."""
+        self._training.epoch_begins(epoch)
+
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Count; Keras calls it."""
+        self._training.batch_begins(batch, _of(self, "steps"))
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Save; Keras calls it."""
+        self._training.epoch_ends(epoch, logs)
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Leave nothing behind in the model; Keras calls it."""
+        self._training.ends()
+
+
+class _BatchCheckpoint:
+    """Apart from the rest, because Keras is faster when no callback looks at batches' ends."""
+
+    _training: Any
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._training.batch_ends(_of(self, "steps"))
 
 
 def _keras_bases() -> list[type]:

@@ -1,4 +1,4 @@
-"""LogCallback and MetricsLogger for Lightning's Trainer. Runs in: the worker."""
+"""Callbacks and a logger for Lightning's Trainer. Runs in: the worker."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from horovodrunner.callbacks.bases import (
     WithFrameworkBase,
     base_classes,
 )
+from horovodrunner.callbacks.lightning_training import Training
+from horovodrunner.callbacks.saving import Schedule
 from horovodrunner.flows.logs.training_log import count_or_none
 
-__all__ = ["LogCallback", "MetricsLogger"]
+__all__ = ["CheckpointCallback", "LogCallback", "MetricsLogger"]
 
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -77,6 +79,73 @@ class MetricsLogger(WithFrameworkBase):
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Take what Lightning tells of the module's arguments, and keep nothing of it."""
+
+
+class CheckpointCallback(WithFrameworkBase):
+    """Saves the training as checkpoints, and goes on from the latest one.
+
+    For ``Trainer(callbacks=[CheckpointCallback()])`` of ``lightning.pytorch`` or
+    ``pytorch_lightning``, on every rank, with a strategy whose rank 0 saves for all, such as DDP.
+    It is a checkpoint callback of Lightning, so no ``ModelCheckpoint`` is added. What is saved and
+    restored: what ``trainer.save_checkpoint()`` saves (model, optimizers, schedules, loops, other
+    callbacks), the random state of every rank, and the batch within the epoch: batches that were
+    trained are passed over, unless the data loader has a ``state_dict()``. ``ckpt_path`` stays out
+    of ``trainer.fit()``.
+
+    It also saves before a machine goes (:func:`horovodrunner.checkpoint.should_save_now`). The step
+    of a checkpoint is the global step. Its ``lightning.ckpt`` is for
+    ``load_from_checkpoint()``. See :mod:`horovodrunner.checkpoint`.
+
+    Parameters
+    ----------
+    every_epochs
+        Save at the end of every so many epochs.
+    every_steps
+        Save after every so many steps of the optimizer, too.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        If one of the two is not an int, or not positive.
+    """
+
+    def __new__(cls, every_epochs: int = 1, every_steps: int | None = None) -> CheckpointCallback:
+        """Make an instance whose class has Lightning's own base class."""
+        bases = base_classes(_PACKAGES, "callbacks.Checkpoint")
+        instance: CheckpointCallback = cls._with_bases(*bases)
+        return instance
+
+    def __init__(self, every_epochs: int = 1, every_steps: int | None = None) -> None:
+        super().__init__()
+        self._options = (every_epochs, every_steps)
+        self._training = Training(Schedule(every_epochs, every_steps))
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Load the latest checkpoint; Lightning calls it."""
+        if stage == "fit":
+            self._training.is_set_up(trainer)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Restore the random state of the first epoch; Lightning calls it."""
+        self._training.fit_starts(trainer)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Pass over the batches that were trained; Lightning calls it."""
+        self._training.starts(trainer)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Note the random state; Lightning calls it."""
+        self._training.epoch_starts(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, if it is time; Lightning calls it."""
+        self._training.batch_ends(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save, if it is time; Lightning calls it."""
+        self._training.epoch_ends(trainer, _once(trainer.callback_metrics))
 
 
 def _once(metrics: Mapping[str, Any]) -> dict[str, Any]:

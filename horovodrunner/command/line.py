@@ -30,6 +30,8 @@ _RUNNER = (
     Option(("--code-dir",), ("DIR",), "directory that travels, if it is not the script's"),
     Option(("--checkpoint-dir",), ("DIR",), "where checkpoint.save() keeps checkpoints; or a URL"),
     Option(("--keep-checkpoints",), ("N",), "how many (3)"),
+    Option(("--keep-best",), ("WHAT",), "and the best one: val_loss:min; the best 3: acc:max:3"),
+    Option(("--keep-every",), ("N",), "and those whose step is a multiple of N"),
     Option(("--no-resume",), (), "do not go on from the newest one"),
     Option(("--max-restarts",), ("N",), "launches after a lost worker or executor (0)"),
     Option(("--sigterm-grace",), ("S",), "on SIGTERM let the ranks save, and end after so long"),
@@ -66,6 +68,7 @@ executor was lost, or another driver has taken over the --run-key; 130 after Ctr
 SIGTERM."""
 
 _PYTHON = re.compile(r"python(3(\.\d+)?)?")
+_BEST = re.compile(r"(.+):(min|max)(?::(\d+))?")
 _COLUMN = 34
 
 
@@ -109,11 +112,13 @@ def parse(words: Sequence[str]) -> CommandLine | None:
     keywords = {
         name: named[name]
         for name in (
-            *("start_timeout", "checkpoint_dir", "keep_checkpoints", "max_restarts"),
+            *("start_timeout", "checkpoint_dir", "keep_checkpoints", "keep_every", "max_restarts"),
             *("sigterm_grace", "stall_timeout", "run_dir", "tensorboard_dir", "forward"),
         )
         if named[name] is not None
     }
+    if given.keep_best is not None:
+        keywords["keep_best"] = _best(given.keep_best)
     if given.env:
         keywords["environment"] = _settings("--env", given.env)
     if given.ranks_per_task is not None:
@@ -190,7 +195,7 @@ class _Keep(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="run", add_help=False, allow_abbrev=False)
-    types = {"num_proc": int, "max_restarts": int, "keep_checkpoints": int}
+    types = {"num_proc": int, "max_restarts": int, "keep_checkpoints": int, "keep_every": int}
     spans = ("start_timeout", "stall_timeout", "sigterm_grace")
     types |= dict.fromkeys(spans, float)  # type: ignore[arg-type]
     for option in (*_OWN, *_RUNNER, *_SPARK):
@@ -207,6 +212,17 @@ def _parser() -> argparse.ArgumentParser:
             *option.names, action=_Keep, nargs=len(option.values), dest=argparse.SUPPRESS
         )
     return parser
+
+
+def _best(text: str) -> tuple[str, str] | tuple[str, str, int]:
+    match = _BEST.fullmatch(text)
+    if match is None:
+        raise UsageError(
+            f"--keep-best {text}: give a metric and which end of it is best, val_loss:min or "
+            "accuracy:max, and if you like how many are kept, val_loss:min:3"
+        )
+    metric, mode, count = match.groups()
+    return (metric, mode) if count is None else (metric, mode, int(count))
 
 
 def _settings(option: str, texts: Sequence[str] | None) -> dict[str, str]:

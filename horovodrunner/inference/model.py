@@ -24,7 +24,8 @@ from horovodrunner.errors import (
     ConfigurationError,
     PayloadError,
 )
-from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest
+from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest, directory_of
+from horovodrunner.flows.checkpoints.source import INDEX_NAME
 from horovodrunner.formatting import format_bytes
 from horovodrunner.inference.chunks import Shipment
 from horovodrunner.inference.loading import Kind, ModelHandle
@@ -166,7 +167,8 @@ class Model:
         Parameters
         ----------
         checkpoint
-            One of ``runner.checkpoints``, a directory, or the URL of a checkpoint.
+            ``runner.best_checkpoint`` or one of ``runner.checkpoints``, a directory, or the URL of
+            a checkpoint. Of one that every rank saved its own into, rank 0's files are taken.
         build
             A function that is called here with the directory, a ``pathlib.Path``, and
             returns a PyTorch module, a Keras model, a function or a :class:`Model`. Or a PyTorch
@@ -183,10 +185,15 @@ class Model:
                 f"build={build!r:.100}: it must be a function of the checkpoint's directory, or "
                 f"the torch.nn.Module to load it into, got {type(build).__name__}"
             )
+        if checkpoint is None:
+            raise ArgumentTypeError(
+                "checkpoint=None: there is none. runner.best_checkpoint is None until one is saved "
+                "with the metric of keep_best"
+            )
         location = checked.path("checkpoint", getattr(checkpoint, "path", checkpoint))
         with tempfile.TemporaryDirectory(prefix="horovodrunner-checkpoint-") as copied:
             directory = _local_files(location, Path(copied))
-            made = _load_module(build, directory) if is_module else build(directory)
+            made = _load_module(build, directory, location) if is_module else build(directory)
         if isinstance(made, cls):
             return made
         maker = _maker_of(made)
@@ -299,19 +306,25 @@ def _unwrapped(net: Any) -> Any:
 
 
 def _local_files(location: str, copied: Path) -> Path:
-    """Return the directory of a checkpoint's files, copied from behind a URL if they are there."""
+    """Return the directory of a checkpoint's files, copied from behind a URL if they are there.
+
+    Of a checkpoint of all ranks they are rank 0's, which are all in its own directory: what is the
+    same on several ranks is stored with the lowest.
+    """
     place = open_storage(location)
     if isinstance(place, LocalStorage):
-        if not place.root.is_dir():
-            raise CheckpointError(f"there is no checkpoint at {place.root}: it is no directory")
-        return place.root
+        root = place.root / directory_of(0) if _is_of_all_ranks(place.root) else place.root
+        if not root.is_dir():
+            raise CheckpointError(f"there is no checkpoint at {root}: it is no directory")
+        return root
     try:
         with place.open(MANIFEST_NAME) as stream:
             manifest = Manifest.from_json(stream.read().decode())
-        for directory in manifest.directories:
+        rank = None if manifest.world_size is None else 0
+        for directory in manifest.directories_of(rank):
             (copied / directory).mkdir(parents=True, exist_ok=True)
-        for each in manifest.files:
-            target = copied / each.path
+        for name, each in manifest.files_of(rank).items():
+            target = copied / name
             target.parent.mkdir(parents=True, exist_ok=True)
             digest = hashlib.sha256()
             with place.open(each.path) as stream, target.open("wb") as file:
@@ -331,12 +344,24 @@ def _local_files(location: str, copied: Path) -> Path:
     return copied
 
 
-def _load_module(net: Any, directory: Path) -> Any:
+def _is_of_all_ranks(directory: Path) -> bool:
+    try:
+        manifest = Manifest.from_json((directory / MANIFEST_NAME).read_text())
+    except (OSError, ValueError):  # any directory will do
+        return False
+    return manifest.world_size is not None
+
+
+def _load_module(net: Any, directory: Path, location: str) -> Any:
     """Load what ``checkpoint.save_torch(step, model=net)`` saved into a module."""
     import torch
 
+    path = directory / "model.pt"
+    if not path.is_file() and _has_shards(directory):
+        return _load_shards(net, directory, location)
     files = sorted(directory.glob("*.pt"))
-    path = files[0] if len(files) == 1 else directory / "model.pt"
+    if len(files) == 1:
+        path = files[0]
     if not path.is_file():
         held = ", ".join(sorted(each.name for each in directory.iterdir()))
         raise CheckpointError(
@@ -345,3 +370,21 @@ def _load_module(net: Any, directory: Path) -> Any:
         )
     net.load_state_dict(torch.load(path, map_location="cpu"))
     return net
+
+
+def _load_shards(net: Any, directory: Path, location: str) -> Any:
+    """Load a module whose weights are spread over the ranks' directories."""
+    if (directory / INDEX_NAME).is_file():
+        from horovodrunner.inference.shards import load_shards
+
+        return load_shards(net, location)
+    raise CheckpointError(
+        f"{directory} has only rank 0's shards of the weights, and no model.pt: give a function as "
+        "build that loads them from all ranks' directories, torch.distributed.checkpoint.load("
+        "state, storage_reader=checkpoint.torch_reader(path))"
+    )
+
+
+def _has_shards(directory: Path) -> bool:
+    """Whether a rank's directory has parts of tensors."""
+    return any([*directory.glob(INDEX_NAME), *directory.rglob(".metadata")])

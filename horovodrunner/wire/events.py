@@ -187,11 +187,12 @@ class Measured(Event):
 
 
 class CheckpointSaved(Event):
-    """Rank 0 has written a checkpoint to a directory of its task's."""
+    """Rank 0 has written a checkpoint to a directory of its task's; or why not."""
 
     step: int
     directory: str
     metrics: dict[str, float] = {}  # noqa: RUF012 - events are frozen
+    problem: str = ""
 
 
 class PartSaved(Event):
@@ -504,6 +505,7 @@ class CheckpointStored(Event):
     """The checkpoint of a step is where it is kept."""
 
     step: int
+    metrics: dict[str, float] = {}  # noqa: RUF012 - events are frozen
 
 
 class Note(Event):

@@ -190,6 +190,29 @@ def test_a_name_that_was_not_saved_is_told_with_those_that_were(tmp_path: Path) 
     assert isinstance(caught.value.__cause__, CheckpointError)
 
 
+def test_numbers_go_with_what_is_saved(tmp_path: Path) -> None:
+    def save() -> None:
+        import torch
+
+        from horovodrunner import metrics
+
+        net = torch.nn.Linear(1, 1)
+        metrics.report(0, loss=0.5)
+        checkpoint.save_torch(0, model=net)
+        metrics.report(1, loss=0.25)
+        checkpoint.save_torch(1, metrics={"acc": torch.tensor(0.75)}, model=net)
+
+    runner = HorovodRunner(np=-2, checkpoint_dir=tmp_path, keep_best=("acc", "max"))
+    runner.run(save)
+    found = {saved.step: saved.metrics for saved in runner.checkpoints}
+    assert found.pop(1) == {"acc": 0.75}
+    assert found in ({}, {0: {"loss": 0.5}})  # the first one may have been passed over
+    import torch
+
+    with pytest.raises(ArgumentTypeError, match="has a state to be saved: give it another name"):
+        checkpoint.save_torch(1, model=torch.nn.Linear(1, 1), metrics=torch.nn.Linear(1, 1))
+
+
 def test_nothing_to_save_or_load_is_refused() -> None:
     with pytest.raises(ArgumentTypeError, match="model=model"):
         checkpoint.save_torch(1)

@@ -74,6 +74,44 @@ def test_a_second_run_goes_on_where_the_first_stopped_on_every_rank(
     assert "going on from" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("prefix", ["", "file://"], ids=["path", "URL"])
+def test_the_best_is_kept_on_the_driver_and_behind_a_url(
+    tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(losses: list[float], kept: str, ranks: Any) -> None:
+        from horovodrunner import checkpoint, metrics
+
+        for step, loss in enumerate(losses):
+            metrics.report(step, val_loss=loss)
+            with checkpoint.save(step, ranks=ranks) as directory:
+                (directory / "state").write_text(str(loss))
+            later = [Path(kept, f"step-{each:08d}", "manifest.json") for each in range(step, 9)]
+            deadline = time.monotonic() + 60
+            while not any(each.exists() for each in later) and time.monotonic() < deadline:
+                time.sleep(0.02)
+
+    kept = f"{tmp_path}/kept"
+    runner = HorovodRunner(
+        np=2,
+        checkpoint_dir=prefix + kept,
+        keep_checkpoints=1,
+        keep_best=("val_loss", "min"),
+        keep_every=3,
+    )
+    runner.run(main, losses=[0.5, 0.2, 0.3, 0.4, 0.6], kept=kept, ranks=0)
+    assert [saved.step for saved in runner.checkpoints] == [0, 1, 3, 4]
+    best = runner.best_checkpoint
+    assert best is not None
+    assert (best.step, best.metrics, best.world_size) == (1, {"val_loss": 0.2}, None)
+    assert Path(kept, "step-00000001", "state").read_text() == "0.2"
+    assert "step 1 is the best so far: val_loss 0.2000" in capsys.readouterr().out
+
+    runner.run(main, losses=[0.5, 0.4, 0.1], kept=kept, ranks="all")
+    best = runner.best_checkpoint
+    assert best is not None
+    assert (best.step, best.metrics, best.world_size) == (2, {"val_loss": 0.1}, 2)
+
+
 def test_a_checkpoint_is_on_the_driver_while_training_goes_on(tmp_path: Path) -> None:
     def main(kept: str) -> bool:
         from horovodrunner import checkpoint

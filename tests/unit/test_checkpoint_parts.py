@@ -356,12 +356,28 @@ def test_ranks_that_run_ahead_take_bounded_space(store: Store, tmp_path: Path) -
             for step in range(30):
                 run.save_all(step, ranks=[0])
             await until(lambda: len(run.left()) <= 4)
+            assert "step 1 has 1 of 4 ranks' files: ranks 1, 2 and 3 had not" in run.errors[0]
             run.uploader.no_more()
             assert await run.uploader.drain(10)
             assert len(run.errors) == 30
             await until(lambda: not run.left())
             run.save_all(0, ranks=[1])
             await until(lambda: not run.left())
+
+    asyncio.run(scenario())
+
+
+def test_a_rank_that_stays_behind_keeps_no_checkpoint_from_being_stored(
+    store: Store, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        async with running(store, tmp_path / "scratch") as run:
+            for step in range(24):
+                run.save_all(step, ranks=[0, 1, 2])
+                run.save_all(step - 9, ranks=[3] if step >= 9 else [])
+                count = len([each for each in (0, 7, 14) if each <= step - 9])
+                await until(lambda: len(run.stored) == count)  # noqa: B023 - it is called here
+            assert run.stored == [0, 7, 14]
 
     asyncio.run(scenario())
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from horovodrunner import ConfigurationError
 from horovodrunner.flows.call.job import JobSpec
+from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.outcome.outcome import Failure, Outcome
 from horovodrunner.processes.driver.channel import RETRY_REFUSED, DriverChannel
@@ -75,6 +77,25 @@ def test_what_the_run_tells_is_shown(
     assert channel.registered
     assert channel.failure is not None
     assert channel.failure.failure == Failure(1, "h", "boom")
+
+
+def test_a_connection_that_breaks_is_told_with_what_may_not_arrive(
+    console: Console, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    with DriverChannel("run-1", TOKEN, console, console.wake, store) as channel:
+        port = channel.open("127.0.0.1", 0)
+
+        async def talk() -> None:
+            driver = await register(job(port))
+            DriverChannel.cut_all()
+            await driver.close()
+
+        asyncio.run(talk())
+        channel.wait_for_leaving(5)
+    console.show(0)
+    told = "its output stays in the executor's log, and checkpoints may not arrive here"
+    assert told in capsys.readouterr().out
 
 
 def test_without_streaming_only_messages_travel(

@@ -32,7 +32,7 @@ def test_what_starts_anew_is_found_and_older_ones_stay(location: str) -> None:
     for step in (7, 8, 9):
         save(root, step)
     anew = new_history(root)
-    assert (anew.location.startswith(f"{root.location}/run-0002-"), anew.keep) == (True, 2)
+    assert (anew.location.startswith(f"{root.location}/run-0002-"), anew.keep) == (True, root.keep)
     # before it has saved anything there is nothing to go on from but the old ones
     assert newest_history(root).location == root.location
     for step in (0, 1, 2):

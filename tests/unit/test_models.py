@@ -35,6 +35,12 @@ from horovodrunner.errors import (
     PayloadError,
 )
 from horovodrunner.flows.checkpoints.manifest import Manifest, StoredFile
+from horovodrunner.flows.checkpoints.saved import saved_in
+from horovodrunner.flows.checkpoints.shards import Part as Shard
+from horovodrunner.flows.checkpoints.shards import write_parts
+from horovodrunner.flows.checkpoints.source import DATA_NAME
+from horovodrunner.flows.checkpoints.store import CheckpointStore, draft
+from horovodrunner.flows.checkpoints.tree import pieces_of_tree
 from horovodrunner.inference import devices, host_copy, loading
 from horovodrunner.inference.chunks import Chunk, SentFile
 from horovodrunner.inference.devices import Device
@@ -649,6 +655,82 @@ def test_a_checkpoint_behind_a_url_is_copied_and_checked(tmp_path: Path) -> None
     files.rm(f"{url}/manifest.json")
     with pytest.raises(CheckpointError, match=r"cannot be read: FileNotFoundError"):
         Model.from_checkpoint(url, build)
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_of_a_checkpoint_of_all_ranks_rank_0_s_files_are_taken(scheme: str, tmp_path: Path) -> None:
+    nets = [torch.nn.Linear(2, 1) for _ in range(2)]
+    store = CheckpointStore(f"{scheme}{tmp_path}/kept", 1)
+    place = store.begin(4)
+    parts = []
+    for rank, each in enumerate(nets):
+        own = tmp_path / f"of-{rank}"
+        (own / "empty").mkdir(parents=True)
+        torch.save(each.state_dict(), own / "model.pt")
+        (own / "data").write_text(f"of rank {rank}")
+        parts.append(store.put_part(place, rank, pieces_of_tree(own)))
+    copies = {"rank-1/shared": "rank-0/data"}
+    store.commit(place, draft(4, parts, {"loss": 0.5}, world_size=2, copies=copies))
+    (saved,) = saved_in(store)
+    assert (saved.metrics, saved.world_size) == ({"loss": 0.5}, 2)
+
+    def build(directory: Path) -> Any:
+        assert sorted(each.name for each in directory.iterdir()) == ["data", "empty", "model.pt"]
+        assert (directory / "data").read_text() == "of rank 0"
+        made = torch.nn.Linear(2, 1)
+        made.load_state_dict(torch.load(directory / "model.pt"))
+        return made
+
+    x = torch.eye(2)
+    for build_it in (build, torch.nn.Linear(2, 1)):
+        with Model.from_checkpoint(saved, build_it) as model:
+            assert np.array_equal(load(handle(model))(x.numpy()), nets[0](x).detach().numpy())
+
+
+def test_shards_alone_make_no_model(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "kept", 1)
+    place = store.begin(4)
+    own = tmp_path / "own"
+    (own / "model").mkdir(parents=True)
+    (own / "model" / ".metadata").touch()
+    (own / "model" / "__0_0.distcp").touch()
+    (own / "schedule.pt").touch()  # a single one, and not the weights
+    store.commit(place, draft(4, [store.put_part(place, 0, pieces_of_tree(own))], world_size=1))
+    (saved,) = saved_in(store)
+    with pytest.raises(CheckpointError, match=r"rank-0 has only rank 0's shards of the weights"):
+        Model.from_checkpoint(saved, torch.nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_a_sharded_module_is_put_together(scheme: str, tmp_path: Path) -> None:
+    net, other = torch.nn.Linear(2, 4, bias=False), torch.nn.Linear(2, 4, bias=False)
+    rows = net.weight.detach().clone()
+    rows[2:] = rows[:2]  # so that both ranks' parts are the same bytes
+    store = CheckpointStore(f"{scheme}{tmp_path}/sharded", 1)
+    place = store.begin(4)
+    parts = []
+    for rank in range(2):
+        own = tmp_path / f"of-{rank}"
+        own.mkdir()
+        part = Shard(
+            *("model.weight", ("model", "weight"), "raw", (4, 2), "float32", (2 * rank, 0), (2, 2))
+        )
+        write_parts([(part, rows[2 * rank : 2 * rank + 2].contiguous())], own)
+        wanted = (lambda name: name != DATA_NAME) if rank else (lambda name: True)
+        parts.append(store.put_part(place, rank, pieces_of_tree(own, wanted)))
+    copies = {f"rank-1/{DATA_NAME}": f"rank-0/{DATA_NAME}"}
+    store.commit(place, draft(4, parts, world_size=2, copies=copies))
+    (saved,) = saved_in(store)
+    with Model.from_checkpoint(saved, other) as model:
+        x = np.eye(2, dtype=np.float32)
+        assert np.array_equal(load(handle(model))(x), (torch.eye(2) @ rows.T).numpy())
+    with pytest.raises(CheckpointError, match="does not fit 'model'"):
+        Model.from_checkpoint(saved, torch.nn.Conv2d(1, 1, 1))
+
+
+def test_no_checkpoint_is_no_model() -> None:
+    with pytest.raises(ArgumentTypeError, match=r"checkpoint=None: .* runner.best_checkpoint"):
+        Model.from_checkpoint(None, torch.nn.Linear(2, 1))
 
 
 # ---- devices

@@ -16,6 +16,7 @@ import pytest
 
 from horovodrunner import ConfigurationError, HorovodRunner, WorkerFailedError
 from horovodrunner.__main__ import main as command
+from horovodrunner.flows.checkpoints.retention import Best
 from horovodrunner.flows.checkpoints.saved import SavedCheckpoint
 from horovodrunner.flows.metrics.records import Bar, Point
 from horovodrunner.flows.observer import RunFacts
@@ -52,6 +53,7 @@ def directory_of(
     *,
     checkpoints: Any = (),
     artifacts: Path | None = None,
+    best: Best | None = None,
     **facts: Any,
 ) -> RunDirectory:
     fields = {"run_id": "ab12", "np": -1, "main": "train", "began": 1000.0, **facts}
@@ -63,6 +65,7 @@ def directory_of(
         phases=lambda: (),
         checkpoints=lambda: checkpoints,
         artifacts=lambda: artifacts,
+        best=best,
     )
 
 
@@ -415,6 +418,28 @@ class TestRunDirectory:
         record.end(None)
         listed = read_run(record.directory).facts["checkpoints"]
         assert [each["step"] for each in listed] == [2]
+
+    def test_checkpoints_have_their_numbers_and_the_best_is_marked(self, tmp_path: Path) -> None:
+        many = {f"m{n}": 1.0 for n in range(30)}
+        saved = [
+            SavedCheckpoint(n, f"p{n}", 1, datetime.fromtimestamp(1500 + n, timezone.utc), metrics)
+            for n, metrics in enumerate(
+                [{"a<b": math.nan, "loss": 0.25}, {**many, "loss": 0.125}, {"loss": 0.5}, {}]
+            )
+        ]
+        record = directory_of(tmp_path, checkpoints=saved, best=Best("loss", "min"))
+        record._list_checkpoints()
+        del saved[1]
+        record.end(None)
+        listed = read_run(record.directory).facts["checkpoints"]
+        assert [each["is_best"] for each in listed] == [True, False, False, False]
+        assert [len(each["metrics"]) for each in listed] == [2, 20, 1, 0]
+        assert next(iter(listed[1]["metrics"])) == "loss"
+        page = (record.directory / "report.html").read_text()
+        assert "<b>best:</b> loss 0.2500, a&lt;b nan" in page
+        assert "loss 0.1250, m0 1.0000, m1 1.0000, " in page
+        assert "m6 1.0000 and 12 more" in page
+        assert page.count("<b>best:</b>") == 1
 
     def test_a_disk_that_fails_is_told_where_the_next_event_is_taken(self, tmp_path: Path) -> None:
         record = directory_of(tmp_path)

@@ -59,7 +59,8 @@ def test_options_go_where_they_belong() -> None:
     line = parsed(
         "-np -2 --start-timeout 9.5 --output-filename out --cycle-time-ms 2 --autotune --verbose "
         "--fusion-threshold-mb=32 --max-restarts 1 --checkpoint-dir c --run-dir r --code-dir d "
-        "--keep-checkpoints 2 --no-resume --stall-timeout 60 --tensorboard-dir t --env A=b=c "
+        "--keep-checkpoints 2 --keep-best val:loss:min:3 --keep-every 10 "
+        "--no-resume --stall-timeout 60 --tensorboard-dir t --env A=b=c "
         "--forward AWS_* --forward X --ranks-per-task 2 --preflight python -m pkg.a -x"
     )
     assert (line.np, line.script, line.arguments) == (-2, "-m", ["pkg.a", "-x"])
@@ -69,6 +70,8 @@ def test_options_go_where_they_belong() -> None:
         "stall_timeout": 60.0,
         "checkpoint_dir": "c",
         "keep_checkpoints": 2,
+        "keep_best": ("val:loss", "min", 3),
+        "keep_every": 10,
         "resume": False,
         "max_restarts": 1,
         "run_dir": "r",
@@ -100,6 +103,8 @@ def test_settings_of_spark() -> None:
         ("-np 2 -- -m", "-m lacks the module"),
         ("-np two train.py", "invalid int value: 'two'"),
         ("-np", "expected one argument"),
+        ("-np 2 --keep-best val_loss train.py", "--keep-best val_loss: give a metric"),
+        ("-np 2 --keep-best loss:low train.py", "--keep-best loss:low: give a metric"),
         ("-np 2 --max-restart 1 train.py", "unrecognized arguments: --max-restart"),
         ("-np 2 --conf spark.x train.py", "--conf spark.x: give a name and its value"),
         ("-np -2 --env =x train.py", "--env =x: give a name and its value"),

@@ -19,6 +19,8 @@ from horovodrunner.flows.metrics.records import Point
 from horovodrunner.pickling import payload
 from horovodrunner.processes.driver.run import Run
 
+IN_X = {"checkpoint_dir": "x"}
+
 
 @pytest.fixture(autouse=True)
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +91,19 @@ def test_a_wrong_timeout_is_refused(name: str, timeout: Any, kind: type[Exceptio
         ({"keep_checkpoints": 0}, ValueError, "keep_checkpoints=0: .* at least 1"),
         ({"keep_checkpoints": None}, TypeError, "keep_checkpoints=None: .* int, got NoneType"),
         ({"keep_checkpoints": True}, TypeError, "keep_checkpoints=True: .* not a bool"),
+        ({**IN_X, "keep_every": 0}, ValueError, "keep_every=0: .* at least 1"),
+        ({**IN_X, "keep_every": 1.5}, TypeError, r"keep_every=1\.5: .* an int, got float"),
+        ({"keep_every": 2}, ValueError, "keep_every=2 needs checkpoint_dir"),
+        ({"keep_best": ("loss", "min")}, ValueError, r"keep_best=\('loss', 'min'\) needs check"),
+        ({**IN_X, "keep_best": "loss"}, TypeError, "keep_best='loss': give a metric and which end"),
+        ({**IN_X, "keep_best": ("loss",)}, TypeError, r"keep_best=\('loss',\): give a metric"),
+        ({**IN_X, "keep_best": {"a", "min"}}, TypeError, "keep_best=.*: give a metric"),
+        ({**IN_X, "keep_best": ("l", "min", 1, 2)}, TypeError, "keep_best=.*: give a metric"),
+        ({**IN_X, "keep_best": (1, "min")}, TypeError, r"keep_best\[0\]=1: .* a str, got int"),
+        ({**IN_X, "keep_best": ("", "min")}, ValueError, "metric's name must not be empty"),
+        ({**IN_X, "keep_best": ("l", "low")}, ValueError, "'low': it must be 'min' or 'max'"),
+        ({**IN_X, "keep_best": ("l", "max", 0)}, ValueError, r"keep_best\[2\]=0: .* at least 1"),
+        ({**IN_X, "keep_best": ("l", "max", "2")}, TypeError, r"keep_best\[2\]='2': .* an int"),
         ({"on_checkpoint_error": "x"}, ValueError, "on_checkpoint_error='x': .*'warn' or 'raise'"),
         ({"on_checkpoint_error": None}, ValueError, "on_checkpoint_error=None"),
         ({"max_restarts": -1}, ValueError, "max_restarts=-1: .* at least 0"),

@@ -21,7 +21,7 @@ from horovodrunner.callbacks.torch import LogCallback
 from horovodrunner.compat.petastorm import pytorch as petastorm_torch
 from horovodrunner.compat.petastorm.options import ReaderOptions
 from horovodrunner.data.dataset import DataSet
-from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.checkpoints.retention import Retention
 from horovodrunner.flows.logs import training_log
 from horovodrunner.inference import options as inference_options
 from horovodrunner.inference.frame import predict
@@ -46,10 +46,10 @@ def runner(**options: Any) -> HorovodRunner:
     return HorovodRunner(**{"np": -1, **options})
 
 
-def store_of(**options: Any) -> CheckpointStore:
-    store = runner(**options)._options.store
+def kept(**options: Any) -> Retention:
+    store = runner(checkpoint_dir="x", **options)._options.store
     assert store is not None
-    return store
+    return store.keep
 
 
 def read(rows: DataSet, **options: Any) -> Any:
@@ -115,7 +115,9 @@ def petastorm(**options: Any) -> ReaderOptions:
 
 INTEGERS: dict[str, Callable[[DataSet, Any], Any]] = {
     "np": lambda _, n: runner(np=n)._options.np,
-    "keep_checkpoints": lambda _, n: store_of(keep_checkpoints=n, checkpoint_dir="x").keep,
+    "keep_checkpoints": lambda _, n: kept(keep_checkpoints=n).newest,
+    "keep_every": lambda _, n: kept(keep_every=n).every,
+    "keep_best": lambda _, n: getattr(kept(keep_best=("loss", "min", n)).best, "count", None),
     "max_restarts": lambda _, n: runner(max_restarts=n)._options.max_restarts,
     "batch_size": lambda rows, n: read(rows, batch_size=n)._options.batch_size,
     "seed": lambda rows, n: read(rows, seed=n)._options.seed,

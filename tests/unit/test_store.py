@@ -157,7 +157,7 @@ big = Piece("big", 1_200_000, (b"y" * 300_000 for _ in range(4)))
 try:
     store.put_pieces(int(sys.argv[2]), [Piece("small", 1000, [b"x" * 1000]), big])
 except OSError as error:
-    print(type(error).__name__, error.errno)
+    print(type(error).__name__, error.errno, error.filename)
 """
 
 
@@ -170,7 +170,8 @@ def test_a_disk_that_takes_no_more_leaves_only_older_ones(location: str, step: i
     before = tree(location)
     command = [sys.executable, "-c", FULL_DISK, location, str(step)]
     done = processes.run(command, capture_output=True)
-    assert done.stdout.split() == ["OSError", "27"], done.stderr
+    assert done.stdout.split()[:2] == ["OSError", "27"], done.stderr
+    assert location in done.stdout  # whose disk it is
     # behind a URL the step that is saved again is overwritten in place
     lost = {path for path in before if path.startswith("step-00000001") and step == 1}
     assert tree(location) == (before - lost if is_url(location) else before)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from horovodrunner.flows.call.import_path import ImportPath
 from horovodrunner.flows.call.record import RunRecord
 from horovodrunner.flows.checkpoints.fence import Fence
+from horovodrunner.flows.checkpoints.retention import Retention
 
 __all__ = ["JobSpec"]
 
@@ -52,7 +53,7 @@ class JobSpec:
     stall_timeout: float | None = None
     checkpoint_location: str | None = None
     """Path on the driver, or URL."""
-    keep_checkpoints: int = 3
+    retention: Retention = field(default_factory=Retention)
     checkpoint_fence: Fence | None = None
     """Which driver's checkpoints these are, when several may follow each other."""
     record: RunRecord | None = field(default=None, repr=False)

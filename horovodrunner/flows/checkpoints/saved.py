@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from horovodrunner.flows.checkpoints.store import CheckpointStore
@@ -24,12 +25,18 @@ class SavedCheckpoint:
         Bytes of all its files.
     time
         When it was complete, in UTC.
+    metrics
+        Numbers to compare it by: those that it was saved with, or that were reported before.
+    world_size
+        How many ranks have saved their own into it; None: rank 0 has for all.
     """
 
     step: int
     path: str
     size: int
     time: datetime
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    world_size: int | None = None
 
 
 def saved_in(store: CheckpointStore) -> tuple[SavedCheckpoint, ...]:
@@ -40,6 +47,8 @@ def saved_in(store: CheckpointStore) -> tuple[SavedCheckpoint, ...]:
             path=store.path_of(manifest.step),
             size=manifest.size,
             time=datetime.fromisoformat(manifest.saved_at),
+            metrics=manifest.metrics,
+            world_size=manifest.world_size,
         )
         for manifest in reversed(store.manifests())
     )

@@ -43,6 +43,7 @@ from horovodrunner.flows.checkpoints.manifest import (
     directory_of,
     safe_path,
 )
+from horovodrunner.flows.checkpoints.retention import Retention
 from horovodrunner.flows.checkpoints.tree import (
     Chunks,
     pieces_of_tree,
@@ -65,7 +66,9 @@ Range = tuple[str, int, int]
 
 
 class CheckpointStore:
-    """The checkpoints in one directory or behind one URL, of which `keep` are kept.
+    """The checkpoints in one directory or behind one URL, of which `keep` says which are kept.
+
+    A number keeps so many, the newest ones.
 
     One process writes at a time; any number may read. `run` is the run that writes. With a `fence`
     the store is one of several beside each other, and refuses to write once there is a newer one.
@@ -74,11 +77,11 @@ class CheckpointStore:
     def __init__(
         self,
         location: str | os.PathLike[str],
-        keep: int,
+        keep: int | Retention,
         run: RunRecord | None = None,
         fence: Fence | None = None,
     ) -> None:
-        self.keep = keep
+        self.keep = Retention(keep) if isinstance(keep, int) else keep
         self.run = run
         self.fence = fence
         self._storage = open_storage(location)
@@ -228,16 +231,17 @@ class CheckpointStore:
 
         Then those that are too old to keep are deleted.
         """
+        stored = self.manifests()
         manifest = replace(
             manifest,
-            sequence=1 + max((each.sequence for each in self.manifests()), default=0),
+            sequence=1 + max((each.sequence for each in stored), default=0),
             saved_at=_now(),
             run=self.run,
         )
         self._refuse_if_superseded()
         self._write_file(f"{place}/{MANIFEST_NAME}", [manifest.to_json().encode()])
         self._storage.finish(place, _name(manifest.step))
-        self.prune()
+        self._prune([manifest, *(each for each in stored if each.step != manifest.step)])
         self._prune_older_epochs()
         return manifest
 
@@ -321,12 +325,16 @@ class CheckpointStore:
             yield self._storage.read(path, at, min(at + _READ_BYTES, end))
 
     def prune(self) -> None:
-        """Delete all but the newest checkpoints, and what interrupted writes left long ago.
+        """Delete checkpoints that are not kept, and what interrupted writes left long ago.
 
         What cannot be deleted stays.
         """
         with suppress(OSError):
-            old = [_name(manifest.step) for manifest in self.manifests()[self.keep :]]
+            self._prune(self.manifests())
+
+    def _prune(self, newest_first: Sequence[Manifest]) -> None:
+        with suppress(OSError):
+            old = [_name(manifest.step) for manifest in self.keep.too_old(newest_first)]
             for name in [*old, *self._storage.leftovers()]:
                 if name != self._held:
                     with suppress(OSError):

@@ -10,6 +10,7 @@ import select
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 
 from horovodrunner.wire.signals import pipe_at
 
@@ -17,6 +18,9 @@ __all__ = ["MetricsPipe"]
 
 MAX_WAITING_BYTES = 64 * 1024 * 1024
 """So much waits in this process while the pipe is full; what is reported beyond it is dropped."""
+
+MAX_UNSAVED = 10_000
+"""Of more names that wait for the next checkpoint the older half is left out."""
 
 _RECORD_BYTES = 64
 """What a record takes beside its text."""
@@ -46,6 +50,18 @@ class MetricsPipe:
         self._waiting_bytes = 0
         self.dropped = 0
         """So many records the task was too slow for."""
+        self._unsaved: dict[str, float] = {}
+
+    def keep_for_checkpoint(self, values: Mapping[str, float]) -> None:
+        """Keep what is reported for the checkpoint that is saved next."""
+        self._unsaved.update(values)
+        if len(self._unsaved) > MAX_UNSAVED:
+            self._unsaved = dict([*self._unsaved.items()][len(self._unsaved) // 2 :])
+
+    def take_unsaved(self) -> dict[str, float]:
+        """Return what was reported last since this was called before."""
+        taken, self._unsaved = self._unsaved, {}
+        return taken
 
     def send(self, record: bytes) -> None:
         """Write a line, or keep it until there is room."""

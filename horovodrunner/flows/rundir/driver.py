@@ -45,6 +45,7 @@ from horovodrunner.wire.events import (
 )
 
 if TYPE_CHECKING:
+    from horovodrunner.flows.checkpoints.retention import Best
     from horovodrunner.flows.checkpoints.saved import SavedCheckpoint
 
 __all__ = ["RunDirectory"]
@@ -60,6 +61,9 @@ MAX_WAITING_BYTES = 64 * 1024 * 1024
 
 _OBJECTS_PER_BYTE = 6
 """A point takes so many bytes for each byte that it travelled in."""
+
+MAX_METRICS = 20
+"""So many numbers of a checkpoint are kept."""
 
 MAX_TEXT = 200_000
 """Of an error's text and traceback."""
@@ -84,11 +88,13 @@ class RunDirectory(Observer):
         phases: Callable[[], Sequence[Phase]],
         checkpoints: Callable[[], Sequence[SavedCheckpoint]],
         artifacts: Callable[[], Path | None],
+        best: Best | None = None,
     ) -> None:
         self._facts = facts
         self._phases = phases
         self._checkpoints = checkpoints
         self._artifacts = artifacts
+        self._best = best
         self._checkpoints_are_near = not is_url(str(facts.options.get("checkpoint_dir") or ""))
         when = time.strftime("%Y%m%d-%H%M%S", time.gmtime(facts.began))
         name = f"{when}-{facts.label}"
@@ -254,17 +260,27 @@ class RunDirectory(Observer):
 
     def _list_checkpoints(self) -> None:
         with contextlib.suppress(OSError):
+            saved = self._checkpoints()
+            best = [] if self._best is None else self._best.among(saved[::-1])[:1]
             found = [
                 {
                     "step": each.step,
                     "path": self._writer.hidden(each.path),
                     "size": each.size,
                     "time": each.time.timestamp(),
+                    "metrics": self._some_metrics(each),
+                    "is_best": each in best,
                 }
-                for each in self._checkpoints()
+                for each in saved
                 if each.time.timestamp() >= self._facts.began - 1
             ]
             self._writer.checkpoints(found)
+
+    def _some_metrics(self, saved: SavedCheckpoint) -> dict[str, float]:
+        """Return a checkpoint's numbers, first of all what it is compared by."""
+        first = "" if self._best is None else self._best.metric
+        names = sorted(saved.metrics, key=lambda name: name != first)
+        return {name: saved.metrics[name] for name in names[:MAX_METRICS]}
 
     def _outcome(self, error: BaseException | None) -> dict[str, Any]:
         if error is None:

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from horovodrunner.flows.logs.training_log import format_value
+from horovodrunner.flows.logs.training_log import format_logs, format_value
 from horovodrunner.flows.rundir import layout
 from horovodrunner.flows.rundir.charts import COLOURS, Line, line_chart, time_ticks
 from horovodrunner.flows.rundir.reading import Rank, RunData, Samples, read_run
@@ -22,6 +22,9 @@ __all__ = ["render", "slowest_ranks", "write_report"]
 
 MAX_ROWS = 64
 """Of ranks in a table; the slowest ones are among them."""
+
+MAX_NUMBERS = 8
+"""Of a checkpoint."""
 
 MAX_LINES = 8
 """Of ranks in a chart; of more, the range and the mean are drawn."""
@@ -490,17 +493,25 @@ def _checkpoints(run: RunData) -> str:
     saved = [each for each in run.facts.get("checkpoints") or () if isinstance(each, dict)]
     if not saved:
         return ""
+    best = [each for each in saved[:-MAX_ROWS] if each.get("is_best")]
     rows = [
         [
             f"{each.get('step')}",
             _when(each.get("time")),
             format_bytes(int(each.get("size") or 0)),
+            ("<b>best:</b> " if each.get("is_best") else "") + _numbers_of(each),
             _text(each.get("path", "")) + ("" if each.get("is_kept", True) else " (deleted since)"),
         ]
-        for each in saved[-MAX_ROWS:]
+        for each in [*best, *saved[-MAX_ROWS:]]
     ]
-    return _section(
-        "Checkpoints", _table(["step", "saved", "size", "where"], rows, numbers={0, 2}, texts={3})
+    columns = ["step", "saved", "size", "metrics", "where"]
+    return _section("Checkpoints", _table(columns, rows, numbers={0, 2}, texts={3, 4}))
+
+
+def _numbers_of(saved: Mapping[str, Any]) -> str:
+    numbers = [*_dict(saved.get("metrics")).items()]
+    return _text(format_logs(dict(numbers[:MAX_NUMBERS]))) + (
+        f" and {len(numbers) - MAX_NUMBERS} more" if len(numbers) > MAX_NUMBERS else ""
     )
 
 

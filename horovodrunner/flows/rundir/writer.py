@@ -132,7 +132,8 @@ class RecordWriter:
 
     def checkpoints(self, found: Iterable[Mapping[str, Any]]) -> None:
         """Note which checkpoints there are; those that are gone were there."""
-        known = {each["path"]: {**each, "is_kept": False} for each in self._known_checkpoints()}
+        gone = {"is_kept": False, "is_best": False}
+        known = {each["path"]: {**each, **gone} for each in self._known_checkpoints()}
         known |= {each["path"]: {**each, "is_kept": True} for each in found}
         listed = sorted(known.values(), key=lambda each: str(each["time"]))
         if listed != self._known_checkpoints():

@@ -255,9 +255,10 @@ class DriverChannel:
             self._leader = None
             self._left.set()
         if not self.has_taken_leave and self.failure is None:
+            lost = ", and checkpoints may not arrive here" if self._checkpoints is not None else ""
             self._console.note(
                 f"the connection to rank 0's task at {connection.peer} is lost; if the run goes "
-                "on, its output stays in the executor's log"
+                f"on, its output stays in the executor's log{lost}"
             )
 
     def _refuse_retry(self, connection: Connection) -> None:

@@ -91,7 +91,7 @@ def run_locally(
         take_artifacts=artifacts.take,
         checkpoints=(
             CheckpointStore(
-                job.checkpoint_location, job.keep_checkpoints, job.record, job.checkpoint_fence
+                job.checkpoint_location, job.retention, job.record, job.checkpoint_fence
             )
             if job.checkpoint_location is not None
             else None

@@ -15,7 +15,9 @@ from horovodrunner.flows.artifacts.store import ArtifactStore
 from horovodrunner.flows.call.driver import Call
 from horovodrunner.flows.call.import_path import ImportPath
 from horovodrunner.flows.call.job import JobSpec
+from horovodrunner.flows.checkpoints.best import BestNotes
 from horovodrunner.flows.checkpoints.driver import new_history, newest_history
+from horovodrunner.flows.checkpoints.retention import Retention
 from horovodrunner.flows.checkpoints.saved import SavedCheckpoint, saved_in
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.going import GoingRun
@@ -202,6 +204,8 @@ class Run:
         )
         record = self._make_record(facts)
         found: list[Observer | None] = [recorder, self.left.artifacts, view, record]
+        if self._store is not None and self._store.keep.best is not None:
+            found.append(BestNotes(self._store.keep.best, self._store.manifests, console.note))
         found += [make(facts) for make in options.other_observers]
         if options.on_report is not None:
             found.append(ReportCalls(options.on_report, recorder, console.call))
@@ -226,6 +230,7 @@ class Run:
             phases=lambda: left.phases,
             checkpoints=lambda: checkpoints_of(left, self._options.store),
             artifacts=lambda: left.artifacts.directory,
+            best=None if self._store is None else self._store.keep.best,
         )
         self._console.note(f"the record of this run: {record.shown}", routine=True)
         left.artifacts = ArtifactStore(record.artifacts)
@@ -285,7 +290,7 @@ class Run:
             all_results=options.keeps_all_results,
             stall_timeout=options.stall_timeout,
             checkpoint_location=None if store is None else store.location,
-            keep_checkpoints=3 if store is None else store.keep,
+            retention=Retention() if store is None else store.keep,
             checkpoint_fence=None if store is None else store.fence,
             record=None if store is None else store.run,
             fail_on_checkpoint_error=options.fails_on_checkpoint_error,
@@ -415,4 +420,4 @@ def _store_on_driver(job: JobSpec) -> CheckpointStore | None:
     location = job.checkpoint_location
     if location is None or is_url(location):
         return None
-    return CheckpointStore(location, job.keep_checkpoints, job.record, job.checkpoint_fence)
+    return CheckpointStore(location, job.retention, job.record, job.checkpoint_fence)

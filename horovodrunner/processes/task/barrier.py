@@ -192,7 +192,7 @@ def _checkpoint_backend(job: JobSpec, client: TransferClient) -> CheckpointBacke
         return None
     if is_url(job.checkpoint_location):
         return CheckpointStore(
-            job.checkpoint_location, job.keep_checkpoints, job.record, job.checkpoint_fence
+            job.checkpoint_location, job.retention, job.record, job.checkpoint_fence
         )
     return DriverBackend(client)
 

@@ -158,6 +158,7 @@ def run(spec: Job, call: bytes, control: ControlPipe, result_fd: int | None) -> 
     try:
         result = function(**kwargs)
         sys.settrace(None)
+        _finish_saving()
         _stop_what_interrupts()
     except BaseException as error:  # noqa: BLE001 - it is described
         sys.settrace(None)
@@ -174,6 +175,7 @@ def run(spec: Job, call: bytes, control: ControlPipe, result_fd: int | None) -> 
                 spec, error, told, hint=hint, exit_code=code, prints_traceback=not script
             )
             return failed, code
+        _finish_saving()
         result = None
     else:
         if os.getpid() != own_pid:
@@ -194,6 +196,13 @@ def _written(result: Any, spec: Job, result_fd: int | None) -> Layout:
     if not spec.return_result or result_fd is None:
         return _NOTHING
     return payload.write_result(result, result_fd)
+
+
+def _finish_saving() -> None:
+    """Wait until what main saves in the background is written."""
+    background = sys.modules.get("horovodrunner.flows.checkpoints.background")
+    if background is not None:
+        background.wait()
 
 
 def _stop_what_interrupts() -> None:

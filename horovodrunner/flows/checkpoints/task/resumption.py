@@ -35,7 +35,7 @@ class Resumption:
             self._went_on_from = manifest
         found = [] if saver is None else changes(saver, record)
         if self._job.attempt == 1:  # later attempts are announced by the driver
-            path = CheckpointStore(location, self._job.keep_checkpoints).path_of(manifest.step)
+            path = CheckpointStore(location, self._job.retention).path_of(manifest.step)
             for text in _describe_resumption(manifest, path, found):
                 self._note(text)
         return bool(found)

@@ -47,7 +47,7 @@ from horovodrunner.wire.upload import in_thread
 __all__ = ["CheckpointUploader"]
 
 MAX_INCOMPLETE = 4
-"""So many checkpoints wait for slower ranks; then the oldest is given up."""
+"""So many checkpoints wait for slower ranks; then the oldest but one is given up."""
 
 
 class _NotStoredError(Exception):
@@ -111,9 +111,7 @@ class CheckpointUploader:
         self.has_saved = False
         """Whether main has saved any."""
         self.handlers: Handlers = {
-            CheckpointSaved: lambda event: self.saved(
-                event.step, Path(event.directory), event.metrics
-            ),
+            CheckpointSaved: self._take_whole,
             PartWaits: self._take_part,
             PartAnswer: self._take_answer,
             Ended: lambda event: self._rank_is_gone(event.rank, "ended without saving its own"),
@@ -171,6 +169,12 @@ class CheckpointUploader:
 
     # ---- what is saved, and what of it is to be stored
 
+    def _take_whole(self, event: CheckpointSaved) -> None:
+        if event.problem:
+            self._report_problem(event.step, event.problem)
+        else:
+            self.saved(event.step, Path(event.directory), event.metrics)
+
     def _take_part(self, event: PartWaits) -> None:
         key = event.step, event.turn
         if key in self._resolved:  # the others did not wait for it
@@ -198,7 +202,9 @@ class CheckpointUploader:
             self._take_complete(save)
         incomplete = [each for each in self._saves if not self._is_complete(each)]
         if len(incomplete) > MAX_INCOMPLETE:
-            self._give_up_passed_over(incomplete[0])
+            # not the oldest: a rank that stays behind completes that one next
+            how = f"had not saved it yet when {MAX_INCOMPLETE} others waited, too"
+            self._give_up_passed_over(incomplete[1], how)
 
     def _take_complete(self, newest: _Save) -> None:
         """Let a checkpoint wait for its turn; what is older is not stored any more."""
@@ -218,9 +224,9 @@ class CheckpointUploader:
                 return save
         return None
 
-    def _give_up_passed_over(self, save: _Save) -> None:
+    def _give_up_passed_over(self, save: _Save, how: str = "did not save it") -> None:
         missing = self._hosts.keys() - save.ranks
-        self._give_up(save, missing, f"{ranks_in_words(missing)} did not save it")
+        self._give_up(save, missing, f"{ranks_in_words(missing)} {how}")
 
     def _is_complete(self, save: _Save) -> bool:
         return save.ranks >= self._hosts.keys()
@@ -262,7 +268,7 @@ class CheckpointUploader:
         for attempt in range(1, PUT_ATTEMPTS + 1):
             try:
                 await in_thread(self._backend.put, save.step, save.directory, save.metrics)
-                self._to_driver(CheckpointStored(save.step))
+                self._to_driver(CheckpointStored(save.step, dict(save.metrics)))
             except (ConnectionError, TimeoutError) as error:
                 if attempt < PUT_ATTEMPTS and not self._saves:
                     await asyncio.sleep(RETRY_SECONDS)  # the network may come back
@@ -291,7 +297,7 @@ class CheckpointUploader:
             else:
                 raise
         else:
-            self._to_driver(CheckpointStored(save.step))
+            self._to_driver(CheckpointStored(save.step, dict(save.metrics)))
 
     async def _store_parts(self, save: _Save, place: str) -> tuple[list[Part], dict[str, str]]:
         """Let all tasks store their parts, what is the same once; return these, and the copies."""
@@ -362,6 +368,9 @@ class CheckpointUploader:
 
     def _report(self, step: int, error: Exception) -> None:
         text = str(error) if type(error) is OSError else f"{type(error).__name__}: {error}"
+        self._report_problem(step, text)
+
+    def _report_problem(self, step: int, text: str) -> None:
         self._on_error(
             f"the checkpoint of step {step} was not stored: {text}. Older checkpoints are intact"
         )

@@ -1,0 +1,32 @@
+"""A checkpoint that is written while main goes on, one at a time. Runs in: the worker."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+__all__ = ["start", "wait"]
+
+_writing: tuple[int, threading.Thread] | None = None
+
+
+def start(write: Callable[[], None]) -> None:
+    """Call `write` in a thread, after the one before."""
+    global _writing
+    wait()
+    # a daemon: when main raises, its process does not wait
+    thread = threading.Thread(target=write, name="horovodrunner-checkpoint", daemon=True)
+    _writing = os.getpid(), thread
+    thread.start()
+
+
+def wait() -> None:
+    """Wait until the checkpoint is written; a process that main forked has none to wait for."""
+    global _writing
+    if _writing is None:
+        return
+    pid, thread = _writing
+    if pid == os.getpid():
+        thread.join()
+    _writing = None

@@ -1,0 +1,202 @@
+"""The states of PyTorch's objects, and their files. Runs in: the worker.
+
+Objects that every rank has whole are files of rank 0: ``model.pt``. Where one is sharded (FSDP2,
+tensor parallelism), each rank writes its parts of the sharded ones, as shards.py has them, and the
+others whole. The keys are those of ``torch.distributed.checkpoint.state_dict``: a parameter's
+fully qualified name, whatever the module is wrapped in, also in the states of optimizers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from horovodrunner.errors import ArgumentValueError
+from horovodrunner.flows.checkpoints.staging import Copies, is_sharded, tensors_in
+from horovodrunner.processes.worker.context import current_context
+from horovodrunner.random_state import RandomState
+
+__all__ = ["Objects", "States", "canonical", "has_sharded_parameters", "is_optimizer", "unwrapped"]
+
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+"""Attributes that torch.compile and the like put into a parameter's name."""
+
+
+@dataclass
+class States:
+    """What a rank has to write."""
+
+    whole: dict[str, Any]
+    sharded: dict[str, Any]
+    plain: frozenset[str] = frozenset()
+    """The sharded ones of which this rank also writes what all ranks have alike."""
+    local: dict[int, Any] = field(default_factory=dict)
+    """Copies of what DTensors of the sharded ones have here, by their ids."""
+    own: dict[str, Any] = field(default_factory=dict)
+    """What every rank has another one of: random numbers."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every rank has to write its own, and not rank 0 alone."""
+        return bool(self.sharded or self.own)
+
+    def copied(self) -> States:
+        """Return a copy that main does not change."""
+        copies = Copies()
+        whole, sharded = copies.of_state((self.whole, self.sharded))
+        copies.finish()
+        return States(whole, sharded, self.plain, copies.local, self.own)
+
+    def write(self, directory: Path) -> None:
+        """Write this rank's files."""
+        whole = self.whole if self.sharded or _is_rank_0() else {}
+        for name, state in {**whole, **self.own}.items():
+            torch.save(state, directory / f"{name}.pt")
+        if self.sharded:
+            from horovodrunner.flows.checkpoints.shards import parts_of, write_parts
+
+            write_parts(parts_of(self.sharded, self.plain, self.local), directory)
+
+
+class Objects:
+    """Modules, optimizers, schedulers and the like, by the names that main gives them."""
+
+    def __init__(self, objects: Mapping[str, Any]) -> None:
+        self.items = dict(objects)
+        self._names: dict[int, tuple[str, str]] = {}
+        for name, item in objects.items():
+            if isinstance(item, torch.nn.Module):
+                for key, parameter in unwrapped(item).named_parameters():
+                    self._names.setdefault(id(parameter), (name, canonical(key)))
+
+    def states(self) -> States:
+        """Return the state of each; tensors are those of the objects, not copies."""
+        whole: dict[str, Any] = {}
+        sharded: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        for name, item in self.items.items():
+            if isinstance(item, RandomState):
+                own[name] = item.state_dict()
+            elif has_sharded_parameters(item):
+                sharded[name] = self.state(name)
+            else:
+                self._refuse_flattened(name)
+                state = item.state_dict()
+                (sharded if is_sharded(state) else whole)[name] = state
+        if sharded:
+            # not in the thread: torch's modules import each other, and main may do so meanwhile
+            importlib.import_module("horovodrunner.flows.checkpoints.shards")
+        plain = (name for name in sharded if _is_lowest_rank(self.items[name], sharded[name]))
+        return States(whole, sharded, frozenset(plain), own=own)
+
+    def _refuse_flattened(self, name: str) -> None:
+        """Refuse an optimizer of FSDP1, which has a part of the state and does not say which."""
+        fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+        item = self.items[name]
+        if fsdp is None or not is_optimizer(item) or not item.state_dict()["state"]:
+            return
+        own = {id(parameter) for group in item.param_groups for parameter in group["params"]}
+        for module in self.items.values():
+            if (
+                isinstance(module, torch.nn.Module)
+                and any(isinstance(each, fsdp) for each in module.modules())
+                and any(id(parameter) in own for parameter in module.parameters())
+            ):
+                raise ArgumentValueError(
+                    f"{name!r} is an optimizer of a FullyShardedDataParallel (FSDP1), of whose "
+                    "state each rank has a part without a name: shard the module with "
+                    "torch.distributed.fsdp.fully_shard (FSDP2), or gather the state with "
+                    "FullyShardedDataParallel.optim_state_dict() and use checkpoint.save()"
+                )
+
+    def state(self, name: str) -> Any:
+        """Return the state of an object with keys that do not depend on how it is wrapped."""
+        item = self.items[name]
+        if isinstance(item, torch.nn.Module):
+            # keep_vars: to detach a DTensor takes a tenth of a millisecond
+            state = unwrapped(item).state_dict(keep_vars=True)
+            return {canonical(key): value for key, value in state.items()}
+        if is_optimizer(item):
+            return self.named(name, item.state_dict())
+        return item.state_dict()
+
+    def named(self, name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Put the names of parameters for their numbers in an optimizer's state."""
+        names: dict[int, str] = {}
+        groups = []
+        for own, packed in zip(self.names_by_group(name), state["param_groups"], strict=True):
+            names.update(zip(packed["params"], own, strict=True))
+            groups.append({**packed, "params": own})
+        values = {names.get(number, number): value for number, value in state["state"].items()}
+        return {"state": values, "param_groups": groups}
+
+    def names_by_group(self, name: str) -> list[list[str]]:
+        """Return the names of an optimizer's parameters, those of several modules with theirs."""
+        groups = [group["params"] for group in self.items[name].param_groups]
+        unknown = [p for group in groups for p in group if id(p) not in self._names]
+        if unknown:
+            raise ArgumentValueError(
+                f"{len(unknown)} of the parameters of {name!r} are of no module that is given with "
+                f"it ({', '.join(self.items)}), and sharded state goes by their names: name the "
+                f"module, too, save_torch(step, model=model, {name}={name})"
+            )
+        found = [[self._names[id(p)] for p in group] for group in groups]
+        is_of_one = len({module for group in found for module, _ in group}) == 1
+        return [
+            [key if is_of_one else f"{module}.{key}" for module, key in group] for group in found
+        ]
+
+
+def _is_rank_0() -> bool:
+    context = current_context()
+    return context is None or context.spec.rank == 0
+
+
+def is_optimizer(item: Any) -> bool:
+    """Return whether an object has groups of parameters."""
+    return hasattr(item, "param_groups") and hasattr(item, "state_dict")
+
+
+def has_sharded_parameters(item: Any) -> bool:
+    """Return whether a module or an optimizer has parameters that each rank has a part of."""
+    if isinstance(item, torch.nn.Module):
+        return is_sharded([*item.parameters(), *item.buffers()])
+    return is_optimizer(item) and is_sharded([group["params"] for group in item.param_groups])
+
+
+def _is_lowest_rank(item: Any, state: Any) -> bool:
+    """Return whether no rank of an object's meshes is below this one.
+
+    It need not be rank 0, which has nothing of the later ones of pipeline stages.
+    """
+    # before its first step, an optimizer's state has no tensor
+    groups = [group["params"] for group in item.param_groups] if is_optimizer(item) else []
+    meshes = {
+        id(tensor.device_mesh): tensor.device_mesh
+        for tensor in tensors_in([state, groups])
+        if hasattr(tensor, "device_mesh")
+    }
+    ranks = [int(mesh.mesh.min()) for mesh in meshes.values()]
+    return bool(torch.distributed.get_rank() == min(ranks))
+
+
+def unwrapped(module: Any) -> Any:
+    """Return a module without what torch.compile and DistributedDataParallel put around it."""
+    while True:
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        else:
+            return module
+
+
+def canonical(key: str) -> str:
+    """Return a parameter's name without what wraps its modules."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
