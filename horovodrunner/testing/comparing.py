@@ -61,7 +61,12 @@ def assert_same_weights(ranks: Sequence[Any]) -> None:
     first = _weights(ranks[0], "rank 0")
     for rank in range(1, len(ranks)):
         found = _differences(first, _weights(ranks[rank], f"rank {rank}"), exactly=True)
-        _require(not found, f"rank {rank} and rank 0 have different weights:\n{_listed(found)}")
+        _require(
+            not found,
+            f"rank {rank} and rank 0 have different weights. Do they begin with the same ones, and "
+            "are gradients averaged (hvd.DistributedOptimizer, DistributedDataParallel)?\n"
+            f"{_listed(found)}",
+        )
 
 
 def assert_equal_to_single_process(
@@ -236,7 +241,7 @@ def _weights(value: Any, whose: str) -> dict[str, _Weight]:
     if not found:
         raise ArgumentTypeError(
             f"what {whose} returned has no weights in it ({checked.shown(value)}): return a model, "
-            "a state_dict(), arrays, or dicts and lists of them"
+            "a state_dict(), arrays, or dicts and lists of them, on every rank"
         )
     return found
 
