@@ -174,6 +174,8 @@ def _ask_latest(part: int = -1) -> Latest:
     context = current_context()
     if context is None:  # a process that main forked
         raise CheckpointError("only a rank's own process can get files of the latest checkpoint")
+    if context.on_latest is not None:
+        context.on_latest()
     answer: Latest = context.control.ask(LatestWanted(context.spec.rank, part))
     if answer.error:
         raise CheckpointError(

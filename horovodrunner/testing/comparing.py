@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from horovodrunner import validation as checked
-from horovodrunner.errors import ArgumentTypeError
+from horovodrunner.errors import ArgumentTypeError, ArgumentValueError
 from horovodrunner.testing.faults import Faults
 
 __all__ = ["assert_equal_to_single_process", "assert_resumes", "assert_same_weights"]
 
-TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
+TOLERANCES = {
+    **{"float64": 1e-10, "float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2, "float8": 0.5},
+    **{"complex128": 1e-10, "complex64": 1e-5},
+}
 """Relative and absolute: sums of several ranks are added in another order than those of one.
 
 They are a few hundred times the type's precision, which some dozen steps of training use up.
@@ -47,7 +51,7 @@ def assert_same_weights(ranks: Sequence[Any]) -> None:
     --------
     >>> assert_same_weights([{"w": np.ones(2)}, {"w": np.ones(2)}])
     """
-    if isinstance(ranks, (str, bytes, Mapping)) or not hasattr(ranks, "__len__"):
+    if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Sequence):
         raise ArgumentTypeError(
             f"ranks={checked.shown(ranks)}: give what every rank returned, by rank: "
             'HorovodRunner(np=-2, results="all") keeps it in runner.results'
@@ -57,7 +61,12 @@ def assert_same_weights(ranks: Sequence[Any]) -> None:
     first = _weights(ranks[0], "rank 0")
     for rank in range(1, len(ranks)):
         found = _differences(first, _weights(ranks[rank], f"rank {rank}"), exactly=True)
-        _require(not found, f"rank {rank} and rank 0 have different weights:\n{_listed(found)}")
+        _require(
+            not found,
+            f"rank {rank} and rank 0 have different weights. Do they begin with the same ones, and "
+            "are gradients averaged (hvd.DistributedOptimizer, DistributedDataParallel)?\n"
+            f"{_listed(found)}",
+        )
 
 
 def assert_equal_to_single_process(
@@ -98,6 +107,8 @@ def assert_equal_to_single_process(
     --------
     >>> assert_equal_to_single_process(train, epochs=2)  # doctest: +SKIP
     """
+    if tolerance is not None and not checked.number("tolerance", tolerance) >= 0:
+        raise ArgumentValueError(f"tolerance={tolerance}: it must be at least 0")
     make = runner or _plain_runner
     alone = _weights(make(np=-1).run(train, **kwargs), "train")
     several = make(np=np, results="all")
@@ -145,7 +156,8 @@ def assert_resumes(
     Raises
     ------
     AssertionError
-        If the weights differ, or the rank never got to that step.
+        If the weights of a rank differ, no checkpoint was saved, or the rank never got to that
+        step.
     HorovodRunnerError
         If a run fails otherwise.
 
@@ -153,25 +165,49 @@ def assert_resumes(
     --------
     >>> assert_resumes(train, at_step=3, epochs=6)  # doctest: +SKIP
     """
+    rank = checked.integer("rank", rank, at_least=0)
+    at_step = checked.integer("at_step", at_step, at_least=1)  # a checkpoint has to be before
+    if rank >= abs(np) > 0:
+        raise ArgumentValueError(f"rank={rank}: np={np} has ranks 0 to {abs(np) - 1}")
     make = runner or _plain_runner
+
+    def trained(directory: Path, **options: Any) -> dict[str, _Weight]:
+        made = make(np=np, results="all", checkpoint_dir=directory, **options)
+        made.run(train, **kwargs)
+        _require(
+            made.checkpoints,
+            "train saved no checkpoint that a run could go on from: checkpoint.save(step=...)",
+        )
+        return _weights({f"rank {of}": each for of, each in enumerate(made.results)}, "train")
+
     with tempfile.TemporaryDirectory(prefix="horovodrunner-resuming-") as kept:
-        calm, disturbed = Path(kept, "calm"), Path(kept, "disturbed")
-        expected = _weights(make(np=np, checkpoint_dir=calm).run(train, **kwargs), "train")
-        happened = Path(kept, "happened")
+        expected = trained(Path(kept, "calm"))
+        disturbed = Path(kept, "disturbed")
+        happened, went_on = Path(kept, "happened"), Path(kept, "went on")
         with Faults() as faults:
             faults.kill(rank, at_step)
             faults.after_checkpoint(disturbed)
-            faults.note_in(happened)
-            again = make(np=np, checkpoint_dir=disturbed, max_restarts=1)
-            found = _weights(again.run(train, **kwargs), "train")
+            faults.note_in(happened, went_on)
+            found = trained(disturbed, max_restarts=1)
         _require(
             happened.exists(),
             f"rank {rank} never got to step {at_step}, and was not killed: does train report its "
             "steps (metrics.report(step=...)) or save them (checkpoint.save(step=...))?",
         )
-    differences = _differences(expected, found, exactly=True)
+        _require(
+            went_on.exists(),
+            "after the restart train began anew: it did not ask for its checkpoint with "
+            "checkpoint.latest() or checkpoint.load_torch()",
+        )
+        if not (differences := _differences(expected, found, exactly=True)):
+            return
+        by_itself = _differences(expected, trained(Path(kept, "calm again")), exactly=True)
     _require(
-        not differences,
+        not by_itself,
+        "two undisturbed runs end with different weights, so nothing follows from a third. Are "
+        f"random numbers seeded, and is the order of the data the same?\n{_listed(by_itself)}",
+    )
+    raise AssertionError(
         f"a run whose rank {rank} was killed at step {at_step} ends with other weights than an "
         "undisturbed one. Are optimizer, learning rate, random numbers and the position in the "
         f"data restored, too?\n{_listed(differences)}",
@@ -189,57 +225,78 @@ def _plain_runner(**options: Any) -> Any:
     return HorovodRunner(**options)
 
 
-def _weights(value: Any, whose: str) -> dict[str, np.ndarray]:
-    """Return arrays by name; an ArgumentTypeError if there is none."""
-    found = dict(_arrays(value, ""))
+@dataclass(frozen=True)
+class _Weight:
+    numbers: np.ndarray
+    type: str
+    """What its library calls the type of the numbers; NumPy does not know all of them."""
+
+
+def _weights(value: Any, whose: str) -> dict[str, _Weight]:
+    """Return weights by name; an ArgumentTypeError if there is none."""
+    found: dict[str, _Weight] = {}
+    for name, weight in _named(value, ""):
+        more = sum(each.partition("#")[0] == name for each in found) if name in found else 0
+        found[f"{name}#{more}" if more else name] = weight  # "1" and 1 are two keys
     if not found:
         raise ArgumentTypeError(
             f"what {whose} returned has no weights in it ({checked.shown(value)}): return a model, "
-            "a state_dict(), arrays, or dicts and lists of them"
+            "a state_dict(), arrays, or dicts and lists of them, on every rank"
         )
     return found
 
 
-def _arrays(value: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
+def _named(value: Any, name: str) -> Iterator[tuple[str, _Weight]]:
     if callable(getattr(value, "state_dict", None)):
         value = value.state_dict()
     elif callable(getattr(value, "get_weights", None)):
         value = value.get_weights()
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _arrays(item, f"{name}.{key}" if name else str(key))
+            yield from _named(item, f"{name}.{key}" if name else str(key))
     elif isinstance(value, (list, tuple)):
         for place, item in enumerate(value):
-            yield from _arrays(item, f"{name}[{place}]")
-    elif (array := _array(value)) is not None:
-        yield name or "the value", array
+            yield from _named(item, f"{name}[{place}]")
+    elif (weight := _weight(value)) is not None:
+        yield name or "the value", weight
 
 
-def _array(value: Any) -> np.ndarray | None:
+def _weight(value: Any) -> _Weight | None:
     if isinstance(value, (str, bytes)) or value is None:
         return None
+    kind = ""
     if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # NumPy does not know it
+        kind = str(value.dtype).removeprefix("torch.")
+        value = value.detach().cpu().to_dense().resolve_conj().resolve_neg()
+        if value.is_quantized:
+            value = value.dequantize()
+        elif kind.startswith(("bfloat", "float8")):  # NumPy does not know them
             value = value.float()
     if hasattr(value, "numpy"):
         value = value.numpy()
     array = np.asarray(value)
-    return None if array.dtype == object else array
+    kind = kind or str(array.dtype)
+    if kind.startswith(("bfloat", "float8")):  # of ml_dtypes, as Keras and JAX have them
+        array = array.astype("float32")
+    return None if array.dtype == object else _Weight(array, kind)
 
 
 def _differences(
-    expected: Mapping[str, np.ndarray],
-    found: Mapping[str, np.ndarray],
+    expected: Mapping[str, _Weight],
+    found: Mapping[str, _Weight],
     *,
     exactly: bool,
     tolerance: float | None = None,
 ) -> list[str]:
     texts = [f"{name} is there only once" for name in expected.keys() ^ found.keys()]
     for name in expected.keys() & found.keys():
-        a, b = expected[name], found[name]
-        if a.shape != b.shape or a.dtype != b.dtype:
-            texts.append(f"{name} is {a.dtype} of shape {a.shape}, and {b.dtype} of {b.shape}")
+        a, b, kind = expected[name].numbers, found[name].numbers, expected[name].type
+        if a.shape != b.shape or kind != found[name].type:
+            texts.append(
+                f"{name} is {kind} of shape {a.shape}, and {found[name].type} of {b.shape}"
+            )
         elif a.dtype.kind not in "fc" or exactly:
             same = a.tobytes() == b.tobytes() or np.array_equal(
                 a, b, equal_nan=a.dtype.kind in "fc"
@@ -247,18 +304,26 @@ def _differences(
             if not same:
                 texts.append(f"{name}: {_apart(a, b)}")
         else:
-            limit = TOLERANCES.get(str(a.dtype), 1e-5) if tolerance is None else tolerance
+            limit = _tolerance(kind) if tolerance is None else tolerance
             if not np.allclose(a, b, rtol=limit, atol=limit, equal_nan=True):
                 texts.append(f"{name}: {_apart(a, b)}, and {limit:g} is allowed")
     return sorted(texts)
 
 
+def _tolerance(kind: str) -> float:
+    return next((each for name, each in TOLERANCES.items() if kind.startswith(name)), 1e-5)
+
+
 def _apart(a: np.ndarray, b: np.ndarray) -> str:
     if a.dtype.kind not in "fciub" or not a.size:
         return "they differ"
+    differs = a != b
+    if a.dtype.kind in "fc":
+        differs &= ~(np.isnan(a) & np.isnan(b))
     wide = "complex128" if a.dtype.kind == "c" else "float64"
-    furthest = np.nanmax(np.abs(a.astype(wide) - b.astype(wide)))
-    return f"{np.count_nonzero(a != b)} of {a.size} numbers differ, by {furthest:.3g} at most"
+    with np.errstate(all="ignore"):
+        furthest = np.max(np.abs(a[differs].astype(wide) - b[differs].astype(wide)))
+    return f"{np.count_nonzero(differs)} of {a.size} numbers differ, by {furthest:.3g} at most"
 
 
 def _listed(texts: Sequence[str]) -> str:

@@ -25,6 +25,8 @@ class Fault:
     """A file through which the rank and the test wait for each other."""
     told: str = ""
     """A file that is made when it happens."""
+    went_on: str = ""
+    """A file that is made when a rank of a later attempt asks for its checkpoint."""
     checkpoints: str = ""
     """A directory in which a checkpoint is to be complete before it happens."""
 

@@ -13,14 +13,17 @@ from types import TracebackType
 from typing import Any
 
 from horovodrunner import validation as checked
-from horovodrunner.errors import ArgumentTypeError
+from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, ConfigurationError
 from horovodrunner.placement.environment import FAULTS
 from horovodrunner.processes.driver.channel import DriverChannel
-from horovodrunner.testing.fault import Fault, to_text
+from horovodrunner.testing.fault import Fault, from_text, to_text
 
 __all__ = ["Faults"]
 
 _LOOK_SECONDS = 0.01
+
+_MAX_CHARACTERS = 100_000
+"""Of all faults: Linux takes no variable of more than 128 KiB."""
 
 
 class Faults:
@@ -41,6 +44,7 @@ class Faults:
 
     def __init__(self) -> None:
         self._faults: list[Fault] = []
+        self._is_open = False
         self._before: str | None = None
         self._directory: Path | None = None
         self._cutter: threading.Thread | None = None
@@ -48,6 +52,7 @@ class Faults:
 
     def __enter__(self) -> Faults:
         self._before = os.environ.get(FAULTS)
+        self._is_open = True
         return self
 
     def __exit__(
@@ -56,6 +61,7 @@ class Faults:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._is_open = False
         self._ended.set()
         if self._cutter is not None:
             self._cutter.join()
@@ -98,8 +104,16 @@ class Faults:
             raise ArgumentTypeError(
                 f"error={checked.shown(error)}: give an exception, such as ValueError('no luck')"
             )
-        pickled = cloudpickle.dumps(error).hex()
-        self._add("raise", rank, at_step, attempt, exception=pickled)
+        try:
+            pickled = cloudpickle.dumps(error)
+            cloudpickle.loads(pickled)
+        except Exception as problem:
+            raise ArgumentTypeError(
+                f"error={checked.shown(error)}: it cannot travel to the rank "
+                f"({type(problem).__name__}: {problem}). Exceptions are made anew from args: give "
+                "super().__init__() all that __init__ takes"
+            ) from problem
+        self._add("raise", rank, at_step, attempt, exception=pickled.hex())
 
     def lose_executor(self, rank: int, at_step: int = 0, *, attempt: int = 1) -> None:
         """Kill the executor that the rank runs in, with all its tasks; needs np > 0.
@@ -124,6 +138,8 @@ class Faults:
             How much longer.
         """
         seconds = checked.seconds("seconds_per_step", seconds_per_step)
+        if seconds > threading.TIMEOUT_MAX:
+            raise ArgumentValueError(f"seconds_per_step={seconds:g}: no step takes for so long")
         self._add("slow", rank, at_step, attempt, seconds=seconds)
 
     def fill_disk(self, rank: int, at_step: int = 0, *, attempt: int = 1) -> None:
@@ -163,24 +179,39 @@ class Faults:
             checked.integer("attempt", attempt, at_least=0),
             **more,
         )
-        self._faults.append(fault)
-        os.environ[FAULTS] = to_text(self._faults)
+        if not self._is_open:
+            raise ConfigurationError(
+                "faults are added within a block, after which there are none any more: "
+                "with Faults() as faults: ..., or the fixture faults in pytest"
+            )
+        self._publish([*self._faults, fault])
+
+    def _publish(self, faults: list[Fault]) -> None:
+        """Let runs see them, and those of a block around this one."""
+        text = to_text([*from_text(self._before or "[]"), *faults])
+        if len(text) > _MAX_CHARACTERS:
+            raise ArgumentValueError(
+                f"this test's faults have {len(text)} characters, and {_MAX_CHARACTERS} travel to "
+                "the ranks: raise an exception with less in it"
+            )
+        self._faults = faults
+        os.environ[FAULTS] = text
 
     def _cut(self) -> None:
         while not self._ended.wait(_LOOK_SECONDS):
             for fault in self._faults:
                 place, done = Path(fault.place or "/nowhere"), Path(f"{fault.place}.done")
-                if fault.place and place.exists() and not done.exists():
-                    DriverChannel.cut_all()
+                nothing = Path(f"{fault.place}.nothing")
+                if place.exists() and not (done.exists() or nothing.exists()):
+                    was_there = DriverChannel.cut_all()
                     with contextlib.suppress(OSError):
-                        done.touch()
+                        (done if was_there else nothing).touch()
 
-    def note_in(self, file: Path) -> None:
-        """Let faults that are known by now create a file when they happen."""
-        self._faults = [replace(each, told=str(file)) for each in self._faults]
-        os.environ[FAULTS] = to_text(self._faults)
+    def note_in(self, happened: Path, went_on: Path) -> None:
+        """Let faults that are known by now create files: when they happen, and if main goes on."""
+        told, later = str(happened), str(went_on)
+        self._publish([replace(each, told=told, went_on=later) for each in self._faults])
 
     def after_checkpoint(self, directory: Path) -> None:
         """Let faults that are known by now wait until there is a checkpoint to go on from."""
-        self._faults = [replace(each, checkpoints=str(directory)) for each in self._faults]
-        os.environ[FAULTS] = to_text(self._faults)
+        self._publish([replace(each, checkpoints=str(directory)) for each in self._faults])

@@ -26,9 +26,11 @@ class StepFaults:
 
     def __init__(self, job: Job, text: str) -> None:
         self._job = job
+        faults = from_text(text)
+        self._went_on = [each.went_on for each in faults if 0 < each.attempt < job.attempt]
         self._waiting = [
             fault
-            for fault in from_text(text)
+            for fault in faults
             if fault.rank == job.rank and fault.attempt in (0, job.attempt)
         ]
         self._owner = os.getpid()
@@ -46,6 +48,11 @@ class StepFaults:
             if fault.told:
                 Path(fault.told).touch()
             getattr(self, f"_{fault.kind}")(fault)
+
+    def latest_is_asked_for(self) -> None:
+        """Note that main asks for the checkpoint that it is to go on from."""
+        for file in filter(None, self._went_on):
+            Path(file).touch()
 
     def _kill(self, _: Fault) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -76,9 +83,18 @@ class StepFaults:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
 
     def _cut_driver(self, fault: Fault) -> None:
-        wanted, done = Path(fault.place), Path(f"{fault.place}.done")
-        wanted.touch()
-        self._wait(done.exists, "the test's process did not cut the connection")
+        place, done = Path(fault.place), Path(f"{fault.place}.done")
+        nothing = Path(f"{fault.place}.nothing")
+        place.touch()
+        self._wait(
+            lambda: done.exists() or nothing.exists(),
+            "the test's process did not cut the connection",
+        )
+        if nothing.exists():
+            raise ConfigurationError(
+                f"faults.cut_driver(rank={self._job.rank}): this run has no connection to its "
+                "driver. It needs np > 0: the fixture spark_cluster has executors"
+            )
 
     def _wait_for_checkpoint(self, fault: Fault) -> None:
         root = Path(fault.checkpoints)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import tempfile
+import sys
 import threading
 import time
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -16,68 +20,95 @@ __all__ = ["end_what_is_left", "present"]
 LEAVING_SECONDS = 10.0
 """How long what is left may take to leave by itself. Only a test that fails waits for so long."""
 
-_SESSIONS = ("java", "pyspark.daemon", "pyspark/daemon", "resource_tracker", "--keep-warm")
+MARK = "HOROVOD_LEAKS_OF"
+"""Inherited by all that a test starts, in ranks on executors, too: HOROVOD_* travels."""
+
+_SESSIONS = ("pyspark.daemon", "pyspark/daemon", "resource_tracker")
 """Commands of what belongs to a session, not to a run."""
+
+_FORKING = ("--keep-warm", "multiprocessing.forkserver")
+"""The same, but their forks, which have the same command, belong to who asked for them."""
 
 _OURS = "horovodrunner"
 
-
-def present() -> set[str]:
-    """List what there is: children of this process, its threads and ports, and files of runs."""
-    return {*_processes(), *_threads(), *_ports(), *_files()}
+_made: set[str] = set()
+"""Temporary files of this process; other test sessions have theirs in the same directory."""
 
 
-def end_what_is_left(before: set[str]) -> list[str]:
+def present() -> dict[object, str]:
+    """Return what there is, with a text for each."""
+    _mark()
+    return dict([*_processes(), *_threads(), *_ports(), *_files()])
+
+
+def end_what_is_left(before: Mapping[object, str]) -> list[str]:
     """Wait until nothing is there that was not before; return what stays, and kill processes."""
     end_by = time.monotonic() + LEAVING_SECONDS
-    while (left := present() - before) and time.monotonic() < end_by:
+    while (left := _without(before)) and time.monotonic() < end_by:
         time.sleep(0.02)
-    for what in left:
-        kind, number, *_ = what.split()
-        if kind == "process":
+    for process in left:
+        if isinstance(process, psutil.Process):
             with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(int(number.rstrip(":")))
                 for each in [*process.children(recursive=True), process]:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         each.kill()
-    return sorted(left)
+    return sorted(left.values())
 
 
-def _processes() -> set[str]:
-    found = set()
-    for child in psutil.Process().children(recursive=True):
+def _without(before: Mapping[object, str]) -> dict[object, str]:
+    return {what: text for what, text in present().items() if what not in before}
+
+
+@functools.cache
+def _mark() -> str:
+    """Let what is started and made from now on be known as this process's."""
+    sys.addaudithook(_note_file)
+    # tests around these ones find what begins with their mark
+    mark = os.environ[MARK] = f"{os.environ.get(MARK, '')}/{uuid.uuid4().hex}"
+    return mark
+
+
+def _note_file(event: str, arguments: tuple[Any, ...], made: set[str] = _made) -> None:
+    if event in ("tempfile.mkdtemp", "tempfile.mkstemp"):
+        made.add(str(arguments[0]))
+
+
+def _processes() -> Iterator[tuple[object, str]]:
+    children = set(psutil.Process().children(recursive=True))
+    for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            command = " ".join(child.cmdline())
-            is_of_session = any(word in command for word in _SESSIONS)
-            if command and not is_of_session and child.status() != psutil.STATUS_ZOMBIE:
-                found.add(f"process {child.pid}: {command[:200]}")
-    return found
+            if process in children or process.environ().get(MARK, "").startswith(_mark()):
+                command = " ".join(process.cmdline())
+                if command and not _is_of_session(process, command):
+                    yield process, f"process {process.pid}: {command[:200]}"
 
 
-def _threads() -> set[str]:
-    return {
-        f"thread {thread.name}"
-        for thread in threading.enumerate()
-        if thread.name.startswith((_OURS, "asyncio")) or not thread.daemon
-    }
+def _is_of_session(process: psutil.Process, command: str) -> bool:
+    if process.status() == psutil.STATUS_ZOMBIE or process.name() == "java":
+        return True
+    for word in _FORKING:
+        if word in command:
+            parent = process.parent()
+            return parent is None or word not in " ".join(parent.cmdline())
+    return any(word in command for word in _SESSIONS)
 
 
-def _ports() -> set[str]:
+def _threads() -> Iterator[tuple[object, str]]:
+    for thread in threading.enumerate():
+        if thread.name.startswith((_OURS, "asyncio")) or not thread.daemon:
+            yield thread, f"thread {thread.name}"
+
+
+def _ports() -> Iterator[tuple[object, str]]:
     with contextlib.suppress(psutil.Error):
-        return {
-            f"port {each.laddr.port}"
-            for each in psutil.Process().net_connections("tcp")
-            if each.status == psutil.CONN_LISTEN
-        }
-    return set()
+        for each in psutil.Process().net_connections("tcp"):
+            if each.status == psutil.CONN_LISTEN:
+                yield each.laddr, f"port {each.laddr.port}"
 
 
-def _files() -> set[str]:
-    root = Path(tempfile.gettempdir())
-    own = os.getuid()
-    found = set()
-    for path in root.glob(f"{_OURS}*"):
-        with contextlib.suppress(OSError):
-            if path.stat().st_uid == own:
-                found.add(f"file {path}")
-    return found
+def _files() -> Iterator[tuple[object, str]]:
+    for path in list(_made):
+        if not Path(path).exists():
+            _made.discard(path)
+        elif Path(path).name.startswith(_OURS):
+            yield path, f"file {path}"

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from horovodrunner.testing.faults import Faults
 
 LEAKS = "horovodrunner_leaks"
+_PRESENT = pytest.StashKey["dict[object, str]"]()
+"""What there is before a test: see horovodrunner.testing.leaks."""
 
 _INI = {
     "executors": "executors of the fixtures spark_cluster and spark_connect_cluster (2)",
@@ -64,21 +66,36 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Any:
-    """Look what a test has left behind, where that is wanted."""
-    if not (item.config.getoption(LEAKS) or item.get_closest_marker(LEAKS)):
-        return (yield)
-    from horovodrunner.testing import leaks
+    """Look what there is before the test, where that is wanted."""
+    if item.config.getoption(LEAKS) or item.get_closest_marker(LEAKS):
+        from horovodrunner.testing import leaks
 
-    before = leaks.present()
+        item.stash[_PRESENT] = leaks.present()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Any:
+    """Look what it has left behind, when its fixtures have cleaned up."""
     try:
         result = yield
     except BaseException:
-        if left := leaks.end_what_is_left(before):
-            item.add_report_section("call", "left behind", "\n".join(left))
+        if left := _left_behind(item):
+            item.add_report_section("teardown", "left behind", "\n".join(left))
         raise
-    if left := leaks.end_what_is_left(before):
+    if left := _left_behind(item):
         pytest.fail(f"left behind: {', '.join(left)}", pytrace=False)
     return result
+
+
+def _left_behind(item: pytest.Item) -> list[str]:
+    before = item.stash.get(_PRESENT, None)
+    if before is None:
+        return []
+    from horovodrunner.testing import leaks
+
+    del item.stash[_PRESENT]
+    return leaks.end_what_is_left(before)
 
 
 @pytest.fixture(scope="session")
@@ -144,9 +161,10 @@ def spark_connect_cluster(request: pytest.FixtureRequest, _spark_clusters: Clust
 @pytest.fixture
 def simulated_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
     """Return what lets runs with np < 0 find so many GPUs; on Spark the marker does it."""
+    from horovodrunner import validation as checked
 
     def simulate(number: int) -> list[str]:
-        names = [str(each) for each in range(number)]
+        names = [str(each) for each in range(checked.integer("number", number, at_least=0))]
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(names))
         return names
 
@@ -169,10 +187,13 @@ def horovod_runner(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def run_ranks(horovod_runner: Any) -> Callable[[int], Callable[..., list[Any]]]:
     """Return what runs ranks on this machine: ``run_ranks(2)(train, lr=0.1)`` is a list by rank."""
+    from horovodrunner import validation as checked
 
     def ranks(number: int = 2) -> Callable[..., list[Any]]:
+        number = checked.integer("number", abs(checked.integer("number", number)), at_least=1)
+
         def run(main: Callable[..., Any], /, **kwargs: Any) -> list[Any]:
-            runner = horovod_runner(np=-abs(number), results="all")
+            runner = horovod_runner(np=-number, results="all")
             runner.run(main, **kwargs)
             return list(runner.results)
 
@@ -182,11 +203,20 @@ def run_ranks(horovod_runner: Any) -> Callable[[int], Callable[..., list[Any]]]:
 
 
 @pytest.fixture
-def training_data() -> Callable[[Any], Any]:
-    """Return what makes a data set of a table of pyarrow, pandas or dicts of columns."""
+def training_data(tmp_path: Path) -> Callable[..., Any]:
+    """Return what makes a data set of a table of pyarrow or pandas, or of a dict of columns."""
     from horovodrunner import data
 
-    return data.from_arrow
+    def make(table: Any, **options: Any) -> Any:
+        import pyarrow as pa
+
+        if isinstance(table, dict):
+            table = pa.table(table)
+        elif type(table).__module__.partition(".")[0] == "pandas":
+            table = pa.Table.from_pandas(table, preserve_index=False)
+        return data.from_arrow(table, **{"cache_dir": tmp_path / "training-data", **options})
+
+    return make
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_never_there():
     )
     assert outcomes(done) == {"failed": 4}, done.stdout
     said = re.sub(r"\s+", " ", done.stdout)
-    assert "rank 1 and rank 0 have different weights:" in said
+    assert "rank 1 and rank 0 have different weights. Do they begin with the same ones" in said
     assert "layer.w: 3 of 3 numbers differ, by 1 at most" in said
     assert "2 ranks do not train to what one process does" in said
     assert "ends with other weights than an undisturbed one" in said
@@ -160,7 +160,7 @@ def test_passes(horovod_runner):
 
 
 LEAKING = """
-import os, subprocess, tempfile, threading, pytest
+import os, subprocess, sys, tempfile, threading, pytest
 from horovodrunner.testing import leaks
 
 leaks.LEAVING_SECONDS = 0.5  # what a test leaves here would stay for ever
@@ -183,6 +183,24 @@ def test_port():
 def test_nothing(horovod_runner):
     horovod_runner(np=-1).run(os.getpid)
 
+def serve():
+    subprocess.Popen(["sleep", "600"], start_new_session=True)
+
+def test_server_of_a_rank(horovod_runner):
+    horovod_runner(np=-1).run(serve)
+
+def test_daemon():
+    subprocess.run(["setsid", "--fork", "sleep", "600"], check=True)
+
+def test_other_sessions_have_files_there():
+    code = "import tempfile; tempfile.mkdtemp(prefix='horovodrunner-theirs-')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+def test_fixtures_clean_up(request, faults):
+    child = subprocess.Popen(["sleep", "600"])
+    request.addfinalizer(lambda: (child.kill(), child.wait()))
+    faults.cut_driver()
+
 def test_fails_for_another_reason(request):
     if request.config.getoption("horovodrunner_leaks"):
         tempfile.mkdtemp(prefix="horovodrunner-late-")
@@ -194,13 +212,14 @@ def test_leaks_fail_where_that_is_wanted(
     suite: Suite, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("theirs")))
-    quiet = LEAKING.replace('"sleep", "600"', '"sleep", "0.1"').replace("== -9", "in (0, -9)")
-    assert outcomes(suite(quiet, "-W", "ignore")) == {"passed": 6}
+    quiet = LEAKING.replace('"600"', '"0.1"').replace("== -9", "in (0, -9)")
+    assert outcomes(suite(quiet, "-W", "ignore")) == {"passed": 10}
     done = suite(LEAKING, "--horovodrunner-leaks", "-W", "ignore")
-    assert outcomes(done) == {"passed": 2, "failed": 4}, done.stdout
+    assert outcomes(done) == {"passed": 9, "failed": 1, "errors": 6}, done.stdout
     assert "ValueError: its own reason" in done.stdout
     assert "horovodrunner-late-" in done.stdout
-    for what in ("left behind: process", "left behind: file", "left behind: port"):
+    assert len(re.findall("^left behind: process", done.stdout, re.MULTILINE)) == 3
+    for what in ("left behind: file", "left behind: port"):
         assert what in done.stdout
 
 
@@ -309,3 +328,112 @@ def test_number(spark_cluster): ...
     assert "spark_cluster(executor=...): it takes executors, cores" in said
     assert "give names, spark_cluster(executors=2, cores=1)" in said
     assert "cores=0" in said
+
+
+def test_faults_that_cannot_happen_are_refused(suite: Suite) -> None:
+    done = suite(
+        TRAIN
+        + """
+from horovodrunner import ArgumentTypeError, ArgumentValueError, ConfigurationError
+
+class Odd(Exception):
+    def __init__(self, what, why):
+        super().__init__(what)
+
+def test_an_exception_that_cannot_travel(faults):
+    with pytest.raises(ArgumentTypeError, match="cannot travel to the rank .TypeError"):
+        faults.raise_in(1, Odd("a", "b"))
+    with pytest.raises(ArgumentValueError, match="faults have 2.* characters"):
+        faults.raise_in(1, ValueError("x" * 100_000))
+    with pytest.raises(ArgumentValueError, match="seconds_per_step=inf"):
+        faults.slow(1, float("inf"))
+    assert "HOROVODRUNNER_FAULTS" not in os.environ
+
+def test_only_within_a_block():
+    with Faults() as faults:
+        pass
+    for each in Faults(), faults:
+        with pytest.raises(ConfigurationError, match="within a block"):
+            each.kill(1)
+    assert "HOROVODRUNNER_FAULTS" not in os.environ
+
+def test_those_of_a_block_around(horovod_runner, faults):
+    faults.kill(1)
+    with Faults() as inner:
+        inner.slow(0, 0.001)
+        with pytest.raises(WorkerFailedError, match="rank 1 .*SIGKILL"):
+            horovod_runner().run(train)
+
+def test_there_is_no_connection_to_cut(horovod_runner, faults):
+    faults.cut_driver(rank=1, at_step=1)
+    with pytest.raises(WorkerFailedError, match="no connection to its driver. It needs np > 0"):
+        horovod_runner().run(train)
+"""
+    )
+    assert outcomes(done) == {"passed": 4}, done.stdout
+
+
+def test_what_no_restart_shows(suite: Suite) -> None:
+    done = suite(
+        TRAIN
+        + """
+def begins_anew(steps=4):
+    for step in range(steps):
+        with checkpoint.save(step=step):
+            pass
+    return np.ones(2)
+
+def saves_nothing(steps=4):
+    for step in range(steps):
+        metrics.report(step=step)
+    return np.ones(2)
+
+def is_random(steps=4):
+    return train(steps) + np.random.default_rng().normal()
+
+def each_its_own(steps=6):
+    rank, latest = int(os.environ["RANK"]), checkpoint.latest()
+    weights, start = np.zeros(2), 0
+    if latest is not None:
+        weights = np.load(latest / "w.npy") if rank == 0 else np.ones(2)
+        start = latest.step + 1
+    for step in range(start, steps):
+        weights = weights / 2 + rank * step
+        with checkpoint.save(step=step, ranks="all") as directory:
+            np.save(directory / "w.npy", weights)
+    return weights
+
+@pytest.mark.parametrize(("main", "told"), [
+    (begins_anew, "train began anew"),
+    (saves_nothing, "train saved no checkpoint"),
+    (is_random, "two undisturbed runs end with different weights"),
+    (each_its_own, "rank 1: 2 of 2 numbers differ"),
+])
+def test_it(main, told):
+    with pytest.raises(AssertionError, match=told):
+        assert_resumes(main, at_step=3)
+"""
+    )
+    assert outcomes(done) == {"passed": 4}, done.stdout
+
+
+def test_runners_and_data_are_what_was_asked_for(suite: Suite) -> None:
+    done = suite("""
+import pytest
+from horovodrunner import ArgumentTypeError, ArgumentValueError
+
+def test_data(training_data):
+    pandas, pa = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    columns = {"x": [1.0, 2.0]}
+    for table in columns, pa.table(columns), pandas.DataFrame(columns):
+        assert len(training_data(table)) == 2
+
+def test_numbers(run_ranks, simulated_gpus):
+    with pytest.raises(ArgumentTypeError, match="number='2'"):
+        run_ranks("2")
+    with pytest.raises(ArgumentValueError, match="number=0"):
+        run_ranks(0)
+    with pytest.raises(ArgumentValueError, match="number=-1"):
+        simulated_gpus(-1)
+""")
+    assert outcomes(done) == {"passed": 2}, done.stdout

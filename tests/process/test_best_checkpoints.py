@@ -29,9 +29,11 @@ LOSSES = [0.9, 0.3, 0.5, 0.4, math.nan, 0.7, 0.8, 0.3]
 
 def is_stored(location: str, step: int) -> bool:
     """Whether the checkpoint of a step is stored, or a later one, for which it was deleted."""
-    places = [Path(location), *Path(location).glob("run-*")]  # what is on its way comes and goes
-    found = (path for place in places for path in place.glob("step-*/manifest.json"))
-    return any(int(path.parent.name.removeprefix("step-")) >= step for path in found)
+    return any(
+        int(Path(here).name.removeprefix("step-")) >= step
+        for here, _, names in os.walk(location)  # unlike rglob(), whatever goes meanwhile
+        if "manifest.json" in names and Path(here).name.startswith("step-")
+    )
 
 
 def train(location: str, epochs: int, ranks: int | str = 0, dies_at: int = -1) -> int:

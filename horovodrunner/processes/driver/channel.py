@@ -157,13 +157,18 @@ class DriverChannel:
             ) from error
 
     @classmethod
-    def cut_all(cls) -> None:
-        """Close the ports and connections of this process's runs, as a broken network would."""
-        for channel in list(cls._open):
+    def cut_all(cls) -> bool:
+        """Close the ports and connections of this process's runs, as a broken network would.
+
+        Return whether there were any.
+        """
+        channels = list(cls._open)
+        for channel in channels:
             cutting = asyncio.run_coroutine_threadsafe(channel._server.cut(), channel._loop)
             cutting.result(CLOSE_SECONDS)
             for transfer in list(channel._transfers):
                 transfer.close()
+        return bool(channels)
 
     def stop_run(self) -> None:
         """Ask partition 0 to end the run."""

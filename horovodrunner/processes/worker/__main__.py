@@ -25,7 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from horovodrunner.errors import PayloadError
 from horovodrunner.flows.call.import_path import before_stdlib
@@ -60,6 +60,9 @@ from horovodrunner.processes.worker.watch import collective_of
 from horovodrunner.wire.events import Ended, Job, Ready
 from horovodrunner.wire.signals import STACK_SIGNAL
 
+if TYPE_CHECKING:
+    from horovodrunner.testing.injection import StepFaults
+
 _logger = logging.getLogger("horovodrunner.processes.worker")
 
 _PEER_LOSS_TYPES = ("HorovodInternalError", "HorovodShutdownError", "DistBackendError")
@@ -93,7 +96,9 @@ def main() -> int:
     imported_at = time.time()
     _logger.debug("has imported %s; waits for its job", arguments.early_imports)
     spec, call = control.wait_for_job()
-    set_context(WorkerContext(spec, link, control, metrics, _faults(spec)))
+    faults = _faults(spec)
+    on_latest = None if faults is None else faults.latest_is_asked_for
+    set_context(WorkerContext(spec, link, control, metrics, faults, on_latest))
     _logger.debug("is rank %d; main and its arguments have %d bytes", spec.rank, len(call))
     if spec.preflight:
         from horovodrunner.flows.preflight.worker import measure
@@ -116,7 +121,7 @@ def main() -> int:
     return exit_code
 
 
-def _faults(spec: Job) -> Callable[[int], None] | None:
+def _faults(spec: Job) -> StepFaults | None:
     """Return what lets faults of a test happen, if there are any."""
     if (text := os.environ.get(FAULTS)) is None:
         return None

@@ -89,6 +89,8 @@ class WorkerContext:
     metrics: MetricsPipe
     on_step: Callable[[int], None] | None = None
     """Called with each step that main gets to, where a test wants faults to happen."""
+    on_latest: Callable[[], None] | None = None
+    """Called when main asks for the latest checkpoint, in such a test."""
 
 
 _context: WorkerContext | None = None
