@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import errno
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
+from horovodrunner.flows.checkpoints.driver import CheckpointReceiver
 from horovodrunner.flows.checkpoints.manifest import Manifest, Part
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.checkpoints.task import parts as parts_module
@@ -19,10 +21,12 @@ from horovodrunner.flows.checkpoints.task.parts import PartKeeper
 from horovodrunner.flows.checkpoints.task.uploading import CheckpointUploader
 from horovodrunner.wire.events import (
     CheckpointStored,
+    DiscardCheckpoint,
     Ended,
     Event,
     PartSaved,
     Sink,
+    UploadPart,
     decode,
     dispatcher,
     encode,
@@ -455,3 +459,22 @@ def test_a_damaged_part_is_found_before_it_is_used(
     assert found.step == 1
     (sentence,) = sentences
     assert "step-00000002 is damaged and skipped: rank-3/state" in sentence
+
+
+def test_a_part_that_still_comes_when_its_checkpoint_is_given_up_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    """As from a task that partition 0 has lost, and that goes on sending."""
+    receiver = CheckpointReceiver(CheckpointStore(tmp_path, keep=3))
+    put, discard = (receiver.handlers[kind].handle for kind in (UploadPart, DiscardCheckpoint))
+
+    def coming() -> Iterator[Any]:
+        yield Piece("first", 1, [b"1"])
+        assert discard(DiscardCheckpoint("run-1", "place"), iter(())) is None
+        assert list(tmp_path.iterdir()) == []
+        yield Piece("second", 1, [b"2"])
+        raise ConnectionResetError("the task is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        put(UploadPart("run-1", "place", 4, 1), coming())
+    assert list(tmp_path.iterdir()) == []

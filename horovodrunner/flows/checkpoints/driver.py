@@ -93,8 +93,7 @@ class CheckpointReceiver:
     def close(self) -> None:
         """Delete what has come of checkpoints that did not become complete."""
         while self._incoming:
-            _, incoming = self._incoming.popitem()
-            self._store.discard(incoming.place)
+            self._give_up(self._incoming.popitem()[1])
 
     def _put(self, request: UploadCheckpoint, pieces: Iterator[Piece]) -> None:
         self._store.put_pieces(request.step, pieces, request.metrics)
@@ -105,7 +104,11 @@ class CheckpointReceiver:
             if incoming is None:
                 incoming = _Incoming(self._store.begin(request.step))
                 self._incoming[request.place] = incoming
-        part = self._store.put_part(incoming.place, _rank_of(request.rank), pieces)
+        try:
+            part = self._store.put_part(incoming.place, _rank_of(request.rank), pieces)
+        finally:
+            if incoming.is_given_up:  # because of another rank, while this one's was coming
+                self._give_up(incoming)
         incoming.files.update((file.path, file) for file in part.files)
         content = part.to_json().encode()
         return [Piece("part", len(content), [content])]
@@ -121,6 +124,11 @@ class CheckpointReceiver:
     def _discard(self, request: DiscardCheckpoint, pieces: Iterator[Piece]) -> None:
         incoming = self._incoming.pop(request.place, None)
         if incoming is not None:
+            self._give_up(incoming)
+
+    def _give_up(self, incoming: _Incoming) -> None:
+        with incoming.giving_up:
+            incoming.is_given_up = True
             self._store.discard(incoming.place)
 
     def _find_latest(self, request: FindCheckpoint, pieces: Iterator[Piece]) -> Iterable[Piece]:
@@ -154,3 +162,5 @@ class _Incoming:
 
     place: str
     files: dict[str, StoredFile] = field(default_factory=dict)
+    is_given_up: bool = False
+    giving_up: threading.Lock = field(default_factory=threading.Lock)
