@@ -7,6 +7,7 @@ Nothing is forced to the disk. What a power failure tears, the hashes in the man
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import secrets
@@ -318,7 +319,10 @@ class RemoteStorage:
         return int(self._call("info", path)["size"])
 
     def open(self, path: str) -> BinaryIO:
-        return cast(BinaryIO, self._call("open", path, mode="rb"))
+        stream = self._call("open", path, mode="rb")
+        if type(stream).__name__ == "MemoryFile":  # one for all who read it
+            return io.BytesIO(stream.getvalue())
+        return cast(BinaryIO, stream)
 
     def read(self, path: str, start: int, end: int) -> bytes:
         """Read a part of a file."""

@@ -17,6 +17,7 @@ from horovodrunner.flows.checkpoints.driver import CheckpointReceiver
 from horovodrunner.flows.checkpoints.manifest import Manifest, Part
 from horovodrunner.flows.checkpoints.store import CheckpointStore
 from horovodrunner.flows.checkpoints.task import parts as parts_module
+from horovodrunner.flows.checkpoints.task import uploading
 from horovodrunner.flows.checkpoints.task.parts import PartKeeper
 from horovodrunner.flows.checkpoints.task.uploading import CheckpointUploader
 from horovodrunner.wire.events import (
@@ -360,10 +361,14 @@ def test_ranks_that_run_ahead_take_bounded_space(store: Store, tmp_path: Path) -
             for step in range(30):
                 run.save_all(step, ranks=[0])
             await until(lambda: len(run.left()) <= 4)
-            assert "step 1 has 1 of 4 ranks' files: ranks 1, 2 and 3 had not" in run.errors[0]
+            (note,) = run.notes
+            assert "step 1 is skipped, because ranks 1, 2 and 3 had not saved it yet" in note
             run.uploader.no_more()
             assert await run.uploader.drain(10)
-            assert len(run.errors) == 30
+            assert len(run.errors) == 4
+            assert (
+                "step 29 has 1 of 4 ranks' files: rank 1 did not save its own; " in run.errors[-1]
+            )
             await until(lambda: not run.left())
             run.save_all(0, ranks=[1])
             await until(lambda: not run.left())
@@ -478,3 +483,42 @@ def test_a_part_that_still_comes_when_its_checkpoint_is_given_up_leaves_nothing(
     with pytest.raises(OSError, match="gone"):
         put(UploadPart("run-1", "place", 4, 1), coming())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_saves_a_later_step_has_passed_over_an_earlier_one(
+    store: Store, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        async with running(store, tmp_path / "scratch") as run:
+            run.save_all(1, ranks=[0, 1, 2])
+            run.save_all(2, ranks=[0, 1, 3])
+            (text,) = run.errors
+            assert "step 1 has 3 of 4 ranks' files: rank 3 did not save it" in text
+            run.save_all(2, ranks=[2])
+            assert await run.uploader.drain(10)
+            assert steps(store) == [2]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_network_that_breaks_at_the_commit_is_tried_again(
+    store: Store, tmp_path: Path, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, errors = store.commit, [ConnectionResetError("gone")] * times
+    monkeypatch.setattr(uploading, "RETRY_SECONDS", 0.01)
+
+    def break_off(*arguments: Any) -> Manifest:
+        if errors:
+            raise errors.pop()
+        return commit(*arguments)
+
+    monkeypatch.setattr(store, "commit", break_off)
+
+    async def scenario() -> None:
+        async with running(store, tmp_path / "scratch") as run:
+            run.save_all(1)
+            assert await run.uploader.drain(10)
+            assert (steps(store), len(run.errors)) == (([1], 0) if times == 2 else ([], 1))
+
+    asyncio.run(scenario())

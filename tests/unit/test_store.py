@@ -632,3 +632,12 @@ def test_everybody_may_read_what_umask_allows(tmp_path: Path) -> None:
     os.umask(umask)
     assert (tmp_path / "step-00000001").stat().st_mode & 0o777 == 0o777 & ~umask
     assert json.loads((tmp_path / "step-00000001/manifest.json").read_text())["step"] == 1
+
+
+def test_a_file_may_be_read_twice_at_once(location: str) -> None:
+    store = CheckpointStore(location, keep=3)
+    manifest = save(store, 1)
+    first, second = store.pieces(manifest), store.pieces(manifest)
+    begun = next(first)
+    assert next(second).read() == CONTENT[begun.name]
+    assert begun.read() == CONTENT[begun.name]

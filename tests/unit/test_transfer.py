@@ -23,8 +23,9 @@ import pytest
 from horovodrunner.flows.artifacts.driver import BroughtFiles
 from horovodrunner.flows.checkpoints.driver import CheckpointReceiver
 from horovodrunner.flows.checkpoints.manifest import Manifest
-from horovodrunner.flows.checkpoints.store import CheckpointStore
+from horovodrunner.flows.checkpoints.store import CheckpointStore, draft
 from horovodrunner.flows.checkpoints.task.backend import DriverBackend
+from horovodrunner.flows.checkpoints.tree import pieces_of_tree
 from horovodrunner.flows.logs.driver import Console
 from horovodrunner.flows.results.driver import ResultStore
 from horovodrunner.processes.driver.channel import DriverChannel
@@ -807,3 +808,17 @@ def test_whatever_a_peer_sends_the_driver_goes_on_and_keeps_nothing(
     assert driver.incoming() == []
     assert stored_tree(driver, 1) == tree(source)
     assert driver.backend().find_latest()[1] == []
+
+
+def test_a_commit_whose_answer_did_not_arrive_may_be_sent_again(
+    driver: Driver, source: Path
+) -> None:
+    backend = driver.backend()
+    place = backend.begin(4)
+    part = backend.put_part(place, 0, pieces_of_tree(source))
+    manifest = draft(4, [part], world_size=1)
+    for _ in range(2):
+        backend.commit(place, manifest)
+    assert [each.step for each in driver.store.manifests()] == [4]
+    with pytest.raises(OSError, match="KeyError"):
+        backend.commit(backend.begin(5), manifest)

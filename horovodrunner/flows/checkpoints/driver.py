@@ -77,6 +77,7 @@ class CheckpointReceiver:
     def __init__(self, store: CheckpointStore) -> None:
         self._store = store
         self._incoming: dict[str, _Incoming] = {}
+        self._committed: set[str] = set()
         self._lock = threading.Lock()
         turns = threading.Semaphore(MAX_UPLOADS)
         title = "a checkpoint's transfer"
@@ -115,11 +116,14 @@ class CheckpointReceiver:
 
     def _commit(self, request: CommitCheckpoint, pieces: Iterator[Piece]) -> None:
         (manifest,) = (Manifest.from_json(piece.read().decode()) for piece in pieces)
+        if request.place in self._committed:
+            return  # the answer to an earlier try did not arrive
         incoming = self._incoming[request.place]
         if {file.path: file for file in manifest.files} != incoming.files:
             raise ValueError("the files that the manifest names are not those that have come")
         self._store.commit(incoming.place, manifest)
         del self._incoming[request.place]
+        self._committed.add(request.place)
 
     def _discard(self, request: DiscardCheckpoint, pieces: Iterator[Piece]) -> None:
         incoming = self._incoming.pop(request.place, None)

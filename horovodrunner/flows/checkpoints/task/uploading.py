@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from horovodrunner.flows.checkpoints.manifest import Part, directory_of
+from horovodrunner.flows.checkpoints.manifest import Manifest, Part, directory_of
 from horovodrunner.flows.checkpoints.store import draft
 from horovodrunner.flows.checkpoints.task.backend import CheckpointBackend
 from horovodrunner.flows.checkpoints.task.parts import PUT_ATTEMPTS, RETRY_SECONDS, delete_tree
@@ -107,7 +107,7 @@ class CheckpointUploader:
         self._changed = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._has_warned = False
+        self._warned: set[str] = set()
         self.has_saved = False
         """Whether main has saved any."""
         self.handlers: Handlers = {
@@ -141,7 +141,8 @@ class CheckpointUploader:
     def no_more(self) -> None:
         """Give up what some ranks have not saved yet: they will not."""
         for rank in self._hosts:
-            self._rank_is_gone(rank, "did not save its own")
+            self._gone.setdefault(rank, f"rank {rank} did not save its own")
+        self._give_up_incomplete()
 
     async def run(self) -> None:
         """Store what is saved, until cancelled."""
@@ -189,6 +190,9 @@ class CheckpointUploader:
         if event.problem:
             self._give_up(save, {event.rank}, event.problem)
             return
+        for older in self._saves_of_all()[: self._saves_of_all().index(save)]:
+            if event.rank not in older.ranks:  # every rank saves in order
+                self._give_up_passed_over(older)
         save.ranks.add(event.rank)
         if self._is_complete(save):
             self._take_complete(save)
@@ -203,8 +207,10 @@ class CheckpointUploader:
         incomplete = [each for each in self._saves if not self._is_complete(each)]
         if len(incomplete) > MAX_INCOMPLETE:
             # not the oldest: a rank that stays behind completes that one next
-            how = f"had not saved it yet when {MAX_INCOMPLETE} others waited, too"
-            self._give_up_passed_over(incomplete[1], how)
+            late = incomplete[1]
+            self._saves.remove(late)
+            self._drop(late)
+            self._warn_of_distance(late)
 
     def _take_complete(self, newest: _Save) -> None:
         """Let a checkpoint wait for its turn; what is older is not stored any more."""
@@ -213,8 +219,6 @@ class CheckpointUploader:
                 self._saves.remove(older)
                 self._drop(older)
                 self._warn_of_haste(older.step)
-            elif newest.is_of_all:  # every rank saves in order
-                self._give_up_passed_over(older)
         self._changed.set()
 
     def _next(self) -> _Save | None:
@@ -224,9 +228,9 @@ class CheckpointUploader:
                 return save
         return None
 
-    def _give_up_passed_over(self, save: _Save, how: str = "did not save it") -> None:
+    def _give_up_passed_over(self, save: _Save) -> None:
         missing = self._hosts.keys() - save.ranks
-        self._give_up(save, missing, f"{ranks_in_words(missing)} {how}")
+        self._give_up(save, missing, f"{ranks_in_words(missing)} did not save it")
 
     def _is_complete(self, save: _Save) -> bool:
         return save.ranks >= self._hosts.keys()
@@ -286,7 +290,7 @@ class CheckpointUploader:
             manifest = draft(
                 save.step, parts, save.metrics, world_size=len(self._hosts), copies=copies
             )
-            await in_thread(self._backend.commit, place, manifest)
+            await self._commit(place, manifest)
         except BaseException as error:
             if place:  # in a thread of its own: this may be the end of the run
                 threading.Thread(target=self._discard, args=[place], daemon=True).start()
@@ -298,6 +302,16 @@ class CheckpointUploader:
                 raise
         else:
             self._to_driver(CheckpointStored(save.step, dict(save.metrics)))
+
+    async def _commit(self, place: str, manifest: Manifest) -> None:
+        for _ in range(PUT_ATTEMPTS - 1):
+            try:
+                await in_thread(self._backend.commit, place, manifest)
+            except (ConnectionError, TimeoutError):
+                await asyncio.sleep(RETRY_SECONDS)  # the network may come back
+            else:
+                return
+        await in_thread(self._backend.commit, place, manifest)
 
     async def _store_parts(self, save: _Save, place: str) -> tuple[list[Part], dict[str, str]]:
         """Let all tasks store their parts, what is the same once; return these, and the copies."""
@@ -383,12 +397,23 @@ class CheckpointUploader:
         )
 
     def _warn_of_haste(self, step: int) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            self._note(
-                f"checkpoints are saved faster than they can be stored: step {step} is "
-                "skipped, the newest one wins (said once)"
-            )
+        self._warn(
+            f"checkpoints are saved faster than they can be stored: step {step} is skipped, the "
+            "newest one wins (said once)"
+        )
+
+    def _warn_of_distance(self, save: _Save) -> None:
+        missing = ranks_in_words(self._hosts.keys() - save.ranks)
+        self._warn(
+            f"the ranks are far apart: step {save.step} is skipped, because {missing} had not "
+            f"saved it yet when {MAX_INCOMPLETE} others waited, too (said once)"
+        )
+
+    def _warn(self, text: str) -> None:
+        about = text.partition(":")[0]
+        if about not in self._warned:
+            self._warned.add(about)
+            self._note(text)
 
 
 def _likely_copies(listed: Mapping[int, Mapping[str, list[Any]]]) -> dict[tuple[int, str], str]:
