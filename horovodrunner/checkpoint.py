@@ -30,16 +30,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from horovodrunner import validation as checked
 from horovodrunner.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
-from horovodrunner.flows.checkpoints import background
+from horovodrunner.flows.checkpoints.worker import background
 from horovodrunner.formatting import in_one_line
-from horovodrunner.processes.worker.context import WorkerContext, current_context, log_to_driver
+from horovodrunner.processes.worker.context import (
+    WorkerContext,
+    current_context,
+    log_to_driver,
+    notice,
+)
 from horovodrunner.random_state import RandomState
 from horovodrunner.wire.events import CheckpointSaved, Latest, LatestWanted, PartSaved
 
 if TYPE_CHECKING:
     from horovodrunner.flows.checkpoints.manifest import Manifest
-    from horovodrunner.flows.checkpoints.source import Source
-    from horovodrunner.flows.checkpoints.states import States
+    from horovodrunner.flows.checkpoints.worker.source import Source
+    from horovodrunner.flows.checkpoints.worker.states import States
 
 __all__ = [
     "Checkpoint",
@@ -128,8 +133,8 @@ class Checkpoint(type(Path())):  # type: ignore[misc]  # Path's class for this s
 
     def source(self) -> Source:
         """Return what reads parts of files of all ranks without fetching the rest."""
-        from horovodrunner.flows.checkpoints.source import NearFirst
-        from horovodrunner.flows.checkpoints.worker import TaskSource
+        from horovodrunner.flows.checkpoints.worker.ranges import TaskSource
+        from horovodrunner.flows.checkpoints.worker.source import NearFirst
 
         context = current_context()
         if context is None or self._manifest is None:
@@ -385,7 +390,7 @@ def save_torch(
     >>> model = torch.nn.Linear(2, 1)
     >>> save_torch(3, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     """
-    from horovodrunner.flows.checkpoints.states import Objects
+    from horovodrunner.flows.checkpoints.worker.states import Objects
 
     step = checked.integer("step", step, at_least=0)
     _check_objects("save_torch(step, ...)", objects)
@@ -401,7 +406,7 @@ def save_torch(
         background.start(lambda: _write_behind(step, copied, numbers))
     else:
         with _saving(step, states.is_sharded, numbers) as directory:
-            states.write(directory)
+            states.write(directory, is_rank_0=context is None or context.spec.rank == 0)
 
 
 def _write_behind(step: int, states: States, numbers: dict[str, float]) -> None:
@@ -409,7 +414,7 @@ def _write_behind(step: int, states: States, numbers: dict[str, float]) -> None:
     context = current_context()
     try:
         with _saving(step, states.is_sharded, numbers) as directory:
-            states.write(directory)
+            states.write(directory, is_rank_0=context is None or context.spec.rank == 0)
     except Exception as error:  # noqa: BLE001 - it is reported
         if context is None:
             log_to_driver(f"the checkpoint of step {step} was not written: {in_one_line(error)}")
@@ -463,10 +468,10 @@ def load_torch(**objects: _HasState) -> int:
     found = latest()
     if found is None:
         return 0
-    from horovodrunner.flows.checkpoints.loading import Loading
-    from horovodrunner.flows.checkpoints.states import Objects
+    from horovodrunner.flows.checkpoints.worker.loading import Loading
+    from horovodrunner.flows.checkpoints.worker.states import Objects
 
-    loading = Loading(Objects(objects), found)
+    loading = Loading(Objects(objects), found, notice)
     for name in objects:
         loading.load(name)
     return found.step + 1
@@ -504,8 +509,8 @@ def torch_reader(found: Checkpoint | str | os.PathLike[str], directory: str = ""
     >>> isinstance(torch_reader("/data/checkpoints/step-00000012"), StorageReader)
     True
     """
-    from horovodrunner.flows.checkpoints.shard_reader import ShardReader
-    from horovodrunner.flows.checkpoints.source import DirectorySource
+    from horovodrunner.flows.checkpoints.worker.shard_reader import ShardReader
+    from horovodrunner.flows.checkpoints.worker.source import DirectorySource
 
     if isinstance(found, Checkpoint) and found.world_size is not None:
         return ShardReader(found.source(), directory)

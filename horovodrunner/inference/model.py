@@ -25,7 +25,7 @@ from horovodrunner.errors import (
     PayloadError,
 )
 from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest, directory_of
-from horovodrunner.flows.checkpoints.source import INDEX_NAME
+from horovodrunner.flows.checkpoints.worker.source import INDEX_NAME
 from horovodrunner.formatting import format_bytes
 from horovodrunner.inference.chunks import Shipment
 from horovodrunner.inference.loading import Kind, ModelHandle

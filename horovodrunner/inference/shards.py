@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from horovodrunner.errors import CheckpointError
-from horovodrunner.flows.checkpoints.loading import Loading
 from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest, directory_of
-from horovodrunner.flows.checkpoints.shard_reader import ShardReader
-from horovodrunner.flows.checkpoints.source import Range
-from horovodrunner.flows.checkpoints.states import Objects
+from horovodrunner.flows.checkpoints.worker.loading import Loading
+from horovodrunner.flows.checkpoints.worker.shard_reader import ShardReader
+from horovodrunner.flows.checkpoints.worker.source import Range
+from horovodrunner.flows.checkpoints.worker.states import Objects
 from horovodrunner.storage import open_storage
 
 __all__ = ["load_shards"]
@@ -28,7 +28,7 @@ def load_shards(net: Any, location: str) -> Any:
             f"{location} has no sharded 'model', only {', '.join(sorted(names))}: give a function "
             "as build that loads it with checkpoint.torch_reader()"
         )
-    Loading(Objects({name: net}), saved).load(name)
+    Loading(Objects({name: net}), saved, lambda key, text: None).load(name)
     return net
 
 

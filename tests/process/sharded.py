@@ -157,7 +157,7 @@ def read_large(batch_bytes: int) -> list[int]:
     import torch
     import torch.distributed as dist
 
-    from horovodrunner.flows.checkpoints.shard_reader import ShardReader, load_into
+    from horovodrunner.flows.checkpoints.worker.shard_reader import ShardReader, load_into
 
     class Counting:
         def __init__(self, source: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from horovodrunner.flows.checkpoints.source import DirectorySource, NearFirst, Range
+from horovodrunner.flows.checkpoints.worker.source import DirectorySource, NearFirst, Range
 
 
 class Recorded:

@@ -36,11 +36,11 @@ from horovodrunner.errors import (
 )
 from horovodrunner.flows.checkpoints.manifest import Manifest, StoredFile
 from horovodrunner.flows.checkpoints.saved import saved_in
-from horovodrunner.flows.checkpoints.shards import Part as Shard
-from horovodrunner.flows.checkpoints.shards import write_parts
-from horovodrunner.flows.checkpoints.source import DATA_NAME
 from horovodrunner.flows.checkpoints.store import CheckpointStore, draft
 from horovodrunner.flows.checkpoints.tree import pieces_of_tree
+from horovodrunner.flows.checkpoints.worker.shards import Part as Shard
+from horovodrunner.flows.checkpoints.worker.shards import write_parts
+from horovodrunner.flows.checkpoints.worker.source import DATA_NAME
 from horovodrunner.inference import devices, host_copy, loading
 from horovodrunner.inference.chunks import Chunk, SentFile
 from horovodrunner.inference.devices import Device

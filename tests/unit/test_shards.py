@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from horovodrunner.errors import CheckpointError
-from horovodrunner.flows.checkpoints.source import DirectorySource
+from horovodrunner.flows.checkpoints.worker.source import DirectorySource
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.heavy
@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "int64", "bool", "complex64")
 
 
 def save(root: Path, rank: int, parts: list[tuple[Any, Any]]) -> None:
-    from horovodrunner.flows.checkpoints.shards import write_parts
+    from horovodrunner.flows.checkpoints.worker.shards import write_parts
 
     directory = root / f"rank-{rank}"
     directory.mkdir()
@@ -25,14 +25,14 @@ def save(root: Path, rank: int, parts: list[tuple[Any, Any]]) -> None:
 
 
 def save_whole(root: Path, **tensors: Any) -> None:
-    from horovodrunner.flows.checkpoints.shards import parts_of
+    from horovodrunner.flows.checkpoints.worker.shards import parts_of
 
     save(root, 0, parts_of({"model": tensors}, {"model"}, {}))
 
 
 def save_rows(root: Path, rank: int, whole: Any, first: int, last: int) -> None:
     """Save some rows of a tensor, as a rank does that has these."""
-    from horovodrunner.flows.checkpoints.shards import Part
+    from horovodrunner.flows.checkpoints.worker.shards import Part
 
     rows = whole[first:last]
     part = Part(
@@ -48,7 +48,7 @@ def save_rows(root: Path, rank: int, whole: Any, first: int, last: int) -> None:
 
 
 def load(root: Path, batch_bytes: int = 2**20, **targets: Any) -> dict[str, Any]:
-    from horovodrunner.flows.checkpoints.shard_reader import ShardReader, load_into
+    from horovodrunner.flows.checkpoints.worker.shard_reader import ShardReader, load_into
 
     reader = ShardReader(DirectorySource(root), batch_bytes=batch_bytes)
     state: dict[str, Any] = {"model": targets}
@@ -130,7 +130,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 def test_copies_keep_what_is_tied_and_everything_else() -> None:
     from collections import OrderedDict
 
-    from horovodrunner.flows.checkpoints.staging import Copies
+    from horovodrunner.flows.checkpoints.worker.staging import Copies
 
     weight = torch.nn.Parameter(torch.ones(3))
     state: Any = OrderedDict(first=weight, second=weight.detach(), steps=[1], n=(weight.sum(),))

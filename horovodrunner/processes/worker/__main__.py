@@ -200,7 +200,7 @@ def _written(result: Any, spec: Job, result_fd: int | None) -> Layout:
 
 def _finish_saving() -> None:
     """Wait until what main saves in the background is written."""
-    background = sys.modules.get("horovodrunner.flows.checkpoints.background")
+    background = sys.modules.get("horovodrunner.flows.checkpoints.worker.background")
     if background is not None:
         background.wait()
 

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.tensor import DTensor
 
-from horovodrunner.flows.checkpoints.source import DATA_NAME, INDEX_NAME
-from horovodrunner.flows.checkpoints.staging import identity
+from horovodrunner.flows.checkpoints.worker.source import DATA_NAME, INDEX_NAME
+from horovodrunner.flows.checkpoints.worker.staging import identity
 
 __all__ = ["ALIGNMENT", "Content", "Part", "parts_of", "read_index", "write_parts"]
 

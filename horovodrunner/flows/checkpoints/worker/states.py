@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from horovodrunner.errors import ArgumentValueError
-from horovodrunner.flows.checkpoints.staging import Copies, is_sharded, tensors_in
-from horovodrunner.processes.worker.context import current_context
+from horovodrunner.flows.checkpoints.worker.staging import Copies, is_sharded, tensors_in
 from horovodrunner.random_state import RandomState
 
 __all__ = ["Objects", "States", "canonical", "has_sharded_parameters", "is_optimizer", "unwrapped"]
@@ -53,13 +52,13 @@ class States:
         copies.finish()
         return States(whole, sharded, self.plain, copies.local, self.own)
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: Path, *, is_rank_0: bool) -> None:
         """Write this rank's files."""
-        whole = self.whole if self.sharded or _is_rank_0() else {}
+        whole = self.whole if self.sharded or is_rank_0 else {}
         for name, state in {**whole, **self.own}.items():
             torch.save(state, directory / f"{name}.pt")
         if self.sharded:
-            from horovodrunner.flows.checkpoints.shards import parts_of, write_parts
+            from horovodrunner.flows.checkpoints.worker.shards import parts_of, write_parts
 
             write_parts(parts_of(self.sharded, self.plain, self.local), directory)
 
@@ -91,7 +90,7 @@ class Objects:
                 (sharded if is_sharded(state) else whole)[name] = state
         if sharded:
             # not in the thread: torch's modules import each other, and main may do so meanwhile
-            importlib.import_module("horovodrunner.flows.checkpoints.shards")
+            importlib.import_module("horovodrunner.flows.checkpoints.worker.shards")
         plain = (name for name in sharded if _is_lowest_rank(self.items[name], sharded[name]))
         return States(whole, sharded, frozenset(plain), own=own)
 
@@ -151,11 +150,6 @@ class Objects:
         return [
             [key if is_of_one else f"{module}.{key}" for module, key in group] for group in found
         ]
-
-
-def _is_rank_0() -> bool:
-    context = current_context()
-    return context is None or context.spec.rank == 0
 
 
 def is_optimizer(item: Any) -> bool:

@@ -7,23 +7,22 @@ number of ranks. No rank waits for another one.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from horovodrunner.errors import ArgumentValueError, CheckpointError
-from horovodrunner.flows.checkpoints.source import DATA_NAME, INDEX_NAME, Source
-from horovodrunner.flows.checkpoints.staging import tensors_in
-from horovodrunner.flows.checkpoints.states import (
+from horovodrunner.flows.checkpoints.worker.source import DATA_NAME, INDEX_NAME, Source
+from horovodrunner.flows.checkpoints.worker.staging import tensors_in
+from horovodrunner.flows.checkpoints.worker.states import (
     Objects,
     canonical,
     has_sharded_parameters,
     is_optimizer,
     unwrapped,
 )
-from horovodrunner.processes.worker.context import current_context, log_to_driver, notice
 from horovodrunner.random_state import RandomState
 
 __all__ = ["Found", "Loading"]
@@ -41,16 +40,20 @@ class Found(Protocol):
 
 
 class Loading:
-    """Loads objects from one checkpoint, each of them whole or sharded there and here."""
+    """Loads objects from one checkpoint, each of them whole or sharded there and here.
 
-    def __init__(self, objects: Objects, found: Found) -> None:
+    `tell` takes a line for the user, and a key: it is to be shown once.
+    """
+
+    def __init__(self, objects: Objects, found: Found, tell: Callable[[str, str], object]) -> None:
         self._objects = objects
+        self._tell = tell
         self._found = found
         self._reader: Any = None
         self._metadata: Any = None
         self._sharded: set[str] = set()
         if found.world_size is not None and _holds_shards(found.source()):
-            from horovodrunner.flows.checkpoints.shard_reader import ShardReader
+            from horovodrunner.flows.checkpoints.worker.shard_reader import ShardReader
 
             self._reader = ShardReader(found.source())
             self._metadata = self._reader.read_metadata()
@@ -61,8 +64,12 @@ class Loading:
         item = self._objects.items[name]
         made_with = _settings(item)
         self._load(name, item)
-        if self._found._differs:
-            _tell_of_old_settings(name, made_with, _settings(item))
+        if self._found._differs and (changes := _changes(made_with, _settings(item))):
+            self._tell(
+                f"checkpoint.settings.{name}",
+                f"checkpoint.load_torch() put the saved settings into {name!r}: {changes}. Set "
+                "them after loading to use the new ones",
+            )
 
     def _load(self, name: str, item: Any) -> None:
         if name in self._sharded:
@@ -70,7 +77,7 @@ class Loading:
             return
         file = self._file_of(name)
         if isinstance(item, RandomState) and not isinstance(file, Path):
-            notice(
+            self._tell(
                 "checkpoint.random",
                 f"the checkpoint is of {self._found.world_size} ranks, and this run has another "
                 "number of them: every rank has new random numbers",
@@ -79,7 +86,7 @@ class Loading:
         if not has_sharded_parameters(item):
             _load_whole(item, _read(file))
             return
-        from horovodrunner.flows.checkpoints.shard_reader import MemoryReader
+        from horovodrunner.flows.checkpoints.worker.shard_reader import MemoryReader
 
         whole = _read(file, mmap=isinstance(file, Path))
         if is_optimizer(item):
@@ -125,7 +132,7 @@ class Loading:
             ) from error
 
     def _fill_in_place(self, name: str, reader: Any, metadata: Any) -> None:
-        from horovodrunner.flows.checkpoints.shard_reader import load_into
+        from horovodrunner.flows.checkpoints.worker.shard_reader import load_into
 
         item, state = self._objects.items[name], self._objects.state(name)
         if any(each.is_meta for each in tensors_in(state)):
@@ -144,7 +151,7 @@ class Loading:
             item.load_state_dict(state)
 
     def _fill_optimizer(self, name: str, reader: Any, metadata: Any) -> None:
-        from horovodrunner.flows.checkpoints.shard_reader import load_into
+        from horovodrunner.flows.checkpoints.worker.shard_reader import load_into
 
         optimizer = self._objects.items[name]
         own = self._objects.names_by_group(name)
@@ -256,19 +263,13 @@ def _settings(item: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _tell_of_old_settings(
-    name: str, made_with: list[dict[str, Any]], loaded: list[dict[str, Any]]
-) -> None:
-    """Log on the driver, once, that an optimizer's new settings were replaced."""
-    changes = dict.fromkeys(
-        f"{setting} is {value!r} again, not {new[setting]!r}"
-        for new, old in zip(made_with, loaded, strict=False)
-        for setting, value in old.items()
-        if setting in new and new[setting] != value
-    )
-    context = current_context()
-    if changes and context is not None and context.spec.rank == 0:
-        log_to_driver(
-            f"HorovodRunner: checkpoint.load_torch() put the saved settings into {name!r}: "
-            f"{', '.join(changes)}. Set them after loading to use the new ones"
+def _changes(made_with: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> str:
+    """Write which of an optimizer's new settings were replaced."""
+    return ", ".join(
+        dict.fromkeys(
+            f"{setting} is {value!r} again, not {new[setting]!r}"
+            for new, old in zip(made_with, loaded, strict=False)
+            for setting, value in old.items()
+            if setting in new and new[setting] != value
         )
+    )

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType
 
 from horovodrunner.errors import CheckpointError
-from horovodrunner.flows.checkpoints.shards import ALIGNMENT, Part, read_index
-from horovodrunner.flows.checkpoints.source import INDEX_NAME, Range, Source
+from horovodrunner.flows.checkpoints.worker.shards import ALIGNMENT, Part, read_index
+from horovodrunner.flows.checkpoints.worker.source import INDEX_NAME, Range, Source
 
 __all__ = ["MemoryReader", "ShardReader", "load_into"]
 

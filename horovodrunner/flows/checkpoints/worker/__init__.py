@@ -1,0 +1,1 @@
+"""What ranks do with checkpoints: PyTorch's states, whole and in parts, and what reads them."""
