@@ -211,9 +211,9 @@ def executors_use_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def spark(_spark_clusters: Clusters) -> Any:
-    """The plugin's spark_cluster, for fixtures of modules, too."""
+    """The plugin's spark_cluster, for fixtures of modules, too; some modules have others between."""
     from horovodrunner.testing.clusters import Shape
 
     return _spark_clusters.session(Shape())
