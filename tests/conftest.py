@@ -213,7 +213,7 @@ def executors_use_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def spark(_spark_clusters: Clusters) -> Any:
-    """The plugin's spark_cluster, for fixtures of modules, too; some modules have others between."""
+    """The plugin's spark_cluster, for fixtures of modules, too; in between there are others."""
     from horovodrunner.testing.clusters import Shape
 
     return _spark_clusters.session(Shape())
