@@ -405,7 +405,10 @@ def test_a_preflight_names_the_slow_link_and_refuses_the_run_or_warns(cluster: C
             result["record"] = Path(runner.record, "output/run.log").read_text()
             (directory / f"{{section}}.json").write_text(json.dumps(result))
 
-        tried("well", True)
+        for _ in range(3):  # hosts that share two cores with other tests are slow at times
+            tried("well", True)
+            if "result" in json.loads((directory / "well.json").read_text()):
+                break
         subprocess.run([*tc, "add", *limit], check=True)
         tried("slow", True)
         tried("warned", "warn", os.getpid)  # without an allreduce, which would take long
@@ -414,7 +417,7 @@ def test_a_preflight_names_the_slow_link_and_refuses_the_run_or_warns(cluster: C
         """,
     )
     well, slow, warned = (report.ended(section) for section in ("well", "slow", "warned"))
-    assert well["result"] == 4.0
+    assert well.get("result") == 4.0, well
     assert warned["result"]
     assert "preflight: all is well" in well["record"]
     assert "2 links between 2 hosts" in well["record"]
