@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from horovodrunner.flows.checkpoints.manifest import Manifest
+from horovodrunner.flows.checkpoints.manifest import Manifest, directory_of
 from horovodrunner.flows.checkpoints.task.backend import CheckpointBackend
 from horovodrunner.placement.topology import Member
 from horovodrunner.wire.events import Latest, LatestDecided, LatestWanted, RangesRead, RangesWanted
@@ -160,7 +160,7 @@ class LatestCopy:
         self._manifest = manifest
         directory = self._scratch / f"latest-{manifest.step}"
         if part != _WHOLE:
-            directory = directory / (f"rank-{part}" if part >= 0 else "none")
+            directory = directory / (directory_of(part) if part >= 0 else "none")
         rank = part if part >= 0 else None
         of_all = b"" if manifest.world_size is None else decided.manifest
         answer = Latest(str(directory), manifest.step, decided.differs, manifest=of_all)
