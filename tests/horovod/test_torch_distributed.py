@@ -271,7 +271,6 @@ def ports_of_two_attempts(signs: str) -> int:
     pathlib.Path(signs, f"{checkpoint.attempt}-{os.environ['RANK']}").touch()
     if checkpoint.attempt == 1 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
-    dist.barrier()
     dist.destroy_process_group()
     return int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
@@ -289,3 +288,30 @@ def test_two_runs_at_a_time_that_restart_have_process_groups_of_their_own(tmp_pa
     for number in range(2):
         signs = {path.name for path in (tmp_path / str(number)).iterdir()}
         assert signs >= {"2-0", "2-1"}
+
+
+def groups_after_their_end() -> list[bool]:
+    """Tell whether a group of gloo is there after its end, and after that of the next one."""
+    import gc
+    import weakref
+
+    import torch
+    import torch.distributed as dist
+
+    seen = []
+    backend: Any = None
+    for _ in range(2):
+        dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+        group = dist.distributed_c10d._get_default_group()
+        held = group._get_backend(torch.device("cpu"))
+        earlier, backend = backend, weakref.ref(held)
+        dist.destroy_process_group()
+        del group, held
+        gc.collect()
+        seen += [backend() is not None] + ([earlier() is not None] if earlier else [])
+    return seen
+
+
+def test_a_group_of_gloo_outlives_its_end() -> None:
+    """Freed in the middle of main, torch 2.13 may wait forever for a thread that waits for it."""
+    assert HorovodRunner(np=-1).run(groups_after_their_end) == [True, True, False]

@@ -104,7 +104,6 @@ def leave_group() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
-        dist.barrier()  # gloo of torch 2.13 may hang without it
         dist.destroy_process_group()
 
 

@@ -387,7 +387,7 @@ def test_a_preflight_names_the_slow_link_and_refuses_the_run_or_warns(cluster: C
         spark = session()
         alpha = "{cluster.network.hosts["alpha"].namespace}"
         tc = ["tc", "-n", alpha, "qdisc"]
-        limit = ["dev", "lan0", "root", "tbf", "rate", "20mbit", "burst", "64kb", "latency", "1s"]
+        limit = ["dev", "lan0", "root", "tbf", "rate", "10mbit", "burst", "64kb", "latency", "1s"]
 
         def main():
             import horovod.torch as hvd

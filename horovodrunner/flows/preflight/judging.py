@@ -107,16 +107,16 @@ def format_table(
 
 
 def _usual(values: Mapping[Link, float]) -> float:
-    """Return the median, or that of the hosts' best links where it is higher.
+    """Return the median, or the upper one of the hosts' best links where it is higher.
 
-    With three hosts, of which one is slow, four of six links are.
+    With three hosts, of which one is slow, four of six links are; with two hosts, one of two.
     """
     if not values:
         return 0.0
     best: dict[str, float] = {}
     for link, value in values.items():
         best[link.source] = max(best.get(link.source, value), value)
-    return max(statistics.median(values.values()), statistics.median(best.values()))
+    return max(statistics.median(values.values()), statistics.median_high(best.values()))
 
 
 def _in_words(bad: Mapping[Link, str], links: Sequence[Link]) -> list[str]:

@@ -51,7 +51,7 @@ from horovodrunner.memory_limit import memory_hint
 from horovodrunner.pickling import payload
 from horovodrunner.pickling.buffers import Layout, loads
 from horovodrunner.placement.environment import FAULTS, IMPORT_PATH
-from horovodrunner.processes.worker import horovod_keras, notices
+from horovodrunner.processes.worker import gloo, horovod_keras, notices
 from horovodrunner.processes.worker.context import TaskLink, WorkerContext, set_context
 from horovodrunner.processes.worker.control import ControlPipe, leave_without_pipes
 from horovodrunner.processes.worker.leaving import flush_output, leave
@@ -90,6 +90,7 @@ def main() -> int:
     faulthandler.register(STACK_SIGNAL, file=arguments.stacks, all_threads=True)
     link.send(Ready(time.time()))
     turn_on_if_wanted("a worker", "its standard error, which is in its executor's log")
+    gloo.install()
     horovod_keras.install()
     notices.install()
     _import_early(arguments.early_imports)
