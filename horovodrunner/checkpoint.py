@@ -247,7 +247,9 @@ def _got_to(step: int) -> None:
 
 
 @contextlib.contextmanager
-def _saving(step: int, of_all: bool, numbers: dict[str, float]) -> Iterator[Path]:
+def _saving(
+    step: int, of_all: bool, numbers: dict[str, float], *, by_choice: bool = True
+) -> Iterator[Path]:
     context = current_context()
     if context is None or not context.spec.keeps_checkpoints:
         _note_once(context)
@@ -259,10 +261,11 @@ def _saving(step: int, of_all: bool, numbers: dict[str, float]) -> Iterator[Path
         directory = Path(tempfile.mkdtemp(prefix="horovodrunner-saving-", dir=scratch))
         yield directory
         if context is not None and keeps and (of_all or context.spec.rank == 0):
+            where = str(directory)
             context.link.send(
-                PartSaved(context.spec.rank, step, str(directory), metrics=numbers)
+                PartSaved(context.spec.rank, step, where, metrics=numbers, by_choice=by_choice)
                 if of_all
-                else CheckpointSaved(step, str(directory), numbers)
+                else CheckpointSaved(step, where, numbers, by_choice=by_choice)
             )
             handed_over = True
     except BaseException as error:
@@ -353,6 +356,7 @@ class _HasState(Protocol):
 def save_torch(
     step: int,
     *,
+    ranks: int | str | None = None,
     asynchronous: bool = False,
     metrics: Mapping[str, float] | None = None,
     **objects: _HasState,
@@ -367,13 +371,18 @@ def save_torch(
     ----------
     step
         As for :func:`save`.
+    ranks
+        Who writes. None: rank 0, or every rank where an object is sharded, as above. ``"all"``:
+        every rank, also what it has whole, and with as many ranks each loads its own again. That
+        is for ranks whose objects differ: stages of a pipeline, each rank's own sampler. 0: rank 0
+        alone.
     asynchronous
         Whether main goes on as soon as the tensors are copied to memory of the CPU, and a thread
         writes the files. The next save waits until the one before is written, and so does the end
         of main; :func:`wait` waits at once. When files cannot be written, ``on_checkpoint_error``
         says what happens.
     metrics
-        As for :func:`save`; so no object is called ``metrics``, nor ``asynchronous``.
+        As for :func:`save`; so no object is called ``metrics``, ``ranks`` or ``asynchronous``.
     **objects
         PyTorch modules, optimizers, schedulers and the like, by name. A sharded optimizer needs
         its module beside it: its state goes by the names of parameters.
@@ -381,8 +390,8 @@ def save_torch(
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        If step is not an int or negative, nothing is to be saved, a metric is no number, or the
-        module of a sharded optimizer is not given.
+        If step is not an int or negative, nothing is to be saved, a metric is no number, the
+        module of a sharded optimizer is not given, or rank 0 alone is to save what is sharded.
 
     Examples
     --------
@@ -394,31 +403,43 @@ def save_torch(
 
     step = checked.integer("step", step, at_least=0)
     _check_objects("save_torch(step, ...)", objects)
+    by_choice = ranks is not None
+    every_rank_writes = by_choice and _is_of_all(ranks)
     numbers = _numbers(metrics)
     background.wait()
-    states = Objects(objects).states()  # on every rank: some gather their state from all of them
+    # on every rank: some gather their state from all of them
+    states = Objects(objects).states(every_rank_writes=every_rank_writes)
+    if by_choice and states.is_of_all and not every_rank_writes:
+        raise ArgumentValueError(
+            f"save_torch(ranks=0): {', '.join([*states.sharded, *states.own])} has another part on "
+            'every rank, and rank 0 would save its own alone: leave ranks out, or give ranks="all"'
+        )
     _got_to(step)
     context = current_context()
-    if not states.is_sharded and context is not None and context.spec.rank != 0:
+    if not states.is_of_all and context is not None and context.spec.rank != 0:
         return
     if asynchronous:
         copied = states.copied()
-        background.start(lambda: _write_behind(step, copied, numbers))
+        background.start(lambda: _write_behind(step, copied, numbers, by_choice=by_choice))
     else:
-        with _saving(step, states.is_sharded, numbers) as directory:
-            states.write(directory, is_rank_0=context is None or context.spec.rank == 0)
+        _write(step, states, numbers, by_choice=by_choice)
 
 
-def _write_behind(step: int, states: States, numbers: dict[str, float]) -> None:
+def _write(step: int, states: States, numbers: dict[str, float], *, by_choice: bool) -> None:
+    context = current_context()
+    with _saving(step, states.is_of_all, numbers, by_choice=by_choice) as directory:
+        states.write(directory, is_rank_0=context is None or context.spec.rank == 0)
+
+
+def _write_behind(step: int, states: States, numbers: dict[str, float], *, by_choice: bool) -> None:
     """Write a checkpoint's files while main goes on, and report what goes wrong."""
     context = current_context()
     try:
-        with _saving(step, states.is_sharded, numbers) as directory:
-            states.write(directory, is_rank_0=context is None or context.spec.rank == 0)
+        _write(step, states, numbers, by_choice=by_choice)
     except Exception as error:  # noqa: BLE001 - it is reported
         if context is None:
             log_to_driver(f"the checkpoint of step {step} was not written: {in_one_line(error)}")
-        elif not states.is_sharded:  # of one of all ranks it has been reported
+        elif not states.is_of_all:  # of one of all ranks it has been reported
             context.link.send(CheckpointSaved(step, "", problem=in_one_line(error)))
 
 

@@ -193,6 +193,8 @@ class CheckpointSaved(Event):
     directory: str
     metrics: dict[str, float] = {}  # noqa: RUF012 - events are frozen
     problem: str = ""
+    by_choice: bool = True
+    """Whether main said that rank 0 saves for all; False: its objects looked so."""
 
 
 class PartSaved(Event):
@@ -203,6 +205,8 @@ class PartSaved(Event):
     directory: str = ""
     problem: str = ""
     metrics: dict[str, float] = {}  # noqa: RUF012 - events are frozen
+    by_choice: bool = True
+    """Whether main said that every rank saves; False: this one's objects looked so."""
 
 
 class LatestWanted(Event):
@@ -393,6 +397,7 @@ class PartWaits(Event):
     turn: int
     problem: str = ""
     metrics: dict[str, float] = {}  # noqa: RUF012 - events are frozen
+    by_choice: bool = True
 
 
 class ListParts(Event):

@@ -323,3 +323,67 @@ def save_or_load_sampler(seed: int, loads: bool) -> tuple[int, float]:
     else:
         checkpoint.save_torch(1, sampler=sampler)
     return int(sampler.place), sampler.random.random_sample()
+
+
+def stages(step: int, ranks: str | None, loads: bool = False, second: str = "fsdp") -> Any:
+    """Save or load the stages of a pipeline: the first on rank 0, the second on ranks 1 and 2.
+
+    `second` is "fsdp" where the second stage is sharded over its ranks, "plain" where each of them
+    has a stage of its own.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(step)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    mesh: Any = DeviceMesh("cpu", [1, 2]) if second == "fsdp" else None
+    stage: Any = torch.nn.Sequential()
+    number = min(rank, 1) if second == "fsdp" else rank
+    stage.add_module(f"layer{number}", torch.nn.Linear(3 + number, 5))
+    if rank > 0 and second == "fsdp":
+        fully_shard(stage, mesh=mesh)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.add_(number)
+    optimizer = torch.optim.SGD(stage.parameters(), lr=0.1 + number)
+    objects = {"stage": stage, "optimizer": optimizer}
+    if loads:
+        assert checkpoint.load_torch(**objects) > 0
+    else:
+        checkpoint.save_torch(step, ranks=ranks, **objects)
+    whole = list(stage.state_dict().values())
+    values = [getattr(each, "full_tensor", lambda each=each: each)().tolist() for each in whole]
+    dist.barrier()  # the first save is refused when the last rank has saved it
+    leave_group()
+    return list(stage.state_dict()), values, optimizer.param_groups[0]["lr"]
+
+
+class _Own:
+    """Something that every rank has another one of."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, int]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.value = state["value"]
+
+
+def save_or_load_own(ranks: str | None = None) -> int:
+    import os
+
+    own = _Own(int(os.environ["RANK"]) if ranks else -1)
+    if ranks:
+        checkpoint.save_torch(1, ranks=ranks, own=own)
+    else:
+        checkpoint.load_torch(own=own)
+    return own.value
+
+
+def save_random_alone() -> None:
+    checkpoint.save_torch(1, ranks=0, random=checkpoint.RandomState())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from horovodrunner import HorovodRunner
+from horovodrunner.errors import ArgumentValueError, CheckpointError
 from tests.process import sharded
 
 pytest.importorskip("torch.distributed.fsdp", reason="needs torch")
@@ -115,3 +116,41 @@ def test_fsdp1_is_gathered_and_its_optimizer_refused(tmp_path: Path) -> None:
     assert "'optimizer' is an optimizer of a FullyShardedDataParallel (FSDP1)" in text
     (saved,) = runner.checkpoints
     assert sorted(path.name for path in Path(saved.path).iterdir()) == ["manifest.json", "model.pt"]
+
+
+@pytest.mark.parametrize("second", ["fsdp", "plain"])
+def test_stages_of_which_not_all_are_sharded_are_saved_by_every_rank(
+    tmp_path: Path, second: str
+) -> None:
+    runner = HorovodRunner(
+        np=-3, checkpoint_dir=tmp_path, results="all", on_checkpoint_error="raise"
+    )
+    runner.run(sharded.stages, step=1, ranks="all", second=second)
+    saved = list(runner.results)
+    assert len({str(names) for names, _, _ in saved}) == (2 if second == "fsdp" else 3)
+    runner.run(sharded.stages, step=2, ranks=None, loads=True, second=second)
+    assert list(runner.results) == saved
+
+
+def test_stages_that_do_not_look_alike_are_refused(tmp_path: Path) -> None:
+    runner = HorovodRunner(np=-3, checkpoint_dir=tmp_path, on_checkpoint_error="raise")
+    with pytest.raises(
+        CheckpointError, match=r"sharded on rank.* and not on rank 0, .*ranks=\"all\""
+    ):
+        runner.run(sharded.stages, step=1, ranks=None)
+
+
+def test_another_number_of_ranks_loads_what_rank_0_had(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    HorovodRunner(np=-2, checkpoint_dir=tmp_path).run(sharded.save_or_load_own, ranks="all")
+    found = HorovodRunner(np=-1, checkpoint_dir=tmp_path).run(sharded.save_or_load_own)
+    assert found == 0
+    told = "the 2 ranks of the checkpoint did not save the same own.pt"
+    assert told in capfd.readouterr().out
+
+
+def test_rank_0_does_not_save_alone_what_every_rank_has_another_of(tmp_path: Path) -> None:
+    runner = HorovodRunner(np=-1, checkpoint_dir=tmp_path)
+    with pytest.raises(ArgumentValueError, match=r"save_torch\(ranks=0\): random has another part"):
+        runner.run(sharded.save_random_alone)

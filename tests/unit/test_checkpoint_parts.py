@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from horovodrunner.flows.checkpoints.task import uploading
 from horovodrunner.flows.checkpoints.task.parts import PartKeeper
 from horovodrunner.flows.checkpoints.task.uploading import CheckpointUploader
 from horovodrunner.wire.events import (
+    CheckpointSaved,
     CheckpointStored,
     DiscardCheckpoint,
     Ended,
@@ -80,13 +82,17 @@ class Run:
         self._gone: set[int] = set()
 
     def save(self, step: int, rank: int, content: Mapping[str, bytes]) -> None:
-        directory = self._scratch / f"saving-{step}-{rank}-{len(list(self._scratch.iterdir()))}"
+        metrics = {"loss": 0.5 + rank}
+        directory = self.directory_with(content, f"{step}-{rank}-")
+        self.from_worker(PartSaved(rank, step, str(directory), metrics=metrics))
+
+    def directory_with(self, content: Mapping[str, bytes], prefix: str = "") -> Path:
+        directory = self._scratch / f"saving-{prefix}{secrets.token_hex(8)}"
         for path, data in content.items():
             (directory / path).parent.mkdir(parents=True, exist_ok=True)
             (directory / path).write_bytes(data)
         directory.mkdir(exist_ok=True)
-        metrics = {"loss": 0.5 + rank}
-        self.from_worker(PartSaved(rank, step, str(directory), metrics=metrics))
+        return directory
 
     def save_all(self, step: int, ranks: Iterable[int] = HOSTS) -> None:
         for rank in ranks:
@@ -94,6 +100,9 @@ class Run:
 
     def from_worker(self, event: PartSaved) -> None:
         dispatcher([self.keepers[task_of(event.rank)].handlers], refuse)(event)
+
+    def from_rank_0(self, event: CheckpointSaved) -> None:
+        self._leader(as_sent(event))
 
     def end(self, rank: int) -> None:
         self._leader(Ended(rank, b""))
@@ -315,6 +324,36 @@ def test_a_rank_that_raises_in_the_block_gives_the_checkpoint_up(
             run.save_all(5)  # again, and by all
             assert await run.uploader.drain(10)
             assert steps(store) == [5]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("order", ["whole first", "part first"])
+def test_what_only_some_ranks_take_for_sharded_is_refused(
+    order: str, store: Store, tmp_path: Path
+) -> None:
+    """Rank 0's stage of a pipeline is whole, and nobody has told it that the others' are not."""
+
+    async def scenario() -> None:
+        async with running(store, tmp_path / "scratch") as run:
+            store.gates[0] = threading.Event()
+            run.save_all(4)
+            await until(lambda: 0 in store.put_by)
+            whole = run.directory_with({"model.pt": b"stage 0"})
+            for kind in ("whole", "part") if order == "whole first" else ("part", "whole"):
+                if kind == "whole":
+                    run.from_rank_0(CheckpointSaved(5, str(whole), by_choice=False))
+                else:
+                    part = run.directory_with({"shards.bin": b"stage 1"})
+                    run.from_worker(PartSaved(1, 5, str(part), by_choice=False))
+            (text,) = run.errors
+            told = "objects are sharded on rank 1 and not on rank 0"
+            assert f"the checkpoint of step 5 was not stored: {told}" in text
+            assert 'save_torch(..., ranks="all")' in text
+            store.gates[0].set()
+            assert await run.uploader.drain(10)
+            assert steps(store) == [4]
+            await until(lambda: not run.left())
 
     asyncio.run(scenario())
 

@@ -85,7 +85,9 @@ class PartKeeper:
             parts = self._parts.setdefault((event.step, turn), {})
             parts[event.rank] = Path(event.directory)
             self._is_empty.clear()
-        self._emit(PartWaits(event.rank, event.step, turn, event.problem, event.metrics))
+        self._emit(
+            PartWaits(event.rank, event.step, turn, event.problem, event.metrics, event.by_choice)
+        )
 
     def _list(self, event: ListParts) -> None:
         def listed(rank: int, directory: Path) -> Any:

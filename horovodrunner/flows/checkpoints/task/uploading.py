@@ -69,6 +69,8 @@ class _Save:
     metrics: Mapping[str, float] = field(default_factory=dict)
     ranks: set[int] = field(default_factory=set)
     """Those that have saved their part."""
+    by_choice: bool = True
+    """Whether main said who saves."""
 
     @property
     def is_of_all(self) -> bool:
@@ -104,6 +106,8 @@ class CheckpointUploader:
         self._resolved: set[tuple[int, int]] = set()
         self._numbers = itertools.count()
         self._answers: dict[int, dict[int, asyncio.Future[PartAnswer]]] = {}
+        self._chosen_alone: set[int] = set()
+        """Steps that rank 0 has saved for all because of what its objects looked like."""
         self._changed = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -173,8 +177,11 @@ class CheckpointUploader:
     def _take_whole(self, event: CheckpointSaved) -> None:
         if event.problem:
             self._report_problem(event.step, event.problem)
-        else:
-            self.saved(event.step, Path(event.directory), event.metrics)
+            return
+        self.saved(event.step, Path(event.directory), event.metrics)
+        if not event.by_choice:
+            self._chosen_alone.add(event.step)
+            self._refuse_mixed(event.step)
 
     def _take_part(self, event: PartWaits) -> None:
         key = event.step, event.turn
@@ -187,6 +194,7 @@ class CheckpointUploader:
             self._add(save)
         if event.rank == 0:
             save.metrics = event.metrics
+        save.by_choice &= event.by_choice
         if event.problem:
             self._give_up(save, {event.rank}, event.problem)
             return
@@ -196,7 +204,25 @@ class CheckpointUploader:
         save.ranks.add(event.rank)
         if self._is_complete(save):
             self._take_complete(save)
+        self._refuse_mixed(event.step)
         self._give_up_incomplete()
+
+    def _refuse_mixed(self, step: int) -> None:
+        """Give up what some ranks save for themselves and rank 0 for all, neither of them told."""
+        if step not in self._chosen_alone:
+            return
+        for save in self._saves_of_all():
+            if save.step == step and not save.by_choice and 0 not in save.ranks:
+                for alone in [each for each in self._saves if each.step == step]:
+                    self._saves.remove(alone)
+                    self._drop(alone)
+                self._report_problem(
+                    step,
+                    f"objects are sharded on {ranks_in_words(save.ranks)} and not on rank 0, so "
+                    'that rank 0 would save its own for all: give save_torch(..., ranks="all") on '
+                    "every rank",
+                )
+        self._note_idleness()
 
     def _add(self, save: _Save) -> None:
         self.has_saved = True

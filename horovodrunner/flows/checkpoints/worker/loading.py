@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from horovodrunner.errors import ArgumentValueError, CheckpointError
+from horovodrunner.flows.checkpoints.manifest import Manifest
 from horovodrunner.flows.checkpoints.worker.source import DATA_NAME, INDEX_NAME, Source
 from horovodrunner.flows.checkpoints.worker.staging import tensors_in
 from horovodrunner.flows.checkpoints.worker.states import (
@@ -35,6 +36,8 @@ class Found(Protocol):
     world_size: int | None
     _differs: bool
 
+    @property
+    def _manifest(self) -> Manifest | None: ...
     def source(self) -> Source: ...
     def __truediv__(self, name: str) -> Path: ...
 
@@ -72,7 +75,7 @@ class Loading:
             )
 
     def _load(self, name: str, item: Any) -> None:
-        if name in self._sharded:
+        if name in self._sharded and not (self._found / f"{name}.pt").exists():
             self._fill(name, self._reader, self._metadata)
             return
         file = self._file_of(name)
@@ -106,6 +109,7 @@ class Loading:
             source = self._found.source()
             files = source.files()
             if (of_rank_0 := f"rank-0/{name}.pt") in files:
+                self._tell_of_other_ranks(f"{name}.pt")
                 (view,) = source.read([(of_rank_0, 0, files[of_rank_0])])
                 return io.BytesIO(view)
             held = {each.removeprefix("rank-0/") for each in files if each.startswith("rank-0/")}
@@ -114,6 +118,20 @@ class Loading:
             f"the checkpoint of step {self._found.step} has no {name}.pt, only {', '.join(names)}: "
             "load_torch() takes the names that save_torch() was given"
         )
+
+    def _tell_of_other_ranks(self, file: str) -> None:
+        """Say that what a rank other than 0 saved is left aside, if it is something else."""
+        manifest = self._found._manifest
+        size = self._found.world_size
+        if manifest is None or size is None:
+            return
+        saved = [manifest.files_of(rank).get(file) for rank in range(size)]
+        if len({each.sha256 for each in saved if each is not None}) > 1:
+            self._tell(
+                f"checkpoint.others.{file}",
+                f"the {size} ranks of the checkpoint did not save the same {file}, and this run "
+                "has another number of ranks: every rank has loaded rank 0's",
+            )
 
     def _fill(self, name: str, reader: Any, metadata: Any) -> None:
         item = self._objects.items[name]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +39,24 @@ class States:
     """Copies of what DTensors of the sharded ones have here, by their ids."""
     own: dict[str, Any] = field(default_factory=dict)
     """What every rank has another one of: random numbers."""
+    every_rank_writes: bool = False
+    """Also what it has whole, because main says so."""
 
     @property
-    def is_sharded(self) -> bool:
+    def is_of_all(self) -> bool:
         """Whether every rank has to write its own, and not rank 0 alone."""
-        return bool(self.sharded or self.own)
+        return bool(self.sharded or self.own or self.every_rank_writes)
 
     def copied(self) -> States:
         """Return a copy that main does not change."""
         copies = Copies()
         whole, sharded = copies.of_state((self.whole, self.sharded))
         copies.finish()
-        return States(whole, sharded, self.plain, copies.local, self.own)
+        return replace(self, whole=whole, sharded=sharded, local=copies.local)
 
     def write(self, directory: Path, *, is_rank_0: bool) -> None:
         """Write this rank's files."""
-        whole = self.whole if self.sharded or is_rank_0 else {}
+        whole = self.whole if self.sharded or self.every_rank_writes or is_rank_0 else {}
         for name, state in {**whole, **self.own}.items():
             torch.save(state, directory / f"{name}.pt")
         if self.sharded:
@@ -74,7 +76,7 @@ class Objects:
                 for key, parameter in unwrapped(item).named_parameters():
                     self._names.setdefault(id(parameter), (name, canonical(key)))
 
-    def states(self) -> States:
+    def states(self, *, every_rank_writes: bool = False) -> States:
         """Return the state of each; tensors are those of the objects, not copies."""
         whole: dict[str, Any] = {}
         sharded: dict[str, Any] = {}
@@ -92,7 +94,9 @@ class Objects:
             # not in the thread: torch's modules import each other, and main may do so meanwhile
             importlib.import_module("horovodrunner.flows.checkpoints.worker.shards")
         plain = (name for name in sharded if _is_lowest_rank(self.items[name], sharded[name]))
-        return States(whole, sharded, frozenset(plain), own=own)
+        return States(
+            whole, sharded, frozenset(plain), own=own, every_rank_writes=every_rank_writes
+        )
 
     def _refuse_flattened(self, name: str) -> None:
         """Refuse an optimizer of FSDP1, which has a part of the state and does not say which."""
