@@ -383,7 +383,3 @@ def save_or_load_own(ranks: str | None = None) -> int:
     else:
         checkpoint.load_torch(own=own)
     return own.value
-
-
-def save_random_alone() -> None:
-    checkpoint.save_torch(1, ranks=0, random=checkpoint.RandomState())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from horovodrunner import HorovodRunner
+from horovodrunner import HorovodRunner, checkpoint
 from horovodrunner.errors import ArgumentValueError, CheckpointError
 from tests.process import sharded
 
@@ -150,7 +150,6 @@ def test_another_number_of_ranks_loads_what_rank_0_had(
     assert told in capfd.readouterr().out
 
 
-def test_rank_0_does_not_save_alone_what_every_rank_has_another_of(tmp_path: Path) -> None:
-    runner = HorovodRunner(np=-1, checkpoint_dir=tmp_path)
+def test_rank_0_does_not_save_alone_what_every_rank_has_another_of() -> None:
     with pytest.raises(ArgumentValueError, match=r"save_torch\(ranks=0\): random has another part"):
-        runner.run(sharded.save_random_alone)
+        checkpoint.save_torch(1, ranks=0, random=checkpoint.RandomState())
