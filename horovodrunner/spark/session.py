@@ -24,6 +24,7 @@ __all__ = [
     "refuse_encrypted_cluster",
     "shares_terminal",
     "use_this_python",
+    "was_stopped",
 ]
 
 ENCRYPTION_CONFS = (
@@ -114,7 +115,7 @@ def end_is_told(spark: SparkSession) -> Iterator[None]:
     except HorovodRunnerError:
         raise
     except Exception as error:
-        if not _has_ended(spark):
+        if not was_stopped(spark, is_so_without_jvm=True):
             raise
         raise BarrierStageError(
             "the Spark session was stopped while the run waited for its slots: start the run again "
@@ -123,14 +124,15 @@ def end_is_told(spark: SparkSession) -> Iterator[None]:
         ) from error
 
 
-def _has_ended(spark: SparkSession) -> bool:
+def was_stopped(spark: SparkSession, *, is_so_without_jvm: bool = False) -> bool:
+    """Return whether a session has ended; `is_so_without_jvm` also counts a JVM that is gone."""
     if is_connect(spark):
         return bool(spark.is_stopped)
     context = spark.sparkContext._jsc
     try:
         return context is None or bool(context.sc().isStopped())
-    except Exception:  # noqa: BLE001 - the JVM is gone, too
-        return True
+    except Exception:  # noqa: BLE001 - py4j raises several
+        return is_so_without_jvm
 
 
 def shares_terminal(spark: SparkSession) -> bool:

@@ -31,7 +31,7 @@ from horovodrunner.processes.driver.stage_end import StageEnd, data_problem, sta
 from horovodrunner.processes.task.barrier import ROW_SCHEMA, barrier_task
 from horovodrunner.spark.arrow import map_in_arrow
 from horovodrunner.spark.jobs import spark_job, start_thread
-from horovodrunner.spark.session import end_is_told
+from horovodrunner.spark.session import end_is_told, was_stopped
 from horovodrunner.wire.events import Handlers
 
 if TYPE_CHECKING:
@@ -318,8 +318,11 @@ class BarrierRun:
         )
 
     def _stage_end(self, channel: DriverChannel) -> StageEnd:
-        """Return how the stage ended, and what bounds the memory of a task that was lost."""
+        """Return how the stage ended, what bounds the memory of a lost task, and a session's end."""
         end = stage_end(self._error, channel.placement)
+        if self._error is not None and not end.task_was_lost and was_stopped(self._spark):
+            text = "the Spark session was stopped while the run was going on"
+            return StageEnd(f"{text}: start the run again in a new session", was_cancelled=True)
         limit = None
         with contextlib.suppress(Exception):  # the session may have gone
             limit = self._spark.conf.get("spark.executor.pyspark.memory", None)

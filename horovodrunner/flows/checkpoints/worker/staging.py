@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import pickle
 import sys
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Copies", "identity", "is_sharded", "tensors_in"]
+__all__ = ["Copies", "identity", "is_plain", "is_sharded", "tensors_in", "without_collections"]
 
 
 def tensors_in(state: Any) -> Iterator[Any]:
@@ -35,13 +37,31 @@ def _dtensor() -> Any:
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
+def is_plain(tensor: Any) -> bool:
+    """Return whether a tensor is a piece of memory and nothing else."""
+    kind = type(tensor)
+    if kind is not torch.Tensor and kind is not torch.nn.Parameter:
+        return False
+    return bool(tensor.layout is torch.strided and tensor.numel())
+
+
 def identity(tensor: Any) -> Hashable:
     """Tell tensors apart by where they are in memory: tied weights are the same."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
-        return id(tensor)
-    if not tensor.numel():
+    if not is_plain(tensor):
         return id(tensor)
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Keep the garbage collector from going through all objects of main's meanwhile."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Copies:
@@ -58,16 +78,24 @@ class Copies:
         if isinstance(tensor, self._dtensor):
             self.local[id(tensor)] = self.of_tensor(tensor.to_local())
             return tensor
-        key = identity(tensor)
-        if key not in self._made:
+        key: Hashable = tensor.data_ptr() if is_plain(tensor) else id(tensor)
+        found = self._made.get(key)
+        if found is not None:
+            key = identity(tensor)  # another view may begin there, too
+            if key == identity(found[0]):
+                return found[1]
+            found = self._made.get(key)
+        if found is None:
             source = tensor.detach()
-            if source.device.type == "cpu":
+            if source.is_cpu:
                 copy = source.clone()
             else:  # non_blocking takes pinned memory of torch's cache
-                copy = source.to("cpu", non_blocking=source.device.type == "cuda")
-            self._made[key] = tensor, copy  # the source is kept, so that no other has its address
-        return self._made[key][1]
+                copy = source.to("cpu", non_blocking=source.is_cuda)
+            # the source is kept, so that no other has its address
+            found = self._made[key] = tensor, copy
+        return found[1]
 
+    @without_collections()
     def of_state(self, state: Any) -> Any:
         """Return the copy of anything that can be pickled, not complete before `finish`."""
         tensors: list[Any] = []

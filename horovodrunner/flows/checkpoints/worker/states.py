@@ -18,7 +18,12 @@ from typing import Any
 import torch
 
 from horovodrunner.errors import ArgumentValueError
-from horovodrunner.flows.checkpoints.worker.staging import Copies, is_sharded, tensors_in
+from horovodrunner.flows.checkpoints.worker.staging import (
+    Copies,
+    is_sharded,
+    tensors_in,
+    without_collections,
+)
 from horovodrunner.random_state import RandomState
 
 __all__ = ["Objects", "States", "canonical", "has_sharded_parameters", "is_optimizer", "unwrapped"]
@@ -76,6 +81,7 @@ class Objects:
                 for key, parameter in unwrapped(item).named_parameters():
                     self._names.setdefault(id(parameter), (name, canonical(key)))
 
+    @without_collections()
     def states(self, *, every_rank_writes: bool = False) -> States:
         """Return the state of each; tensors are those of the objects, not copies."""
         whole: dict[str, Any] = {}
