@@ -318,7 +318,7 @@ class BarrierRun:
         )
 
     def _stage_end(self, channel: DriverChannel) -> StageEnd:
-        """Return how the stage ended, what bounds the memory of a lost task, and a session's end."""
+        """Return how the stage ended; of a lost task also what bounds its memory."""
         end = stage_end(self._error, channel.placement)
         if self._error is not None and not end.task_was_lost and was_stopped(self._spark):
             text = "the Spark session was stopped while the run was going on"
