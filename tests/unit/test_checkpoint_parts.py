@@ -17,8 +17,7 @@ import pytest
 from horovodrunner.flows.checkpoints.driver import CheckpointReceiver
 from horovodrunner.flows.checkpoints.manifest import Manifest, Part
 from horovodrunner.flows.checkpoints.store import CheckpointStore
-from horovodrunner.flows.checkpoints.task import parts as parts_module
-from horovodrunner.flows.checkpoints.task import uploading
+from horovodrunner.flows.checkpoints.task import retrying
 from horovodrunner.flows.checkpoints.task.parts import PartKeeper
 from horovodrunner.flows.checkpoints.task.uploading import CheckpointUploader
 from horovodrunner.wire.events import (
@@ -162,7 +161,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts_module, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(retrying, "RETRY_SECONDS", 0.05)
 
 
 @pytest.fixture(params=["path", "URL"])
@@ -545,7 +544,7 @@ def test_a_network_that_breaks_at_the_commit_is_tried_again(
     store: Store, tmp_path: Path, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit, errors = store.commit, [ConnectionResetError("gone")] * times
-    monkeypatch.setattr(uploading, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(retrying, "RETRY_SECONDS", 0.01)
 
     def break_off(*arguments: Any) -> Manifest:
         if errors:

@@ -15,9 +15,9 @@ import pytest
 
 from horovodrunner.flows.checkpoints.manifest import Manifest
 from horovodrunner.flows.checkpoints.store import CheckpointStore
-from horovodrunner.flows.checkpoints.task import uploading
+from horovodrunner.flows.checkpoints.task import retrying
 from horovodrunner.flows.checkpoints.task.latest import LatestCopy, LatestDecision
-from horovodrunner.flows.checkpoints.task.parts import PUT_ATTEMPTS
+from horovodrunner.flows.checkpoints.task.retrying import ATTEMPTS
 from horovodrunner.flows.checkpoints.task.uploading import CheckpointUploader
 from horovodrunner.placement.topology import Member
 from horovodrunner.wire.events import Latest, LatestWanted
@@ -106,7 +106,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploading, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(retrying, "RETRY_SECONDS", 0.05)
 
 
 def test_what_is_saved_is_stored_and_its_directory_deleted(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_network_that_stays_away_is_reported_and_the_next_checkpoint_tried(
     tmp_path: Path,
 ) -> None:
     async def scenario() -> None:
-        backend = SlowBackend(*[ConnectionResetError("gone")] * PUT_ATTEMPTS)
+        backend = SlowBackend(*[ConnectionResetError("gone")] * ATTEMPTS)
         async with running(backend, tmp_path) as run:
             run.save(1)
             assert await run.uploader.drain(10)

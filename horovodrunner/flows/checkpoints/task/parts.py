@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from horovodrunner.flows.checkpoints.task.backend import CheckpointBackend
+from horovodrunner.flows.checkpoints.task.retrying import in_thread_again
 from horovodrunner.flows.checkpoints.tree import files_below, pieces_of_tree, sha256_of
 from horovodrunner.formatting import in_one_line
 from horovodrunner.wire.events import (
@@ -31,12 +32,9 @@ from horovodrunner.wire.events import (
     StoreParts,
     Storing,
 )
-from horovodrunner.wire.upload import chunks_of, in_thread
+from horovodrunner.wire.upload import chunks_of
 
-__all__ = ["PUT_ATTEMPTS", "RETRY_SECONDS", "PartKeeper", "delete_tree"]
-
-PUT_ATTEMPTS = 3
-RETRY_SECONDS = 2.0
+__all__ = ["PartKeeper", "delete_tree"]
 
 STORING_SECONDS = 2.0
 """How often it is reported that parts still wait."""
@@ -135,18 +133,11 @@ class PartKeeper:
 async def _answer(
     rank: int, number: int, work: Callable[[int, Path], Any], directory: Path
 ) -> Event:
-    for attempt in range(1, PUT_ATTEMPTS + 1):
-        try:
-            content = json.dumps(await in_thread(work, rank, directory)).encode()
-        except (ConnectionError, TimeoutError) as error:
-            if attempt < PUT_ATTEMPTS:
-                await asyncio.sleep(RETRY_SECONDS)  # the network may come back
-                continue
-            return PartAnswer(rank, number, error=in_one_line(error))
-        except Exception as error:  # noqa: BLE001 - a file system of anybody's may raise any
-            return PartAnswer(rank, number, error=in_one_line(error))
-        return PartAnswer(rank, number, content=content)
-    raise AssertionError("unreachable")
+    try:
+        content = json.dumps(await in_thread_again(work, rank, directory)).encode()
+    except Exception as error:  # noqa: BLE001 - a file system of anybody's may raise any
+        return PartAnswer(rank, number, error=in_one_line(error))
+    return PartAnswer(rank, number, content=content)
 
 
 def fingerprint(path: Path) -> list[Any]:
