@@ -1,52 +1,45 @@
-"""Keeps gloo's process groups of torch for a moment after their end. Runs in: the worker.
+"""Lets models of DistributedDataParallel be freed without a deadlock. Runs in: the worker.
 
-When the last reference to a ``ProcessGroupGloo`` goes, torch waits for the group's threads while it
-holds the GIL; in torch 2.13 a thread that frees the tensors of the last collective wants the GIL,
-too. Both then wait forever: in ``destroy_process_group()``, or where main's model that
-DistributedDataParallel wraps is freed (pytorch's ``ProcessGroupGloo.cpp``, ``~ProcessGroupGloo``
-and ``runLoop``).
+Torch waits for the threads of a ``ProcessGroupGloo`` when it frees it. Since a thread that drops
+the tensors of the last collective wants the GIL, this has to happen without the GIL: so it does
+where Python's own reference is the last one, but not where that is DistributedDataParallel's
+``Reducer``, after ``destroy_process_group()``. Then both may wait forever (seen with torch 2.13;
+pytorch's ``torch/csrc/distributed/c10d/init.cpp`` and ``~ProcessGroupGloo``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import sys
+import weakref
 from typing import Any
 
 from horovodrunner.flows.call.import_hook import after_import
 
 __all__ = ["install"]
 
-_kept: list[Any] = []
-"""The groups that were destroyed last. By the next time, the threads of these have no work left."""
-
 
 def install() -> None:
-    """See to it that groups outlive ``destroy_process_group``, once torch is imported."""
-    after_import("torch.distributed.distributed_c10d", _wrap)
+    """See to it that a group outlives the models that use it, once torch is imported."""
+    after_import("torch.nn.parallel.distributed", _wrap)
 
 
 def _wrap(module: Any) -> None:
-    destroy = module.destroy_process_group
+    with contextlib.suppress(AttributeError):  # another version, which has another private name
+        kind = module.DistributedDataParallel
+        make_reducer = kind._ddp_init_helper
 
-    @functools.wraps(destroy)
-    def destroy_process_group(*args: Any, **kwargs: Any) -> Any:
-        with contextlib.suppress(Exception):  # another version, which has other private names
-            _kept[:] = _backends_of_cpu(module)
-        return destroy(*args, **kwargs)
+        @functools.wraps(make_reducer)
+        def _ddp_init_helper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = make_reducer(self, *args, **kwargs)
+            for name in ("reducer", "logger"):  # the logger has the reducer, too
+                with contextlib.suppress(AttributeError, TypeError):
+                    last = weakref.finalize(getattr(self, name), _let_go_of, self.process_group)
+                    last.atexit = False
+            return result
 
-    module.destroy_process_group = destroy_process_group
-    package = sys.modules.get("torch.distributed")
-    if getattr(package, "destroy_process_group", None) is destroy:
-        package.destroy_process_group = destroy_process_group  # type: ignore[union-attr]
+        kind._ddp_init_helper = _ddp_init_helper
 
 
-def _backends_of_cpu(module: Any) -> list[Any]:
-    import torch
-
-    found = []
-    for group in module._world.pg_map:
-        with contextlib.suppress(RuntimeError):  # it has none, but one for GPUs
-            found.append(group._get_backend(torch.device("cpu")))
-    return found
+def _let_go_of(group: Any) -> None:
+    """Free the group, if nobody else has it; its own deallocator gives up the GIL."""
