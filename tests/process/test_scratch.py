@@ -12,6 +12,7 @@ import pytest
 
 from horovodrunner.processes.task.scratch import Scratch
 from tests.processes import PIPE, started
+from tests.waiting import wait_until
 
 HOLD = """
 import sys, time
@@ -42,8 +43,7 @@ def test_it_is_deleted_when_its_task_is_killed(
         (path / "weights").write_bytes(b"x")
         kill(task.pid, signal.SIGKILL)
         task.wait()
-    # The process that deletes it has left by now, too.
-    assert list(base.iterdir()) == []
+    wait_until(lambda: not list(base.iterdir()))
 
 
 def test_nothing_is_left_when_it_cannot_be_watched(

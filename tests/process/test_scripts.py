@@ -396,11 +396,11 @@ def test_a_signal_ends_every_rank(number: signal.Signals, code: Path, tmp_path: 
     """What is left behind fails the test: tests/processes.py looks for it."""
     script, log = code / "slow.py", tmp_path / "log"
     script.write_text(SLOW)
+    words = ["env", f"--default-signal={number.name[3:]}"]  # nohup, say, has SIGHUP ignored
+    words += command("-np", "-2", str(script), "stubborn")
     with (
         log.open("wb") as output,
-        processes.started(
-            command("-np", "-2", str(script), "stubborn"), stdout=output, stderr=processes.STDOUT
-        ) as process,
+        processes.started(words, stdout=output, stderr=processes.STDOUT) as process,
     ):
         wait_for_line("begun(?s:.*)begun", log)
         process.send_signal(number)
