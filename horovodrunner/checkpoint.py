@@ -145,6 +145,18 @@ class Checkpoint(type(Path())):  # type: ignore[misc]  # Path's class for this s
         far = TaskSource(context, self._manifest)
         return NearFirst(Path(self), f"rank-{context.spec.rank}/", far)
 
+    def _source_for(self, bytes_of_every_rank: int) -> Source:
+        """Return the same; or where the host's ranks want more in all, what fetches all of it once.
+
+        `bytes_of_every_rank` is how much each of them reads of the same.
+        """
+        from horovodrunner.flows.checkpoints.worker.source import CopiesOfHost
+
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if self._manifest is None or bytes_of_every_rank * ranks <= self._manifest.size:
+            return self.source()
+        return CopiesOfHost(self.source(), self.of_rank)
+
 
 def latest() -> Checkpoint | None:
     """Return the checkpoint that this attempt starts from, the same on every rank.

@@ -92,6 +92,18 @@ def test_torch_reads_what_save_torch_has_saved(saved: tuple[Path, dict[str, Any]
     assert runner.run(sharded.load_with_dcp, directory="") == (weights, None)
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ranks_that_want_the_whole_fetch_it_once_for_their_host(
+    saved: tuple[Path, dict[str, Any]], ranks: int
+) -> None:
+    location, weights = saved
+    runner = HorovodRunner(np=-ranks, checkpoint_dir=location, results="all")
+    runner.run(sharded.load_whole, names=["model", "optimizer"])
+    for read, loaded in runner.results:
+        assert loaded == list(weights.values())
+        assert (read > 0) == (ranks == 1)  # a host with one rank has nobody to share with
+
+
 TOLD = {
     "no module": "ArgumentValueError: 7 of the parameters of 'optimizer' are of no module",
     "other name": "step 0 has no net.pt, only model, optimizer, schedule.pt: load_torch",

@@ -15,7 +15,11 @@ import torch
 
 from horovodrunner.errors import ArgumentValueError, CheckpointError
 from horovodrunner.flows.checkpoints.manifest import Manifest
-from horovodrunner.flows.checkpoints.worker.source import DATA_NAME, INDEX_NAME, Source
+from horovodrunner.flows.checkpoints.worker.source import (
+    DATA_NAME,
+    INDEX_NAME,
+    Source,
+)
 from horovodrunner.flows.checkpoints.worker.staging import tensors_in
 from horovodrunner.flows.checkpoints.worker.states import (
     Objects,
@@ -39,6 +43,7 @@ class Found(Protocol):
     @property
     def _manifest(self) -> Manifest | None: ...
     def source(self) -> Source: ...
+    def _source_for(self, bytes_of_every_rank: int) -> Source: ...
     def __truediv__(self, name: str) -> Path: ...
 
 
@@ -61,6 +66,18 @@ class Loading:
             self._reader = ShardReader(found.source())
             self._metadata = self._reader.read_metadata()
             self._sharded = {str(path[0]) for path in self._metadata.planner_data.values()}
+            self._reader = ShardReader(found._source_for(self._bytes_of_whole_objects()))
+
+    def _bytes_of_whole_objects(self) -> int:
+        """Return what every rank reads alike of sharded objects, which are whole here."""
+        whole = {
+            name
+            for name, item in self._objects.items.items()
+            if name in self._sharded and not has_sharded_parameters(item)
+        }
+        paths = self._metadata.planner_data
+        parts = self._metadata.storage_data.values()
+        return sum(part.length for part in parts if paths[part.key][0] in whole)
 
     def load(self, name: str) -> None:
         """Load one object, and tell of settings that this has replaced."""

@@ -6,13 +6,21 @@ A path begins with ``rank-N/`` in a checkpoint of all ranks, and with nothing in
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from horovodrunner.flows.checkpoints.manifest import MANIFEST_NAME, Manifest
 
-__all__ = ["DATA_NAME", "INDEX_NAME", "DirectorySource", "NearFirst", "Range", "Source"]
+__all__ = [
+    "DATA_NAME",
+    "INDEX_NAME",
+    "CopiesOfHost",
+    "DirectorySource",
+    "NearFirst",
+    "Range",
+    "Source",
+]
 
 DATA_NAME = "shards.bin"
 INDEX_NAME = "shards.json"
@@ -62,6 +70,31 @@ class DirectorySource:
                         f"{path} ends at {offset + done} bytes, {length - done} bytes early"
                     )
                 done += count
+        return view
+
+
+class CopiesOfHost:
+    """Reads from directories that the ranks of a host share, one for each rank that has saved.
+
+    `directory_of` fetches what a rank has saved, unless that has been done on this host.
+    """
+
+    def __init__(self, far: Source, directory_of: Callable[[int], Path]) -> None:
+        self._far = far
+        self._directory_of = directory_of
+        self._near: dict[str, DirectorySource] = {}
+
+    def files(self) -> Mapping[str, int]:
+        return self._far.files()
+
+    def read(self, ranges: Sequence[Range]) -> list[memoryview]:
+        return [self._read(*each) for each in ranges]
+
+    def _read(self, path: str, offset: int, length: int) -> memoryview:
+        root, _, name = path.partition("/")
+        if root not in self._near:
+            self._near[root] = DirectorySource(self._directory_of(int(root.removeprefix("rank-"))))
+        (view,) = self._near[root].read([(name, offset, length)])
         return view
 
 
