@@ -1,7 +1,7 @@
 """What the ranks of a task save of checkpoints of all ranks, until it is stored. Runs in: the task.
 
 A rank's part waits here until partition 0, which knows what the others have, decides what becomes
-of it (flows/checkpoints/task/uploading.py).
+of it (flows/checkpoints/task/saves.py and uploading.py).
 """
 
 from __future__ import annotations
