@@ -2,6 +2,7 @@
 
 - ``raw copies``: four processes send a file each over loopback sockets, this one writes them in
   four threads (benchmarks/checkpoint.py);
+- ``hashed copies``: the same, and the senders compute the SHA-256 of what they send;
 - ``stored``: from the moment at which the last rank has left ``with checkpoint.save(ranks="all")``
   until the checkpoint is complete in ``checkpoint_dir``;
 - ``held``: how long the end of the ``with`` block held main, on the rank that it held longest.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import io
 import os
 import tempfile
@@ -81,17 +83,21 @@ def columns(repeat: int, directory: Path) -> dict[str, list[float]]:
                 file.write(os.urandom(PIECE))
     kept, signs = directory / "kept", directory / "signs"
     signs.mkdir()
-    raw: list[float] = []
+    copied: dict[bool, list[float]] = {False: [], True: []}
     complete: list[float] = []
+
+    def copy_all(hashes: bool) -> None:
+        os.sync()  # what the disk still has to write slows whoever comes next
+        copy = functools.partial(raw_copy, hashes=hashes)
+        began = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(RANKS) as pool:
+            list(pool.map(copy, sources, [directory / f"raw-{rank}.bin" for rank in range(RANKS)]))
+        copied[hashes].append(time.perf_counter() - began)
 
     def interleave() -> None:
         for step in range(repeat):
-            os.sync()  # what the disk still has to write slows whoever comes next
-            began = time.perf_counter()
-            with concurrent.futures.ThreadPoolExecutor(RANKS) as pool:
-                copies = [directory / f"raw-{rank}.bin" for rank in range(RANKS)]
-                list(pool.map(raw_copy, sources, copies))
-            raw.append(time.perf_counter() - began)
+            for hashes in copied:
+                copy_all(hashes)
             os.sync()
             (signs / str(step)).touch()
             while not (kept / f"step-{step:08d}").exists():
@@ -109,7 +115,8 @@ def columns(repeat: int, directory: Path) -> dict[str, list[float]]:
     # one machine, one monotonic clock
     last = [max(figures[step]["left"] for figures in ranks) for step in range(repeat)]
     return {
-        "raw copies": raw,
+        "raw copies": copied[False],
+        "hashed copies": copied[True],
         "stored": [there - left for there, left in zip(complete, last, strict=True)],
         "held": [max(figures[step]["held"] for figures in ranks) for step in range(repeat)],
     }
