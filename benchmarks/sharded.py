@@ -6,6 +6,7 @@ Two ranks hold a model of FSDP2, ``MEBIBYTES`` each, in memory of the CPU:
 - ``held``: the call of save_torch(asynchronous=True);
 - ``no bytes``: the same call with as many tensors of a few elements each, in milliseconds: what it
   takes beyond the copy, which varies by more than that from one copy to the next;
+- ``no bytes, 2000 tensors``: the same with so many, for large models;
 - ``written``: from then on until the files are written, in the background.
 """
 
@@ -31,7 +32,7 @@ def saving() -> Callable[..., dict[str, list[float]]]:
     layers, width, ranks = LAYERS, 1024, RANKS
     rows = MEBIBYTES * 2**20 * ranks // (4 * width * layers)
 
-    def model_of(width: int, rows: int) -> Any:
+    def model_of(width: int, rows: int, layers: int = layers) -> Any:
         import torch
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -49,8 +50,12 @@ def saving() -> Callable[..., dict[str, list[float]]]:
 
         dist.init_process_group("gloo")
         torch.set_num_threads(1)
-        model, small = model_of(width, rows), model_of(ranks, ranks)
-        names = ("bare copy", "held", "no bytes", "written")
+        model, small, many = (
+            model_of(width, rows),
+            model_of(ranks, ranks),
+            model_of(ranks, ranks, 1000),
+        )
+        names = ("bare copy", "held", "no bytes", "no bytes, 2000 tensors", "written")
         found: dict[str, list[float]] = {name: [] for name in names}
         for step in range(-1, repeat):  # the first round warms up
             dist.barrier()
@@ -60,20 +65,18 @@ def saving() -> Callable[..., dict[str, list[float]]]:
             del copies
             dist.barrier()
             called = time.perf_counter()
-            checkpoint.save_torch(2 * step + 2, asynchronous=True, model=model)
+            checkpoint.save_torch(3 * step + 3, asynchronous=True, model=model)
             left = time.perf_counter()
             checkpoint.wait()
             written = time.perf_counter()
             dist.barrier()
-            small_called = time.perf_counter()
-            checkpoint.save_torch(2 * step + 3, asynchronous=True, model=small)
-            small_left = time.perf_counter()
-            figures = (
-                copied - began,
-                left - called,
-                1000 * (small_left - small_called),
-                written - left,
-            )
+            empty = []
+            for number, other in enumerate((small, many)):
+                called_again = time.perf_counter()
+                checkpoint.save_torch(3 * step + 4 + number, asynchronous=True, model=other)
+                empty.append(1000 * (time.perf_counter() - called_again))
+                checkpoint.wait()
+            figures = (copied - began, left - called, *empty, written - left)
             if step >= 0:
                 for name, figure in zip(names, figures, strict=True):
                     found[name].append(figure)
@@ -106,7 +109,7 @@ def measure(rounds: int) -> Case:
         values = runner.run(saving(), repeat=rounds)
     lines = [
         Figures(name, "ms", figures)
-        if name == "no bytes"
+        if name.startswith("no bytes")
         else Figures(name, "s", figures, "bare copy")
         for name, figures in values.items()
     ]

@@ -15,10 +15,17 @@ def start(write: Callable[[], None]) -> None:
     """Call `write` in a thread, after the one before."""
     global _writing
     wait()
+    may_begin = threading.Event()  # or it would keep the GIL from main, which waits for its start
+
+    def write_then() -> None:
+        may_begin.wait()
+        write()
+
     # a daemon: when main raises, its process does not wait
-    thread = threading.Thread(target=write, name="horovodrunner-checkpoint", daemon=True)
+    thread = threading.Thread(target=write_then, name="horovodrunner-checkpoint", daemon=True)
     _writing = os.getpid(), thread
     thread.start()
+    may_begin.set()
 
 
 def wait() -> None:

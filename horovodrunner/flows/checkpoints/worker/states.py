@@ -8,7 +8,9 @@ fully qualified name, whatever the module is wrapped in, also in the states of o
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -75,11 +77,16 @@ class Objects:
 
     def __init__(self, objects: Mapping[str, Any]) -> None:
         self.items = dict(objects)
-        self._names: dict[int, tuple[str, str]] = {}
-        for name, item in objects.items():
+
+    @functools.cached_property
+    def _names(self) -> dict[int, tuple[str, str]]:
+        """The module and the key of each parameter, by its id."""
+        names: dict[int, tuple[str, str]] = {}
+        for name, item in self.items.items():
             if isinstance(item, torch.nn.Module):
                 for key, parameter in unwrapped(item).named_parameters():
-                    self._names.setdefault(id(parameter), (name, canonical(key)))
+                    names.setdefault(id(parameter), (name, canonical(key)))
+        return names
 
     @without_collections()
     def states(self, *, every_rank_writes: bool = False) -> States:
@@ -170,7 +177,7 @@ def is_optimizer(item: Any) -> bool:
 def has_sharded_parameters(item: Any) -> bool:
     """Return whether a module or an optimizer has parameters that each rank has a part of."""
     if isinstance(item, torch.nn.Module):
-        return is_sharded([*item.parameters(), *item.buffers()])
+        return any(map(is_sharded, itertools.chain(item.parameters(), item.buffers())))
     return is_optimizer(item) and is_sharded([group["params"] for group in item.param_groups])
 
 
@@ -181,11 +188,8 @@ def _is_lowest_rank(item: Any, state: Any) -> bool:
     """
     # before its first step, an optimizer's state has no tensor
     groups = [group["params"] for group in item.param_groups] if is_optimizer(item) else []
-    meshes = {
-        id(tensor.device_mesh): tensor.device_mesh
-        for tensor in tensors_in([state, groups])
-        if hasattr(tensor, "device_mesh")
-    }
+    found = (getattr(tensor, "device_mesh", None) for tensor in tensors_in([state, groups]))
+    meshes = {id(mesh): mesh for mesh in found if mesh is not None}
     ranks = [int(mesh.mesh.min()) for mesh in meshes.values()]
     return bool(torch.distributed.get_rank() == min(ranks))
 
@@ -203,4 +207,6 @@ def unwrapped(module: Any) -> Any:
 
 def canonical(key: str) -> str:
     """Return a parameter's name without what wraps its modules."""
+    if not any(wrapper in key for wrapper in _WRAPPERS):
+        return key
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
