@@ -21,6 +21,7 @@ For PyTorch the same in one line each: :func:`load_torch` and :func:`save_torch`
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -63,6 +64,8 @@ attempt: int
 """1 in the first launch of a run, one more after each restart; 1 outside a run, too."""
 
 _notes_given: set[str] = set()
+_guesses = itertools.count(1)
+"""Counts the calls of save_torch() whose objects tell who saves; ranks make the same calls."""
 
 
 class Checkpoint(type(Path())):  # type: ignore[misc]  # Path's class for this system
@@ -260,7 +263,7 @@ def _got_to(step: int) -> None:
 
 @contextlib.contextmanager
 def _saving(
-    step: int, of_all: bool, numbers: dict[str, float], *, by_choice: bool = True
+    step: int, of_all: bool, numbers: dict[str, float], *, guess: int = 0
 ) -> Iterator[Path]:
     context = current_context()
     if context is None or not context.spec.keeps_checkpoints:
@@ -275,9 +278,9 @@ def _saving(
         if context is not None and keeps and (of_all or context.spec.rank == 0):
             where = str(directory)
             context.link.send(
-                PartSaved(context.spec.rank, step, where, metrics=numbers, by_choice=by_choice)
+                PartSaved(context.spec.rank, step, where, metrics=numbers, guess=guess)
                 if of_all
-                else CheckpointSaved(step, where, numbers, by_choice=by_choice)
+                else CheckpointSaved(step, where, numbers, guess=guess)
             )
             handed_over = True
     except BaseException as error:
@@ -415,13 +418,13 @@ def save_torch(
 
     step = checked.integer("step", step, at_least=0)
     _check_objects("save_torch(step, ...)", objects)
-    by_choice = ranks is not None
-    every_rank_writes = by_choice and _is_of_all(ranks)
+    every_rank_writes = ranks is not None and _is_of_all(ranks)
+    guess = next(_guesses) if ranks is None else 0
     numbers = _numbers(metrics)
     background.wait()
     # on every rank: some gather their state from all of them
     states = Objects(objects).states(every_rank_writes=every_rank_writes)
-    if by_choice and states.is_of_all and not every_rank_writes:
+    if ranks is not None and states.is_of_all and not every_rank_writes:
         raise ArgumentValueError(
             f"save_torch(ranks=0): {', '.join([*states.sharded, *states.own])} has another part on "
             'every rank, and rank 0 would save its own alone: leave ranks out, or give ranks="all"'
@@ -432,22 +435,22 @@ def save_torch(
         return
     if asynchronous:
         copied = states.copied()
-        background.start(lambda: _write_behind(step, copied, numbers, by_choice=by_choice))
+        background.start(lambda: _write_behind(step, copied, numbers, guess=guess))
     else:
-        _write(step, states, numbers, by_choice=by_choice)
+        _write(step, states, numbers, guess=guess)
 
 
-def _write(step: int, states: States, numbers: dict[str, float], *, by_choice: bool) -> None:
+def _write(step: int, states: States, numbers: dict[str, float], *, guess: int) -> None:
     context = current_context()
-    with _saving(step, states.is_of_all, numbers, by_choice=by_choice) as directory:
+    with _saving(step, states.is_of_all, numbers, guess=guess) as directory:
         states.write(directory, is_rank_0=context is None or context.spec.rank == 0)
 
 
-def _write_behind(step: int, states: States, numbers: dict[str, float], *, by_choice: bool) -> None:
+def _write_behind(step: int, states: States, numbers: dict[str, float], *, guess: int) -> None:
     """Write a checkpoint's files while main goes on, and report what goes wrong."""
     context = current_context()
     try:
-        _write(step, states, numbers, by_choice=by_choice)
+        _write(step, states, numbers, guess=guess)
     except Exception as error:  # noqa: BLE001 - it is reported
         if context is None:
             log_to_driver(f"the checkpoint of step {step} was not written: {in_one_line(error)}")

@@ -193,8 +193,8 @@ class CheckpointSaved(Event):
     directory: str
     metrics: dict[str, float] = {}  # noqa: RUF012 - events are frozen
     problem: str = ""
-    by_choice: bool = True
-    """Whether main said that rank 0 saves for all; False: its objects looked so."""
+    guess: int = 0
+    """Which call of the rank's it was whose objects looked as if rank 0 saves; 0: main said so."""
 
 
 class PartSaved(Event):
@@ -205,8 +205,8 @@ class PartSaved(Event):
     directory: str = ""
     problem: str = ""
     metrics: dict[str, float] = {}  # noqa: RUF012 - events are frozen
-    by_choice: bool = True
-    """Whether main said that every rank saves; False: this one's objects looked so."""
+    guess: int = 0
+    """Which call of the rank's it was whose objects looked as if all save; 0: main said so."""
 
 
 class LatestWanted(Event):
@@ -397,7 +397,7 @@ class PartWaits(Event):
     turn: int
     problem: str = ""
     metrics: dict[str, float] = {}  # noqa: RUF012 - events are frozen
-    by_choice: bool = True
+    guess: int = 0
 
 
 class ListParts(Event):

@@ -341,18 +341,51 @@ def test_what_only_some_ranks_take_for_sharded_is_refused(
             whole = run.directory_with({"model.pt": b"stage 0"})
             for kind in ("whole", "part") if order == "whole first" else ("part", "whole"):
                 if kind == "whole":
-                    run.from_rank_0(CheckpointSaved(5, str(whole), by_choice=False))
+                    run.from_rank_0(CheckpointSaved(5, str(whole), guess=7))
                 else:
                     part = run.directory_with({"shards.bin": b"stage 1"})
-                    run.from_worker(PartSaved(1, 5, str(part), by_choice=False))
+                    run.from_worker(PartSaved(1, 5, str(part), guess=7))
             (text,) = run.errors
-            told = "objects are sharded on rank 1 and not on rank 0"
+            told = "objects are sharded, or of RandomState, on rank 1 and not on rank 0"
             assert f"the checkpoint of step 5 was not stored: {told}" in text
             assert 'save_torch(..., ranks="all")' in text
             store.gates[0].set()
             assert await run.uploader.drain(10)
             assert steps(store) == [4]
             await until(lambda: not run.left())
+
+    asyncio.run(scenario())
+
+
+def test_a_step_that_is_saved_twice_is_not_mixed(store: Store, tmp_path: Path) -> None:
+    """First by rank 0 for all, then by every rank, some of which are ahead."""
+
+    async def scenario() -> None:
+        async with running(store, tmp_path / "scratch") as run:
+            for rank in (1, 2, 3, 0):
+                if rank == 0:
+                    whole = run.directory_with({"model.pt": b"of rank 0"})
+                    run.from_rank_0(CheckpointSaved(5, str(whole), guess=1))
+                part = run.directory_with({"random.pt": b"%d" % rank})
+                run.from_worker(PartSaved(rank, 5, str(part), guess=2))
+            assert await run.uploader.drain(10)
+            assert run.errors == []
+            assert "step-00000005/rank-3/random.pt" in tree(store)
+
+    asyncio.run(scenario())
+
+
+def test_what_counts_already_is_not_called_intact(store: Store, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(store, tmp_path / "scratch") as run:
+            whole = run.directory_with({"model.pt": b"stage 0"})
+            run.from_rank_0(CheckpointSaved(5, str(whole), guess=1))
+            assert await run.uploader.drain(10)
+            part = run.directory_with({"shards.bin": b"stage 1"})
+            run.from_worker(PartSaved(1, 5, str(part), guess=1))
+            (text,) = run.errors
+            assert text.startswith("the checkpoint of step 5 has what rank 0 saved, only: objects")
+            assert steps(store) == [5]
 
     asyncio.run(scenario())
 

@@ -84,7 +84,7 @@ class PartKeeper:
             parts[event.rank] = Path(event.directory)
             self._is_empty.clear()
         self._emit(
-            PartWaits(event.rank, event.step, turn, event.problem, event.metrics, event.by_choice)
+            PartWaits(event.rank, event.step, turn, event.problem, event.metrics, event.guess)
         )
 
     def _list(self, event: ListParts) -> None:

@@ -30,8 +30,8 @@ class Save:
     metrics: Mapping[str, float] = field(default_factory=dict)
     ranks: set[int] = field(default_factory=set)
     """Those that have saved their part."""
-    by_choice: bool = True
-    """Whether main said who saves."""
+    guess: int = 0
+    """Which call of each rank's it was whose objects told who saves; 0: main did."""
 
     @property
     def is_of_all(self) -> bool:
@@ -59,8 +59,8 @@ class Saves:
         self._on_change = on_change
         self._waiting: list[Save] = []
         self._resolved: set[tuple[int, int]] = set()
-        self._chosen_alone: set[int] = set()
-        """Steps that rank 0 has saved for all because of what its objects looked like."""
+        self._guessed_alone: set[int] = set()
+        """Calls in which rank 0 has saved for all because of what its objects looked like."""
         self.gone: dict[int, str] = {}
         """Ranks that save nothing any more, and why."""
         self.lost: set[int] = set()
@@ -94,10 +94,11 @@ class Saves:
         """Take over a directory that rank 0 has filled."""
         whole = Save(event.step, directory=Path(event.directory), metrics=event.metrics)
         whole.ranks = set(self._hosts)
+        whole.guess = event.guess
         self.add(whole)
-        if not event.by_choice:
-            self._chosen_alone.add(event.step)
-            self._refuse_mixed(event.step)
+        if event.guess:
+            self._guessed_alone.add(event.guess)
+            self._refuse_mixed(event.guess)
 
     def take_part(self, event: PartWaits) -> None:
         """Note that a rank's part waits in its task, or why there is none."""
@@ -111,7 +112,8 @@ class Saves:
             self.add(save)
         if event.rank == 0:
             save.metrics = event.metrics
-        save.by_choice &= event.by_choice
+            self._put_whole_ones_before(save)  # which rank 0 has saved before it
+        save.guess = event.guess
         if event.problem:
             self._give_up(save, {event.rank}, event.problem)
             return
@@ -123,7 +125,7 @@ class Saves:
         if self._is_complete(save):
             self._skip_older_than(save)
             self._on_change()
-        self._refuse_mixed(event.step)
+        self._refuse_mixed(event.guess)
         self._give_up_incomplete()
 
     def ranks_are_gone(self, reasons: Mapping[int, str]) -> None:
@@ -154,21 +156,29 @@ class Saves:
     def _of_all(self) -> list[Save]:
         return [each for each in self._waiting if each.is_of_all]
 
+    def _put_whole_ones_before(self, save: Save) -> None:
+        at = self._waiting.index(save)
+        after = self._waiting[at + 1 :]
+        whole = [each for each in after if not each.is_of_all]
+        self._waiting[at:] = [*whole, save, *(each for each in after if each.is_of_all)]
+
     def _skip_older_than(self, newest: Save) -> None:
         for older in self._waiting[: self._waiting.index(newest)]:
             if self._is_complete(older):
                 self._drop(older)
                 self._notes.saved_in_haste(older.step)
 
-    def _refuse_mixed(self, step: int) -> None:
+    def _refuse_mixed(self, guess: int) -> None:
         """Give up what some ranks save for themselves and rank 0 for all, neither of them told."""
-        if step not in self._chosen_alone:
+        if guess not in self._guessed_alone:
             return
-        for save in self._of_all():
-            if save.step == step and not save.by_choice and 0 not in save.ranks:
-                for each in [each for each in self._waiting if each.step == step]:
+        mixed = [each for each in self._waiting if each.guess == guess]
+        for save in mixed:
+            if save.is_of_all and 0 not in save.ranks:
+                for each in mixed:
                     self._drop(each)
-                self._notes.mixed(step, save.ranks)
+                is_stored = all(each.is_of_all for each in mixed)
+                self._notes.mixed(save.step, save.ranks, is_stored=is_stored)
                 self._on_change()
                 return
 

@@ -37,13 +37,19 @@ class CheckpointNotes:
             "does not count; older checkpoints are intact"
         )
 
-    def mixed(self, step: int, sharded: Iterable[int]) -> None:
-        """Tell that some ranks took a checkpoint for one of all ranks, and rank 0 did not."""
-        self.not_stored(
-            step,
-            f"objects are sharded on {ranks_in_words(sharded)} and not on rank 0, so that rank 0 "
-            'would save its own for all: give save_torch(..., ranks="all") on every rank',
+    def mixed(self, step: int, others: Iterable[int], *, is_stored: bool) -> None:
+        """Tell that some ranks took a checkpoint for one of all ranks, and rank 0 did not.
+
+        `is_stored` says that what rank 0 has saved counts already.
+        """
+        why = (
+            f"objects are sharded, or of RandomState, on {ranks_in_words(others)} and not on rank "
+            '0, which saves its own for all: give save_torch(..., ranks="all") on every rank'
         )
+        if is_stored:
+            self._on_error(f"the checkpoint of step {step} has what rank 0 saved, only: {why}")
+        else:
+            self.not_stored(step, why)
 
     def saved_in_haste(self, step: int) -> None:
         """Tell, once, that a checkpoint is skipped because a newer one waits."""

@@ -38,11 +38,13 @@ def _dtensor() -> Any:
 
 
 def is_plain(tensor: Any) -> bool:
-    """Return whether a tensor is a piece of memory and nothing else."""
+    """Return whether a tensor is what its memory says: not the conjugate of it, say."""
     kind = type(tensor)
     if kind is not torch.Tensor and kind is not torch.nn.Parameter:
         return False
-    return bool(tensor.layout is torch.strided and tensor.numel())
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return False
+    return not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
 
 
 def identity(tensor: Any) -> Hashable:
