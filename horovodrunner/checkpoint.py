@@ -148,6 +148,14 @@ class Checkpoint(type(Path())):  # type: ignore[misc]  # Path's class for this s
         far = TaskSource(context, self._manifest)
         return NearFirst(Path(self), f"rank-{context.spec.rank}/", far)
 
+    @property
+    def _own_rank(self) -> int | None:
+        """The number of this rank, where as many ranks have saved the checkpoint."""
+        context = current_context()
+        if context is None or os.environ.get("WORLD_SIZE") != str(self.world_size):
+            return None
+        return context.spec.rank
+
     def _source_for(self, bytes_of_every_rank: int) -> Source:
         """Return the same; or where the host's ranks want more in all, what fetches all of it once.
 
@@ -549,7 +557,7 @@ def torch_reader(found: Checkpoint | str | os.PathLike[str], directory: str = ""
     from horovodrunner.flows.checkpoints.worker.source import DirectorySource
 
     if isinstance(found, Checkpoint) and found.world_size is not None:
-        return ShardReader(found.source(), directory)
+        return ShardReader(found.source(), directory, own_rank=found._own_rank)
     return ShardReader(DirectorySource(found), directory)
 
 

@@ -166,6 +166,9 @@ def read_large(batch_bytes: int) -> list[int]:
         def files(self) -> Any:
             return self._source.files()
 
+        def content_of(self, path: str) -> str:
+            return str(self._source.content_of(path))
+
         def read(self, ranges: Any) -> Any:
             size = sum(length for _, _, length in ranges)
             self.total, self.most = self.total + size, max(self.most, size)
@@ -401,3 +404,64 @@ def load_whole(names: list[str]) -> tuple[int, list[Any]]:
     TaskSource.read = counting  # type: ignore[method-assign]
     checkpoint.load_torch(**{name: objects[name] for name in names})
     return total, [value.tolist() for value in parts[0].state_dict().values()]
+
+
+def stages_of_one_name(loads: bool, together: bool = False) -> list[float]:
+    """Save or load a model of FSDP for each rank, all of which have the same names.
+
+    `together` makes it one model over all ranks.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    ranks = range(dist.get_world_size())
+    meshes = [DeviceMesh("cpu", list(ranks) if together else [rank]) for rank in ranks]
+    model: Any = torch.nn.Linear(2, 3, bias=False)
+    torch.nn.init.constant_(model.weight, -9.0 if loads else 10.0 + dist.get_rank())
+    fully_shard(model, mesh=meshes[dist.get_rank()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1 if loads else 1.0 + dist.get_rank())
+    if loads:
+        checkpoint.load_torch(model=model, optimizer=optimizer)
+    else:
+        checkpoint.save_torch(0, model=model, optimizer=optimizer)
+    leave_group()
+    return [model.weight.to_local()[0, 0].item(), optimizer.param_groups[0]["lr"]]
+
+
+def save_half_of_it() -> None:
+    """Save a model of all ranks on rank 0 only, and something else on the others."""
+    import os
+
+    import torch
+    import torch.distributed as dist
+
+    model, _, _ = build("fsdp", seed=1)
+    if os.environ["RANK"] == "0":
+        checkpoint.save_torch(0, ranks="all", model=model)
+    else:
+        checkpoint.save_torch(0, ranks="all", other=torch.nn.Linear(1, 1))
+    dist.barrier()
+    leave_group()
+
+
+def save_and_change_types(loads: bool) -> list[Any]:
+    """Change all types right after a save; return the weights that were saved, or are loaded."""
+    import torch
+
+    model, _, _ = build("fsdp", seed=1 + loads)
+    if loads:
+        checkpoint.load_torch(model=model)
+        weights = [gathered.full_tensor().tolist() for gathered in model.parameters()]
+    else:
+        weights = [gathered.full_tensor().tolist() for gathered in model.parameters()]
+        checkpoint.save_torch(0, asynchronous=True, model=model)
+        model.to(torch.float64)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0)
+        checkpoint.wait()
+    leave_group()
+    return weights

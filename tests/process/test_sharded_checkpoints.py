@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from horovodrunner import HorovodRunner, checkpoint
-from horovodrunner.errors import ArgumentValueError, CheckpointError
+from horovodrunner.errors import ArgumentValueError, CheckpointError, WorkerFailedError
 from tests.process import sharded
 
 pytest.importorskip("torch.distributed.fsdp", reason="needs torch")
@@ -165,3 +165,37 @@ def test_another_number_of_ranks_loads_what_rank_0_had(
 def test_rank_0_does_not_save_alone_what_every_rank_has_another_of() -> None:
     with pytest.raises(ArgumentValueError, match=r"save_torch\(ranks=0\): random has another part"):
         checkpoint.save_torch(1, ranks=0, random=checkpoint.RandomState())
+
+
+def test_stages_that_have_the_same_names_get_their_own_back(tmp_path: Path) -> None:
+    runner = HorovodRunner(np=-2, checkpoint_dir=tmp_path, results="all")
+    runner.run(sharded.stages_of_one_name, loads=False)
+    assert list(runner.results) == [[10.0, 1.0], [11.0, 2.0]]
+    runner.run(sharded.stages_of_one_name, loads=True)
+    assert list(runner.results) == [[10.0, 1.0], [11.0, 2.0]]
+    with pytest.raises(WorkerFailedError, match="was saved by rank 0 and by rank 1, which did not"):
+        HorovodRunner(np=-3, checkpoint_dir=tmp_path).run(
+            sharded.stages_of_one_name, loads=True, together=True
+        )
+
+
+def test_what_some_ranks_had_whole_is_not_guessed_by_another_number(tmp_path: Path) -> None:
+    HorovodRunner(np=-3, checkpoint_dir=tmp_path).run(sharded.stages, step=1, ranks="all")
+    runner = HorovodRunner(np=-2, checkpoint_dir=tmp_path)
+    told = r"'stage' was saved whole \(rank-0/stage.pt\) by some of the 3 ranks"
+    with pytest.raises(WorkerFailedError, match=told):
+        runner.run(sharded.stages, step=2, ranks="all", loads=True, second="plain")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_half_a_model_is_not_loaded(tmp_path: Path, ranks: int) -> None:
+    HorovodRunner(np=-2, checkpoint_dir=tmp_path).run(sharded.save_half_of_it)
+    runner = HorovodRunner(np=-ranks, checkpoint_dir=tmp_path)
+    with pytest.raises(WorkerFailedError, match=r"the checkpoint holds \d+ of the \d+ elements of"):
+        runner.run(sharded.load_whole, names=["model"])
+
+
+def test_main_may_change_types_while_files_are_written(tmp_path: Path) -> None:
+    runner = HorovodRunner(np=-2, checkpoint_dir=tmp_path, on_checkpoint_error="raise")
+    saved = runner.run(sharded.save_and_change_types, loads=False)
+    assert runner.run(sharded.save_and_change_types, loads=True) == saved

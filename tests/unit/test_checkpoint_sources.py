@@ -20,6 +20,9 @@ class Recorded:
     def files(self) -> Mapping[str, int]:
         return self._source.files()
 
+    def content_of(self, path: str) -> str:
+        return self._source.content_of(path)
+
     def read(self, ranges: Sequence[Range]) -> list[memoryview]:
         self.asked += ranges
         return self._source.read(ranges)

@@ -134,6 +134,12 @@ class Manifest:
         return [each.removeprefix(root) for each in self.directories if each.startswith(root)]
 
     @property
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of every file, by its path; those that are stored once for several, too."""
+        found = {file.path: file.sha256 for file in self.files}
+        return found | {path: found[stored] for path, stored in self.copies.items()}
+
+    @property
     def size(self) -> int:
         """Number of bytes in all files."""
         return sum(file.size for file in self.files)

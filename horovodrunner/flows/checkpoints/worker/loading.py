@@ -42,6 +42,8 @@ class Found(Protocol):
 
     @property
     def _manifest(self) -> Manifest | None: ...
+    @property
+    def _own_rank(self) -> int | None: ...
     def source(self) -> Source: ...
     def _source_for(self, bytes_of_every_rank: int) -> Source: ...
     def __truediv__(self, name: str) -> Path: ...
@@ -63,10 +65,10 @@ class Loading:
         if found.world_size is not None and _holds_shards(found.source()):
             from horovodrunner.flows.checkpoints.worker.shard_reader import ShardReader
 
-            self._reader = ShardReader(found.source())
+            self._reader = ShardReader(found.source(), own_rank=found._own_rank)
             self._metadata = self._reader.read_metadata()
             self._sharded = {str(path[0]) for path in self._metadata.planner_data.values()}
-            self._reader = ShardReader(found._source_for(self._bytes_of_whole_objects()))
+            self._reader.read_from(found._source_for(self._bytes_of_whole_objects()))
 
     def _bytes_of_whole_objects(self) -> int:
         """Return what every rank reads alike of sharded objects, which are whole here."""
@@ -92,17 +94,19 @@ class Loading:
             )
 
     def _load(self, name: str, item: Any) -> None:
-        if name in self._sharded and not (self._found / f"{name}.pt").exists():
+        has_own = (self._found / f"{name}.pt").exists()
+        if name in self._sharded and not has_own:
+            self._refuse_mixed(name)
             self._fill(name, self._reader, self._metadata)
             return
-        file = self._file_of(name)
-        if isinstance(item, RandomState) and not isinstance(file, Path):
+        if isinstance(item, RandomState) and not has_own and self._found.world_size is not None:
             self._tell(
                 "checkpoint.random",
-                f"the checkpoint is of {self._found.world_size} ranks, and this run has another "
-                "number of them: every rank has new random numbers",
+                "the checkpoint has no random state of this rank, which has new random numbers: it "
+                f"is of {self._found.world_size} ranks",
             )
             return
+        file = self._file_of(name)
         if not has_sharded_parameters(item):
             _load_whole(item, _read(file))
             return
@@ -136,11 +140,28 @@ class Loading:
             "load_torch() takes the names that save_torch() was given"
         )
 
+    def _refuse_mixed(self, name: str) -> None:
+        """Refuse what is whole on one rank and sharded on others, where no rank knows which."""
+        if self._found._own_rank is None and self._found.world_size is not None:
+            whole = [f for f in self._found.source().files() if f.endswith(f"/{name}.pt")]
+            if whole:
+                raise CheckpointError(
+                    f"{name!r} was saved whole ({whole[0]}) by some of the "
+                    f"{self._found.world_size} ranks of the checkpoint of step {self._found.step} "
+                    "and sharded by others: load it with as many ranks"
+                )
+
     def _tell_of_other_ranks(self, file: str) -> None:
         """Say that what a rank other than 0 saved is left aside, if it is something else."""
         manifest = self._found._manifest
         size = self._found.world_size
         if manifest is None or size is None:
+            return
+        if self._found._own_rank is not None:
+            self._tell(
+                f"checkpoint.others.{file}",
+                f"rank {self._found._own_rank} saved no {file}, and has loaded rank 0's",
+            )
             return
         saved = [manifest.files_of(rank).get(file) for rank in range(size)]
         if len({each.sha256 for each in saved if each is not None}) > 1:

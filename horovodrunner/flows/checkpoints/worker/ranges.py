@@ -29,6 +29,10 @@ class TaskSource:
         sizes = {file.path: file.size for file in self._manifest.files}
         return sizes | {path: sizes[source] for path, source in self._manifest.copies.items()}
 
+    def content_of(self, path: str) -> str:
+        """Return a file's SHA-256."""
+        return self._manifest.hashes[path]
+
     def read(self, ranges: Sequence[tuple[str, int, int]]) -> list[memoryview]:
         """Return the bytes of each range: a path, where it begins, how many bytes it has."""
         question = RangesWanted(json.dumps(ranges).encode())

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from horovodrunner.errors import CheckpointError
 from horovodrunner.flows.checkpoints.worker.shards import ALIGNMENT, Part, read_index
 from horovodrunner.flows.checkpoints.worker.source import INDEX_NAME, Range, Source
+from horovodrunner.flows.checkpoints.worker.stages import Index, parts_for
 
 __all__ = ["MemoryReader", "ShardReader", "load_into"]
 
@@ -77,26 +78,43 @@ class _Wanted:
 
 
 class ShardReader(_Reader):
-    """Reads what save_torch() or a FileSystemWriter on every rank wrote."""
+    """Reads what save_torch() or a FileSystemWriter on every rank wrote.
 
-    def __init__(self, source: Source, directory: str = "", batch_bytes: int = BATCH_BYTES) -> None:
+    `own_rank` is this rank's number, where as many ranks have saved the checkpoint.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        directory: str = "",
+        batch_bytes: int = BATCH_BYTES,
+        own_rank: int | None = None,
+    ) -> None:
         self._source = source
+        self._own_rank = own_rank
         self._directory = f"{directory.strip('/')}/" if directory.strip("/") else ""
         self._batch_bytes = batch_bytes
         self._parts: dict[Any, Part] = {}
-        self._incomplete: dict[str, str] = {}
+        self._unreadable: dict[str, str] = {}
+        """Why some keys cannot be read."""
+
+    def read_from(self, source: Source) -> None:
+        """Read the tensors of the same checkpoint from elsewhere."""
+        self._source = source
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         files = sorted(self._source.files(), key=_by_rank)
         indexes = [path for path in files if self._is_named(path, INDEX_NAME)]
         if indexes:
             texts = self._source.read([(path, 0, self._source.files()[path]) for path in indexes])
-            parts = [
-                part
+            found = [
+                Index(max(_by_rank(path)[0], 0), *read_index(text, path.removesuffix(INDEX_NAME)))
                 for path, text in zip(indexes, texts, strict=True)
-                for part in read_index(text, path.removesuffix(INDEX_NAME))
             ]
-            return self._metadata_of(parts)
+            parts, clashes = parts_for(self._own_rank, found, self._source.content_of)
+            metadata = self._metadata_of(parts)
+            self._unreadable |= clashes
+            return metadata
         metadata = [path for path in files if self._is_named(path, _METADATA)]
         if not metadata:
             raise CheckpointError(
@@ -115,8 +133,8 @@ class ShardReader(_Reader):
 
     def prepare_local_plan(self, plan: Any) -> Any:
         for item in plan.items:
-            if item.storage_index.fqn in self._incomplete:
-                raise CheckpointError(self._incomplete[item.storage_index.fqn])
+            if item.storage_index.fqn in self._unreadable:
+                raise CheckpointError(self._unreadable[item.storage_index.fqn])
         return plan
 
     def read_data(self, plan: Any, planner: Any) -> Any:
@@ -154,7 +172,7 @@ class ShardReader(_Reader):
                 kept[index] = part
                 chunk = ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes))
                 entry.chunks.append(chunk)
-        self._incomplete = dict(_incomplete(entries))
+        self._unreadable = dict(_incomplete(entries))
         return Metadata(entries, planner_data=paths, storage_data=kept)
 
     def _metadata_of_torch(self, metadata: Any, files: Iterable[str]) -> Any:

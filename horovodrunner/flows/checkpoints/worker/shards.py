@@ -148,8 +148,15 @@ def _is_raw(tensor: Any) -> bool:
     )
 
 
-def write_parts(parts: Sequence[tuple[Part, Content]], directory: Path) -> None:
-    """Write the parts into one file and beside it what they are."""
+def write_parts(
+    parts: Sequence[tuple[Part, Content]],
+    directory: Path,
+    groups: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Write the parts into one file and beside it what they are.
+
+    `groups` has for each object the ranks of the meshes that it is divided over.
+    """
     placed: list[Part] = []
     places: dict[Hashable, tuple[int, int]] = {}
     with (directory / DATA_NAME).open("wb") as file:
@@ -164,7 +171,8 @@ def write_parts(parts: Sequence[tuple[Part, Content]], directory: Path) -> None:
             begin, length = places[known]
             placed.append(replace(part, offset=begin, length=length))
         file.write(b"\0" * (-file.tell() % ALIGNMENT))
-    index = {"format": _FORMAT, "parts": [asdict(part) for part in placed]}
+    described = [asdict(part) for part in placed]
+    index = {"format": _FORMAT, "groups": dict(groups or {}), "parts": described}
     (directory / INDEX_NAME).write_text(json.dumps(index))
 
 
@@ -179,14 +187,20 @@ def _bytes_of(part: Part, content: Content) -> Any:
     return buffer.getbuffer()
 
 
-def read_index(text: bytes | memoryview, directory: str = "") -> list[Part]:
-    """Read what is in a rank's file; `directory` is put before the file's name."""
+def read_index(
+    text: bytes | memoryview, directory: str = ""
+) -> tuple[list[Part], dict[str, list[int]]]:
+    """Read what is in a rank's file, and the objects' groups.
+
+    `directory` is put before the file's name.
+    """
     index = json.loads(bytes(text))
     if index.get("format") != _FORMAT:
         raise ValueError(
             f"the format of {directory}{INDEX_NAME} is {index.get('format')!r}; known is {_FORMAT}"
         )
-    return [_from_json(fields, directory) for fields in index["parts"]]
+    parts = [_from_json(fields, directory) for fields in index["parts"]]
+    return parts, index.get("groups", {})
 
 
 def _from_json(fields: dict[str, Any], directory: str) -> Part:

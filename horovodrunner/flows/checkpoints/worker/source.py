@@ -39,6 +39,9 @@ class Source(Protocol):
     def read(self, ranges: Sequence[Range]) -> list[memoryview]:
         """Return the bytes of each range, none of them shorter than asked for."""
 
+    def content_of(self, path: str) -> str:
+        """Return a file's SHA-256, or where nobody knows it, its path."""
+
 
 class DirectorySource:
     """A checkpoint in a directory of this machine, with its manifest or without one."""
@@ -46,8 +49,10 @@ class DirectorySource:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = Path(directory)
         self._copies: Mapping[str, str] = {}
-        if (manifest := self._directory / MANIFEST_NAME).is_file():
-            self._copies = Manifest.from_json(manifest.read_text()).copies
+        self._hashes: Mapping[str, str] = {}
+        if (path := self._directory / MANIFEST_NAME).is_file():
+            manifest = Manifest.from_json(path.read_text())
+            self._copies, self._hashes = manifest.copies, manifest.hashes
 
     def files(self) -> Mapping[str, int]:
         found = (path for path in self._directory.rglob("*") if path.is_file())
@@ -58,6 +63,9 @@ class DirectorySource:
 
     def read(self, ranges: Sequence[Range]) -> list[memoryview]:
         return [self._read(*each) for each in ranges]
+
+    def content_of(self, path: str) -> str:
+        return self._hashes.get(path, path)
 
     def _read(self, path: str, offset: int, length: int) -> memoryview:
         view = memoryview(bytearray(length))
@@ -87,6 +95,9 @@ class CopiesOfHost:
     def files(self) -> Mapping[str, int]:
         return self._far.files()
 
+    def content_of(self, path: str) -> str:
+        return self._far.content_of(path)
+
     def read(self, ranges: Sequence[Range]) -> list[memoryview]:
         return [self._read(*each) for each in ranges]
 
@@ -112,6 +123,9 @@ class NearFirst:
 
     def files(self) -> Mapping[str, int]:
         return self._far.files()
+
+    def content_of(self, path: str) -> str:
+        return self._far.content_of(path)
 
     def read(self, ranges: Sequence[Range]) -> list[memoryview]:
         near = [

@@ -9,7 +9,6 @@ fully qualified name, whatever the module is wrapped in, also in the states of o
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import sys
 from collections.abc import Mapping
@@ -40,10 +39,10 @@ class States:
 
     whole: dict[str, Any]
     sharded: dict[str, Any]
-    plain: frozenset[str] = frozenset()
-    """The sharded ones of which this rank also writes what all ranks have alike."""
-    local: dict[int, Any] = field(default_factory=dict)
-    """Copies of what DTensors of the sharded ones have here, by their ids."""
+    groups: dict[str, list[int]] = field(default_factory=dict)
+    """The ranks over which each of the sharded ones is divided."""
+    parts: list[Any] = field(default_factory=list)
+    """What this rank has to write of sharded ones that were copied."""
     own: dict[str, Any] = field(default_factory=dict)
     """What every rank has another one of: random numbers."""
     every_rank_writes: bool = False
@@ -52,24 +51,35 @@ class States:
     @property
     def is_of_all(self) -> bool:
         """Whether every rank has to write its own, and not rank 0 alone."""
-        return bool(self.sharded or self.own or self.every_rank_writes)
+        return bool(self.groups or self.own or self.every_rank_writes)
 
+    @without_collections()
     def copied(self) -> States:
-        """Return a copy that main does not change."""
+        """Return a copy that main does not change, whatever it does with its tensors."""
         copies = Copies()
         whole, sharded = copies.of_state((self.whole, self.sharded))
         copies.finish()
-        return replace(self, whole=whole, sharded=sharded, local=copies.local)
+        parts = self._parts_of(sharded, copies.local) if sharded else []
+        return replace(self, whole=whole, sharded={}, parts=parts)
 
     def write(self, directory: Path, *, is_rank_0: bool) -> None:
         """Write this rank's files."""
-        whole = self.whole if self.sharded or self.every_rank_writes or is_rank_0 else {}
+        whole = self.whole if self.groups or self.every_rank_writes or is_rank_0 else {}
         for name, state in {**whole, **self.own}.items():
             torch.save(state, directory / f"{name}.pt")
-        if self.sharded:
-            from horovodrunner.flows.checkpoints.worker.shards import parts_of, write_parts
+        if self.groups:
+            from horovodrunner.flows.checkpoints.worker.shards import write_parts
 
-            write_parts(parts_of(self.sharded, self.plain, self.local), directory)
+            parts = self._parts_of(self.sharded, {}) if self.sharded else self.parts
+            write_parts(parts, directory, self.groups)
+
+    def _parts_of(self, sharded: dict[str, Any], local: dict[int, Any]) -> list[Any]:
+        """List what this rank writes: its parts, and on the lowest rank what all have alike."""
+        from horovodrunner.flows.checkpoints.worker.shards import parts_of
+
+        rank = torch.distributed.get_rank()
+        plain = {name for name, ranks in self.groups.items() if rank == min(ranks)}
+        return parts_of(sharded, plain, local)
 
 
 class Objects:
@@ -103,13 +113,8 @@ class Objects:
                 self._refuse_flattened(name)
                 state = item.state_dict()
                 (sharded if is_sharded(state) else whole)[name] = state
-        if sharded:
-            # not in the thread: torch's modules import each other, and main may do so meanwhile
-            importlib.import_module("horovodrunner.flows.checkpoints.worker.shards")
-        plain = (name for name in sharded if _is_lowest_rank(self.items[name], sharded[name]))
-        return States(
-            whole, sharded, frozenset(plain), own=own, every_rank_writes=every_rank_writes
-        )
+        groups = {name: _ranks_of(self.items[name], state) for name, state in sharded.items()}
+        return States(whole, sharded, groups, own=own, every_rank_writes=every_rank_writes)
 
     def _refuse_flattened(self, name: str) -> None:
         """Refuse an optimizer of FSDP1, which has a part of the state and does not say which."""
@@ -181,17 +186,13 @@ def has_sharded_parameters(item: Any) -> bool:
     return is_optimizer(item) and is_sharded([group["params"] for group in item.param_groups])
 
 
-def _is_lowest_rank(item: Any, state: Any) -> bool:
-    """Return whether no rank of an object's meshes is below this one.
-
-    It need not be rank 0, which has nothing of the later ones of pipeline stages.
-    """
+def _ranks_of(item: Any, state: Any) -> list[int]:
+    """Return the ranks of an object's meshes, which stages of a pipeline have for themselves."""
     # before its first step, an optimizer's state has no tensor
     groups = [group["params"] for group in item.param_groups] if is_optimizer(item) else []
     found = (getattr(tensor, "device_mesh", None) for tensor in tensors_in([state, groups]))
     meshes = {id(mesh): mesh for mesh in found if mesh is not None}
-    ranks = [int(mesh.mesh.min()) for mesh in meshes.values()]
-    return bool(torch.distributed.get_rank() == min(ranks))
+    return sorted({int(rank) for mesh in meshes.values() for rank in mesh.mesh.flatten()})
 
 
 def unwrapped(module: Any) -> Any:
