@@ -5,6 +5,7 @@ Runs in: the worker. Stages of a pipeline are sharded over some ranks each, and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ def parts_for(
     `own_rank` is None where this run has another number of ranks. Then stages that have parts of
     the same key have to be copies of each other; `content_of` tells files with the same content.
     """
+    content_of = functools.cache(content_of)
     names = {str(part.path[0]) for index in indexes for part in index.parts}
     stages = {name: _stages(name, indexes) for name in names}
     found: list[Part] = []
