@@ -153,4 +153,4 @@ def test_an_interrupt_says_that_no_rows_are_kept_and_leaves_the_session_as_it_wa
     ):
         data.from_dataframe(df)
     assert [spark.range(n).count() for n in range(20)] == [*range(20)]
-    assert not spark.sparkContext.statusTracker().getActiveStageIds()
+    wait_until(lambda: not spark.sparkContext.statusTracker().getActiveStageIds())
