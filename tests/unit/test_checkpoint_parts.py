@@ -375,6 +375,25 @@ def test_a_step_that_is_saved_twice_is_not_mixed(store: Store, tmp_path: Path) -
     asyncio.run(scenario())
 
 
+def test_a_rank_that_saved_once_more_by_itself_is_not_mixed_up(
+    store: Store, tmp_path: Path
+) -> None:
+    """Main called save_torch() on rank 0 only, so that its calls have other numbers from then on."""
+
+    async def scenario() -> None:
+        async with running(store, tmp_path / "scratch") as run:
+            whole = run.directory_with({"ema.pt": b"of rank 0"})
+            run.from_rank_0(CheckpointSaved(4, str(whole), guess=1))
+            for rank in (1, 2, 3, 0):
+                part = run.directory_with({"shards.bin": b"%d" % rank})
+                run.from_worker(PartSaved(rank, 5, str(part), guess=2 - (rank > 0)))
+            assert await run.uploader.drain(10)
+            assert run.errors == []
+            assert 5 in steps(store)
+
+    asyncio.run(scenario())
+
+
 def test_what_counts_already_is_not_called_intact(store: Store, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(store, tmp_path / "scratch") as run:

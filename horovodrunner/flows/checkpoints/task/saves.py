@@ -59,8 +59,8 @@ class Saves:
         self._on_change = on_change
         self._waiting: list[Save] = []
         self._resolved: set[tuple[int, int]] = set()
-        self._guessed_alone: set[int] = set()
-        """Calls in which rank 0 has saved for all because of what its objects looked like."""
+        self._guessed_alone: set[tuple[int, int]] = set()
+        """Steps and calls that rank 0 has saved for all because its objects looked like it."""
         self.gone: dict[int, str] = {}
         """Ranks that save nothing any more, and why."""
         self.lost: set[int] = set()
@@ -97,8 +97,8 @@ class Saves:
         whole.guess = event.guess
         self.add(whole)
         if event.guess:
-            self._guessed_alone.add(event.guess)
-            self._refuse_mixed(event.guess)
+            self._guessed_alone.add((event.step, event.guess))
+            self._refuse_mixed(event.step, event.guess)
 
     def take_part(self, event: PartWaits) -> None:
         """Note that a rank's part waits in its task, or why there is none."""
@@ -125,7 +125,7 @@ class Saves:
         if self._is_complete(save):
             self._skip_older_than(save)
             self._on_change()
-        self._refuse_mixed(event.guess)
+        self._refuse_mixed(event.step, event.guess)
         self._give_up_incomplete()
 
     def ranks_are_gone(self, reasons: Mapping[int, str]) -> None:
@@ -168,11 +168,11 @@ class Saves:
                 self._drop(older)
                 self._notes.saved_in_haste(older.step)
 
-    def _refuse_mixed(self, guess: int) -> None:
+    def _refuse_mixed(self, step: int, guess: int) -> None:
         """Give up what some ranks save for themselves and rank 0 for all, neither of them told."""
-        if guess not in self._guessed_alone:
+        if (step, guess) not in self._guessed_alone:
             return
-        mixed = [each for each in self._waiting if each.guess == guess]
+        mixed = [each for each in self._waiting if (each.step, each.guess) == (step, guess)]
         for save in mixed:
             if save.is_of_all and 0 not in save.ranks:
                 for each in mixed:
