@@ -378,7 +378,7 @@ def test_a_step_that_is_saved_twice_is_not_mixed(store: Store, tmp_path: Path) -
 def test_a_rank_that_saved_once_more_by_itself_is_not_mixed_up(
     store: Store, tmp_path: Path
 ) -> None:
-    """Main called save_torch() on rank 0 only, so that its calls have other numbers from then on."""
+    """Main called save_torch() on rank 0 only once, and its calls have other numbers since."""
 
     async def scenario() -> None:
         async with running(store, tmp_path / "scratch") as run:
