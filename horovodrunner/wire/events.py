@@ -319,18 +319,19 @@ class Join(Event):
 class LinksProbed(Event):
     """What a host found of its links.
 
-    Each is the partition at its other end, seconds there and back, bytes per second, and what is
-    wrong with it.
+    Each is the partitions at its two ends, the sender first, seconds there and back, bytes per
+    second, and what is wrong with it.
     """
 
     partition: int
-    links: tuple[tuple[int, float, float, str], ...]
+    links: tuple[tuple[int, int, float, float, str], ...]
 
 
 class Probe(Event):
-    """Is answered by an empty one."""
+    """Is answered by one with as many bytes as are wanted."""
 
     data: bytes = b""
+    wanted: int = 0
 
 
 class Lines(Event):

@@ -24,7 +24,7 @@ from horovodrunner.flows.preflight.judging import (
 )
 from horovodrunner.flows.preflight.task import PreflightCheck, Prober
 from horovodrunner.placement.topology import Member, Slot, assign_slots
-from horovodrunner.wire.events import Event, Job, LinksProbed, Measure, Measured, Proceed
+from horovodrunner.wire.events import Event, Job, LinksProbed, Measure, Measured, Probe, Proceed
 from horovodrunner.wire.stream import Connection
 
 TOKEN = b"t" * 32
@@ -95,15 +95,16 @@ def test_a_host_that_is_busy_for_a_moment_is_not_slow(monkeypatch: pytest.Monkey
     """The best of several tries counts, of each size."""
     tries: dict[int, int] = {}
 
-    async def exchange(_: Connection, data: bytes) -> float:
-        tries[len(data)] = tries.get(len(data), 0) + 1
-        is_busy = tries[len(data)] in (1, 2)
-        return 0.5 if is_busy else 1e-4 + len(data) / FAST
+    async def exchange(_: Connection, probe: Probe) -> float:
+        size = len(probe.data) + probe.wanted
+        tries[size] = tries.get(size, 0) + 1
+        is_busy = tries[size] % 3 != 0
+        return 0.5 if is_busy else 1e-4 + size / (FAST if probe.data else SLOW)
 
     monkeypatch.setattr(task, "_exchange", exchange)
-    round_trip, rate = asyncio.run(task._measured(cast("Connection", None)))
+    round_trip, rates = asyncio.run(task._measured(cast("Connection", None)))
     assert round_trip == pytest.approx(1e-4)
-    assert rate == pytest.approx(FAST)
+    assert rates == pytest.approx((FAST, SLOW))
 
 
 def test_a_link_that_is_cut_is_all_that_is_told() -> None:
@@ -163,8 +164,8 @@ class Check:
 
 
 WELL = (
-    LinksProbed(0, ((1, 1e-4, FAST, ""),)),
-    LinksProbed(1, ((0, 1e-4, FAST, ""),)),
+    LinksProbed(0, ((0, 1, 1e-4, FAST, ""), (1, 0, 1e-4, FAST, ""))),
+    LinksProbed(1, ()),
     Measured(0),
     Measured(1),
 )
@@ -180,7 +181,7 @@ def test_when_all_is_well_main_is_called() -> None:
 
 def test_a_link_that_is_cut_is_refused_before_ranks_would_wait_for_each_other() -> None:
     check = Check()
-    check.run(WELL[0], LinksProbed(1, ((0, 0.0, 0.0, "refused"),)))
+    check.run(WELL[0], LinksProbed(1, ((1, 0, 0.0, 0.0, "refused"),)))
     assert check.told == []
     assert "the link from b (127.0.0.1) to a (127.0.0.1) is cut: refused" in check.refusals[0]
     assert 'preflight="warn"' in check.refusals[0].splitlines()[0]
@@ -188,7 +189,7 @@ def test_a_link_that_is_cut_is_refused_before_ranks_would_wait_for_each_other() 
 
 def test_with_warn_it_is_noted_and_main_is_called() -> None:
     check = Check(may_refuse=False)
-    check.run(WELL[0], LinksProbed(1, ((0, 0.0, 0.0, "refused"),)), *WELL[2:])
+    check.run(WELL[0], LinksProbed(1, ((1, 0, 0.0, 0.0, "refused"),)), *WELL[2:])
     assert check.told == [Measure(), Proceed()]
     assert check.refusals == []
     assert "is cut: refused" in check.notes[0]
@@ -230,12 +231,11 @@ def test_hosts_measure_their_links_to_all_others() -> None:
             return [*told, await found[2].probe(own_second[3], own_second)]
 
     *told, of_second_task = asyncio.run(run())
-    for number, event in enumerate(told):
-        assert event.partition == number
-        assert {link[0] for link in event.links} == {0, 1, 2} - {number}
-        assert all(
-            0 < trip < 5 and rate > 1e6 and not error for _, trip, rate, error in event.links
-        )
+    assert [event.partition for event in told] == [0, 1, 2]
+    links = [link for event in told for link in event.links]
+    ways = [(source, target) for source, target, *_ in links]
+    assert sorted(ways) == [*itertools.permutations(range(3), 2)]
+    assert all(0 < trip < 5 and rate > 1e6 and not error for *_, trip, rate, error in links)
     assert of_second_task == LinksProbed(3, ())
 
 

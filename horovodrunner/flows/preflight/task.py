@@ -75,7 +75,11 @@ class Prober:
         await self._server.close()
 
     async def probe(self, own: Member, members: Sequence[Member]) -> LinksProbed:
-        """Try the way to each other host; a task that is not its host's first has nothing to do."""
+        """Try the way to each other host; a task that is not its host's first has nothing to do.
+
+        Every host connects to every other one. Of two, one measures both directions in turn: the
+        queue of a slow one would hold up the other's answers.
+        """
         first: dict[str, Member] = {}
         for member in members:
             first.setdefault(member.host_id, member)
@@ -87,7 +91,15 @@ class Prober:
         tried = await asyncio.gather(*map(self._connect, others))
         links = []
         for member, connection in zip(others, tried, strict=True):
-            links.append((member.partition, *await self._measure(connection)))
+            there, back = (own.partition, member.partition), (member.partition, own.partition)
+            if isinstance(connection, str):
+                links.append((*there, 0.0, 0.0, connection))
+            elif own.partition > member.partition:
+                await connection.close()  # the other one measures
+            else:
+                trip, rates, error = await self._measure(connection)
+                ways = [there] if error else [there, back]
+                links += [(*way, trip, rate, error) for way, rate in zip(ways, rates, strict=False)]
         return LinksProbed(own.partition, tuple(links))
 
     async def _connect(self, member: Member) -> Connection | str:
@@ -97,43 +109,47 @@ class Prober:
         except OSError as error:
             return f"{member.address}:{port} cannot be reached: {error}"
 
-    async def _measure(self, connection: Connection | str) -> tuple[float, float, str]:
-        if isinstance(connection, str):
-            return 0.0, 0.0, connection
+    async def _measure(self, connection: Connection) -> tuple[float, tuple[float, float], str]:
         try:
             return (*await asyncio.wait_for(_measured(connection), EXCHANGE_SECONDS), "")
         except (OSError, ValueError, asyncio.TimeoutError) as error:
             why = str(error) or f"no answer within {EXCHANGE_SECONDS:g} s"
-            return 0.0, 0.0, f"{connection.peer}: {why}"
+            return 0.0, (0.0, 0.0), f"{connection.peer}: {why}"
         finally:
             await connection.close()
 
     async def _answer(self, connection: Connection) -> None:
-        while isinstance(await connection.receive(), Probe):
-            connection.send(Probe())
+        while isinstance(probe := await connection.receive(), Probe):
+            connection.send(Probe(bytes(min(probe.wanted, _BLOCKS[-1]))))
 
 
-async def _measured(connection: Connection) -> tuple[float, float]:
-    """Return seconds there and back, and bytes per second."""
-    await _exchange(connection, b"")  # the first meets what is not ready yet
+async def _measured(connection: Connection) -> tuple[float, tuple[float, float]]:
+    """Return seconds there and back, and bytes per second there, and back."""
+    await _exchange(connection, Probe())  # the first meets what is not ready yet
     end_by = time.perf_counter() + _ROUND_TRIPS_SECONDS
-    round_trip = await _exchange(connection, b"")
+    round_trip = await _exchange(connection, Probe())
     for _ in range(_ROUND_TRIPS):
         if time.perf_counter() >= end_by:
             break
-        round_trip = min(round_trip, await _exchange(connection, b""))
+        round_trip = min(round_trip, await _exchange(connection, Probe()))
+    there = await _rate(connection, round_trip, lambda size: Probe(bytes(size)))
+    back = await _rate(connection, round_trip, lambda size: Probe(wanted=size))
+    return round_trip, (there, back)
+
+
+async def _rate(connection: Connection, round_trip: float, probe: Callable[[int], Probe]) -> float:
     rate = 0.0
     for size in _BLOCKS:
-        seconds = min([await _exchange(connection, bytes(size)) for _ in range(_TRIES)])
+        seconds = min([await _exchange(connection, probe(size)) for _ in range(_TRIES)])
         rate = max(rate, size / max(seconds - round_trip, 1e-6))
         if seconds >= _LONG_ENOUGH:
             break
-    return round_trip, rate
+    return rate
 
 
-async def _exchange(connection: Connection, data: bytes) -> float:
+async def _exchange(connection: Connection, probe: Probe) -> float:
     began = time.perf_counter()
-    connection.send(Probe(data))
+    connection.send(probe)
     if await connection.receive() is None:
         raise ConnectionResetError("the connection broke")
     return time.perf_counter() - began
@@ -207,9 +223,9 @@ class PreflightCheck:
             await asyncio.wait_for(wait(), timeout)
 
     def _take_links(self, event: LinksProbed) -> None:
-        source = self._hosts[event.partition]
-        for target, round_trip, rate, error in event.links:
-            self._links.append(Link(source, self._hosts[target], round_trip, rate, error))
+        for source, target, round_trip, rate, error in event.links:
+            link = Link(self._hosts[source], self._hosts[target], round_trip, rate, error)
+            self._links.append(link)
         self._probed.add(event.partition)
         self._changed.set()
 
