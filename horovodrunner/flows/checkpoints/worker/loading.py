@@ -15,11 +15,7 @@ import torch
 
 from horovodrunner.errors import ArgumentValueError, CheckpointError
 from horovodrunner.flows.checkpoints.manifest import Manifest
-from horovodrunner.flows.checkpoints.worker.source import (
-    DATA_NAME,
-    INDEX_NAME,
-    Source,
-)
+from horovodrunner.flows.checkpoints.worker.source import DATA_NAME, INDEX_NAME, Source
 from horovodrunner.flows.checkpoints.worker.staging import tensors_in
 from horovodrunner.flows.checkpoints.worker.states import (
     Objects,
